@@ -1,0 +1,3 @@
+"""stdist: distributed training of spatio-temporal forecasters."""
+
+__version__ = "0.1.0"
