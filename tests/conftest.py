@@ -1,0 +1,16 @@
+"""Fixtures every room of the test suite shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Folder of real data, never part of the project; the test skips where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("STDIST_TEST_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"real data not found at {path}; set STDIST_TEST_DATA to its folder")
+    return path
