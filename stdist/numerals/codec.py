@@ -16,11 +16,10 @@ MIN_EXPONENT, MAX_EXPONENT = -4, 5
 EXPONENTS = MAX_EXPONENT - MIN_EXPONENT + 1
 MIN_MANTISSA = 10
 ZERO_BELOW = 5e-5  # half of the smallest magnitude, 1.0e-4
-SMALLEST = 1e-4
 
 # 16,384 values: the working buffers of one block (about 1 MB with tables) stay in the second-level cache.
 _BLOCK = 1 << 14
-_MAGNITUDE_BITS = np.uint64((1 << 63) - 1)
+_MAGNITUDE_BITS = np.int64((1 << 63) - 1)
 _MANTISSA_WIDTH = np.uint64(52)
 _BINADES = 2048
 # The scaled value is below 10^4, so two roundings put it less than 4e-12 away from the exact product.
@@ -37,12 +36,12 @@ class Encoder:
         self.digits = mantissa_digits
         self.mantissas = 10**mantissa_digits - MIN_MANTISSA
         self.limit = 10.0 ** (MAX_EXPONENT + 1) - 0.5 * 10.0 ** (MAX_EXPONENT + 1 - mantissa_digits)
-        self._limit_bits = np.float64(self.limit).view(np.uint64)
+        self._limit_bits = np.float64(self.limit).view(np.int64)
         self._offset = self._mantissa_offsets()
         self._threshold, self._scale, self._base = self._binade_tables()
 
     def _mantissa_offsets(self) -> npt.NDArray[np.int64]:
-        """Rounded mantissa of ``digits`` digits -> distance from the first numeral of its sign and exponent."""
+        """Rounded mantissa of ``digits`` digits -> position among the numerals of its sign and exponent."""
         shortest = np.arange(10**self.digits + 1)
         for _ in range(self.digits - 2):
             shortest = np.where((shortest >= 100) & (shortest % 10 == 0), shortest // 10, shortest)
@@ -53,15 +52,12 @@ class Encoder:
 
     def _binade_tables(
         self,
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """For every (sign, binary exponent): where the decade changes; scale and base below and from there."""
-        decades = 10.0 ** np.arange(MIN_EXPONENT, MAX_EXPONENT + 1)
-        decades[0] = SMALLEST  # the power may be one unit in the last place away from the literal
-        edges = np.concatenate([[0.0, ZERO_BELOW], decades])
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """For every (sign, binary exponent): bits where the decade changes; scale and base on either side."""
         # rank 0: zero; rank 1: rounded up to ±1.0e-4; rank r >= 2: decimal exponent r - 2 + MIN_EXPONENT
-        rank_scale = np.concatenate(
-            [[0.0, 0.0], [float(f"1e{self.digits - 1 - b}") for b in range(MIN_EXPONENT, MAX_EXPONENT + 1)]]
-        )
+        exponents = range(MIN_EXPONENT, MAX_EXPONENT + 1)
+        edges = np.array([0.0, ZERO_BELOW] + [float(f"1e{b}") for b in exponents])
+        rank_scale = np.array([0.0, 0.0] + [float(f"1e{self.digits - 1 - b}") for b in exponents])
         rank_base = np.concatenate([[0, 1], 1 + self.mantissas * np.arange(EXPONENTS)]).astype(np.int64)
 
         lowest = (np.arange(_BINADES, dtype=np.uint64) << _MANTISSA_WIDTH).view(np.float64)
@@ -73,7 +69,7 @@ class Encoder:
         base = np.stack([rank_base[rank], rank_base[next_rank]], axis=1).ravel()
         negative = np.where(base > 0, base + EXPONENTS * self.mantissas, 0)
         return (
-            np.tile(threshold.view(np.uint64), 2),
+            np.tile(threshold.view(np.int64), 2),
             np.concatenate([scale, -scale]),
             np.concatenate([base, negative]),
         )
@@ -87,58 +83,46 @@ class Encoder:
         """Indices of a one-dimensional float32 or float64 array; None where a value has no numeral."""
         indices = np.empty(flat.size, np.int64)
         size = min(_BLOCK, flat.size)
-        value, scaled, mantissa = np.empty(size), np.empty(size), np.empty(size)
-        magnitude, threshold, slot = (np.empty(size, np.uint64) for _ in range(3))
-        above, whole = np.empty(size, bool), np.empty(size, np.int64)
+        reals, words, above = np.empty((4, size)), np.empty((3, size), np.int64), np.empty(size, bool)
         for start in range(0, flat.size, _BLOCK):
             out = indices[start : start + _BLOCK]
-            if out.size < size:
-                size = out.size
-                value, scaled, mantissa = value[:size], scaled[:size], mantissa[:size]
-                magnitude, threshold, slot = magnitude[:size], threshold[:size], slot[:size]
-                above, whole = above[:size], whole[:size]
+            value, scaled, mantissa, distance = reals[:, : out.size]
+            magnitude, slot, whole = words[:, : out.size]
+            carried = above[: out.size]
+
             np.copyto(value, flat[start : start + _BLOCK])
-            bits = value.view(np.uint64)
+            bits = value.view(np.int64)
             np.bitwise_and(bits, _MAGNITUDE_BITS, out=magnitude)
             if magnitude.max() >= self._limit_bits:
                 return None
-            np.right_shift(bits, _MANTISSA_WIDTH, out=slot)
-            position = slot.view(np.int64)
-            # mode="clip" writes straight into `out`; every position is inside its table anyway.
-            np.take(self._threshold, position, out=threshold, mode="clip")
-            np.greater_equal(magnitude, threshold, out=above)
-            np.add(position, position, out=position)
-            np.add(position, above, out=position)
-            np.take(self._scale, position, out=scaled, mode="clip")
+            np.right_shift(bits.view(np.uint64), _MANTISSA_WIDTH, out=slot.view(np.uint64))
+            # mode="clip" writes straight into `out`; every look-up is inside its table anyway.
+            np.take(self._threshold, slot, out=whole, mode="clip")
+            np.greater_equal(magnitude, whole, out=carried)
+            np.add(slot, slot, out=slot)
+            np.add(slot, carried, out=slot)
+            np.take(self._scale, slot, out=scaled, mode="clip")
             np.multiply(scaled, value, out=scaled)
             np.rint(scaled, out=mantissa)
-            np.subtract(scaled, mantissa, out=threshold.view(np.float64))
-            distance = np.abs(threshold.view(np.float64), out=threshold.view(np.float64))
+            np.subtract(scaled, mantissa, out=distance)
+            np.abs(distance, out=distance)
             if distance.max() > _NEARLY_HALF:
-                self._settle_halves(
-                    np.flatnonzero(distance > _NEARLY_HALF), value, position, scaled, mantissa
-                )
+                where = np.flatnonzero(distance > _NEARLY_HALF)
+                mantissa[where] = _settle_halves(value[where], self._scale[slot[where]], scaled[where])
             np.copyto(whole, mantissa, casting="unsafe")
             np.take(self._offset, whole, out=out, mode="clip")
-            np.take(self._base, position, out=whole, mode="clip")
+            np.take(self._base, slot, out=whole, mode="clip")
             np.add(out, whole, out=out)
         return indices
 
-    def _settle_halves(
-        self,
-        where: npt.NDArray[np.intp],
-        value: npt.NDArray[np.float64],
-        position: npt.NDArray[np.int64],
-        scaled: npt.NDArray[np.float64],
-        mantissa: npt.NDArray[np.float64],
-    ) -> None:
-        """Round the values that the scaled product cannot tell from a half, in place in ``mantissa``."""
-        scale = np.abs(self._scale[position[where]])
-        half = np.floor(scaled[where]) + 0.5
-        half += np.rint(scaled[where] - half)  # a product rounded onto the next whole number's side
-        # One correctly rounded operation on exact operands: the float64 nearest to the decimal half.
-        shrink = np.rint(1.0 / np.minimum(scale, 1.0))
-        tie = np.where(scale < 1.0, half * shrink, half / np.maximum(scale, 1.0))
-        magnitude = np.abs(value[where])
-        even = 2.0 * np.rint(half / 2.0)
-        mantissa[where] = np.where(magnitude == tie, even, np.where(magnitude > tie, half + 0.5, half - 0.5))
+
+def _settle_halves(
+    value: npt.NDArray[np.float64], scale: npt.NDArray[np.float64], scaled: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Mantissas of the values whose product with their signed scale 10^k cannot be told from a half."""
+    magnitude, scale = np.abs(value), np.abs(scale)
+    half = np.rint(scaled - 0.5) + 0.5
+    # One correctly rounded operation on exact operands: the float64 nearest to the decimal half.
+    tie = np.where(scale < 1.0, half * np.rint(1.0 / scale), half / scale)
+    side = np.where(magnitude > tie, half + 0.5, half - 0.5)
+    return np.where(magnitude == tie, np.rint(half), side)

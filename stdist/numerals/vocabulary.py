@@ -1,16 +1,16 @@
 """The floating-point vocabulary V_FP: every numeral a policy can read or write, by arithmetic.
 
 Vision-LLMs for Spatiotemporal Traffic Forecasting, Section IV.B.1: ``<|FPm/b|>`` stands for
-Norm(m) · 10^b (Eq. 6) with Norm(m) = m / 10^floor(log10 |m|) (Eq. 7), m in ±[10, 9999], b in -4…5. The paper has
-no zero; ``<|FP0/0|>`` is added, which makes 199,801 numerals. Rounding, aliases and zero: docs/decisions.md.
+Norm(m) · 10^b (Eq. 6) with Norm(m) = m / 10^floor(log10 |m|) (Eq. 7), m in ±[10, 9999], b in -4…5. The paper
+has no zero; ``<|FP0/0|>`` is added, which makes 199,801 numerals. Rounding, aliases, zero: docs/decisions.md.
 
 Index layout, with M = 10^digits - 10 mantissas::
 
     0                                            zero
     1 + (10·[m < 0] + b + 4) · M + |m| - 10      m/b
 
-so indices sort by sign, then exponent, then mantissa. Indices are 0-based; where the numerals stand in a tokenizer
-is for the tokenizer's owner to add.
+so indices sort by sign, then exponent, then mantissa. Indices are 0-based; where the numerals stand in a
+tokenizer is for the tokenizer's owner to add.
 """
 
 import re
@@ -67,8 +67,8 @@ class Vocabulary:
     def encode(self, values: npt.ArrayLike) -> Indices:
         """Index of the nearest numeral of each value, any shape, float32 or float64 (integers are widened).
 
-        Writes the shortest mantissa of at least two digits, halves to even on the shortest decimal of the float64
-        (see ``codec``), |v| < 5e-5 as zero, 5e-5 <= |v| < 1e-4 as ±1.0e-4.
+        Writes the shortest mantissa of at least two digits, halves to even on the shortest decimal of the
+        float64 (see ``codec``), |v| < 5e-5 as zero, 5e-5 <= |v| < 1e-4 as ±1.0e-4.
         Raises InputError naming the first position and value that is NaN, infinite or at or above ``limit``.
         """
         array = _real_array(values)
@@ -84,7 +84,7 @@ class Vocabulary:
         return indices.reshape(array.shape)
 
     def clamp(self, values: npt.ArrayLike) -> tuple[npt.NDArray[np.floating], int]:
-        """Values with every magnitude at or above ``limit``, infinity too, set to the largest numeral; how many.
+        """Values with every magnitude at or above ``limit`` set to the largest numeral's, and how many were.
 
         Raises InputError at a NaN, which has no nearest numeral.
         """
@@ -110,7 +110,7 @@ class Vocabulary:
         return np.where(indices == 0, 0, mantissa), np.where(indices == 0, 0, exponent + MIN_EXPONENT)
 
     def indices(self, mantissa: npt.ArrayLike, exponent: npt.ArrayLike) -> Indices:
-        """Index of each numeral m/b, broadcast together; inverse of ``mantissa_exponent``, aliases stay aliases.
+        """Index of each numeral m/b, broadcast together; inverse of ``mantissa_exponent``, aliases stay.
 
         Raises InputError where V_FP has no such numeral.
         """
