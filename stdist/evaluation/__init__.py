@@ -1,1 +1,23 @@
-""""""
+"""Error figures that carry their protocol, the baselines to beat, and a run's report."""
+
+from stdist.evaluation.baselines import BaselineForecasts, forecast_baselines, score_baselines
+from stdist.evaluation.contract import EvaluationContract, ForecastContract, ForecastMetadata
+from stdist.evaluation.forecasts import Forecasts, read_forecasts, write_forecasts
+from stdist.evaluation.metrics import ErrorState
+from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
+
+__all__ = [
+    "BaselineForecasts",
+    "ErrorState",
+    "EvaluationContract",
+    "EvaluationResult",
+    "ForecastContract",
+    "ForecastMetadata",
+    "Forecasts",
+    "evaluate",
+    "forecast_baselines",
+    "forecast_contract",
+    "read_forecasts",
+    "score_baselines",
+    "write_forecasts",
+]

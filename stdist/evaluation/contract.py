@@ -1,0 +1,59 @@
+"""What was forecast and what was scored: the words that make two error figures comparable."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+MASK_RULE = "observed points only; inputs may be imputed"
+
+
+class ForecastContract(BaseModel):
+    """What a forecaster promised to forecast; travels with its forecasts.
+
+    ``region`` is (r0, r1, c0, c1), half-open, row 0 in the south; ``split`` covers the local days ``first_day`` to
+    ``last_day`` (ISO dates, both included), windows' history too where ``history_inside``; ``S`` and ``K`` count frames.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    city: str
+    channel: str
+    units: str
+    store_digest: str
+    split: str
+    first_day: str
+    last_day: str
+    history_inside: bool
+    split_rule: str
+    cadence_seconds: int
+    S: int
+    K: int
+    region: tuple[int, int, int, int]
+
+
+class EvaluationContract(ForecastContract):
+    """What was scored: the protocol that every error figure carries.
+
+    ``windows`` were scored of the ``windows_in_split`` that the split holds; ``points`` are observed (window, step,
+    cell) values; ``first_target`` and ``last_target`` are UTC stamps.
+    """
+
+    windows: int
+    windows_in_split: int
+    cells: int
+    points: int
+    first_target: str
+    last_target: str
+    horizons: list[int]
+    mask_rule: str = MASK_RULE
+    pooling: str = "pooled over all points, and mean of the horizons' figures"
+
+
+class ForecastMetadata(BaseModel):
+    """Where forecasts came from: the run's name, its checkpoint, and the contract they were made under."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    checkpoint: str
+    contract: ForecastContract

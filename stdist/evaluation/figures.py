@@ -1,0 +1,205 @@
+"""The report's figures: pure functions of arrays that return matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.dates as mdates
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from stdist.evaluation.run_files import StageLog
+
+MODEL = "#c2410c"
+TRUTH = "#1f2937"
+MUTED = "#94a3b8"
+OTHERS = ("#0f766e", "#1d4ed8", "#7c3aed", "#64748b", "#a16207", "#be185d", "#15803d")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+WIDTH = 8.4
+PREFERRED_SCALARS = ("loss", "reward", "kl", "learning_rate")
+PANELS_PER_STAGE = 6
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#cbd5e1",
+    "axes.labelcolor": "#475569",
+    "axes.grid": True,
+    "grid.color": "#e2e8f0",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#475569",
+    "ytick.color": "#475569",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+
+
+def horizon_curves(
+    model: Sequence[float], others: Mapping[str, Sequence[float]], minutes_per_step: float
+) -> Figure:
+    """NRMSE of each horizon step, the model against every other forecaster."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        marker = "o" if len(model) < 40 else ""
+        for i, (name, curve) in enumerate(others.items()):
+            style = {"color": OTHERS[i % len(OTHERS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.6}
+            axes.plot(np.arange(1, len(curve) + 1), curve, label=name, marker=marker, markersize=2.5, **style)
+        steps = np.arange(1, len(model) + 1)
+        axes.plot(steps, model, color=MODEL, linewidth=2.8, marker=marker, markersize=4, label="model")
+        axes.set(xlabel=f"steps ahead (one step = {minutes_per_step:g} min)", ylabel="NRMSE")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return figure
+
+
+def training_curves(stage: str, log: StageLog) -> Figure:
+    """Every logged scalar of one stage in a panel of its own, evaluations as points."""
+    names = [n for n in PREFERRED_SCALARS if n in log.training]
+    names += [n for n in log.training if n not in names]
+    panels: list[tuple[str, dict[int, float], bool]] = [
+        (f"{n} (evaluation)", v, True) for n, v in log.evaluation.items()
+    ]
+    panels = [(n, log.training[n], False) for n in names[: max(2, PANELS_PER_STAGE - len(panels))]] + panels
+    with rc_context(STYLE):
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(WIDTH, 2.5 * rows), layout="constrained")
+        for i, (name, values, is_evaluation) in enumerate(panels):
+            axes = figure.add_subplot(rows, 2, i + 1)
+            steps = np.array(sorted(values))
+            curve = np.array([values[step] for step in steps])
+            if is_evaluation:
+                axes.plot(steps, curve, color=MODEL, marker="o", markersize=5, linewidth=1.2)
+            else:
+                smooth = smoothed(curve)
+                axes.plot(steps, curve, color=MUTED, linewidth=0.9)
+                axes.plot(steps, smooth, color=TRUTH, linewidth=1.6)
+            axes.set(title=name, xlabel="step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.align_labels()
+        return figure
+
+
+def smoothed(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Centred moving mean over a twentieth of the curve, shorter at its ends."""
+    half = len(curve) // 40
+    sums = np.concatenate(([0.0], np.cumsum(curve)))
+    i = np.arange(len(curve))
+    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(curve))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def cell_traces(
+    title: str,
+    units: str,
+    times: Shaped[np.ndarray, " T"],
+    truth: Float[np.ndarray, " T"],
+    origin_index: Sequence[int],
+    forecast: Float[np.ndarray, "N K"],
+    band: Float[np.ndarray, "2 N K"] | None = None,
+) -> Figure:
+    """One cell: forecasts stitched at the last step over all times, and whole K-step forecasts of its busiest day.
+
+    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origin_index`` counts into them. ``band``
+    is the 0.1 and the 0.9 quantile.
+    """
+    origins = np.asarray(origin_index)
+    K = forecast.shape[1]
+    cadence = times[1] - times[0]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+        top, bottom = figure.subplots(2, 1)
+        stitched = np.full(len(times), np.nan)
+        stitched[origins + K] = forecast[:, K - 1]
+        dense = len(origins) > 1 and np.median(np.diff(np.sort(origins))) == 1
+        _truth_line(top, times, truth)
+        marks: dict[str, Any] = (
+            {"linewidth": 1.3} if dense else {"linestyle": "", "marker": "o", "markersize": 3}
+        )
+        top.plot(times, stitched, color=MODEL, label=f"forecast, {K} steps ahead", **marks)
+        top.set(title=f"{title}: every forecast {K} steps ahead", ylabel=units)
+
+        day = int(np.timedelta64(1, "D") / cadence)
+        start = _busiest(truth, origins, day, K)
+        shown = slice(max(0, start), min(len(times), start + day + K))
+        _truth_line(bottom, times[shown], truth[shown])
+        next_free = -1
+        for row in np.argsort(origins):
+            origin = int(origins[row])
+            if origin < max(start, next_free) or origin + K >= shown.stop:
+                continue
+            next_free = origin + K
+            at = times[origin + 1 : origin + K + 1]
+            if band is not None:
+                bottom.fill_between(at, band[0, row], band[1, row], color=MODEL, alpha=0.18, linewidth=0)
+            bottom.plot(at, forecast[row], color=MODEL, linewidth=1.5)
+            bottom.plot(times[origin], truth[origin], marker="o", markersize=4, color=TRUTH, linestyle="")
+        interval = ", with 10 to 90 % of the candidates" if band is not None else ""
+        bottom.set(title=f"One day of whole {K}-step forecasts{interval}; dots are origins", ylabel=units)
+        for axes in (top, bottom):
+            locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
+            axes.xaxis.set_major_locator(locator)
+            axes.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+            axes.set_ylim(bottom=min(0.0, float(np.nanmin(forecast))))
+            axes.margins(x=0.01)
+        figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return figure
+
+
+def _truth_line(axes: Axes, times: np.ndarray, truth: np.ndarray) -> None:
+    axes.plot(times, truth, color=TRUTH, linewidth=1.3, label="observed")
+
+
+def _busiest(truth: np.ndarray, origins: np.ndarray, day: int, K: int) -> int:
+    """The origin after which a day of forecasts meets the most traffic."""
+    sums = np.concatenate(([0.0], np.cumsum(np.nan_to_num(truth))))
+    ends = np.minimum(origins + day, len(truth))
+    return int(
+        origins[
+            np.argmax(np.where(origins + day + K <= origins.max() + K + 1, sums[ends] - sums[origins], -1))
+        ]
+    )
+
+
+def error_map(
+    cell_nrmse: Float[np.ndarray, "h w"],
+    region: tuple[int, int, int, int],
+    city_mean: Float[np.ndarray, "H W"],
+    units: str,
+    inside: Bool[np.ndarray, "H W"],
+) -> Figure:
+    """Mean traffic of the whole city with the region marked, and each scored cell's NRMSE; north is up."""
+    r0, r1, c0, c1 = region
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        traffic = np.where(inside & (city_mean > 0), city_mean, np.nan)
+        H, W = city_mean.shape
+        scale = LogNorm() if np.nanmax(traffic) > 20 * np.nanmin(traffic) else None
+        image = left.imshow(traffic, origin="lower", cmap="Greys", norm=scale)
+        figure.colorbar(image, ax=left, label=units, shrink=0.8)
+        left.add_patch(
+            Rectangle((c0 - 0.5, r0 - 0.5), c1 - c0, r1 - r0, fill=False, edgecolor=MODEL, linewidth=2)
+        )
+        left.set(title=f"Mean traffic, {H} × {W} cells", xlabel="column", ylabel="row (north is up)")
+        extent = (c0 - 0.5, c1 - 0.5, r0 - 0.5, r1 - 0.5)
+        image = right.imshow(cell_nrmse, origin="lower", cmap="YlOrBr", extent=extent)
+        right.set_facecolor("#e2e8f0")
+        figure.colorbar(image, ax=right, label="NRMSE", shrink=0.8)
+        right.set(title="Error of each scored cell", xlabel="column", ylabel="row")
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return figure

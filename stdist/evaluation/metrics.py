@@ -1,0 +1,150 @@
+"""MAE, RMSE and NRMSE as sums and counts: any batch size, any number of ranks, one answer.
+
+Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23. Papers report these either pooled over all points or
+as the mean of the horizons' figures; the two differ, so both are always given. Only observed points are scored
+(docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from stdist.errors import InputError
+
+CONVENTIONS = ("pooled", "mean_of_horizons")
+ERRORS = ("mae", "rmse", "nrmse")
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorState:
+    """Sums over observed points, one entry per horizon step (or per cell, see ``of_cells``).
+
+    States add with ``+``; the sum of the states of any partition of the windows is the state of all of them, up to
+    float64 rounding. Sums are in the data's units (``sum_squared_error`` in units squared).
+    """
+
+    count: Int[np.ndarray, " K"]
+    sum_absolute_error: Float[np.ndarray, " K"]
+    sum_squared_error: Float[np.ndarray, " K"]
+    sum_truth: Float[np.ndarray, " K"]
+
+    @classmethod
+    def empty(cls, size: int) -> ErrorState:
+        """The state that has seen nothing, for ``size`` horizon steps."""
+        return cls(np.zeros(size, np.int64), *(np.zeros(size) for _ in range(3)))
+
+    @classmethod
+    def of(
+        cls,
+        forecast: Float[np.ndarray, "B K *cells"],
+        truth: Float[np.ndarray, "B K *cells"],
+        observed: Bool[np.ndarray, "B K *cells"] | None = None,
+    ) -> ErrorState:
+        """The state of one batch; ``observed`` is True where a point counts (None: everywhere).
+
+        Raises InputError where shapes differ, or a counted point has no finite forecast or truth: an error that
+        hides a NaN would hide a diverged model.
+        """
+        if observed is None:
+            observed = np.ones(truth.shape, bool)
+        if not forecast.shape == truth.shape == observed.shape:
+            raise InputError(
+                f"forecast {forecast.shape}, truth {truth.shape} and observed {observed.shape} must have one shape"
+            )
+        for name, array in (("forecast", forecast), ("truth", truth)):
+            bad = observed & ~np.isfinite(array)
+            if bad.any():
+                place = ", ".join(str(i) for i in np.argwhere(bad)[0])
+                raise InputError(
+                    f"{name} is not finite at {int(bad.sum())} observed points, first at index ({place}) of "
+                    "(window, step, row, col): make the forecast again, or mark the points as not observed"
+                )
+        truth64 = np.where(observed, truth, 0).astype(np.float64)
+        error = np.where(observed, forecast, 0).astype(np.float64) - truth64
+        axes = (0, *range(2, truth.ndim))
+        return cls(
+            observed.sum(axes, dtype=np.int64),
+            np.abs(error).sum(axes),
+            np.square(error).sum(axes),
+            truth64.sum(axes),
+        )
+
+    @classmethod
+    def of_cells(
+        cls,
+        forecast: Float[np.ndarray, "B K h w"],
+        truth: Float[np.ndarray, "B K h w"],
+        observed: Bool[np.ndarray, "B K h w"],
+    ) -> ErrorState:
+        """The state with one entry per cell, row by row (h*w entries), pooled over windows and horizons."""
+
+        def by_cell(array: np.ndarray) -> np.ndarray:
+            return array.reshape(-1, array.shape[2] * array.shape[3])
+
+        return cls.of(by_cell(forecast), by_cell(truth), by_cell(observed))
+
+    def update(
+        self,
+        forecast: Float[np.ndarray, "B K *cells"],
+        truth: Float[np.ndarray, "B K *cells"],
+        observed: Bool[np.ndarray, "B K *cells"] | None = None,
+    ) -> ErrorState:
+        """This state and one more batch; see ``of``."""
+        return self + ErrorState.of(forecast, truth, observed)
+
+    def __add__(self, other: ErrorState) -> ErrorState:
+        if self.count.shape != other.count.shape:
+            raise InputError(f"cannot add states of {self.count.size} and {other.count.size} horizons")
+        return ErrorState(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def errors(self) -> dict[str, Float[np.ndarray, " K"]]:
+        """``mae``, ``rmse``, ``nrmse`` of each entry (Eq. 21, 22, 23); NaN where nothing was observed."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mae = self.sum_absolute_error / self.count
+            rmse = np.sqrt(self.sum_squared_error / self.count)
+            mean_truth = self.sum_truth / self.count
+            nrmse = np.where(mean_truth > 0, rmse / mean_truth, np.nan)
+        return {"mae": mae, "rmse": rmse, "nrmse": nrmse}
+
+    def pooled(self) -> dict[str, float]:
+        """``mae``, ``rmse``, ``nrmse`` over all points of all horizons at once, and ``points``."""
+        whole = ErrorState(*(getattr(self, f.name).sum(keepdims=True) for f in fields(self)))
+        return {**{name: float(v[0]) for name, v in whole.errors().items()}, "points": int(self.count.sum())}
+
+    def mean_of_horizons(self) -> dict[str, float]:
+        """Mean over the horizons of each horizon's figure; horizons with no observed point are left out."""
+        scored = self.count > 0
+        means = {n: float(v[scored].mean()) if scored.any() else math.nan for n, v in self.errors().items()}
+        return {**means, "points": int(self.count.sum())}
+
+    def summary(self) -> dict[str, Any]:
+        """``pooled``, ``mean_of_horizons`` and ``per_horizon`` (a list, ``step`` from 1), as in metrics.json."""
+        errors = self.errors()
+        per_horizon = [
+            {"step": k + 1, **{n: float(v[k]) for n, v in errors.items()}, "points": int(self.count[k])}
+            for k in range(self.count.size)
+        ]
+        return {
+            "pooled": self.pooled(),
+            "mean_of_horizons": self.mean_of_horizons(),
+            "per_horizon": per_horizon,
+        }
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Plain lists, for a JSON file or a message between ranks; ``from_json`` gives the same state, bit for bit."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, state: dict[str, list[float]]) -> ErrorState:
+        """The state ``to_json`` wrote. Raises InputError where its keys are others."""
+        names = [f.name for f in fields(cls)]
+        if sorted(state) != sorted(names):
+            raise InputError(
+                f"an error state has the keys {', '.join(names)}; got {', '.join(sorted(state))}"
+            )
+        return cls(*(np.asarray(state[n], np.int64 if n == "count" else np.float64) for n in names))

@@ -1,0 +1,145 @@
+"""The files of a run folder that its report is made of: `report/metrics.json` and `log.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stdist.errors import InputError
+
+NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
+
+
+class Errors(BaseModel):
+    """MAE and RMSE in the data's units, NRMSE, over ``points`` observed values; None where nothing was observed."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    mae: float | None
+    rmse: float | None
+    nrmse: float | None
+    points: int
+
+
+class StepErrors(Errors):
+    """The errors of one horizon step, from 1."""
+
+    step: int
+
+
+class Scores(BaseModel):
+    """One forecaster's errors, as ``ErrorState.summary`` gives them; ``fallbacks`` counts persistence stand-ins."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    pooled: Errors
+    mean_of_horizons: Errors
+    per_horizon: list[StepErrors]
+    fallbacks: int = 0
+
+
+class StageScores(BaseModel):
+    """Named figures before and after one training stage, and what it bought in a sentence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    before: dict[str, float | None] = Field(default_factory=dict)
+    after: dict[str, float | None] = Field(default_factory=dict)
+    summary: str = ""
+
+
+class RunMetrics(BaseModel):
+    """The content of `report/metrics.json`; ``variants`` are other readings of the same model (without frames, …)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    contract: dict[str, Any]
+    model: Scores
+    baselines: dict[str, Scores]
+    stages: dict[str, StageScores] = Field(default_factory=dict)
+    variants: dict[str, Scores] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+
+@dataclass
+class StageLog:
+    """Scalars of one stage by name, each a dict from step to value: of training steps, and of evaluations."""
+
+    training: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    evaluation: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write ``path`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+    return path
+
+
+def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
+    """Write `report/metrics.json` of a run. Raises InputError, naming the key, where ``metrics`` has another form."""
+    checked = _checked(metrics, "metrics")
+    return write_text(run_dir / "report" / "metrics.json", checked.model_dump_json(indent=1) + "\n")
+
+
+def read_metrics(run_dir: Path) -> RunMetrics:
+    """Read `report/metrics.json` of a run. Raises InputError where it is damaged."""
+    path = run_dir / "report" / "metrics.json"
+    try:
+        return _checked(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: no JSON ({error}); evaluate the run again") from error
+
+
+def _checked(metrics: Any, name: str) -> RunMetrics:
+    try:
+        return RunMetrics.model_validate(metrics)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{name}: '{where}': {first['msg']}; evaluate the run again") from error
+
+
+def read_log(path: Path) -> dict[str, StageLog]:
+    """The scalars of `log.jsonl` by stage, in the order the stages first appear.
+
+    A resumed run repeats steps: the last line of a step counts. A last line cut short by a kill is left out; any
+    other unreadable line raises InputError. Values that are not finite are left out of curves, as gaps.
+    """
+    stages: dict[str, StageLog] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            stage, step = record["stage"], int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: no log record with 'stage' and 'step'") from error
+        log = stages.setdefault(stage, StageLog())
+        target, source = log.training, record
+        if record.get("event") == "evaluation":
+            target, source = log.evaluation, record.get("metrics", {})
+        for name, value in source.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and math.isfinite(value) and (source is not record or name not in NOT_SCALARS):
+                target[name][step] = float(value)
+    return stages
