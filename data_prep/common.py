@@ -1,0 +1,166 @@
+"""What every reader shares: the report of a preparation, cell ids, and checks of text files."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stdist.data import DaySpan, GridSpec, GridWriter, Split, open_store
+from stdist.errors import InputError
+
+Progress = Callable[[int, int], None]
+"""Called with (days done, days in all)."""
+
+KNOWN_UTC_OFFSETS = {"milan": 60, "trentino": 60}
+"""Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a preparation wrote. ``missing``: per channel, values of present frames that the source
+    lacks, now imputed; ``true_zeros``: measured zeros; ``runs``: gap-free runs of present frames."""
+
+    path: Path
+    city: str
+    channels: tuple[str, ...]
+    frames: int
+    runs: int
+    cells: int
+    missing: dict[str, int]
+    true_zeros: dict[str, int]
+    digest: str
+
+
+def only_source(sources: Sequence[Path], reader: str) -> Path:
+    """The one source of a reader that takes exactly one; InputError otherwise."""
+    if len(sources) != 1:
+        raise InputError(f"{reader} reads one file, {len(sources)} given; prepare one store per file")
+    return existing(sources[0])
+
+
+def existing(path: Path) -> Path:
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not a file; give the raw file itself")
+    return Path(path)
+
+
+def city_of(path: Path) -> str:
+    """First word of a file name: ``milan`` of milan_grid_data.csv."""
+    return re.split(r"[^a-z0-9]+", path.stem.lower())[0] or path.stem
+
+
+def utc_offset_of(city: str, utc_offset: int | None) -> int:
+    return KNOWN_UTC_OFFSETS.get(city, 0) if utc_offset is None else utc_offset
+
+
+def parse_start(start: str) -> np.datetime64:
+    """Local stamp of the first frame, datetime64[m], from ISO text such as 2013-11-01T00:00."""
+    try:
+        stamp = np.datetime64(start, "m")
+    except ValueError as error:
+        raise InputError(f"--start {start!r} is not a local ISO time; write 2013-11-01T00:00") from error
+    return stamp
+
+
+def cell_ids(height: int, width: int, row0: int, col0: int, id_width: int) -> np.ndarray:
+    """int64 [H, W]: (row0 + r) · id_width + (col0 + c) + 1, rows from the south as in the Milan grid."""
+    return (row0 + np.arange(height))[:, None] * id_width + col0 + np.arange(width)[None] + 1
+
+
+def grid_spec(
+    city: str,
+    channels: Sequence[str],
+    days: tuple[np.datetime64, np.datetime64],
+    shape: tuple[int, int],
+    *,
+    cadence: int,
+    utc_offset: int | None,
+    row0: int = 0,
+    col0: int = 0,
+    id_width: int | None = None,
+    units: str = "activity",
+) -> GridSpec:
+    """Spec of a rectangular grid whose ids follow ``cell_ids``; ``id_width`` defaults to the width."""
+    height, width = shape
+    if id_width is not None and col0 + width > id_width:
+        raise InputError(
+            f"columns {col0}:{col0 + width} leave rows of {id_width} ids; check --col0 and --id-width"
+        )
+    return GridSpec(
+        city=city,
+        channels=tuple(channels),
+        first_day=days[0],
+        last_day=days[1],
+        cell_ids=cell_ids(height, width, row0, col0, id_width or width),
+        cadence_minutes=cadence,
+        utc_offset_minutes=utc_offset_of(city, utc_offset),
+        units=units,
+        rows=row0 + np.arange(height),
+        cols=col0 + np.arange(width),
+    )
+
+
+def parse_split(train: str | None, validation: str | None, test: str | None) -> Split | None:
+    """Split from local dates ``A:B``; None where none is given, so that the store chooses its default."""
+    if train is validation is test is None:
+        return None
+    return Split.parse(train, validation, test)
+
+
+def write_frames(
+    writer: GridWriter,
+    stamps: np.ndarray,
+    channels: dict[str, np.ndarray],
+    split: Split | None,
+    progress: Progress | None = None,
+) -> PrepareSummary:
+    """Write frames that are all in memory, day by day, and finalise.
+
+    stamps: local, datetime64[m] [n], any order, on the spec's axis. channels: float32 [n, H, W], NaN =
+    missing.
+    """
+    spec = writer.spec
+    midnight = spec.first_day.astype("datetime64[m]")
+    frames = (stamps - midnight).astype(np.int64) // spec.cadence_minutes
+    days = np.unique(frames // spec.slots_per_day)
+    for done, day in enumerate(days.tolist()):
+        chosen = np.flatnonzero(frames // spec.slots_per_day == day)
+        slots = frames[chosen] % spec.slots_per_day
+        present = np.zeros(spec.slots_per_day, bool)
+        present[slots] = True
+        values = {}
+        for name, data in channels.items():
+            values[name] = np.full((spec.slots_per_day, *spec.shape), np.nan, np.float32)
+            values[name][slots] = data[chosen]
+        writer.write_day(day, values, present)
+        if progress:
+            progress(done + 1, len(days))
+    return finish(writer, split)
+
+
+def finish(writer: GridWriter, split: Split | None) -> PrepareSummary:
+    """Finalise and report; split spans outside the store's days are an InputError before anything is renamed."""
+    spec = writer.spec
+    for span in (split.train, split.validation, split.test) if split else ():
+        _require_inside(span, spec)
+    store = open_store(writer.finalise(split))
+    return PrepareSummary(
+        path=store.path,
+        city=store.city,
+        channels=store.channels,
+        frames=int(store.present.sum()),
+        runs=len(store.runs),
+        cells=int(store.inside.sum()),
+        missing={name: counts["missing"] for name, counts in store.coverage.items()},
+        true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
+        digest=store.digest,
+    )
+
+
+def _require_inside(span: DaySpan | None, spec: GridSpec) -> None:
+    if span and (span.first_day < spec.first_day or span.last_day > spec.last_day):
+        raise InputError(
+            f"span {span} leaves the data's days {spec.first_day}:{spec.last_day}; choose days within"
+        )

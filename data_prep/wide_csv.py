@@ -1,0 +1,127 @@
+"""Reader of wide CSV files: one row a frame, one column a cell, one channel.
+
+Columns are the cells row by row (column j is row j // W, column j % W of the grid); rows are consecutive
+frames at the cadence. There is no header and no time column: the local stamp of the first row is given. A
+blank field or NaN is a missing value; 0 is a measured zero; traffic is never negative.
+
+An example is the public 5 x 5 block of the Telecom Italia grid of Milan: 4,320 rows x 25 columns, 10 minutes,
+from 2013-11-01T00:00 local time, squares r * 100 + c + 1 with r and c in 41 … 45 (row 0 in the south).
+"""
+
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from data_prep.common import (
+    PrepareSummary,
+    Progress,
+    city_of,
+    grid_spec,
+    only_source,
+    parse_split,
+    parse_start,
+    write_frames,
+)
+from data_prep.text import explain_failure, require_columns
+from stdist.data import GridWriter
+from stdist.errors import InputError
+
+BLANKS = ("", "nan", "NaN", "NA")
+
+
+def prepare(
+    sources: list[Path],
+    out: Path,
+    *,
+    city: str | None = None,
+    channel: str = "internet",
+    start: str | None = None,
+    cadence: int = 10,
+    utc_offset: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    row0: int = 0,
+    col0: int = 0,
+    id_width: int | None = None,
+    train: str | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+    progress: Progress | None = None,
+) -> PrepareSummary:
+    """Write the grid store ``out`` from one file.
+
+    start: local ISO time of the first row, required. city: first word of the file name by default. cadence
+    and utc_offset in minutes (Milan and Trentino +60, others 0). height, width: a square by default. row0,
+    col0, id_width: where the grid lies in the data's own ids. train, validation, test: local days ``A:B``.
+    Raises InputError naming row and column of a bad field.
+    """
+    path = only_source(sources, "wide-csv")
+    if start is None:
+        raise InputError(
+            f"{path} has no time column; give the local time of its first row: --start 2013-11-01T00:00"
+        )
+    values = read_values(path)
+    shape = _grid_shape(path, values.shape[1], height, width)
+    first = parse_start(start)
+    stamps = first + np.arange(len(values)) * np.timedelta64(cadence, "m")
+    if (first - first.astype("datetime64[D]")).astype(int) % cadence:
+        raise InputError(
+            f"--start {start} is off the {cadence}-minute grid that begins at midnight; check --cadence"
+        )
+    name = city or city_of(path)
+    spec = grid_spec(
+        name,
+        [channel],
+        (first.astype("datetime64[D]"), stamps[-1].astype("datetime64[D]")),
+        shape,
+        cadence=cadence,
+        utc_offset=utc_offset,
+        row0=row0,
+        col0=col0,
+        id_width=id_width,
+    )
+    recipe = {"reader": "wide-csv", "start": str(first), "row0": row0, "col0": col0}
+    split = parse_split(train, validation, test)
+    with GridWriter(out, spec, recipe, [path]) as writer:
+        return write_frames(writer, stamps, {channel: values.reshape(-1, *shape)}, split, progress)
+
+
+def read_values(path: Path) -> np.ndarray:
+    """float32 [rows, columns] of a headerless CSV, NaN = missing; InputError names the first bad field."""
+    with path.open("rb") as file:
+        columns = file.readline().count(b",") + 1
+    require_columns(path, ",", columns)
+    schema = {f"column_{i + 1}": pl.Float64 for i in range(columns)}
+    try:
+        frame = pl.read_csv(path, has_header=False, schema=schema, null_values=list(BLANKS))
+    except pl.exceptions.PolarsError as error:
+        explain_failure(path, ",", columns, range(1, columns + 1), BLANKS, error)
+    values = frame.to_numpy().astype(np.float64)
+    if np.isinf(values).any():
+        explain_failure(path, ",", columns, range(1, columns + 1), BLANKS)
+    negative = np.argwhere(values < 0)
+    if len(negative):
+        row, column = negative[0]
+        raise InputError(
+            f"{path}, row {row + 1}, column {column + 1}: traffic {values[row, column]} is negative "
+            f"({len(negative)} such values); blank it if it means missing"
+        )
+    return values.astype(np.float32)
+
+
+def _grid_shape(path: Path, columns: int, height: int | None, width: int | None) -> tuple[int, int]:
+    if height is None and width is None:
+        side = isqrt(columns)
+        if side * side != columns:
+            raise InputError(
+                f"{path} has {columns} columns, which is no square grid; give --height and --width"
+            )
+        return side, side
+    shape = (height or columns // (width or 1), width or columns // (height or 1))
+    if shape[0] * shape[1] != columns:
+        raise InputError(
+            f"{path} has {columns} columns, not {shape[0]} x {shape[1]}; check --height and --width"
+        )
+    return shape

@@ -1,0 +1,93 @@
+"""Linear interpolation of missing values, "Vision-LLMs for Spatiotemporal Traffic Forecasting", Eq. 20.
+
+    d̃_t = d_start + (t − t_start) / (t_end − t_start) · (d_end − d_start)
+
+The paper interpolates between two known values. Departures, needed so that every input is a number: at the
+edges of a run of present frames the nearest known value is carried, and a cell never seen in a run is 0. Runs
+are imputed alone: nothing is interpolated across a gap.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Known:
+    """A known value per cell: frame index ``time`` int64 [...] (-1: none) and ``value`` float32 [...]."""
+
+    time: np.ndarray
+    value: np.ndarray
+
+    @classmethod
+    def none(cls, shape: tuple[int, ...]) -> "Known":
+        return cls(np.full(shape, -1, np.int64), np.zeros(shape, np.float32))
+
+    def updated(self, other: "Known") -> "Known":
+        """``other`` where it knows a value, else self."""
+        known = other.time >= 0
+        return Known(np.where(known, other.time, self.time), np.where(known, other.value, self.value))
+
+
+def first_known(values: np.ndarray, observed: np.ndarray, start: int) -> Known:
+    """First observed value per cell of values [T, ...], whose frame 0 has index ``start``."""
+    index = observed.argmax(axis=0)
+    return _take(values, observed, index, start)
+
+
+def last_known(values: np.ndarray, observed: np.ndarray, start: int) -> Known:
+    """Last observed value per cell of values [T, ...], whose frame 0 has index ``start``."""
+    index = len(observed) - 1 - observed[::-1].argmax(axis=0)
+    return _take(values, observed, index, start)
+
+
+def _take(values: np.ndarray, observed: np.ndarray, index: np.ndarray, start: int) -> Known:
+    value = np.take_along_axis(values, index[None], axis=0)[0]
+    seen = observed.any(axis=0)
+    return Known(np.where(seen, index + start, -1), np.where(seen, value, 0).astype(np.float32))
+
+
+def interpolate(
+    values: np.ndarray,
+    observed: np.ndarray,
+    start: int = 0,
+    before: Known | None = None,
+    after: Known | None = None,
+) -> np.ndarray:
+    """Eq. 20 on one stretch of a run: float32 [T, ...] with every missing value filled.
+
+    values: float32 [T, ...], read where ``observed`` (bool, same shape) only; ``start`` is the index of frame
+    0. before, after: the last value known before the stretch and the first one after it, within the same run.
+    """
+    if observed.all():
+        return values
+    shape = values.shape
+    flat, seen = values.reshape(shape[0], -1), observed.reshape(shape[0], -1)
+    cells = np.flatnonzero(~seen.all(axis=0))
+    none = Known.none((flat.shape[1],))
+    left, right = ((k or none) for k in (_flat(before), _flat(after)))
+    flat, seen = flat[:, cells], seen[:, cells]
+
+    # Positions of the neighbours on an axis widened by one frame at either end: `before` and `after`.
+    frames = np.arange(1, shape[0] + 1)[:, None]
+    previous = np.maximum.accumulate(np.where(seen, frames, 0), axis=0)
+    following = np.minimum.accumulate(np.where(seen, frames, shape[0] + 1)[::-1], axis=0)[::-1]
+    wide = np.concatenate((left.value[None, cells], flat, right.value[None, cells])).astype(np.float64)
+    times = np.broadcast_to(np.arange(start - 1, start + shape[0] + 1)[:, None], wide.shape).copy()
+    times[0], times[-1] = left.time[cells], right.time[cells]
+
+    t_start, t_end = np.take_along_axis(times, previous, 0), np.take_along_axis(times, following, 0)
+    d_start, d_end = np.take_along_axis(wide, previous, 0), np.take_along_axis(wide, following, 0)
+    t = frames - 1 + start
+    share = (t - t_start) / np.maximum(t_end - t_start, 1)
+    linear = d_start + share * (d_end - d_start)
+    nearest = np.where(t_start >= 0, d_start, np.where(t_end >= 0, d_end, 0.0))
+    filled = np.where((t_start >= 0) & (t_end >= 0), linear, nearest)
+
+    result = values.reshape(shape[0], -1).copy()
+    result[:, cells] = np.where(seen, flat, filled)
+    return result.reshape(shape)
+
+
+def _flat(known: Known | None) -> Known | None:
+    return None if known is None else Known(known.time.reshape(-1), known.value.reshape(-1))

@@ -1,0 +1,157 @@
+"""Calendar spans and grid regions: the two ways a user says which part of a store is meant."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from stdist.errors import InputError
+
+MILAN_FIRST_DAY = np.datetime64("2013-11-01", "D")
+MILAN_LAST_DAY = np.datetime64("2014-01-01", "D")
+
+
+def parse_day(text: Any) -> np.datetime64:
+    """One local calendar day from ``2013-11-01``, a date or a datetime64; raises InputError otherwise."""
+    try:
+        day = np.datetime64(text, "D")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{text!r} is not a calendar day; write it as 2013-11-01") from error
+    if np.isnat(day):
+        raise InputError(f"{text!r} is not a calendar day; write it as 2013-11-01")
+    return day
+
+
+@dataclass(frozen=True)
+class DaySpan:
+    """Local calendar days ``first_day`` … ``last_day``, both inside the span."""
+
+    first_day: np.datetime64
+    last_day: np.datetime64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_day", parse_day(self.first_day))
+        object.__setattr__(self, "last_day", parse_day(self.last_day))
+        if self.last_day < self.first_day:
+            raise InputError(f"span {self} ends before it starts; write the earlier day first")
+
+    @classmethod
+    def parse(cls, value: "DaySpan | str | Sequence[Any]") -> "DaySpan":
+        """From ``["2013-11-01", "2013-11-20"]`` or ``"2013-11-01:2013-11-20"``."""
+        if isinstance(value, DaySpan):
+            return value
+        parts = value.split(":") if isinstance(value, str) else list(value)
+        if len(parts) != 2:
+            raise InputError(f"span {value!r} needs two days; write it as 2013-11-01:2013-11-20")
+        return cls(parse_day(parts[0]), parse_day(parts[1]))
+
+    def __len__(self) -> int:
+        return int((self.last_day - self.first_day).astype(int)) + 1
+
+    def __str__(self) -> str:
+        return f"{self.first_day}:{self.last_day}"
+
+    def fraction(self, share: float) -> "DaySpan":
+        """The first ``share`` of the days, at least one: the few-shot span (docs/decisions.md, 12)."""
+        if not 0 < share <= 1:
+            raise InputError(f"fraction {share} of a span must lie in (0, 1]")
+        days = max(1, int(np.floor(len(self) * share + 1e-9)))
+        return DaySpan(self.first_day, self.first_day + np.timedelta64(days - 1, "D"))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training, validation and test spans; a store with few days may lack the last two."""
+
+    train: DaySpan | None
+    validation: DaySpan | None = None
+    test: DaySpan | None = None
+
+    def __post_init__(self) -> None:
+        named = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        spans = [(name, span) for name, span in named if span is not None]
+        for i, (name, span) in enumerate(spans):
+            for other_name, other in spans[i + 1 :]:
+                if span.first_day <= other.last_day and other.first_day <= span.last_day:
+                    raise InputError(f"{name} {span} and {other_name} {other} share days; make them disjoint")
+
+    @classmethod
+    def parse(cls, train: Any = None, validation: Any = None, test: Any = None) -> "Split":
+        """From any three spans that ``DaySpan.parse`` reads; None where there is none."""
+        return cls(*(None if span is None else DaySpan.parse(span) for span in (train, validation, test)))
+
+    def as_attribute(self) -> dict[str, list[str] | None]:
+        """JSON form, as the store's attributes keep it."""
+        spans = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: None if s is None else [str(s.first_day), str(s.last_day)] for name, s in spans.items()}
+
+
+def default_split(days: np.ndarray) -> Split:
+    """The split of a store whose present local days are ``days`` (sorted datetime64[D]).
+
+    The spans of "Vision-LLMs for Spatiotemporal Traffic Forecasting" where the data covers them
+    (docs/decisions.md, 12), else chronological 4 : 1 : 1 by days that hold data.
+    """
+    if days[0] <= MILAN_FIRST_DAY and days[-1] >= MILAN_LAST_DAY:
+        return Split.parse("2013-11-01:2013-12-18", "2013-12-19:2013-12-25", f"2013-12-26:{MILAN_LAST_DAY}")
+    held = len(days) // 6
+    if held == 0:
+        return Split(DaySpan(days[0], days[-1]))
+    return Split(
+        DaySpan(days[0], days[-2 * held - 1]),
+        DaySpan(days[-2 * held], days[-held - 1]),
+        DaySpan(days[-held], days[-1]),
+    )
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows ``r0`` … ``r1 - 1`` and columns ``c0`` … ``c1 - 1``, counted from 0 in the store's own arrays.
+
+    The paper's central region, rows and columns 45 … 55 counted from 1, is ``44:55,44:55``
+    (docs/decisions.md, 10).
+    """
+
+    r0: int
+    r1: int
+    c0: int
+    c1: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.r0 < self.r1 and 0 <= self.c0 < self.c1):
+            raise InputError(f"region {self} is empty or negative; write it as 44:55,44:55 (end excluded)")
+
+    @classmethod
+    def parse(cls, value: "Region | str | Sequence[int]") -> "Region":
+        """From ``"r0:r1,c0:c1"`` or four integers."""
+        if isinstance(value, Region):
+            return value
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*(\d+):(\d+)\s*,\s*(\d+):(\d+)\s*", value)
+            parts: Sequence[Any] = match.groups() if match else ()
+        else:
+            parts = value
+        if len(parts) != 4:
+            raise InputError(f"region {value!r} is not r0:r1,c0:c1; write it as 44:55,44:55 (end excluded)")
+        return cls(*(int(part) for part in parts))
+
+    def within(self, shape: tuple[int, int]) -> "Region":
+        """Itself, or InputError where it leaves a grid of ``shape`` (H, W)."""
+        if self.r1 > shape[0] or self.c1 > shape[1]:
+            raise InputError(
+                f"region {self} leaves the grid of {shape[0]} rows x {shape[1]} columns; stay inside it"
+            )
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.r1 - self.r0, self.c1 - self.c0
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        return slice(self.r0, self.r1), slice(self.c0, self.c1)
+
+    def __str__(self) -> str:
+        return f"{self.r0}:{self.r1},{self.c0}:{self.c1}"

@@ -1,0 +1,244 @@
+"""Reads a grid store: a Zarr v3 group that plain ``xarray.open_zarr`` opens too."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray
+import zarr
+
+from stdist.data.integrity import ROOT_METADATA, combined_digest, damaged_files, require_whole
+from stdist.data.schema import (
+    FORMAT,
+    FORMAT_VERSION,
+    MINUTES_PER_DAY,
+    observed_name,
+    runs_of,
+    train_mean_name,
+)
+from stdist.data.spans import DaySpan, Region, Split
+from stdist.data.statistics import Statistics, StatisticsState
+from stdist.data.windows import Windows
+from stdist.errors import InputError
+
+
+def open_store(path: str | Path) -> "GridStore":
+    """Open a grid store.
+
+    Reads metadata and file sizes only. Raises InputError with one line where the path is no grid store, or
+    names the file that is missing or cut short.
+    """
+    root = Path(path)
+    metadata = root / ROOT_METADATA
+    if not metadata.is_file():
+        what = (
+            "holds no zarr.json"
+            if root.is_dir()
+            else "is not a folder"
+            if root.exists()
+            else "does not exist"
+        )
+        raise InputError(f"{root} is not a grid store: it {what}; make one with `stdist prepare`")
+    try:
+        attributes = json.loads(metadata.read_text())["attributes"]
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"{root} is damaged: {ROOT_METADATA} is cut short; prepare or copy it again"
+        ) from error
+    if attributes.get("format") != FORMAT:
+        raise InputError(f"{root} is a Zarr group but not a grid store; make one with `stdist prepare`")
+    if attributes["format_version"] != FORMAT_VERSION:
+        raise InputError(f"{root} has format version {attributes['format_version']}, this program reads 1")
+    if "digest" not in attributes:
+        raise InputError(f"{root} was never finished; remove it and prepare it again")
+    require_whole(root, attributes["files"])
+    return GridStore(root, attributes)
+
+
+@dataclass(eq=False)
+class GridStore:
+    """A city's traffic on a grid of H rows and W columns over T frames. Made by ``open_store``.
+
+    ``path``; ``attributes``: the store's own (recipe, sources, files, …).
+    """
+
+    path: Path
+    attributes: dict[str, Any]
+
+    @cached_property
+    def dataset(self) -> xarray.Dataset:
+        """The whole store, lazily."""
+        return xarray.open_zarr(self.path, consolidated=True, chunks=None)
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        return zarr.open_group(self.path, mode="r")
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.attributes["channels"])
+
+    @property
+    def city(self) -> str:
+        return self.attributes["city"]
+
+    @property
+    def units(self) -> str:
+        return self.attributes["units"]
+
+    @property
+    def digest(self) -> str:
+        """One sha256 over every file and attribute, as recorded; ``verify`` computes it again."""
+        return self.attributes["digest"]
+
+    @property
+    def default_split(self) -> Split:
+        return Split.parse(**self.attributes["split"])
+
+    @property
+    def cadence(self) -> np.timedelta64:
+        return np.timedelta64(self.attributes["cadence_minutes"], "m")
+
+    @property
+    def slots_per_day(self) -> int:
+        return MINUTES_PER_DAY // self.attributes["cadence_minutes"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.cell_ids.shape[0], self.cell_ids.shape[1]
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """UTC stamps of all frames, datetime64[ns] [T]."""
+        return np.asarray(self._array("time")[:]).astype("datetime64[m]").astype("datetime64[ns]")
+
+    @property
+    def local_times(self) -> np.ndarray:
+        """Local stamps of all frames, datetime64[ns] [T]."""
+        return self.times + np.timedelta64(self.attributes["utc_offset_minutes"], "m")
+
+    @cached_property
+    def cell_ids(self) -> np.ndarray:
+        """The data's own cell ids, int64 [H, W]."""
+        return np.asarray(self._array("cell_id")[:])
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """Cells that belong to the city, bool [H, W]."""
+        return np.asarray(self._array("inside")[:])
+
+    @cached_property
+    def present(self) -> np.ndarray:
+        """Frames that exist, bool [T]; a run of them is what a window may lie in."""
+        return np.asarray(self._array("present")[:])
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Half-open frame indices of every gap-free run."""
+        return runs_of(self.present)
+
+    @property
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Per channel, over present frames and inside cells: ``missing`` (imputed) and ``true_zeros``."""
+        return self.attributes["coverage"]
+
+    def values(self, channel: str, start: int, stop: int, region: Region | None = None) -> np.ndarray:
+        """Frames [start, stop) of a channel, imputed, float32 [T, h, w]; NaN where a frame is not present."""
+        return self._read(self._known(channel), start, stop, region)
+
+    def observed(
+        self, channel: str, start: int | None = None, stop: int | None = None, region: Region | None = None
+    ) -> np.ndarray:
+        """Which values of frames [start, stop) were measured and not imputed, bool [T, h, w]."""
+        last = len(self.present) if stop is None else stop
+        return self._read(observed_name(self._known(channel)), start or 0, last, region)
+
+    def _known(self, channel: str) -> str:
+        if channel not in self.channels:
+            raise InputError(f"{self.path} has no channel {channel!r}; it has {', '.join(self.channels)}")
+        return channel
+
+    def _read(self, name: str, start: int, stop: int, region: Region | None) -> np.ndarray:
+        rows, cols = region.within(self.shape).slices if region else (slice(None), slice(None))
+        return np.asarray(self._array(name)[int(start) : int(stop), rows, cols])
+
+    def frames_of(self, span: DaySpan) -> tuple[int, int]:
+        """Half-open frame indices of a span of local days; InputError where it leaves the store's days."""
+        first, last = (np.datetime64(self.attributes[name], "D") for name in ("first_day", "last_day"))
+        if span.first_day < first or span.last_day > last:
+            raise InputError(
+                f"span {span} leaves the days of {self.path}, {first}:{last}; choose days within"
+            )
+        days = [int((day - first).astype(int)) for day in (span.first_day, span.last_day)]
+        return days[0] * self.slots_per_day, (days[1] + 1) * self.slots_per_day
+
+    def statistics(self, channel: str, span: DaySpan) -> Statistics:
+        """Statistics fitted on the observed values of exactly ``span``; the stored ones where it is theirs.
+
+        Raises InputError where the span holds no observed value.
+        """
+        stored = self.attributes["train_statistics"].get(self._known(channel))
+        if stored and DaySpan.parse(stored["span"]) == span:
+            scalars = {name: stored[name] for name in ("mean", "std", "maximum", "count")}
+            return Statistics(
+                **scalars, cell_mean=np.asarray(self._array(train_mean_name(channel))[:]), span=span
+            )
+        first, stop = self.frames_of(span)
+        state = StatisticsState(self.shape)
+        for start in range(first, stop, self.slots_per_day):
+            day = start, start + self.slots_per_day
+            if self.present[slice(*day)].any():
+                state.add(self.values(channel, *day), self.observed(channel, *day))
+        if state.count == 0:
+            raise InputError(
+                f"span {span} of {self.path} holds no observed value of {channel}; choose other days"
+            )
+        return state.result(span)
+
+    def windows(
+        self,
+        span: DaySpan | str,
+        S: int,
+        K: int,
+        *,
+        channel: str,
+        region: Region | None = None,
+        history_inside: bool | None = None,
+    ) -> Windows:
+        """Windows of a span of local days, or of the default split's ``train``, ``validation`` or ``test``.
+
+        history_inside: whether the history must lie inside the span too; by default it must, except for
+        ``"validation"`` and ``"test"`` (docs/decisions.md, 12). region: cells of the targets, the whole grid
+        by default. Raises InputError where no window fits.
+        """
+        named = isinstance(span, str)
+        if history_inside is None:
+            history_inside = not (named and span in ("validation", "test"))
+        where = Region(0, self.shape[0], 0, self.shape[1]) if region is None else region.within(self.shape)
+        name, days = (str(span), self._named_span(str(span))) if named else ("span", span)
+        assert isinstance(days, DaySpan)
+        return Windows(self, self._known(channel), days, name, S, K, where, history_inside)
+
+    def _named_span(self, name: str) -> DaySpan:
+        if name not in ("train", "validation", "test"):
+            raise InputError(f"{name!r} is no part of a split; choose train, validation or test")
+        span = getattr(self.default_split, name)
+        if span is None:
+            raise InputError(f"{self.path} has too few days for a {name} span; give its days yourself")
+        return span
+
+    def verify(self) -> list[str]:
+        """Names of files whose bytes are not the recorded ones; reads everything. Empty for a whole store."""
+        damaged = damaged_files(self.path, self.attributes["files"])
+        if combined_digest(self.attributes["files"], self.attributes) != self.digest:
+            damaged.append(ROOT_METADATA)
+        return damaged
