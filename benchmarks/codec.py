@@ -1,8 +1,8 @@
 """Values per second, encoded and decoded: the arithmetic codec against look-ups through a tokenizer.
 
 The peer is what a tokenizer with the numerals as added tokens offers: each value is written as a token string
-and looked up with ``token_to_id``; back, ``id_to_token`` and parsing. Both sides run in turn on one core, in one
-process, on the same values, log-uniform over the numerals' range with both signs, and must agree.
+and looked up with ``token_to_id``; back, ``id_to_token`` and parsing. Both sides run in turn, on one core, in
+one process, on the same values, log-uniform over the numerals' range with both signs, and must agree.
 
     python benchmarks/codec.py --json
 """
@@ -98,7 +98,8 @@ def measure(runs: int, dtype: str) -> dict[str, Any]:
         },
         "setting": (
             f"{VALUES} {dtype} values a run ({PEER_VALUES} for the peer), {len(vocabulary)} numerals, "
-            f"numpy {np.__version__}, Python {platform.python_version()}, {processor()}"
+            f"numpy {np.__version__}, Python {platform.python_version()}, "
+            f"one of {os.cpu_count()} cores of {processor()}"
         ),
     }
 
