@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stdist.data import DaySpan, GridSpec, GridWriter, Split, open_store
+from stdist.data import GridSpec, GridWriter, Split, open_store
 from stdist.errors import InputError
 
 Progress = Callable[[int, int], None]
@@ -102,11 +102,33 @@ def grid_spec(
     )
 
 
-def parse_split(train: str | None, validation: str | None, test: str | None) -> Split | None:
-    """Split from local dates ``A:B``; None where none is given, so that the store chooses its default."""
+def parse_split(train: str | None, validation: str | None, test: str | None, spec: GridSpec) -> Split | None:
+    """Split from local dates ``A:B``; None where none is given, so that the store chooses its default.
+
+    Raises InputError where a span leaves the data's days, before any work is done.
+    """
     if train is validation is test is None:
         return None
-    return Split.parse(train, validation, test)
+    split = Split.parse(train, validation, test)
+    for span in (split.train, split.validation, split.test):
+        if span and (span.first_day < spec.first_day or span.last_day > spec.last_day):
+            raise InputError(
+                f"span {span} leaves the data's days {spec.first_day}:{spec.last_day}; choose days within"
+            )
+    return split
+
+
+def require_on_grid(path: Path, stamps: np.ndarray, cadence: int) -> None:
+    """Raise InputError for a local stamp (datetime64[m] [n]) that is repeated or off the cadence's grid."""
+    since_midnight = (stamps - stamps.astype("datetime64[D]")).astype(np.int64)
+    if (since_midnight % cadence).any():
+        stamp = stamps[(since_midnight % cadence) != 0][0]
+        raise InputError(
+            f"{path}: stamp {stamp} is off the {cadence}-minute grid that begins at midnight; check --cadence"
+        )
+    unique, counts = np.unique(stamps, return_counts=True)
+    if (counts > 1).any():
+        raise InputError(f"{path}: stamp {unique[counts > 1][0]} occurs twice; give each frame once")
 
 
 def write_frames(
@@ -141,10 +163,7 @@ def write_frames(
 
 
 def finish(writer: GridWriter, split: Split | None) -> PrepareSummary:
-    """Finalise and report; split spans outside the store's days are an InputError before anything is renamed."""
-    spec = writer.spec
-    for span in (split.train, split.validation, split.test) if split else ():
-        _require_inside(span, spec)
+    """Finalise the store and report what it holds."""
     store = open_store(writer.finalise(split))
     return PrepareSummary(
         path=store.path,
@@ -157,10 +176,3 @@ def finish(writer: GridWriter, split: Split | None) -> PrepareSummary:
         true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
         digest=store.digest,
     )
-
-
-def _require_inside(span: DaySpan | None, spec: GridSpec) -> None:
-    if span and (span.first_day < spec.first_day or span.last_day > spec.last_day):
-        raise InputError(
-            f"span {span} leaves the data's days {spec.first_day}:{spec.last_day}; choose days within"
-        )

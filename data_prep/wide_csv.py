@@ -22,6 +22,7 @@ from data_prep.common import (
     only_source,
     parse_split,
     parse_start,
+    require_on_grid,
     write_frames,
 )
 from data_prep.text import explain_failure, require_columns
@@ -66,10 +67,6 @@ def prepare(
     shape = _grid_shape(path, values.shape[1], height, width)
     first = parse_start(start)
     stamps = first + np.arange(len(values)) * np.timedelta64(cadence, "m")
-    if (first - first.astype("datetime64[D]")).astype(int) % cadence:
-        raise InputError(
-            f"--start {start} is off the {cadence}-minute grid that begins at midnight; check --cadence"
-        )
     name = city or city_of(path)
     spec = grid_spec(
         name,
@@ -83,7 +80,8 @@ def prepare(
         id_width=id_width,
     )
     recipe = {"reader": "wide-csv", "start": str(first), "row0": row0, "col0": col0}
-    split = parse_split(train, validation, test)
+    require_on_grid(path, stamps, cadence)
+    split = parse_split(train, validation, test, spec)
     with GridWriter(out, spec, recipe, [path]) as writer:
         return write_frames(writer, stamps, {channel: values.reshape(-1, *shape)}, split, progress)
 
