@@ -5,6 +5,8 @@ from stdist.evaluation.contract import EvaluationContract, ForecastContract, For
 from stdist.evaluation.forecasts import Forecasts, read_forecasts, write_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
+from stdist.evaluation.report import build_report
+from stdist.evaluation.run_files import RunMetrics, write_metrics
 
 __all__ = [
     "BaselineForecasts",
@@ -14,10 +16,13 @@ __all__ = [
     "ForecastContract",
     "ForecastMetadata",
     "Forecasts",
+    "RunMetrics",
+    "build_report",
     "evaluate",
     "forecast_baselines",
     "forecast_contract",
     "read_forecasts",
     "score_baselines",
     "write_forecasts",
+    "write_metrics",
 ]

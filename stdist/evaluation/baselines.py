@@ -1,7 +1,7 @@
-"""Forecasters that a trained model has to beat: last value, yesterday, last week, weekly profile, ridge regression.
+"""Forecasters that a model has to beat: last value, yesterday, last week, weekly profile, ridge.
 
-All of them see what the model sees of the past of a window and of the training span, and nothing else. Arrays are
-[T, C]: every frame of the store, the cells of the region flattened row by row.
+All of them see what the model sees of the past of a window and of the training span, and nothing else.
+Arrays are [T, C]: every frame of the store, the cells of the region flattened row by row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RIDGE_PENALTY = 1.0  # on lags scaled to unit variance; the Milan figures move b
 
 @dataclass(frozen=True, eq=False)
 class BaselineForecasts:
-    """One baseline's forecasts [N, K, h, w] in the data's units; ``fallbacks`` of them are plain persistence."""
+    """Forecasts [N, K, h, w] in the data's units; ``fallbacks`` of the city's are persistence."""
 
     values: Float[np.ndarray, "N K h w"]
     fallbacks: int
@@ -35,9 +35,9 @@ def forecast_baselines(
 ) -> dict[str, BaselineForecasts]:
     """Every baseline's forecasts of ``windows``, fitted on the windows that lie wholly in the days ``train``.
 
-    Keys: ``persistence``, ``same time yesterday``, ``same time last week``, ``mean by weekday and slot`` and
-    ``ridge``. A value of the others that is missing (before the data's start, in a gap, never seen in training) is
-    replaced by persistence and counted. Raises InputError where no window fits ``train``.
+    Keys: ``persistence``, ``same time yesterday``, ``same time last week``, ``mean by weekday and slot``
+    and ``ridge``. A value of the others that is missing (before the data's start, in a gap, never seen in
+    training) is replaced by persistence and counted. Raises InputError where no window fits ``train``.
     """
     S, K, channel, region, origins = windows.S, windows.K, windows.channel, windows.region, windows.origins
     fit = store.windows(train, S, K, channel=channel, region=region, history_inside=True)
@@ -54,17 +54,18 @@ def forecast_baselines(
         "ridge": ridge(series, features, fit.origins, origins, S, K),
     }
     last = forecasts["persistence"]
+    inside = store.inside[region.slices].ravel()
     shape = (len(origins), K, *grid.shape[1:])
     result = {}
     for name, values in forecasts.items():
-        missing = np.isnan(values) & ~np.isnan(last)
+        missing = np.isnan(values)
         filled = np.where(missing, last, values).astype(np.float32)
-        result[name] = BaselineForecasts(filled.reshape(shape), int(missing.sum()))
+        result[name] = BaselineForecasts(filled.reshape(shape), int(missing[:, :, inside].sum()))
     return result
 
 
 def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, dict[str, Any]]:
-    """For every baseline the ``ErrorState.summary`` of its forecasts of ``windows``, and its ``fallbacks``."""
+    """For every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``."""
     truth, observed = read_targets(store, windows.channel, windows.region, windows.K, windows.origins)
     return {
         name: {
@@ -121,7 +122,7 @@ def ridge(
     S: int,
     K: int,
 ) -> Float[np.ndarray, "N K C"]:
-    """Ridge regression of all K targets on S lags and the origin's calendar features, one closed form per cell.
+    """Ridge regression of all K targets on S lags and the origin's calendar, in closed form per cell.
 
     Lags and targets are scaled by the mean and deviation of the cell over the training windows.
     """
@@ -144,7 +145,8 @@ def calendar(
 ) -> Float[np.ndarray, "T F"]:
     """A constant and the harmonics 1 to 6 of the local day and week.
 
-    A cycle that the ``fit_length`` training frames do not hold twice is left out: its harmonics could follow anything.
+    A cycle that the ``fit_length`` training frames do not hold twice is left out: its harmonics could
+    follow anything.
     """
     columns = [np.ones(len(slot_of_week))]
     for period in (slots_per_day, DAYS_PER_WEEK * slots_per_day):

@@ -10,8 +10,9 @@ MASK_RULE = "observed points only; inputs may be imputed"
 class ForecastContract(BaseModel):
     """What a forecaster promised to forecast; travels with its forecasts.
 
-    ``region`` is (r0, r1, c0, c1), half-open, row 0 in the south; ``split`` covers the local days ``first_day`` to
-    ``last_day`` (ISO dates, both included), windows' history too where ``history_inside``; ``S`` and ``K`` count frames.
+    ``region`` is (r0, r1, c0, c1), half-open, row 0 in the south; ``split`` covers the local days
+    ``first_day`` to ``last_day`` (ISO dates, both included), windows' history too where ``history_inside``;
+    ``S`` and ``K`` count frames.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,8 +35,8 @@ class ForecastContract(BaseModel):
 class EvaluationContract(ForecastContract):
     """What was scored: the protocol that every error figure carries.
 
-    ``windows`` were scored of the ``windows_in_split`` that the split holds; ``points`` are observed (window, step,
-    cell) values; ``first_target`` and ``last_target`` are UTC stamps.
+    ``windows`` were scored of the ``windows_in_split`` that the split holds; ``points`` are observed
+    (window, step, cell) values; ``first_target`` and ``last_target`` are UTC stamps.
     """
 
     windows: int

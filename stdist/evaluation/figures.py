@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.dates as mdates
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -21,11 +21,13 @@ MODEL = "#c2410c"
 TRUTH = "#1f2937"
 MUTED = "#94a3b8"
 OTHERS = ("#0f766e", "#1d4ed8", "#7c3aed", "#64748b", "#a16207", "#be185d", "#15803d")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+STYLES: Any = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 WIDTH = 8.4
 PREFERRED_SCALARS = ("loss", "reward", "kl", "learning_rate")
 PANELS_PER_STAGE = 6
-STYLE = {
+DATES = ["%Y", "%b", "%d %b", "%H:%M", "%H:%M", "%H:%M"]
+DATES_AT_ZERO = ["", "%Y", "%d %b", "%d %b", "%H:%M", "%H:%M"]
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "axes.titlesize": 11,
@@ -54,8 +56,16 @@ def horizon_curves(
         axes = figure.add_subplot()
         marker = "o" if len(model) < 40 else ""
         for i, (name, curve) in enumerate(others.items()):
-            style = {"color": OTHERS[i % len(OTHERS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.6}
-            axes.plot(np.arange(1, len(curve) + 1), curve, label=name, marker=marker, markersize=2.5, **style)
+            axes.plot(
+                np.arange(1, len(curve) + 1),
+                curve,
+                label=name,
+                color=OTHERS[i % len(OTHERS)],
+                linestyle=STYLES[i % len(STYLES)],
+                linewidth=1.6,
+                marker=marker,
+                markersize=2.5,
+            )
         steps = np.arange(1, len(model) + 1)
         axes.plot(steps, model, color=MODEL, linewidth=2.8, marker=marker, markersize=4, label="model")
         axes.set(xlabel=f"steps ahead (one step = {minutes_per_step:g} min)", ylabel="NRMSE")
@@ -65,13 +75,11 @@ def horizon_curves(
         return figure
 
 
-def training_curves(stage: str, log: StageLog) -> Figure:
+def training_curves(log: StageLog) -> Figure:
     """Every logged scalar of one stage in a panel of its own, evaluations as points."""
     names = [n for n in PREFERRED_SCALARS if n in log.training]
     names += [n for n in log.training if n not in names]
-    panels: list[tuple[str, dict[int, float], bool]] = [
-        (f"{n} (evaluation)", v, True) for n, v in log.evaluation.items()
-    ]
+    panels = [(f"{name} (evaluation)", values, True) for name, values in log.evaluation.items()]
     panels = [(n, log.training[n], False) for n in names[: max(2, PANELS_PER_STAGE - len(panels))]] + panels
     with rc_context(STYLE):
         rows = -(-len(panels) // 2)
@@ -106,16 +114,16 @@ def cell_traces(
     units: str,
     times: Shaped[np.ndarray, " T"],
     truth: Float[np.ndarray, " T"],
-    origin_index: Sequence[int],
+    origin_index: Int[np.ndarray, " N"],
     forecast: Float[np.ndarray, "N K"],
     band: Float[np.ndarray, "2 N K"] | None = None,
 ) -> Figure:
-    """One cell: forecasts stitched at the last step over all times, and whole K-step forecasts of its busiest day.
+    """One cell: forecasts stitched at the last step, and whole K-step forecasts of its busiest day.
 
-    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origin_index`` counts into them. ``band``
-    is the 0.1 and the 0.9 quantile.
+    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origin_index`` counts into them.
+    ``band`` is the 0.1 and the 0.9 quantile.
     """
-    origins = np.asarray(origin_index)
+    origins = origin_index
     K = forecast.shape[1]
     cadence = times[1] - times[0]
     with rc_context(STYLE):
@@ -151,7 +159,11 @@ def cell_traces(
         for axes in (top, bottom):
             locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
             axes.xaxis.set_major_locator(locator)
-            axes.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+            axes.xaxis.set_major_formatter(
+                mdates.ConciseDateFormatter(
+                    locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False
+                )
+            )
             axes.set_ylim(bottom=min(0.0, float(np.nanmin(forecast))))
             axes.margins(x=0.01)
         figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)

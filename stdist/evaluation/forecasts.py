@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -29,9 +31,9 @@ CELL_IDS_KEY = "stdist_cell_ids"
 class Forecasts:
     """Point forecasts of N windows, K steps and the h x w cells of one region, in the data's units.
 
-    ``origins`` are the UTC stamps (datetime64[ns]) of the last history frames; step k (from 1) is the value k frames
-    later. ``quantiles`` holds the 0.1, 0.5 and 0.9 quantiles of the candidates, or None for a single candidate.
-    Cells nobody forecast (outside the city) are NaN.
+    ``origins`` are the UTC stamps (datetime64[ns]) of the last history frames; step k (from 1) is the value
+    k frames later. ``quantiles`` holds the 0.1, 0.5 and 0.9 quantiles of the candidates, or None for a
+    single candidate. Cells nobody forecast (outside the city) are NaN.
     """
 
     values: Float[np.ndarray, "N K h w"]
@@ -58,9 +60,9 @@ class Forecasts:
 def write_forecasts(forecasts: Forecasts, path: Path | str) -> Path:
     """Write to ``path``, by its suffix; the name appears only when the file is whole, replacing an older one.
 
-    ``.zarr``: array ``forecast (origin, step, row, col)``; with quantiles ``forecast (quantile, origin, step, row,
-    col)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value, cells without a forecast
-    left out. Raises InputError for another suffix.
+    ``.zarr``: array ``forecast (origin, step, row, col)``; with quantiles ``forecast (quantile, origin,
+    step, row, col)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value, cells
+    without a forecast left out. Raises InputError for another suffix.
     """
     path = Path(path)
     write = {".zarr": _write_zarr, ".parquet": _write_parquet}.get(path.suffix)
@@ -109,8 +111,8 @@ def _write_zarr(forecasts: Forecasts, path: Path) -> None:
     contract = forecasts.metadata.contract
     r0, r1, c0, c1 = contract.region
     dims = ("origin", "step", "row", "col")
-    data = {"point": (dims, forecasts.values.astype(np.float32), {"units": contract.units})}
-    coords = {
+    data: dict[str, Any] = {"point": (dims, forecasts.values.astype(np.float32), {"units": contract.units})}
+    coords: dict[str, Any] = {
         "origin": ("origin", forecasts.origins.astype("datetime64[ns]"), {"standard_name": "time"}),
         "step": ("step", np.arange(1, contract.K + 1)),
         "row": ("row", np.arange(r0, r1)),
@@ -127,9 +129,12 @@ def _write_zarr(forecasts: Forecasts, path: Path) -> None:
     per_chunk = max(1, 2**20 // max(1, int(np.prod(forecasts.values.shape[1:]))))
     chunk = (max(1, min(len(forecasts.origins), per_chunk)), *forecasts.values.shape[1:])
     encoding = {n: {"chunks": (*(1,) * (len(v[0]) - len(chunk)), *chunk)} for n, v in data.items()}
-    xr.Dataset(data, coords, attributes).to_zarr(
-        path, mode="w", zarr_format=3, consolidated=True, encoding=encoding
-    )
+    with warnings.catch_warnings():
+        # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read.
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
+        xr.Dataset(data, coords, attributes).to_zarr(
+            path, mode="w", zarr_format=3, consolidated=True, encoding=encoding
+        )
 
 
 def _read_zarr(path: Path) -> Forecasts:

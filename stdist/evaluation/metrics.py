@@ -1,8 +1,8 @@
 """MAE, RMSE and NRMSE as sums and counts: any batch size, any number of ranks, one answer.
 
-Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23. Papers report these either pooled over all points or
-as the mean of the horizons' figures; the two differ, so both are always given. Only observed points are scored
-(docs/decisions.md).
+Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23. Papers report these either pooled over all
+points or as the mean of the horizons' figures; the two differ, so both are always given. Only observed
+points are scored (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ERRORS = ("mae", "rmse", "nrmse")
 class ErrorState:
     """Sums over observed points, one entry per horizon step (or per cell, see ``of_cells``).
 
-    States add with ``+``; the sum of the states of any partition of the windows is the state of all of them, up to
-    float64 rounding. Sums are in the data's units (``sum_squared_error`` in units squared).
+    States add with ``+``; the sum of the states of any partition of the windows is the state of all of
+    them, up to float64 rounding. Sums are in the data's units (``sum_squared_error`` in units squared).
     """
 
     count: Int[np.ndarray, " K"]
@@ -47,14 +47,14 @@ class ErrorState:
     ) -> ErrorState:
         """The state of one batch; ``observed`` is True where a point counts (None: everywhere).
 
-        Raises InputError where shapes differ, or a counted point has no finite forecast or truth: an error that
-        hides a NaN would hide a diverged model.
+        Raises InputError where shapes differ, or a counted point has no finite forecast or truth: an error
+        that hides a NaN would hide a diverged model.
         """
         if observed is None:
             observed = np.ones(truth.shape, bool)
         if not forecast.shape == truth.shape == observed.shape:
             raise InputError(
-                f"forecast {forecast.shape}, truth {truth.shape} and observed {observed.shape} must have one shape"
+                f"forecast {forecast.shape}, truth {truth.shape}, observed {observed.shape}: give one shape"
             )
         for name, array in (("forecast", forecast), ("truth", truth)):
             bad = observed & ~np.isfinite(array)
@@ -123,7 +123,7 @@ class ErrorState:
         return {**means, "points": int(self.count.sum())}
 
     def summary(self) -> dict[str, Any]:
-        """``pooled``, ``mean_of_horizons`` and ``per_horizon`` (a list, ``step`` from 1), as in metrics.json."""
+        """``pooled``, ``mean_of_horizons`` and ``per_horizon`` (``step`` from 1), as in metrics.json."""
         errors = self.errors()
         per_horizon = [
             {"step": k + 1, **{n: float(v[k]) for n, v in errors.items()}, "points": int(self.count[k])}
@@ -136,7 +136,7 @@ class ErrorState:
         }
 
     def to_json(self) -> dict[str, list[float]]:
-        """Plain lists, for a JSON file or a message between ranks; ``from_json`` gives the same state, bit for bit."""
+        """Plain lists, for a file or a message between ranks; ``from_json`` gives the same state back."""
         return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
 
     @classmethod

@@ -54,9 +54,9 @@ def forecast_contract(windows: Windows) -> ForecastContract:
 def evaluate(forecasts: Forecasts | Path | str, store: GridStore | Path | str) -> EvaluationResult:
     """Score forecasts (or a file of them) against the store they were made on, observed points only.
 
-    MAE, RMSE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23), pooled
-    and per horizon. Raises InputError where the forecasts were made on other data, reach past it, name cells or
-    times it does not have, repeat a window, or leave the split they claim.
+    MAE, RMSE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23),
+    pooled and per horizon. Raises InputError where the forecasts were made on other data, reach past it,
+    name cells or times it does not have, repeat a window, or leave the split they claim.
     """
     forecasts = forecasts if isinstance(forecasts, Forecasts) else read_forecasts(forecasts)
     store = store if isinstance(store, GridStore) else open_store(Path(store))
@@ -104,8 +104,8 @@ def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N
     contract = forecasts.metadata.contract
     if contract.store_digest != store.digest:
         raise InputError(
-            f"forecasts were made on store digest {contract.store_digest} ({contract.city}), {store.path} has "
-            f"{store.digest} ({store.city}): score them on the store they were made on"
+            f"forecasts were made on a store of digest {contract.store_digest} ({contract.city}), but "
+            f"{store.path} has {store.digest} ({store.city}): score them on the store they were made on"
         )
     if contract.channel not in store.channels:
         raise InputError(
@@ -114,7 +114,8 @@ def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N
     foreign = ~np.isin(forecasts.cell_ids, store.cell_ids)
     if foreign.any():
         raise InputError(
-            f"{int(foreign.sum())} forecast cells are not in {store.path}, first {forecasts.cell_ids[foreign][0]}"
+            f"{int(foreign.sum())} forecast cells are not in {store.path}, first "
+            f"{forecasts.cell_ids[foreign][0]}: score them on the store they were made on"
         )
     r0, r1, c0, c1 = contract.region
     if not np.array_equal(store.cell_ids[r0:r1, c0:c1], forecasts.cell_ids):
@@ -125,7 +126,8 @@ def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N
     last_target = forecasts.origins.max() + contract.K * np.timedelta64(contract.cadence_seconds, "s")
     if last_target > store.times[-1]:
         raise InputError(
-            f"forecasts reach to {_utc(last_target)}, the data of {store.path} ends at {_utc(store.times[-1])}"
+            f"forecasts reach to {_utc(last_target)}, past the data of {store.path}, which ends at "
+            f"{_utc(store.times[-1])}: there is no truth to score them by"
         )
     unknown = store.times[index] != forecasts.origins
     if unknown.any():

@@ -19,7 +19,7 @@ NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
 
 
 class Errors(BaseModel):
-    """MAE and RMSE in the data's units, NRMSE, over ``points`` observed values; None where nothing was observed."""
+    """MAE, RMSE (data's units) and NRMSE of ``points`` observed values; None where there are none."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -36,7 +36,7 @@ class StepErrors(Errors):
 
 
 class Scores(BaseModel):
-    """One forecaster's errors, as ``ErrorState.summary`` gives them; ``fallbacks`` counts persistence stand-ins."""
+    """One forecaster's ``ErrorState.summary``; ``fallbacks`` of its values are persistence instead."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -57,7 +57,10 @@ class StageScores(BaseModel):
 
 
 class RunMetrics(BaseModel):
-    """The content of `report/metrics.json`; ``variants`` are other readings of the same model (without frames, …)."""
+    """The content of `report/metrics.json`.
+
+    ``variants`` are other readings of the same model, for instance without frames.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -93,7 +96,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
-    """Write `report/metrics.json` of a run. Raises InputError, naming the key, where ``metrics`` has another form."""
+    """Write `report/metrics.json` of a run. Raises InputError, naming the key, for another form."""
     checked = _checked(metrics, "metrics")
     return write_text(run_dir / "report" / "metrics.json", checked.model_dump_json(indent=1) + "\n")
 
@@ -119,8 +122,9 @@ def _checked(metrics: Any, name: str) -> RunMetrics:
 def read_log(path: Path) -> dict[str, StageLog]:
     """The scalars of `log.jsonl` by stage, in the order the stages first appear.
 
-    A resumed run repeats steps: the last line of a step counts. A last line cut short by a kill is left out; any
-    other unreadable line raises InputError. Values that are not finite are left out of curves, as gaps.
+    A resumed run repeats steps: the last line of a step counts. A last line cut short by a kill is left
+    out; any other unreadable line raises InputError. Values that are not finite are left out of curves, as
+    gaps.
     """
     stages: dict[str, StageLog] = {}
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_horizon_without_observation_is_left_out_of_the_mean():
 def test_sum_of_any_split_is_the_single_pass(seed, cuts, order):
     forecast, truth, observed = random_batch(np.random.default_rng(seed), 24)
     edges = [0, *sorted(cuts), 24]
-    parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [slice(a, b) for a, b in pairwise(edges)]
     order.shuffle(parts)
     state = ErrorState.empty(3)
     for part in parts:
@@ -131,7 +132,7 @@ def test_a_nan_forecast_is_refused_with_its_place():
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(InputError, match="one shape"):
+    with pytest.raises(InputError, match="give one shape"):
         ErrorState.of(FORECAST[:1], TRUTH)
     with pytest.raises(InputError, match="2 and 3 horizons"):
         ErrorState.empty(2) + ErrorState.empty(3)

@@ -1,0 +1,291 @@
+"""One self-contained page about a run: how good, against what, by which contract, what each stage bought.
+
+Everything comes from the run folder (and the store that its configuration names, for the truth), so a report
+can be made again at any time, also of an unfinished run: what is missing is said on the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+
+from stdist.data import GridStore, Region, open_store
+from stdist.errors import InputError
+from stdist.evaluation import figures
+from stdist.evaluation.forecasts import Forecasts, read_forecasts
+from stdist.evaluation.metrics import ErrorState
+from stdist.evaluation.protocol import match_origins, read_targets
+from stdist.evaluation.run_files import RunMetrics, Scores, read_log, read_metrics, write_text
+
+DOTS_PER_INCH = 160
+
+
+@dataclass(frozen=True)
+class Image:
+    """A figure in the page: PNG as a data address, and what it shows in words."""
+
+    source: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class ForecastPictures:
+    """Traces of some cells, the error map, and the pooled NRMSE of the forecasts they show."""
+
+    traces: list[Image]
+    error_map: Image
+    nrmse: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model beside one other forecaster by pooled NRMSE; ``steps_lost`` of the horizons are worse."""
+
+    name: str
+    nrmse: float
+    ratio: float
+    steps_lost: int
+    steps: int
+
+    @property
+    def model_wins(self) -> bool:
+        return self.ratio < 1
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write ``report/index.html``, one self-contained file, and ``report/figures/*.png``; returns the page.
+
+    Raises InputError where ``run_dir`` is no run folder, or one of its files is damaged.
+    """
+    config_file = run_dir / "config.yaml"
+    if not config_file.is_file():
+        raise InputError(
+            f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`"
+        )
+    config_text = config_file.read_text(encoding="utf-8")
+    metrics, missing = None, []
+    if (run_dir / "report" / "metrics.json").is_file():
+        metrics = read_metrics(run_dir)
+    else:
+        missing.append("No metrics yet: the run has not been evaluated.")
+    gallery = _Gallery(run_dir / "report" / "figures")
+    log_file = run_dir / "log.jsonl"
+    stages = read_log(log_file) if log_file.is_file() else {}
+    if not stages:
+        missing.append("No training curves: the run has logged nothing.")
+    curves = {
+        stage: gallery.add(f"training-{stage}", figures.training_curves(log), f"Training of stage {stage}")
+        for stage, log in stages.items()
+        if log.training or log.evaluation
+    }
+    pictures = None
+    try:
+        pictures = _forecast_pictures(run_dir, config_text, gallery)
+    except InputError as error:
+        missing.append(f"No figures of forecasts: {error}")
+    page = Environment(loader=PackageLoader("stdist.evaluation", "."), autoescape=True, trim_blocks=True)
+    page.filters |= {"readable": readable, "change_to": change}
+    html = page.get_template("report.html.j2").render(
+        name=run_dir.resolve().name,
+        metrics=metrics,
+        comparisons=compare(metrics.model, metrics.baselines) if metrics else [],
+        variants=compare(metrics.model, metrics.variants) if metrics else [],
+        verdict=verdict(metrics) if metrics else "",
+        warnings=_warnings(metrics, pictures) if metrics else [],
+        horizons=_horizon_figure(metrics, gallery) if metrics else None,
+        curves=curves,
+        pictures=pictures,
+        missing=missing,
+        config=config_text,
+    )
+    return write_text(run_dir / "report" / "index.html", html)
+
+
+def compare(model: Scores, others: dict[str, Scores]) -> list[Comparison]:
+    """The model beside every other forecaster that has a pooled NRMSE, the strongest first."""
+    own = model.pooled.nrmse
+    rows = []
+    for name, scores in others.items():
+        theirs = scores.pooled.nrmse
+        if own is None or not theirs:
+            continue
+        pairs = [(m.nrmse, o.nrmse) for m, o in zip(model.per_horizon, scores.per_horizon, strict=False)]
+        scored = [(m, o) for m, o in pairs if m is not None and o is not None]
+        rows.append(Comparison(name, theirs, own / theirs, sum(m >= o for m, o in scored), len(scored)))
+    return sorted(rows, key=lambda row: row.nrmse)
+
+
+def verdict(metrics: RunMetrics) -> str:
+    """One or two plain sentences: which baselines the model beats, and which it loses to."""
+    rows = compare(metrics.model, metrics.baselines)
+    if metrics.model.pooled.nrmse is None:
+        return "The model was scored on no observed point."
+    if not rows:
+        return "The model has no baseline to stand beside."
+    lost = [row for row in rows if not row.model_wins]
+    strongest = rows[0]
+    if not lost:
+        return (
+            f"The model beats every baseline ({len(rows)}); its error is {strongest.ratio:.2f} times that of "
+            f"the strongest, {strongest.name}."
+        )
+    named = ", ".join(f"{row.name} (error {row.ratio:.2f} times as large)" for row in lost)
+    beaten = f"It beats the other {len(rows) - len(lost)}." if len(lost) < len(rows) else "It beats none."
+    return f"The model loses to {len(lost)} of {len(rows)} baselines: {named}. {beaten}"
+
+
+def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[str]:
+    """What makes the figures less than they seem."""
+    lines = []
+    own, points = metrics.model.pooled.nrmse, metrics.model.pooled.points
+    if pictures and own is not None and not np.isclose(pictures.nrmse, own, rtol=1e-4):
+        lines.append(
+            f"The forecasts drawn below have NRMSE {pictures.nrmse:.4f}, not the {own:.4f} of the metrics: "
+            "they were not made together."
+        )
+    for name, scores in {**metrics.baselines, **metrics.variants}.items():
+        if scores.pooled.points != points:
+            lines.append(
+                f"{name} was scored on {scores.pooled.points:,} points, the model on {points:,}: "
+                "their errors are not comparable."
+            )
+        if scores.fallbacks:
+            lines.append(f"{name}: {scores.fallbacks:,} values had no source and are persistence.")
+    for row in compare(metrics.model, metrics.variants):
+        if not row.model_wins:
+            lines.append(f"The variant '{row.name}' is no worse than the model itself ({row.nrmse:.4f}).")
+    windows, whole = metrics.contract.get("windows"), metrics.contract.get("windows_in_split")
+    if windows and whole and windows < whole:
+        lines.append(f"Scored on {windows:,} of the {whole:,} windows of the split.")
+    return lines
+
+
+class _Gallery:
+    """Saves figures as PNG files and hands them out as data addresses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, figure: Figure, caption: str) -> Image:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        return Image("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
+
+
+def _horizon_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
+    def curve(scores: Scores) -> list[float]:
+        return [float("nan") if e.nrmse is None else e.nrmse for e in scores.per_horizon]
+
+    others = {name: curve(scores) for name, scores in {**metrics.variants, **metrics.baselines}.items()}
+    minutes = metrics.contract.get("cadence_seconds", 0) / 60
+    figure = figures.horizon_curves(curve(metrics.model), others, minutes)
+    return gallery.add("horizons", figure, "NRMSE of each step ahead")
+
+
+def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> ForecastPictures:
+    forecasts = read_forecasts(run_dir / "forecasts" / "test.zarr")
+    store = _store_of(run_dir, config_text)
+    origins = match_origins(forecasts, store)
+    contract = forecasts.metadata.contract
+    region = Region(*contract.region)
+    truth, observed = read_targets(store, contract.channel, region, contract.K, origins)
+    cells = ErrorState.of_cells(forecasts.values, truth, observed)
+    mean_truth = np.where(cells.count > 0, cells.sum_truth / np.maximum(cells.count, 1), np.nan)
+    traces = [
+        _trace(label, int(cell), forecasts, store, origins, gallery)
+        for label, cell in representative_cells(mean_truth).items()
+    ]
+    day = store.values(contract.channel, int(origins[0]) + 1, int(origins[0]) + 1 + store.slots_per_day)
+    # Cells outside the city are never known; frames of a gap are not either.
+    known = np.maximum((~np.isnan(day)).sum(axis=0), 1)
+    figure = figures.error_map(
+        cells.errors()["nrmse"].reshape(forecasts.cell_ids.shape),
+        contract.region,
+        np.nansum(day, axis=0) / known,
+        store.units,
+        store.inside,
+    )
+    caption = "Traffic of the first scored day, and the error of each cell"
+    error_map = gallery.add("error-map", figure, caption)
+    return ForecastPictures(traces, error_map, cells.pooled()["nrmse"])
+
+
+def representative_cells(mean_truth: np.ndarray) -> dict[str, int]:
+    """The cells of the largest, the median and a small (tenth percentile) mean, among cells with traffic."""
+    active = np.flatnonzero(mean_truth > 0)
+    ranked = active[np.argsort(mean_truth[active])]
+    if not len(ranked):
+        return {}
+    places = {
+        "Largest cell": len(ranked) - 1,
+        "Median cell": len(ranked) // 2,
+        "Small cell": len(ranked) // 10,
+    }
+    chosen: dict[str, int] = {}
+    for label, place in places.items():
+        if ranked[place] not in chosen.values():
+            chosen[label] = int(ranked[place])
+    return chosen
+
+
+def _trace(
+    label: str, cell: int, forecasts: Forecasts, store: GridStore, origins: np.ndarray, gallery: _Gallery
+) -> Image:
+    contract = forecasts.metadata.contract
+    row, col = np.unravel_index(cell, forecasts.cell_ids.shape)
+    r, c = contract.region[0] + int(row), contract.region[2] + int(col)
+    first, stop = int(origins.min()), int(origins.max()) + contract.K + 1
+    only = Region(r, r + 1, c, c + 1)
+    seen = store.observed(contract.channel, first, stop, only)[:, 0, 0]
+    truth = np.where(seen, store.values(contract.channel, first, stop, only)[:, 0, 0], np.nan)
+    band = None
+    if forecasts.quantiles is not None:
+        band = forecasts.quantiles[[0, -1], :, :, row, col]
+    figure = figures.cell_traces(
+        f"{label} {forecasts.cell_ids[row, col]} (row {r}, column {c})",
+        contract.units,
+        store.local_times[first:stop],
+        truth,
+        origins - first,
+        forecasts.values[:, :, row, col],
+        band,
+    )
+    name = label.lower().replace(" ", "-")
+    return gallery.add(
+        f"forecast-{name}", figure, f"{label}: forecasts against what was observed, local time"
+    )
+
+
+def _store_of(run_dir: Path, config_text: str) -> GridStore:
+    config: Any = yaml.safe_load(config_text)
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or not data.get("store"):
+        raise InputError(f"{run_dir / 'config.yaml'} names no data.store, so there is no truth to draw")
+    return open_store(Path(data["store"]))
+
+
+def readable(value: float | None) -> str:
+    """Four decimals below 10, two below 1000, none above; a dash for nothing."""
+    if value is None:
+        return "–"
+    decimals = 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def change(before: float | None, after: float) -> str:
+    """From ``before`` to ``after`` in per cent, or as a factor where it is tenfold or more."""
+    if not before:
+        return "–"
+    if abs(after / before) >= 10:
+        return f"× {after / before:,.0f}"
+    return f"{100 * (after - before) / abs(before):+.1f} %"

@@ -1,0 +1,131 @@
+"""Forecast files hold what was written, open with plain tools, and are never half there."""
+
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import xarray as xr
+
+from stdist.data import Region
+from stdist.errors import InputError
+from stdist.evaluation import read_forecasts, write_forecasts
+
+from .conftest import make_forecasts
+
+REGION = Region(0, 3, 1, 3)
+
+
+@pytest.fixture(params=[False, True], ids=["one candidate", "quantiles"])
+def forecasts(request, store):
+    windows = store.windows("test", 6, 4, channel="flow", region=REGION)
+    return make_forecasts(windows, quantiles=request.param)
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
+def test_round_trip(forecasts, suffix, tmp_path):
+    path = write_forecasts(forecasts, tmp_path / f"made{suffix}")
+    again = read_forecasts(path)
+    np.testing.assert_array_equal(again.values, forecasts.values)
+    np.testing.assert_array_equal(again.origins, forecasts.origins)
+    np.testing.assert_array_equal(again.cell_ids, forecasts.cell_ids)
+    assert again.metadata == forecasts.metadata
+    assert (again.quantiles is None) == (forecasts.quantiles is None)
+    if forecasts.quantiles is not None:
+        np.testing.assert_array_equal(again.quantiles, forecasts.quantiles)
+    assert np.isnan(again.values[:, :, 0, 1]).all(), "the cell outside the city stays empty"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_zarr_opens_with_xarray(forecasts, tmp_path):
+    dataset = xr.open_zarr(write_forecasts(forecasts, tmp_path / "made.zarr"), chunks=None)
+    dims = ("origin", "step", "row", "col")
+    if forecasts.quantiles is None:
+        assert dataset.forecast.dims == dims
+        picture = dataset.forecast
+    else:
+        assert dataset.forecast.dims == ("quantile", *dims)
+        assert dataset["quantile"].values.tolist() == [0.1, 0.5, 0.9]
+        picture = dataset.forecast.sel(quantile=0.9)
+        np.testing.assert_array_equal(dataset.point, forecasts.values)
+    expected = forecasts.values if forecasts.quantiles is None else forecasts.quantiles[2]
+    one = picture.sel(origin=forecasts.origins[5], step=3, row=2, col=1)
+    assert float(one) == expected[5, 2, 2, 0]
+    assert dataset.forecast.dtype == np.float32
+    assert dataset.forecast.attrs["units"] == "vehicles"
+
+
+def test_parquet_rows_by_hand(forecasts, tmp_path):
+    table = pl.read_parquet(write_forecasts(forecasts, tmp_path / "made.parquet"))
+    columns = ["origin", "target", "cell", "step", "forecast"]
+    assert table.columns == columns + (["q10", "q50", "q90"] if forecasts.quantiles is not None else [])
+    n, k, h, w = forecasts.values.shape
+    assert len(table) == n * k * (h * w - 1), "one cell lies outside the city"
+    row = table.filter((pl.col("cell") == 1007) & (pl.col("step") == 3)).sort("origin")[5]
+    assert row["forecast"].item() == forecasts.values[5, 2, 2, 0]
+    assert row["origin"].dtype == pl.Datetime("ns", "UTC")
+    assert (row["target"] - row["origin"]).item().total_seconds() == 3 * 3600
+    assert row["origin"].dt.replace_time_zone(None).to_numpy()[0] == forecasts.origins[5]
+
+
+def test_parquet_rows_in_any_order(forecasts, tmp_path):
+    path = write_forecasts(forecasts, tmp_path / "made.parquet")
+    metadata = pl.read_parquet_metadata(path)
+    keep = {key: metadata[key] for key in ("stdist", "stdist_cell_ids")}
+    pl.read_parquet(path).sample(fraction=1, shuffle=True, seed=1).write_parquet(path, metadata=keep)
+    np.testing.assert_array_equal(read_forecasts(path).values, forecasts.values)
+
+
+def test_parquet_with_a_repeated_row_is_refused(forecasts, tmp_path):
+    path = write_forecasts(forecasts, tmp_path / "made.parquet")
+    metadata = pl.read_parquet_metadata(path)
+    table = pl.read_parquet(path)
+    keep = {key: metadata[key] for key in ("stdist", "stdist_cell_ids")}
+    pl.concat([table, table[:1]]).write_parquet(path, metadata=keep)
+    with pytest.raises(InputError, match="more than once"):
+        read_forecasts(path)
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
+def test_a_failed_write_leaves_the_old_file(forecasts, suffix, tmp_path, monkeypatch):
+    path = write_forecasts(forecasts, tmp_path / f"made{suffix}")
+
+    def broken(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(xr.Dataset, "to_zarr", broken)
+        patch.setattr(pl.DataFrame, "write_parquet", broken)
+        with pytest.raises(OSError, match="disk full"):
+            write_forecasts(forecasts, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    np.testing.assert_array_equal(read_forecasts(path).values, forecasts.values)
+    write_forecasts(replace(forecasts, values=forecasts.values + 1), path)
+    np.testing.assert_array_equal(read_forecasts(path).values, forecasts.values + 1)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_other_suffixes_and_absent_files_are_refused(forecasts, tmp_path):
+    with pytest.raises(InputError, match=r"\.zarr or \.parquet, not '\.csv'"):
+        write_forecasts(forecasts, tmp_path / "made.csv")
+    with pytest.raises(InputError, match="no such forecasts"):
+        read_forecasts(tmp_path / "nothing.zarr")
+
+
+def test_foreign_and_damaged_files_are_refused(tmp_path):
+    pl.DataFrame({"cell": [1]}).write_parquet(tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="carries no contract"):
+        read_forecasts(tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(InputError, match="damaged"):
+        read_forecasts(tmp_path / "cut.parquet")
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(InputError, match="damaged"):
+        read_forecasts(tmp_path / "empty.zarr")
+
+
+def test_shapes_must_fit_the_contract(forecasts):
+    with pytest.raises(InputError, match="contract say"):
+        replace(forecasts, values=forecasts.values[:, :2])
+    with pytest.raises(InputError, match="cell ids"):
+        replace(forecasts, cell_ids=forecasts.cell_ids[:1])
