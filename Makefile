@@ -1,0 +1,52 @@
+# make demo    the whole pipeline on an embedded synthetic city, with its own environment; a few minutes on two cores
+# make test    what CI runs: style, types, the floor rule, the tests
+#
+# Needs Python 3.11 or newer and make, nothing else. Everything goes into .venv; a change of pyproject.toml or
+# constraints.txt installs again. TORCH_INDEX picks another build of torch, for instance on a Linux machine without
+# a GPU: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+# Python compiles what is imported; having pip compile all of torch and sympy doubles the time of an installation.
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile -c constraints.txt
+TORCH_INDEX ?=
+WORKERS ?= 2
+
+.PHONY: demo test check bench clean
+
+demo: .venv/.installed
+	$(BIN)/stdist demo --out runs/demo
+
+test: check
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu"
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.installed
+	@set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --json; done
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# torch alone and first: beside other packages pip may settle on a build that brings gigabytes of CUDA with it.
+.venv/.torch: constraints.txt
+	@test -n "$(PYTHON)" || { echo "stdist needs Python 3.11 or newer; name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@echo "Installing torch"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml
+	@echo "Installing stdist and what it needs to run"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.torch pyproject.toml
+	@echo "Installing stdist and what its tests need"
+	@$(PIP) --editable '.[dev]'
+	@touch .venv/.installed $@
