@@ -128,7 +128,7 @@ def cell_traces(
     cadence = times[1] - times[0]
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
-        top, bottom = figure.subplots(2, 1)
+        top, bottom = figure.subplots(2, 1, gridspec_kw={"hspace": 0.08})
         stitched = np.full(len(times), np.nan)
         stitched[origins + K] = forecast[:, K - 1]
         dense = len(origins) > 1 and np.median(np.diff(np.sort(origins))) == 1
@@ -136,7 +136,7 @@ def cell_traces(
         marks: dict[str, Any] = (
             {"linewidth": 1.3} if dense else {"linestyle": "", "marker": "o", "markersize": 3}
         )
-        top.plot(times, stitched, color=MODEL, label=f"forecast, {K} steps ahead", **marks)
+        top.plot(times, stitched, color=MODEL, label="forecast", **marks)
         top.set(title=f"{title}: every forecast {K} steps ahead", ylabel=units)
 
         day = int(np.timedelta64(1, "D") / cadence)

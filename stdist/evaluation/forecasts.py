@@ -187,16 +187,19 @@ def _read_parquet(path: Path) -> Forecasts:
     steps = table["step"].to_numpy()
     if steps.size and (steps.min() < 1 or steps.max() > k):
         raise InputError(f"{path}: steps {steps.min()} to {steps.max()}, the contract says 1 to {k}")
-    stamps = table["origin"].dt.replace_time_zone(None).cast(pl.Datetime("ns")).to_numpy()
-    origins, origin_index = np.unique(stamps, return_inverse=True)
+    stamps = table["origin"].dt.replace_time_zone(None).cast(pl.Datetime("ns"))
+    origins = stamps.unique().sort().to_numpy()
+    origin_index = np.searchsorted(origins, stamps.to_numpy())
     cell_index = table["cell"].replace_strict(cells, [position_of[c] for c in cells], return_dtype=pl.Int64)
     shape = (len(origins), k, cell_ids.size)
     flat = np.ravel_multi_index((origin_index, steps - 1, cell_index.to_numpy()), shape)
-    if len(np.unique(flat)) != len(flat):
+    written = np.zeros(int(np.prod(shape)), bool)
+    written[flat] = True
+    if written.sum() != len(flat):
         raise InputError(f"{path}: some (origin, cell, step) appear more than once")
 
     def grid(column: str) -> Float[np.ndarray, "N K h w"]:
-        values = np.full(int(np.prod(shape)), np.nan, np.float32)
+        values = np.full(written.size, np.nan, np.float32)
         values[flat] = table[column].to_numpy()
         return values.reshape(len(origins), k, *cell_ids.shape)
 
