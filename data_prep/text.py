@@ -57,8 +57,10 @@ def explain_failure(
     """
     _require_even_lines(path, separator, columns)
     names = [f"column_{column}" for column in numeric]
+    # Named here, since polars' own names of headerless columns differ between its versions.
+    strings = {f"column_{column}": pl.String for column in range(1, columns + 1)}
     text = pl.scan_csv(
-        path, separator=separator, has_header=False, infer_schema=False, null_values=list(null_values)
+        path, separator=separator, has_header=False, schema=strings, null_values=list(null_values)
     )
     wrong = [
         pl.col(name).is_not_null() & ~pl.col(name).cast(pl.Float64, strict=False).is_finite().fill_null(False)

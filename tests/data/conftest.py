@@ -1,0 +1,49 @@
+"""Small stores for the tests of the data floor."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stdist.data import GridSpec, GridStore, GridWriter, Split, open_store
+
+FIRST_DAY = np.datetime64("2013-11-01", "D")
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., GridStore]:
+    """Write values [T, H, W] (NaN = missing, T whole days of 144 slots or ``cadence``) and open the store."""
+    count = 0
+
+    def make(
+        values: np.ndarray,
+        present: np.ndarray | None = None,
+        *,
+        cadence: int = 10,
+        split: Split | None = None,
+        out: Path | None = None,
+    ) -> GridStore:
+        nonlocal count
+        count += 1
+        slots = 1440 // cadence
+        days = len(values) // slots
+        ids = 500 + np.arange(values[0].size).reshape(values[0].shape)
+        spec = GridSpec(
+            city="toy",
+            channels=("internet",),
+            first_day=FIRST_DAY,
+            last_day=FIRST_DAY + np.timedelta64(days - 1, "D"),
+            cell_ids=ids,
+            cadence_minutes=cadence,
+            utc_offset_minutes=60,
+        )
+        here = np.ones(len(values), bool) if present is None else present
+        with GridWriter(out or tmp_path / f"toy{count}.zarr", spec, {"reader": "test"}) as writer:
+            for day in range(days):
+                where = slice(day * slots, (day + 1) * slots)
+                if here[where].any():
+                    writer.write_day(day, {"internet": values[where]}, here[where])
+            return open_store(writer.finalise(split))
+
+    return make

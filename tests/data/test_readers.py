@@ -1,0 +1,188 @@
+"""wide-csv, frames-npz and synthetic: what they read, and what they refuse."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import READERS
+from stdist.data import open_store
+from stdist.errors import InputError
+
+
+def test_declared_options_are_the_functions_own():
+    for name, reader in READERS.items():
+        parameters = inspect.signature(reader.prepare).parameters.values()
+        keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert keywords - {"progress"} == reader.options, name
+
+
+def _csv(folder: Path, text: str, name: str = "milan_block.csv") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def _prepare_csv(folder: Path, text: str, **options: object):
+    options = {"start": "2013-11-01", "height": 1, "width": 3, "cadence": 360, **options}
+    return READERS["wide-csv"].prepare([_csv(folder, text)], folder / "out.zarr", **options)
+
+
+def test_wide_csv_reads_rows_as_frames(tmp_path):
+    """Four frames of six hours from 06:00; a blank and a NaN are missing, 0 is not."""
+    summary = _prepare_csv(tmp_path, "1,2,3\n0,,6\n7,NaN,9\n10,11,12\n", start="2013-11-01T06:00")
+    store = open_store(summary.path)
+    assert (summary.frames, summary.cells, summary.city) == (4, 3, "milan")
+    assert summary.missing == {"internet": 2} and summary.true_zeros == {"internet": 1}
+    # Two calendar days of four slots; the frames are the slots 1 ... 4.
+    assert len(store.times) == 8 and store.runs == [(1, 5)]
+    assert store.local_times[1] == np.datetime64("2013-11-01T06:00")
+    expected = [[1, 2, 3], [0, 5, 6], [7, 8, 9], [10, 11, 12]]
+    assert store.values("internet", 1, 5)[:, 0].tolist() == expected
+    assert store.observed("internet", 2, 3)[0].tolist() == [[True, False, True]]
+
+
+def test_wide_csv_places_the_grid_in_the_datas_ids(tmp_path):
+    summary = _prepare_csv(
+        tmp_path,
+        "1,2,3,4\n",
+        height=None,
+        width=None,
+        row0=41,
+        col0=43,
+        id_width=100,
+        city="milan",
+        channel="sms_in",
+    )
+    store = open_store(summary.path)
+    assert store.cell_ids.tolist() == [[4144, 4145], [4244, 4245]] and store.channels == ("sms_in",)
+    assert store.dataset["row"].values.tolist() == [41, 42]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "line"),
+    [
+        ("1,2,3\n4,five,6\n", {}, r"line 2, column 2: 'five' is not a finite number"),
+        ("a,b,c\n4,5,6\n", {}, r"line 1, column 1: 'a' .*remove the header"),
+        ("1,2,3\n4,5\n", {}, "line 2: 2 columns instead of 3"),
+        ("1,2,3\n4,5\n6,7,8,9\n", {}, "line 2: 2 columns instead of 3"),
+        ("1,2,3\n\n4,5,6\n", {}, "line 2: 1 columns instead of 3"),
+        ("1,2,3\n4,inf,6\n", {}, r"line 2, column 2: 'inf'"),
+        ("1,2,3\n4,5,6\n7,-8.5,9\n", {}, r"row 3, column 2: traffic -8.5 is negative \(1 such"),
+        ("", {}, "is empty"),
+        ("1,2,3\n", {"start": None}, "--start"),
+        ("1,2,3\n", {"start": "yesterday"}, "--start 'yesterday'"),
+        ("1,2,3\n", {"start": "2013-11-01T01:00"}, "off the 360-minute grid"),
+        ("1,2,3\n", {"height": None, "width": None}, "3 columns, which is no square grid"),
+        ("1,2,3\n", {"height": 2, "width": 2}, "3 columns, not 2 x 2"),
+        ("1,2,3\n", {"height": 2, "width": None}, "3 columns, not 2 x 1"),
+        ("1,2,3\n", {"cadence": 7}, "does not divide a day"),
+        ("1,2,3\n", {"col0": 98, "id_width": 100}, "98:101 leave rows of 100 ids"),
+        ("1,2,3\n", {"train": "2013-11-01:2013-11-02"}, "leaves the data's days"),
+    ],
+)
+def test_wide_csv_refuses(tmp_path, text, options, line):
+    with pytest.raises(InputError, match=line) as error:
+        _prepare_csv(tmp_path, text, **options)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["milan_block.csv"]
+
+
+@pytest.mark.parametrize("reader", ["wide-csv", "frames-npz"])
+def test_one_file_is_needed(tmp_path, reader):
+    for sources, line in (([], "reads one file, 0 given"), ([tmp_path / "absent"], "is not a file")):
+        with pytest.raises(InputError, match=line):
+            READERS[reader].prepare(sources, tmp_path / "out.zarr")
+
+
+def _npz(folder: Path, **arrays: np.ndarray) -> Path:
+    path = folder / "turin_frames.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def _stamps(*slots: int) -> np.ndarray:
+    return np.datetime64("2013-11-01T00:00") + np.array(slots) * np.timedelta64(10, "m")
+
+
+def test_npz_frames_are_sorted_by_their_stamps(tmp_path):
+    """Two runs, out of order in the file: 00:00 ... 00:20, and 23:50 with the next midnight."""
+    frames = np.arange(5, dtype=np.float64).reshape(5, 1, 1) + np.array([1, 2])
+    frames[4, 0, 1] = np.nan
+    path = _npz(tmp_path, time=_stamps(143, 144, 0, 1, 2), speed=frames, calls=frames * 2)
+    summary = READERS["frames-npz"].prepare([path], tmp_path / "out.zarr")
+    store = open_store(summary.path)
+    assert (summary.city, summary.frames, summary.runs) == ("turin", 5, 2)
+    assert summary.channels == ("speed", "calls") and store.runs == [(0, 3), (143, 145)]
+    assert store.values("speed", 0, 3)[:, 0, 0].tolist() == [3, 4, 5]
+    assert store.values("calls", 143, 145)[:, 0, 1].tolist() == [4, 6]
+    assert summary.missing == {"speed": 1, "calls": 1}
+    assert store.times[0] == np.datetime64("2013-11-01")
+
+
+def test_npz_channel_chooses_one_array(tmp_path):
+    path = _npz(tmp_path, time=_stamps(0), a=np.ones((1, 2, 2)), b=np.ones((1, 2, 2)))
+    assert READERS["frames-npz"].prepare([path], tmp_path / "out.zarr", channel="b").channels == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "line"),
+    [
+        ({"x": np.ones((2, 2, 2))}, {}, "no array 'time'"),
+        ({"time": np.arange(2), "x": np.ones((2, 2, 2))}, {}, "no array 'time' of datetime64"),
+        ({"time": _stamps(0, 0), "x": np.ones((2, 2, 2))}, {}, "occurs twice"),
+        ({"time": _stamps(0, 1), "x": np.ones((2, 2, 2))}, {"cadence": 60}, "off the 60-minute grid"),
+        ({"time": _stamps(0, 1), "x": np.ones((3, 2, 2))}, {}, r"frames are numbers \(2, H, W\)"),
+        ({"time": _stamps(0, 1), "x": np.ones((2, 4))}, {}, "holds no frames"),
+        ({"time": _stamps(0, 1), "x": np.ones((2, 2, 2))}, {"channel": "y"}, "no array 'y'; it has x"),
+        (
+            {"time": _stamps(0, 1), "x": -np.ones((2, 2, 2))},
+            {},
+            "x is -1.0 at 2013-11-01T00:00, row 0, column 0",
+        ),
+        ({"time": _stamps(0, 1), "x": np.full((2, 2, 2), "a")}, {}, "frames are numbers"),
+    ],
+)
+def test_npz_refuses(tmp_path, arrays, options, line):
+    path = _npz(tmp_path, **arrays)
+    with pytest.raises(InputError, match=line):
+        READERS["frames-npz"].prepare([path], tmp_path / "out.zarr", **options)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_npz_cut_short_or_pickled_is_refused(tmp_path):
+    path = _npz(tmp_path, time=_stamps(0), x=np.ones((1, 20, 20)))
+    whole = path.read_bytes()
+    pickled = tmp_path / "pickled.npz"
+    np.savez(pickled, time=_stamps(0), x=np.array([object()]))
+    path.write_bytes(whole[: len(whole) // 2])
+    for bad in (path, pickled):
+        with pytest.raises(InputError, match="no npz file of plain arrays"):
+            READERS["frames-npz"].prepare([bad], tmp_path / "out.zarr")
+
+
+def test_synthetic_store(tmp_path):
+    summary = READERS["synthetic"].prepare([], tmp_path / "out.zarr", height=6, width=7, days=6, seed=3)
+    store = open_store(summary.path)
+    assert store.shape == (6, 7) and len(store.times) == 6 * 144 and 0 < summary.missing["internet"] < 1000
+    assert [len(span) for span in (store.default_split.train, store.default_split.test)] == [4, 1]
+    assert np.isfinite(store.values("internet", 0, 864)[store.present]).all()
+
+
+def test_synthetic_reads_no_file(tmp_path):
+    with pytest.raises(InputError, match="reads no file"):
+        READERS["synthetic"].prepare([tmp_path], tmp_path / "out.zarr")
+
+
+def test_progress_counts_days(tmp_path):
+    seen: list[tuple[int, int]] = []
+    READERS["synthetic"].prepare(
+        [],
+        tmp_path / "out.zarr",
+        height=2,
+        width=2,
+        days=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 2), (2, 2)]

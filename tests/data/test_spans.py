@@ -1,0 +1,92 @@
+"""Spans of days, splits and regions (docs/decisions.md, 10 and 12)."""
+
+import numpy as np
+import pytest
+
+from stdist.data import DaySpan, Region, Split
+from stdist.data.spans import default_split
+from stdist.errors import InputError
+
+
+def _days(first: str, last: str) -> np.ndarray:
+    return np.arange(first, np.datetime64(last) + 1, dtype="datetime64[D]")
+
+
+@pytest.mark.parametrize("value", [["2013-11-01", "2013-11-20"], "2013-11-01:2013-11-20"])
+def test_span_counts_both_ends(value):
+    span = DaySpan.parse(value)
+    assert len(span) == 20 and str(span) == "2013-11-01:2013-11-20"
+
+
+@pytest.mark.parametrize(("share", "days"), [(0.1, 2), (0.01, 1), (0.3, 6), (1, 20)])
+def test_few_shot_is_the_first_days(share, days):
+    few = DaySpan.parse("2013-11-01:2013-11-20").fraction(share)
+    assert few.first_day == np.datetime64("2013-11-01") and len(few) == days
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("2013-11-20:2013-11-01", "earlier day first"),
+        ("2013-11-01", "needs two days"),
+        ("2013-11-01:2013-13-01", "not a calendar day"),
+        (["2013-11-01", "NaT"], "not a calendar day"),
+    ],
+)
+def test_bad_spans_say_what_to_write(value, line):
+    with pytest.raises(InputError, match=line):
+        DaySpan.parse(value)
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5])
+def test_bad_fractions_are_refused(share):
+    with pytest.raises(InputError, match="fraction"):
+        DaySpan.parse("2013-11-01:2013-11-20").fraction(share)
+
+
+def test_overlapping_splits_are_refused():
+    with pytest.raises(InputError, match="share days"):
+        Split.parse("2013-11-01:2013-11-20", None, "2013-11-20:2013-11-30")
+
+
+def test_paper_spans_where_the_data_covers_them():
+    split = default_split(_days("2013-11-01", "2014-01-01"))
+    assert [str(split.train), str(split.validation), str(split.test)] == [
+        "2013-11-01:2013-12-18",
+        "2013-12-19:2013-12-25",
+        "2013-12-26:2014-01-01",
+    ]
+
+
+def test_default_split_is_four_to_one_to_one():
+    split = default_split(_days("2013-11-01", "2013-11-30"))
+    assert [len(span) for span in (split.train, split.validation, split.test)] == [20, 5, 5]
+    assert split.test.last_day == np.datetime64("2013-11-30")
+
+
+def test_few_days_leave_no_validation_or_test():
+    assert default_split(_days("2013-11-01", "2013-11-05")) == Split(DaySpan.parse("2013-11-01:2013-11-05"))
+
+
+def test_split_survives_its_attribute():
+    split = Split.parse("2013-11-01:2013-11-20", None, "2013-11-26:2013-11-30")
+    assert Split.parse(**split.as_attribute()) == split
+
+
+def test_central_region_is_eleven_by_eleven():
+    region = Region.parse("44:55,44:55").within((100, 100))
+    ids = np.arange(1, 10001).reshape(100, 100)[region.slices]
+    assert region.shape == (11, 11) and str(region) == "44:55,44:55"
+    # Row and column 45 counted from 1: id (45 - 1) * 100 + 45.
+    assert ids[0, 0] == 4445 and ids[-1, -1] == 5455
+
+
+@pytest.mark.parametrize("value", ["44:55", "5:5,0:1", "a:b,c:d", "-1:3,0:2", (3, 2, 0, 1), (1, 2, 3)])
+def test_bad_regions_are_refused(value):
+    with pytest.raises(InputError, match="region"):
+        Region.parse(value)
+
+
+def test_region_outside_names_the_grid():
+    with pytest.raises(InputError, match="20 rows x 30 columns"):
+        Region.parse("0:21,0:30").within((20, 30))
