@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import PrepareSummary, Progress, finish, grid_spec, parse_split
+from data_prep.common import PrepareSummary, Progress, finish, grid_spec, parse_split, parse_start
 from data_prep.telecom_text import CHANNELS, SLOTS_PER_DAY, write_day
 from stdist.data import GridWriter
 from stdist.data.synthetic import SyntheticCity, generate
@@ -39,8 +39,8 @@ def prepare(
     """
     if sources:
         raise InputError(f"synthetic reads no file, {sources[0]} given; leave it out")
-    source = SyntheticCity(height, width, start, days, cadence, seed, city)
-    first = np.datetime64(start, "D")
+    first = parse_start(start).astype("datetime64[D]")
+    source = SyntheticCity(height, width, str(first), days, cadence, seed, city)
     spec = grid_spec(
         city,
         [channel],

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,6 +82,10 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.origins)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Up to a GiB of cached values stays behind: whoever gets a copy reads the store itself.
+        return {**self.__dict__, "_cache": None}
 
     @property
     def origin_times(self) -> np.ndarray:

@@ -215,10 +215,10 @@ class GridWriter:
         nothing = Known.none(self.spec.shape)
         following = nothing
         for day in sorted(days, reverse=True):
-            start, stop, goes_back, goes_on = days[day][-1]
+            *_, goes_on = days[day][-1]
             after = following if goes_on else nothing
             np.savez(scratch / f"{day}.npz", time=after.time, value=after.value)
-            start, stop, goes_back, goes_on = days[day][0]
+            start, stop, goes_back, _ = days[day][0]
             if goes_back:
                 where = slice(start, stop)
                 first = first_known(
@@ -257,12 +257,7 @@ class GridWriter:
 
     def _seal(self, split: Split, results: Mapping[str, Any]) -> Path:
         files = file_digests(self.partial)
-        attributes: dict[str, Any] = {
-            "split": split.as_attribute(),
-            **results,
-            "files": files,
-        }
-        self._group.attrs.update(attributes)
+        self._group.attrs.update({"split": split.as_attribute(), **results, "files": files})
         self._group.attrs["digest"] = combined_digest(files, dict(self._group.attrs))
         with warnings.catch_warnings():
             # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read.

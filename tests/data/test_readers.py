@@ -170,6 +170,11 @@ def test_synthetic_store(tmp_path):
     assert np.isfinite(store.values("internet", 0, 864)[store.present]).all()
 
 
+def test_synthetic_refuses_a_start_that_is_no_day(tmp_path):
+    with pytest.raises(InputError, match="--start 'soon'"):
+        READERS["synthetic"].prepare([], tmp_path / "out.zarr", start="soon")
+
+
 def test_synthetic_reads_no_file(tmp_path):
     with pytest.raises(InputError, match="reads no file"):
         READERS["synthetic"].prepare([tmp_path], tmp_path / "out.zarr")

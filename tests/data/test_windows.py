@@ -1,5 +1,7 @@
 """Windows: how many, where, and what they hold (docs/decisions.md, 12 and 13)."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +89,14 @@ def test_batches_hold_the_right_frames(make_store, monkeypatch, cache_bytes):
     assert batch.target[0, :, 0, 1].tolist() == [15005, 15105]
     assert batch.target_observed[0, :, 0].tolist() == [[True, False], [True, True]]
     assert batch.target_observed[1].all()
+
+
+def test_a_pickled_copy_leaves_the_cache_behind(make_store):
+    windows = make_store(np.ones((144, 50, 50), np.float32)).windows("train", 3, 2, channel="internet")
+    history = windows.read([5]).history
+    pickled = pickle.dumps(windows)
+    assert len(pickled) < 144 * 50 * 50
+    np.testing.assert_array_equal(pickle.loads(pickled).read([5]).history, history)
 
 
 def test_origin_times_are_utc(make_store):
