@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,14 @@ class PrepareSummary:
     missing: dict[str, int]
     true_zeros: dict[str, int]
     digest: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "path": str(self.path), "channels": list(self.channels)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return vars(self) | {"path": str(self.path), "channels": list(self.channels)}
 
 
 def only_source(sources: Sequence[Path], reader: str) -> Path:

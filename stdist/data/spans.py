@@ -82,6 +82,15 @@ class Split:
         """From any three spans that ``DaySpan.parse`` reads; None where there is none."""
         return cls(*(None if span is None else DaySpan.parse(span) for span in (train, validation, test)))
 
+    def named(self, name: str) -> DaySpan:
+        """The span called ``train``, ``validation`` or ``test``; InputError where there is none."""
+        if name not in {f.name for f in fields(self)}:
+            raise InputError(f"{name!r} is no part of a split; choose train, validation or test")
+        span = getattr(self, name)
+        if span is None:
+            raise InputError(f"the split has no {name} span (too few days, or none was given); give its days")
+        return span
+
     def as_attribute(self) -> dict[str, list[str] | None]:
         """JSON form, as the store's attributes keep it."""
         spans = {f.name: getattr(self, f.name) for f in fields(self)}

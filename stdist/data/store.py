@@ -213,28 +213,20 @@ class GridStore:
         channel: str,
         region: Region | None = None,
         history_inside: bool | None = None,
+        name: str = "span",
     ) -> Windows:
         """Windows of a span of local days, or of the default split's ``train``, ``validation`` or ``test``.
 
         history_inside: whether the history must lie inside the span too; by default it must, except for
         ``"validation"`` and ``"test"`` (docs/decisions.md, 12). region: cells of the targets, the whole grid
-        by default. Raises InputError where no window fits.
+        by default. name: what the contract calls a span of days. Raises InputError where no window fits.
         """
-        named = isinstance(span, str)
         if history_inside is None:
-            history_inside = not (named and span in ("validation", "test"))
+            history_inside = not (isinstance(span, str) and span in ("validation", "test"))
         where = Region(0, self.shape[0], 0, self.shape[1]) if region is None else region.within(self.shape)
-        name, days = (str(span), self._named_span(str(span))) if named else ("span", span)
+        name, days = (str(span), self._named_span(str(span))) if named else (name, span)
         assert isinstance(days, DaySpan)
         return Windows(self, self._known(channel), days, name, S, K, where, history_inside)
-
-    def _named_span(self, name: str) -> DaySpan:
-        if name not in ("train", "validation", "test"):
-            raise InputError(f"{name!r} is no part of a split; choose train, validation or test")
-        span = getattr(self.default_split, name)
-        if span is None:
-            raise InputError(f"{self.path} has too few days for a {name} span; give its days yourself")
-        return span
 
     def verify(self) -> list[str]:
         """Names of files whose bytes are not the recorded ones; reads everything. Empty for a whole store."""

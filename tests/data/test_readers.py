@@ -1,6 +1,7 @@
 """wide-csv, frames-npz and synthetic: what they read, and what they refuse."""
 
 import inspect
+import json
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def test_wide_csv_reads_rows_as_frames(tmp_path):
     store = open_store(summary.path)
     assert (summary.frames, summary.cells, summary.city) == (4, 3, "milan")
     assert summary.missing == {"internet": 2} and summary.true_zeros == {"internet": 1}
+    assert json.loads(json.dumps(summary.as_dict()))["runs"] == 1
     # Two calendar days of four slots; the frames are the slots 1 ... 4.
     assert len(store.times) == 8 and store.runs == [(1, 5)]
     assert store.local_times[1] == np.datetime64("2013-11-01T06:00")

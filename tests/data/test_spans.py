@@ -81,6 +81,14 @@ def test_central_region_is_eleven_by_eleven():
     assert ids[0, 0] == 4445 and ids[-1, -1] == 5455
 
 
+def test_spans_by_name():
+    split = Split.parse("2013-11-01:2013-11-20")
+    assert split.named("train") is split.train
+    for name, line in (("test", "no test span"), ("holdout", "no part of a split")):
+        with pytest.raises(InputError, match=line):
+            split.named(name)
+
+
 @pytest.mark.parametrize("value", ["44:55", "5:5,0:1", "a:b,c:d", "-1:3,0:2", (3, 2, 0, 1), (1, 2, 3)])
 def test_bad_regions_are_refused(value):
     with pytest.raises(InputError, match="region"):

@@ -124,7 +124,7 @@ def test_too_long_windows_name_the_longest_run(make_store):
 @pytest.mark.parametrize(
     ("span", "channel", "region", "line"),
     [
-        ("validation", "internet", None, "too few days for a validation"),
+        ("validation", "internet", None, "no validation span"),
         ("holdout", "internet", None, "no part of a split"),
         ("train", "sms_in", None, "no channel 'sms_in'; it has internet"),
         ("train", "internet", Region(0, 3, 0, 3), "2 rows x 3 columns"),
