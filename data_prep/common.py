@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from typing import Any
 
 import numpy as np
@@ -33,10 +32,6 @@ class PrepareSummary:
     missing: dict[str, int]
     true_zeros: dict[str, int]
     digest: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {**asdict(self), "path": str(self.path), "channels": list(self.channels)}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -224,8 +224,7 @@ class GridStore:
         if history_inside is None:
             history_inside = not (isinstance(span, str) and span in ("validation", "test"))
         where = Region(0, self.shape[0], 0, self.shape[1]) if region is None else region.within(self.shape)
-        name, days = (str(span), self._named_span(str(span))) if named else (name, span)
-        assert isinstance(days, DaySpan)
+        name, days = (span, self.default_split.named(span)) if isinstance(span, str) else (name, span)
         return Windows(self, self._known(channel), days, name, S, K, where, history_inside)
 
     def verify(self) -> list[str]:
