@@ -110,6 +110,8 @@ def test_contract_says_rule_and_count(make_store):
     train = store.windows("train", 12, 6, channel="internet").contract
     test = store.windows("test", 12, 6, channel="internet").contract
     assert "history included" in train and "271 windows" in train and "region 0:2,0:3" in train
+    named = store.windows(SPLIT.train, 12, 6, channel="internet", name="few-shot").contract
+    assert named == train.replace("train", "few-shot")
     assert "history may reach back" in test and "139 windows" in test and "2013-11-03:2013-11-03" in test
 
 
