@@ -25,7 +25,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 bench: .venv/.installed
 	@set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --json; done
