@@ -29,9 +29,7 @@ READERS: dict[str, Reader] = {
     "frames-npz": Reader(
         frames_npz.prepare, _SPLIT | _GRID, "npz with 'time' (T,) in local time and channels (T, H, W)"
     ),
-    "wide-csv": Reader(
-        wide_csv.prepare, _SPLIT | _GRID | _SHAPE, "CSV without header: a row a frame, a column a cell"
-    ),
+    "wide-csv": Reader(wide_csv.prepare, _SPLIT | _GRID | _SHAPE, "CSV without header: a row a frame, a column a cell"),
     "synthetic": Reader(
         synthetic.prepare,
         _SPLIT | _SHAPE | {"channel", "cadence", "utc_offset", "days", "seed"},

@@ -90,9 +90,7 @@ def grid_spec(
     """Spec of a rectangular grid whose ids follow ``cell_ids``; ``id_width`` defaults to the width."""
     height, width = shape
     if id_width is not None and col0 + width > id_width:
-        raise InputError(
-            f"columns {col0}:{col0 + width} leave rows of {id_width} ids; check --col0 and --id-width"
-        )
+        raise InputError(f"columns {col0}:{col0 + width} leave rows of {id_width} ids; check --col0 and --id-width")
     return GridSpec(
         city=city,
         channels=tuple(channels),
@@ -117,9 +115,7 @@ def parse_split(train: str | None, validation: str | None, test: str | None, spe
     split = Split.parse(train, validation, test)
     for span in (split.train, split.validation, split.test):
         if span and (span.first_day < spec.first_day or span.last_day > spec.last_day):
-            raise InputError(
-                f"span {span} leaves the data's days {spec.first_day}:{spec.last_day}; choose days within"
-            )
+            raise InputError(f"span {span} leaves the data's days {spec.first_day}:{spec.last_day}; choose days within")
     return split
 
 

@@ -77,9 +77,7 @@ def _read(path: Path, channel: str | None) -> tuple[np.ndarray, dict[str, np.nda
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no npz file of plain arrays, or was cut short; check the file"
-        ) from error
+        raise InputError(f"{path} is no npz file of plain arrays, or was cut short; check the file") from error
     time = arrays.pop("time", None)
     if time is None or time.ndim != 1 or time.dtype.kind != "M" or len(time) == 0:
         raise InputError(f"{path} has no array 'time' of datetime64 stamps, one per frame; add it")
@@ -91,8 +89,7 @@ def _read(path: Path, channel: str | None) -> tuple[np.ndarray, dict[str, np.nda
         array = arrays[name]
         if array.ndim != 3 or len(array) != len(time) or array.dtype.kind not in "fiu":
             raise InputError(
-                f"{path}: array {name!r} is {array.dtype} {array.shape}; "
-                f"frames are numbers ({len(time)}, H, W)"
+                f"{path}: array {name!r} is {array.dtype} {array.shape}; frames are numbers ({len(time)}, H, W)"
             )
         channels[name] = array.astype(np.float32)
         _require_traffic(path, name, time, channels[name])

@@ -67,9 +67,7 @@ def write_raw(city: SyntheticCity, folder: Path, cell_ids: np.ndarray) -> list[P
     follow it with noise (``activities``).
     """
     if city.slots_per_day != SLOTS_PER_DAY:
-        raise InputError(
-            f"the raw format has 10-minute slots, the city {city.cadence_minutes} min; choose 10"
-        )
+        raise InputError(f"the raw format has 10-minute slots, the city {city.cadence_minutes} min; choose 10")
     folder.mkdir(parents=True, exist_ok=True)
     first = np.datetime64(city.first_day, "D")
     return [

@@ -63,9 +63,7 @@ def prepare(
 
 def _day_files(sources: Sequence[Path]) -> dict[np.datetime64, Path]:
     """The file of every local day, by the stamp of its first row."""
-    paths = [
-        p for s in sources for p in (sorted(Path(s).glob("*.txt")) if Path(s).is_dir() else [existing(s)])
-    ]
+    paths = [p for s in sources for p in (sorted(Path(s).glob("*.txt")) if Path(s).is_dir() else [existing(s)])]
     if not paths:
         raise InputError("telecom-italia needs the day files, or a folder that holds them; none was found")
     files: dict[np.datetime64, Path] = {}
@@ -79,9 +77,7 @@ def _day_files(sources: Sequence[Path]) -> dict[np.datetime64, Path]:
 
 def _first_day(path: Path) -> np.datetime64:
     if "-tn-" in path.name:
-        raise InputError(
-            f"{path} is Trentino, whose 6,575 squares are no rectangle; this reader places Milan only"
-        )
+        raise InputError(f"{path} is Trentino, whose 6,575 squares are no rectangle; this reader places Milan only")
     with path.open("rb") as file:
         line = file.readline(1000).decode(errors="replace").rstrip("\r\n")
     if line.lower().startswith("datetime,"):
@@ -119,9 +115,7 @@ def read_day(path: Path, day: np.datetime64) -> tuple[dict[str, np.ndarray], np.
     slot, rest = np.divmod(stamp - day_start_ms(day), SLOT_MS)
     _require(path, (cell < 1) | (cell > SIDE**2), pl.col("cell"), cell, f"square outside 1 … {SIDE**2}")
     _require(path, rest != 0, pl.col("stamp"), stamp, "stamp off the 10-minute grid")
-    _require(
-        path, (slot < 0) | (slot >= SLOTS_PER_DAY), pl.col("stamp"), stamp, f"stamp outside {day} local time"
-    )
+    _require(path, (slot < 0) | (slot >= SLOTS_PER_DAY), pl.col("stamp"), stamp, f"stamp outside {day} local time")
     if not np.isfinite(table).all():
         explain_failure(path, "\t", len(COLUMNS), range(4, len(COLUMNS) + 1), [""])
     lowest = pairs["lowest"].fill_null(0).to_numpy()
@@ -138,13 +132,7 @@ def _require(path: Path, bad: np.ndarray, column: pl.Expr, found: np.ndarray, wh
     """Raise InputError naming the first line whose ``column`` holds one of the bad values found."""
     if not bad.any():
         return
-    rows = pl.scan_csv(path, separator="\t", has_header=False, schema=COLUMNS).with_row_index(
-        "line", offset=1
-    )
-    wrong = (
-        rows.filter(column.is_in(np.unique(found[bad]).tolist()))
-        .select("line", column.alias("value"))
-        .head(1)
-    )
+    rows = pl.scan_csv(path, separator="\t", has_header=False, schema=COLUMNS).with_row_index("line", offset=1)
+    wrong = rows.filter(column.is_in(np.unique(found[bad]).tolist())).select("line", column.alias("value")).head(1)
     line, value = wrong.collect(engine="streaming").row(0)
     raise InputError(f"{path}, line {line}: {what} ({value}); the file is damaged or not of Milan")

@@ -17,9 +17,7 @@ SLOTS_PER_DAY = 144
 UTC_OFFSET_MINUTES = 60
 """Central European Time throughout; a file starts at local midnight."""
 
-COUNTRIES = np.array(
-    [39, 0, *range(30, 39), *range(40, 50), 1, 7, 20, 51, 55, 60, 81, 86, 90, 91, 212, 213, 216]
-)
+COUNTRIES = np.array([39, 0, *range(30, 39), *range(40, 50), 1, 7, 20, 51, 55, 60, 81, 86, 90, 91, 212, 213, 216])
 MEAN_FOREIGN = 2.6
 ROWS_AT_ONCE = 10
 """Grid rows held in memory while writing."""

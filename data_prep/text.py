@@ -59,9 +59,7 @@ def explain_failure(
     names = [f"column_{column}" for column in numeric]
     # Named here, since polars' own names of headerless columns differ between its versions.
     strings = {f"column_{column}": pl.String for column in range(1, columns + 1)}
-    text = pl.scan_csv(
-        path, separator=separator, has_header=False, schema=strings, null_values=list(null_values)
-    )
+    text = pl.scan_csv(path, separator=separator, has_header=False, schema=strings, null_values=list(null_values))
     wrong = [
         pl.col(name).is_not_null() & ~pl.col(name).cast(pl.Float64, strict=False).is_finite().fill_null(False)
         for name in names

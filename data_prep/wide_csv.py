@@ -60,9 +60,7 @@ def prepare(
     """
     path = only_source(sources, "wide-csv")
     if start is None:
-        raise InputError(
-            f"{path} has no time column; give the local time of its first row: --start 2013-11-01T00:00"
-        )
+        raise InputError(f"{path} has no time column; give the local time of its first row: --start 2013-11-01T00:00")
     values = read_values(path)
     shape = _grid_shape(path, values.shape[1], height, width)
     first = parse_start(start)
@@ -113,13 +111,9 @@ def _grid_shape(path: Path, columns: int, height: int | None, width: int | None)
     if height is None and width is None:
         side = isqrt(columns)
         if side * side != columns:
-            raise InputError(
-                f"{path} has {columns} columns, which is no square grid; give --height and --width"
-            )
+            raise InputError(f"{path} has {columns} columns, which is no square grid; give --height and --width")
         return side, side
     shape = (height or columns // (width or 1), width or columns // (height or 1))
     if shape[0] * shape[1] != columns:
-        raise InputError(
-            f"{path} has {columns} columns, not {shape[0]} x {shape[1]}; check --height and --width"
-        )
+        raise InputError(f"{path} has {columns} columns, not {shape[0]} x {shape[1]}; check --height and --width")
     return shape

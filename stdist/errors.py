@@ -1,8 +1,13 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read: the command line prints their one line instead of a traceback."""
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what is wrong, where, and what to do.
+    """Bad input: the message is one line that says what is wrong, where, and what to do. Exit code 2."""
 
-    The command line prints it as ``error: …`` and exits with code 2; everything else is a bug and keeps its traceback.
-    """
+
+class DivergenceError(RuntimeError):
+    """Training lost its way: the loss is no longer a finite number. Exit code 3."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C, after the step in hand was finished and saved. Exit code 130."""

@@ -15,8 +15,7 @@ def file_digests(root: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file below ``root`` but its root metadata, which holds the digests."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and path != root / ROOT_METADATA)
     return {
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in files
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
     }
 
 
@@ -38,13 +37,10 @@ def require_whole(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         try:
             size = (root / name).stat().st_size
         except FileNotFoundError:
-            raise InputError(
-                f"{root} is damaged: {name} is missing; prepare or copy the store again"
-            ) from None
+            raise InputError(f"{root} is damaged: {name} is missing; prepare or copy the store again") from None
         if size != recorded["bytes"]:
             raise InputError(
-                f"{root} is damaged: {name} has {size} of {recorded['bytes']} bytes; "
-                "prepare or copy the store again"
+                f"{root} is damaged: {name} has {size} of {recorded['bytes']} bytes; prepare or copy the store again"
             )
 
 

@@ -149,9 +149,7 @@ class Region:
     def within(self, shape: tuple[int, int]) -> "Region":
         """Itself, or InputError where it leaves a grid of ``shape`` (H, W)."""
         if self.r1 > shape[0] or self.c1 > shape[1]:
-            raise InputError(
-                f"region {self} leaves the grid of {shape[0]} rows x {shape[1]} columns; stay inside it"
-            )
+            raise InputError(f"region {self} leaves the grid of {shape[0]} rows x {shape[1]} columns; stay inside it")
         return self
 
     @property

@@ -34,20 +34,12 @@ def open_store(path: str | Path) -> "GridStore":
     root = Path(path)
     metadata = root / ROOT_METADATA
     if not metadata.is_file():
-        what = (
-            "holds no zarr.json"
-            if root.is_dir()
-            else "is not a folder"
-            if root.exists()
-            else "does not exist"
-        )
+        what = "holds no zarr.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"{root} is not a grid store: it {what}; make one with `stdist prepare`")
     try:
         attributes = json.loads(metadata.read_text())["attributes"]
     except (ValueError, KeyError) as error:
-        raise InputError(
-            f"{root} is damaged: {ROOT_METADATA} is cut short; prepare or copy it again"
-        ) from error
+        raise InputError(f"{root} is damaged: {ROOT_METADATA} is cut short; prepare or copy it again") from error
     if attributes.get("format") != FORMAT:
         raise InputError(f"{root} is a Zarr group but not a grid store; make one with `stdist prepare`")
     if attributes["format_version"] != FORMAT_VERSION:
@@ -175,9 +167,7 @@ class GridStore:
         """Half-open frame indices of a span of local days; InputError where it leaves the store's days."""
         first, last = (np.datetime64(self.attributes[name], "D") for name in ("first_day", "last_day"))
         if span.first_day < first or span.last_day > last:
-            raise InputError(
-                f"span {span} leaves the days of {self.path}, {first}:{last}; choose days within"
-            )
+            raise InputError(f"span {span} leaves the days of {self.path}, {first}:{last}; choose days within")
         days = [int((day - first).astype(int)) for day in (span.first_day, span.last_day)]
         return days[0] * self.slots_per_day, (days[1] + 1) * self.slots_per_day
 
@@ -189,9 +179,7 @@ class GridStore:
         stored = self.attributes["train_statistics"].get(self._known(channel))
         if stored and DaySpan.parse(stored["span"]) == span:
             scalars = {name: stored[name] for name in ("mean", "std", "maximum", "count")}
-            return Statistics(
-                **scalars, cell_mean=np.asarray(self._array(train_mean_name(channel))[:]), span=span
-            )
+            return Statistics(**scalars, cell_mean=np.asarray(self._array(train_mean_name(channel))[:]), span=span)
         first, stop = self.frames_of(span)
         state = StatisticsState(self.shape)
         for start in range(first, stop, self.slots_per_day):
@@ -199,9 +187,7 @@ class GridStore:
             if self.present[slice(*day)].any():
                 state.add(self.values(channel, *day), self.observed(channel, *day))
         if state.count == 0:
-            raise InputError(
-                f"span {span} of {self.path} holds no observed value of {channel}; choose other days"
-            )
+            raise InputError(f"span {span} of {self.path} holds no observed value of {channel}; choose other days")
         return state.result(span)
 
     def windows(

@@ -30,9 +30,7 @@ class WindowBatch:
     origin_index: np.ndarray
 
 
-def window_origins(
-    present: np.ndarray, first: int, stop: int, S: int, K: int, *, history_inside: bool
-) -> np.ndarray:
+def window_origins(present: np.ndarray, first: int, stop: int, S: int, K: int, *, history_inside: bool) -> np.ndarray:
     """Origins (index of the last history frame), int64 [n], of every window of frames [first, stop).
 
     present: bool [T]. A window lies in one run of present frames. All of it lies in [first, stop) where

@@ -44,9 +44,7 @@ class GridWriter:
     whose names and sizes are recorded.
     """
 
-    def __init__(
-        self, out: Path, spec: GridSpec, recipe: Mapping[str, Any], sources: Sequence[Path] = ()
-    ) -> None:
+    def __init__(self, out: Path, spec: GridSpec, recipe: Mapping[str, Any], sources: Sequence[Path] = ()) -> None:
         self.out, self.spec = Path(out), spec
         if self.out.exists():
             raise InputError(f"{self.out} exists already; remove it or choose another name")
@@ -73,9 +71,7 @@ class GridWriter:
         if kind is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def write_day(
-        self, day_index: int, values: Mapping[str, np.ndarray], present: np.ndarray | None = None
-    ) -> None:
+    def write_day(self, day_index: int, values: Mapping[str, np.ndarray], present: np.ndarray | None = None) -> None:
         """Write one local day, counted from 0.
 
         values: per channel float32 [slots_per_day, H, W], NaN = missing. present: bool [slots_per_day],
@@ -221,9 +217,7 @@ class GridWriter:
             start, stop, goes_back, _ = days[day][0]
             if goes_back:
                 where = slice(start, stop)
-                first = first_known(
-                    self._read(channel, where), self._read(observed_name(channel), where), start
-                )
+                first = first_known(self._read(channel, where), self._read(observed_name(channel), where), start)
                 # Only a day-long segment lets the next day's values through to the day before.
                 following = (after if len(days[day]) == 1 else nothing).updated(first)
 

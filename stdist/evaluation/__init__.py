@@ -6,7 +6,7 @@ from stdist.evaluation.forecasts import Forecasts, read_forecasts, write_forecas
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
 from stdist.evaluation.report import build_report
-from stdist.evaluation.run_files import RunMetrics, write_metrics
+from stdist.evaluation.run_files import RunMetrics, add_variants, write_metrics
 
 __all__ = [
     "BaselineForecasts",
@@ -17,6 +17,7 @@ __all__ = [
     "ForecastMetadata",
     "Forecasts",
     "RunMetrics",
+    "add_variants",
     "build_report",
     "evaluate",
     "forecast_baselines",

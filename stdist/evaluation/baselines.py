@@ -30,9 +30,7 @@ class BaselineForecasts:
     fallbacks: int
 
 
-def forecast_baselines(
-    store: GridStore, train: DaySpan | str, windows: Windows
-) -> dict[str, BaselineForecasts]:
+def forecast_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, BaselineForecasts]:
     """Every baseline's forecasts of ``windows``, fitted on the windows that lie wholly in the days ``train``.
 
     Keys: ``persistence``, ``same time yesterday``, ``same time last week``, ``mean by weekday and slot``
@@ -76,9 +74,7 @@ def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) ->
     }
 
 
-def persistence(
-    series: Float[np.ndarray, "T C"], origins: Int[np.ndarray, " N"], K: int
-) -> Float[np.ndarray, "N K C"]:
+def persistence(series: Float[np.ndarray, "T C"], origins: Int[np.ndarray, " N"], K: int) -> Float[np.ndarray, "N K C"]:
     """The last history frame, K times."""
     return np.repeat(series[origins][:, None], K, axis=1)
 
@@ -140,9 +136,7 @@ def ridge(
     return forecasts
 
 
-def calendar(
-    slot_of_week: Int[np.ndarray, " T"], slots_per_day: int, fit_length: int
-) -> Float[np.ndarray, "T F"]:
+def calendar(slot_of_week: Int[np.ndarray, " T"], slots_per_day: int, fit_length: int) -> Float[np.ndarray, "T F"]:
     """A constant and the harmonics 1 to 6 of the local day and week.
 
     A cycle that the ``fit_length`` training frames do not hold twice is left out: its harmonics could

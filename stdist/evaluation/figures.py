@@ -47,9 +47,7 @@ STYLE: Any = {
 }
 
 
-def horizon_curves(
-    model: Sequence[float], others: Mapping[str, Sequence[float]], minutes_per_step: float
-) -> Figure:
+def horizon_curves(model: Sequence[float], others: Mapping[str, Sequence[float]], minutes_per_step: float) -> Figure:
     """NRMSE of each horizon step, the model against every other forecaster."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
@@ -133,9 +131,7 @@ def cell_traces(
         stitched[origins + K] = forecast[:, K - 1]
         dense = len(origins) > 1 and np.median(np.diff(np.sort(origins))) == 1
         _truth_line(top, times, truth)
-        marks: dict[str, Any] = (
-            {"linewidth": 1.3} if dense else {"linestyle": "", "marker": "o", "markersize": 3}
-        )
+        marks: dict[str, Any] = {"linewidth": 1.3} if dense else {"linestyle": "", "marker": "o", "markersize": 3}
         top.plot(times, stitched, color=MODEL, label="forecast", **marks)
         top.set(title=f"{title}: every forecast {K} steps ahead", ylabel=units)
 
@@ -160,9 +156,7 @@ def cell_traces(
             locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
             axes.xaxis.set_major_locator(locator)
             axes.xaxis.set_major_formatter(
-                mdates.ConciseDateFormatter(
-                    locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False
-                )
+                mdates.ConciseDateFormatter(locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
             )
             axes.set_ylim(bottom=min(0.0, float(np.nanmin(forecast))))
             axes.margins(x=0.01)
@@ -178,11 +172,7 @@ def _busiest(truth: np.ndarray, origins: np.ndarray, day: int, K: int) -> int:
     """The origin after which a day of forecasts meets the most traffic."""
     sums = np.concatenate(([0.0], np.cumsum(np.nan_to_num(truth))))
     ends = np.minimum(origins + day, len(truth))
-    return int(
-        origins[
-            np.argmax(np.where(origins + day + K <= origins.max() + K + 1, sums[ends] - sums[origins], -1))
-        ]
-    )
+    return int(origins[np.argmax(np.where(origins + day + K <= origins.max() + K + 1, sums[ends] - sums[origins], -1))])
 
 
 def error_map(
@@ -202,9 +192,7 @@ def error_map(
         scale = LogNorm() if np.nanmax(traffic) > 20 * np.nanmin(traffic) else None
         image = left.imshow(traffic, origin="lower", cmap="Greys", norm=scale)
         figure.colorbar(image, ax=left, label=units, shrink=0.8)
-        left.add_patch(
-            Rectangle((c0 - 0.5, r0 - 0.5), c1 - c0, r1 - r0, fill=False, edgecolor=MODEL, linewidth=2)
-        )
+        left.add_patch(Rectangle((c0 - 0.5, r0 - 0.5), c1 - c0, r1 - r0, fill=False, edgecolor=MODEL, linewidth=2))
         left.set(title=f"Mean traffic, {H} × {W} cells", xlabel="column", ylabel="row (north is up)")
         extent = (c0 - 0.5, c1 - 0.5, r0 - 0.5, r1 - 0.5)
         image = right.imshow(cell_nrmse, origin="lower", cmap="YlOrBr", extent=extent)

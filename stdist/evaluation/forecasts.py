@@ -80,9 +80,7 @@ def read_forecasts(path: Path | str) -> Forecasts:
     if read is None:
         raise InputError(f"{path}: forecasts are read from .zarr or .parquet, not '{path.suffix}'")
     if not path.exists():
-        raise InputError(
-            f"{path}: no such forecasts; write them with `stdist forecast RUN STORE --out {path}`"
-        )
+        raise InputError(f"{path}: no such forecasts; write them with `stdist forecast RUN STORE --out {path}`")
     try:
         return read(path)
     except (KeyError, ValueError, OSError, pl.exceptions.PolarsError) as error:

@@ -144,7 +144,5 @@ class ErrorState:
         """The state ``to_json`` wrote. Raises InputError where its keys are others."""
         names = [f.name for f in fields(cls)]
         if sorted(state) != sorted(names):
-            raise InputError(
-                f"an error state has the keys {', '.join(names)}; got {', '.join(sorted(state))}"
-            )
+            raise InputError(f"an error state has the keys {', '.join(names)}; got {', '.join(sorted(state))}")
         return cls(*(np.asarray(state[n], np.int64 if n == "count" else np.float64) for n in names))

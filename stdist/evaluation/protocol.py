@@ -108,9 +108,7 @@ def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N
             f"{store.path} has {store.digest} ({store.city}): score them on the store they were made on"
         )
     if contract.channel not in store.channels:
-        raise InputError(
-            f"forecasts are of channel '{contract.channel}', {store.path} has {', '.join(store.channels)}"
-        )
+        raise InputError(f"forecasts are of channel '{contract.channel}', {store.path} has {', '.join(store.channels)}")
     foreign = ~np.isin(forecasts.cell_ids, store.cell_ids)
     if foreign.any():
         raise InputError(

@@ -67,9 +67,7 @@ def build_report(run_dir: Path) -> Path:
     """
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
-        raise InputError(
-            f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`"
-        )
+        raise InputError(f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`")
     config_text = config_file.read_text(encoding="utf-8")
     metrics, missing = None, []
     if (run_dir / "report" / "metrics.json").is_file():
@@ -261,9 +259,7 @@ def _trace(
         band,
     )
     name = label.lower().replace(" ", "-")
-    return gallery.add(
-        f"forecast-{name}", figure, f"{label}: forecasts against what was observed, local time"
-    )
+    return gallery.add(f"forecast-{name}", figure, f"{label}: forecasts against what was observed, local time")
 
 
 def _store_of(run_dir: Path, config_text: str) -> GridStore:

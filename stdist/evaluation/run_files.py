@@ -110,6 +110,14 @@ def read_metrics(run_dir: Path) -> RunMetrics:
         raise InputError(f"{path}: no JSON ({error}); evaluate the run again") from error
 
 
+def add_variants(run_dir: Path, others: list[Path]) -> None:
+    """Put the scores of other runs beside this run's own, each under its folder's name."""
+    metrics = read_metrics(run_dir)
+    for other in others:
+        metrics.variants[other.resolve().name] = read_metrics(other).model
+    write_metrics(run_dir, metrics)
+
+
 def _checked(metrics: Any, name: str) -> RunMetrics:
     try:
         return RunMetrics.model_validate(metrics)

@@ -55,9 +55,7 @@ class Example:
     answer: tuple[Piece, ...]
 
 
-def transcription(
-    vocabulary: Vocabulary, indices: npt.NDArray[np.integer], direction: Direction
-) -> list[Example]:
+def transcription(vocabulary: Vocabulary, indices: npt.NDArray[np.integer], direction: Direction) -> list[Example]:
     """Stage 1: the same n values as text and as numerals; ``indices`` is [examples, n].
 
     ``to_text`` reads any numeral; ``to_numeral`` answers with the canonical one (1.14 is 114/0, not 1140/0).
@@ -76,8 +74,7 @@ def transcription(
     instruction = "Convert the following string-represented numerical values to numerical tokens: "
     canonical = vocabulary.encode(vocabulary.decode(indices))
     return [
-        Example(direction, (instruction + text + _ARROW,), (row,))
-        for row, text in zip(canonical, lists, strict=True)
+        Example(direction, (instruction + text + _ARROW,), (row,)) for row, text in zip(canonical, lists, strict=True)
     ]
 
 

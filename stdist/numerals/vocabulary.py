@@ -176,9 +176,7 @@ def decimal_parts(mantissa: Indices, exponent: Indices) -> tuple[Indices, Indice
 def decimal_value(coefficient: Indices, power: Indices) -> npt.NDArray[np.float64]:
     """The float64 nearest to coefficient · 10^power; exact operands (|coefficient| < 2^53, |power| <= 22)."""
     scale = np.array([float(f"1e{n}") for n in range(23)])
-    return np.where(
-        power < 0, coefficient / scale[np.maximum(-power, 0)], coefficient * scale[np.maximum(power, 0)]
-    )
+    return np.where(power < 0, coefficient / scale[np.maximum(-power, 0)], coefficient * scale[np.maximum(power, 0)])
 
 
 def decimal_text(value: float) -> str:

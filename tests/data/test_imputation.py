@@ -71,9 +71,7 @@ def test_eq20_day_by_day_equals_the_whole_run_at_once(seed, share):
     present[0] = True
     with tempfile.TemporaryDirectory() as folder:
         day = np.datetime64("2020-01-01", "D")
-        spec = GridSpec(
-            "toy", ("x",), day, day + np.timedelta64(days - 1, "D"), np.arange(6).reshape(2, 3), 60
-        )
+        spec = GridSpec("toy", ("x",), day, day + np.timedelta64(days - 1, "D"), np.arange(6).reshape(2, 3), 60)
         with GridWriter(Path(folder) / "toy.zarr", spec, {}) as writer:
             for d in range(days):
                 where = slice(d * slots, d * slots + slots)

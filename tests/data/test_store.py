@@ -32,9 +32,7 @@ def test_plain_xarray_opens_it(make_store, values):
     store = make_store(values)
     plain = xarray.open_zarr(store.path)
     assert plain["internet"].dims == ("time", "row", "col") and plain["internet"].dtype == np.float32
-    assert (
-        plain["observed_internet"].dtype == bool and plain["observed_internet"].dims == plain["internet"].dims
-    )
+    assert plain["observed_internet"].dtype == bool and plain["observed_internet"].dims == plain["internet"].dims
     # CF time in UTC: local midnight of 1 November is 23:00 the day before.
     assert plain["time"].values[0] == np.datetime64("2013-10-31T23:00")
     assert plain.attrs["utc_offset_minutes"] == 60 and plain.attrs["units"] == "activity"

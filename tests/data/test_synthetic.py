@@ -52,9 +52,7 @@ def test_simple_forecasts_err_as_on_the_real_central_block():
     assert 0.25 < np.mean(yesterday) < 0.37
 
 
-@pytest.mark.parametrize(
-    ("fields", "line"), [({"height": 0}, "is empty"), ({"cadence_minutes": 7}, "divide")]
-)
+@pytest.mark.parametrize(("fields", "line"), [({"height": 0}, "is empty"), ({"cadence_minutes": 7}, "divide")])
 def test_impossible_cities_are_refused(fields, line):
     with pytest.raises(InputError, match=line):
         SyntheticCity(**fields)

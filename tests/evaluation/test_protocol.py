@@ -70,9 +70,7 @@ def test_files_and_memory_score_alike(store, forecasts, tmp_path):
 
 def test_parts_add_up_to_the_whole(store, forecasts):
     """As several ranks would score their own windows: window for window the single-process figures."""
-    parts = [
-        replace(forecasts, values=forecasts.values[i::3], origins=forecasts.origins[i::3]) for i in range(3)
-    ]
+    parts = [replace(forecasts, values=forecasts.values[i::3], origins=forecasts.origins[i::3]) for i in range(3)]
     results = [evaluate(part, store) for part in parts]
     total = sum((r.state for r in results), ErrorState.empty(4))
     whole = evaluate(forecasts, store)

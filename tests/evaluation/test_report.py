@@ -43,8 +43,7 @@ def run_dir(tmp_path, store, metrics):
     write_forecasts(make_forecasts(windows, error=3.0, quantiles=True), run / "forecasts" / "test.zarr")
     (run / "config.yaml").write_text(f"data:\n  store: {store.path}\nseed: 11\n")
     lines = [
-        {"stage": "sft", "step": s, "loss": 3.0 / s, "learning_rate": 1e-3, "time": 1.7e9 + s}
-        for s in range(1, 30)
+        {"stage": "sft", "step": s, "loss": 3.0 / s, "learning_rate": 1e-3, "time": 1.7e9 + s} for s in range(1, 30)
     ]
     lines.append({"stage": "sft", "step": 29, "event": "evaluation", "metrics": {"nrmse": 0.5}})
     lines += [{"stage": "grpo", "step": s, "loss": 0.01, "reward": 0.4, "kl": 0.0} for s in range(1, 5)]
@@ -92,10 +91,7 @@ def test_a_lost_comparison_is_said_plainly(run_dir, metrics):
     metrics["baselines"]["ridge"]["pooled"]["nrmse"] = metrics["model"]["pooled"]["nrmse"] / 1.25
     write_metrics(run_dir, metrics)
     text = text_of(build_report(run_dir))
-    assert (
-        "The model loses to 1 of 5 baselines: ridge (error 1.25 times as large). It beats the other 4."
-        in text
-    )
+    assert "The model loses to 1 of 5 baselines: ridge (error 1.25 times as large). It beats the other 4." in text
     assert "model worse: 1.25" in text
     for scores in metrics["baselines"].values():
         scores["pooled"]["nrmse"] = 1e-6
@@ -141,10 +137,7 @@ def test_metrics_round_trip_without_nan(run_dir, metrics):
     metrics["model"]["per_horizon"][0]["mae"] = float("nan")
     path = write_metrics(run_dir, metrics)
     assert json.loads(path.read_text())["model"]["per_horizon"][0]["mae"] is None
-    assert (
-        read_metrics(run_dir).baselines["ridge"].pooled.nrmse
-        == metrics["baselines"]["ridge"]["pooled"]["nrmse"]
-    )
+    assert read_metrics(run_dir).baselines["ridge"].pooled.nrmse == metrics["baselines"]["ridge"]["pooled"]["nrmse"]
     assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
 
 

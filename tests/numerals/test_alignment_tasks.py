@@ -54,8 +54,7 @@ def test_transcription_by_hand() -> None:
     (to_numeral,) = transcription(PAPER, indices, "to_numeral")
     (prompt,) = to_numeral.prompt
     assert prompt == (
-        "Convert the following string-represented numerical values to numerical tokens: "
-        "'-82.100000,114.000000' → "
+        "Convert the following string-represented numerical values to numerical tokens: '-82.100000,114.000000' → "
     )
     (answer,) = to_numeral.answer
     np.testing.assert_array_equal(answer, ids("-821/1", "114/2"))
@@ -139,9 +138,7 @@ def test_arithmetic_prompts_by_hand() -> None:
 
 
 @pytest.mark.parametrize("digits", [2, 3, 4])
-def test_arithmetic_answers_equal_decimal_arithmetic(
-    digits: int, reference: Callable[[float, int], str]
-) -> None:
+def test_arithmetic_answers_equal_decimal_arithmetic(digits: int, reference: Callable[[float, int], str]) -> None:
     vocabulary = Vocabulary(digits)
     tasks: Counter[str] = Counter()
     zeros = 0
@@ -150,9 +147,7 @@ def test_arithmetic_answers_equal_decimal_arithmetic(
             tasks[example.task] += 1
             operation, _, writes = example.task.replace(":", " ").replace("->", " ").split()
             compute = OPERATORS[operation]
-            exact = [
-                compute(Decimal(a), Decimal(b)) for a, b in zip(*operands(example, vocabulary), strict=True)
-            ]
+            exact = [compute(Decimal(a), Decimal(b)) for a, b in zip(*operands(example, vocabulary), strict=True)]
             expected = [vocabulary.id(reference(float(value), digits)) for value in exact]
             (answer,) = example.answer
             if writes == "text":
@@ -177,9 +172,7 @@ def test_exact_decimal_results_are_rounded_once() -> None:
 def test_arithmetic_reads_the_whole_vocabulary() -> None:
     """Operands in numerals and operands in text each cover the 2-digit vocabulary in one epoch."""
     n = 4
-    examples = [
-        e for step in range(-(-len(SMALL) // (n * 3))) for e in arithmetic_batch(SMALL, 5, step, 9, n)
-    ]
+    examples = [e for step in range(-(-len(SMALL) // (n * 3))) for e in arithmetic_batch(SMALL, 5, step, 9, n)]
     for reads, per_cycle in (("numeral", 6), ("text", 3)):
         needed = -(-len(SMALL) // n)
         chosen = [e for e in examples if f":{reads}->" in e.task][:needed]
@@ -220,9 +213,7 @@ def test_bad_requests_are_named() -> None:
 
 
 def test_relative_error_by_hand() -> None:
-    np.testing.assert_allclose(
-        relative_error([110.0, 0.0, 5e-5, -1.0], [100.0, 0.0, 0.0, 1.0]), [0.1, 0, 0.5, 2]
-    )
+    np.testing.assert_allclose(relative_error([110.0, 0.0, 5e-5, -1.0], [100.0, 0.0, 0.0, 1.0]), [0.1, 0, 0.5, 2])
 
 
 def test_answers_in_text_parse() -> None:

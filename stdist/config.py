@@ -1,0 +1,222 @@
+"""One pydantic tree for every YAML: unknown keys are errors that name the nearest right key.
+
+Hyper-parameter names follow Hugging Face and TRL; the papers' letters stand where those are the field's names.
+"""
+
+import difflib
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stdist.errors import InputError
+
+StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
+Trainable = Literal["rows", "lora", "full"]
+Days = tuple[date, date]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitConfig(Strict):
+    """Inclusive local calendar days, as ["2013-11-01", "2013-11-20"]."""
+
+    train: Days
+    validation: Days
+    test: Days
+
+
+class DataConfig(Strict):
+    """Which windows of which store. ``fraction`` takes the first part of the training days (few-shot)."""
+
+    store: Path
+    channel: str = "internet"
+    history: int = Field(12, ge=1, description="S, frames a window looks back")
+    horizon: int = Field(12, ge=1, description="K, steps forecast")
+    region: str | None = Field(None, description="r0:r1,c0:c1, cells to forecast; the whole grid if absent")
+    split: SplitConfig | None = Field(None, description="the store's own split if absent")
+    fraction: float = Field(1.0, gt=0, le=1)
+
+
+class NumeralsConfig(Strict):
+    mantissa_digits: Literal[2, 3, 4] = 4
+    out_of_range: Literal["error", "clamp"] = "error"
+
+
+class FramesConfig(Strict):
+    """Grids as images (Eq. 8–11): p of Eq. 8, and the whole enlargement in pixels per cell."""
+
+    enabled: bool = True
+    power: float = Field(0.5, gt=0, le=1)
+    pixels_per_cell: int | Literal["auto"] = "auto"
+
+
+class PolicyConfig(Strict):
+    """``base``: preset ``tiny`` or ``small``, a folder in Qwen2.5-VL's format, or a hub name."""
+
+    base: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora_r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+
+
+class StageConfig(Strict):
+    """What every stage has. ``trainable``: numeral rows only, LoRA and rows, or everything."""
+
+    trainable: Trainable = "lora"
+    max_steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    numeral_learning_rate: float | None = Field(None, gt=0, description="learning_rate if absent")
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(200, ge=1)
+    eval_steps: int = Field(200, ge=1)
+
+
+class AlignmentConfig(StageConfig):
+    """Both numerical alignment stages. Accuracy is measured on ``eval_examples`` examples of each task."""
+
+    per_device_train_batch_size: int = Field(64, ge=1)
+    values_per_example: int = Field(4, ge=1)
+    eval_examples: int = Field(64, ge=1)
+
+
+class ForecastStageConfig(StageConfig):
+    """Stages on windows. A step sees ``windows_per_step`` windows × ``cells_per_window`` cells, at most
+    ``windows_per_micro_batch`` windows in memory at once; validation scores ``eval_windows`` evenly spaced windows."""
+
+    windows_per_step: int = Field(8, ge=1)
+    cells_per_window: int = Field(16, ge=1)
+    windows_per_micro_batch: int = Field(8, ge=1)
+    eval_windows: int = Field(32, ge=1)
+
+
+class SFTConfig(ForecastStageConfig):
+    """``blank_share``: share of training sequences whose previous answer values are blanks, so that far steps are
+    learned directly and not only as a chain of one-step guesses (docs/decisions.md); 0 is the paper."""
+
+    blank_share: float = Field(0.0, ge=0, le=1)
+
+
+class GRPOConfig(ForecastStageConfig):
+    """Eq. 17–19 and TRL's names. ``half_score`` is x_h; ``patience`` evaluations without a fall end the stage."""
+
+    trainable: Literal["lora"] = "lora"
+    num_generations: int = Field(8, ge=2, description="G")
+    epsilon: float = Field(0.2, gt=0)
+    beta: float = Field(0.04, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    scale_rewards: Literal["none", "group"] = "none"
+    half_score: float = Field(0.2, gt=0)
+    normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"
+    patience: int = Field(3, ge=1)
+
+
+class ForecastConfig(Strict):
+    """How forecasts are decoded: step by step by each step's most likely numeral (``greedy``) or the ``median`` of its
+    distribution; as the median of ``num_generations`` candidates (``sample``, also gives quantiles); or all steps at
+    once behind blanks (``direct``, for a policy trained with ``sft.blank_share``)."""
+
+    decoding: Literal["greedy", "median", "sample", "direct"] = "median"
+    num_generations: int = Field(1, ge=1)
+    windows_per_batch: int = Field(16, ge=1)
+
+
+class Config(Strict):
+    """A run: data, policy, and the stages in order."""
+
+    name: str
+    seed: int = 0
+    output_dir: Path = Path("runs")
+    stages: tuple[StageName, ...] = ("alignment", "arithmetic", "sft", "grpo")
+    data: DataConfig
+    numerals: NumeralsConfig = NumeralsConfig()
+    frames: FramesConfig = FramesConfig()
+    policy: PolicyConfig = PolicyConfig()
+    alignment: AlignmentConfig = AlignmentConfig(trainable="rows")
+    arithmetic: AlignmentConfig = AlignmentConfig()
+    sft: SFTConfig = SFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    forecast: ForecastConfig = ForecastConfig()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "Config":
+        order = ["alignment", "arithmetic", "sft", "grpo"]
+        if list(self.stages) != [stage for stage in order if stage in self.stages]:
+            raise ValueError(f"stages must be some of {order}, in this order")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies ``key.sub=value`` overrides.
+
+    Raises InputError: file missing or not YAML, an unknown key (with the nearest right one), a wrong value.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"config {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"config {path} must be a mapping of keys to values")
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Validates a tree; ``where`` names its source in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_first_problem(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise InputError(f"override {override!r} must look like key.sub=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"override {override!r}: {parent} is a value, not a group of keys")
+    tree[last] = yaml.safe_load(value)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    path = [part for part in problem["loc"] if isinstance(part, str)]
+    key = ".".join(path)
+    if problem["type"] != "extra_forbidden":
+        given = f" (given: {problem['input']!r})" if problem["type"] != "missing" else ""
+        return f"{key or 'config'}: {problem['msg']}{given}"
+    known = list(_fields_at(path[:-1]))
+    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _fields_at(path: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = Config.model_fields
+    for part in path:
+        annotation = fields[part].annotation
+        models = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+        fields = models[0].model_fields if models else {}
+    return fields

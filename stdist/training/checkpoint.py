@@ -1,0 +1,92 @@
+"""Checkpoints of a stage: ``checkpoints/STAGE/step-N/`` written whole or not at all, with an atomic ``latest``.
+
+A checkpoint is the model in Hugging Face layout (written by the caller) plus ``trainer_state/`` for exact resume:
+optimizer tensors as safetensors, everything else as JSON. No pickle is ever read.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stdist.errors import InputError
+from stdist.training.engine import Engine
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file so that a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass
+class StageCheckpoints:
+    """The checkpoints of one stage under ``folder``; the caller says which to keep."""
+
+    folder: Path
+
+    def save(self, step: int, write_model: Callable[[Path], None], engine: Engine, values: dict[str, Any]) -> None:
+        """Writes step-N and points ``latest`` at it. ``values``: JSON-able trainer state of the loop."""
+        final = self.at(step)
+        partial = self.folder / f"step-{step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "trainer_state").mkdir(parents=True)
+        write_model(partial)
+        tensors, engine_values = engine.state()
+        tensors["torch_rng"] = torch.get_rng_state()
+        save_file(tensors, partial / "trainer_state" / "state.safetensors")
+        (partial / "trainer_state" / "state.json").write_text(
+            json.dumps({"step": step, "engine": engine_values, "loop": values})
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        write_atomically(self.folder / "latest", final.name)
+
+    def load(self, path: Path, engine: Engine) -> dict[str, Any]:
+        """Restores the engine and the random state from a checkpoint; returns ``{"step", "loop"}``."""
+        tensors = load_file(path / "trainer_state" / "state.safetensors")
+        state = json.loads((path / "trainer_state" / "state.json").read_text())
+        torch.set_rng_state(tensors.pop("torch_rng"))
+        engine.load_state(tensors, state["engine"])
+        return state
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint to resume from, None before the first. Raises InputError where it is damaged."""
+        pointer = self.folder / "latest"
+        if not pointer.exists():
+            return None
+        path = self.folder / pointer.read_text().strip()
+        if not (path / "trainer_state" / "state.json").exists():
+            raise InputError(
+                f"{pointer} names {path.name}, which is incomplete; delete {self.folder} to redo the stage"
+            )
+        return path
+
+    def at(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def prune(self, keep: set[int]) -> None:
+        """Deletes the checkpoints of every other step."""
+        for path in self.folder.glob("step-*"):
+            if path not in {self.at(step) for step in keep}:
+                shutil.rmtree(path)
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The stage's closing summary, with ``checkpoint`` naming its result; None while it is unfinished."""
+        path = self.folder / "finished.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))

@@ -1,0 +1,123 @@
+"""Stages 1 and 2: numerical alignment (Vision-LLMs for Spatiotemporal Traffic Forecasting, Section IV.B.2).
+
+Stage 1 transcribes numbers between text and numerals, both ways; stage 2 adds, subtracts and multiplies vectors in
+three formats. Loss on the answers only. Departure: a preset has no pre-training, so its stage 1 may train the backbone
+too (``alignment.trainable: full``); with a pre-trained base only the numeral rows train, as in the paper.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from stdist.config import AlignmentConfig
+from stdist.numerals.alignment_tasks import (
+    Example,
+    Piece,
+    arithmetic_batch,
+    relative_error,
+    transcription_batch,
+)
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.prompts import END
+from stdist.vision_llm.token_losses import target_cross_entropy
+
+BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
+_EVALUATION_SEED = 7_000_001  # added to the run's seed: evaluation walks permutations of its own
+
+
+class AlignmentStage:
+    """``name`` is ``alignment`` (transcription) or ``arithmetic``; see :class:`stdist.training.loop.Stage`."""
+
+    watched = None
+
+    def __init__(self, name: str, policy: Policy, config: AlignmentConfig, seed: int):
+        self.name, self.policy, self.config, self.seed = name, policy, config, seed
+        self._batch = BATCHES[name]
+
+    def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
+        config = self.config
+        examples = self._batch(
+            self.policy.vocabulary,
+            self.seed,
+            step,
+            config.per_device_train_batch_size,
+            config.values_per_example,
+        )
+        ids, is_target = tokenise(self.policy, examples)
+        logits, targets = _answers(self.policy, ids, is_target)
+        loss = target_cross_entropy(logits, targets).mean()
+        backward(loss)
+        return {"loss": loss.item(), "tokens": float(ids.numel())}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Exact matches and, where the answer is numerals, relative errors, on examples no step draws.
+
+        An example is exact when every answer token is the most likely one after the true tokens before it, which is
+        when greedy decoding writes exactly this answer.
+        """
+        config, vocabulary = self.config, self.policy.vocabulary
+        total = config.eval_examples * (2 if self.name == "alignment" else 9)
+        examples = self._batch(vocabulary, self.seed + _EVALUATION_SEED, 0, total, config.values_per_example)
+        exact: dict[str, list[bool]] = defaultdict(list)
+        errors: dict[str, list[float]] = defaultdict(list)
+        size = config.per_device_train_batch_size
+        for first in range(0, total, size):
+            chunk = examples[first : first + size]
+            ids, is_target = tokenise(self.policy, chunk)
+            logits, targets = _answers(self.policy, ids, is_target)
+            right = torch.zeros_like(is_target[:, 1:])
+            right[is_target[:, 1:]] = logits.argmax(-1) == targets
+            all_right = (right | ~is_target[:, 1:]).all(1)
+            numeral = self.policy.first_numeral_id
+            best = torch.full_like(ids[:, 1:], -1)
+            best[is_target[:, 1:]] = logits[:, numeral:].argmax(-1)
+            for row, example in enumerate(chunk):
+                exact[example.task].append(bool(all_right[row]))
+                if isinstance(example.answer[0], np.ndarray):
+                    written = best[row][ids[row, 1:] >= numeral]
+                    predicted = vocabulary.decode(written[written >= 0].numpy())
+                    errors[example.task].extend(
+                        relative_error(predicted, vocabulary.decode(example.answer[0])).tolist()
+                    )
+        metrics = {f"exact_match/{task}": float(np.mean(hits)) for task, hits in exact.items()}
+        metrics["exact_match"] = float(np.mean([hit for hits in exact.values() for hit in hits]))
+        if errors:
+            metrics["median_relative_error"] = float(np.median([e for values in errors.values() for e in values]))
+        return metrics
+
+
+def tokenise(
+    policy: Policy, examples: list[Example]
+) -> tuple[Int[Tensor, "examples tokens"], Bool[Tensor, "examples tokens"]]:
+    """Token ids of ``user: prompt, assistant: answer, end``, padded right, and which of them are answer or end."""
+    opening = policy.prompts.text_ids("<|im_start|>user\n")
+    answer = policy.prompts.text_ids(f"{END}\n<|im_start|>assistant\n")
+    texts = [piece for e in examples for piece in (*e.prompt, *e.answer) if isinstance(piece, str)]
+    encoded = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+
+    def ids_of(pieces: tuple[Piece, ...]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            ids += next(encoded) if isinstance(piece, str) else (piece + policy.first_numeral_id).tolist()
+        return ids
+
+    prompts_answers = [(opening + ids_of(e.prompt) + answer, [*ids_of(e.answer), policy.end_id]) for e in examples]
+    longest = max(len(prompt) + len(reply) for prompt, reply in prompts_answers)
+    ids = torch.full((len(examples), longest), policy.end_id)
+    is_target = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, (prompt, reply) in enumerate(prompts_answers):
+        ids[row, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+        is_target[row, len(prompt) : len(prompt) + len(reply)] = True
+    return ids.to(policy.device), is_target.to(policy.device)
+
+
+def _answers(policy: Policy, ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits that predict each target token, and those tokens. The token at position t is predicted at t − 1."""
+    hidden = policy.hidden(ids[:, :-1])
+    wanted = is_target[:, 1:]
+    return policy.logits(hidden[wanted]), ids[:, 1:][wanted]

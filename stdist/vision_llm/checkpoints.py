@@ -1,0 +1,191 @@
+"""Policies from presets, hub names or folders, and back to folders that transformers and peft load without stdist.
+
+A checkpoint holds ``policy.json`` (what stdist must know), the tokenizer with its numerals, the image processor, and
+
+* base trained (presets): ``config.json`` and ``model.safetensors``, whose embedding and head are text rows followed by
+  numeral rows, and the active LoRA adapter, if there is one, in ``adapter/``;
+* base frozen: ``adapter/`` alone, LoRA plus the numeral rows as peft's trainable tokens of the named base, which must
+  be resized to the tokenizer's length before peft loads it.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from stdist.errors import InputError
+from stdist.numerals import Vocabulary
+from stdist.vision_llm.numeral_rows import NumeralRows, initial_rows
+from stdist.vision_llm.policy import LORA_TARGETS, Policy
+from stdist.vision_llm.presets import SHAPES, build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.spec import PolicySpec
+
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+ADAPTER = "adapter"
+_PEFT_ROWS = {
+    EMBEDDING: "base_model.model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta",
+    HEAD: "base_model.model.lm_head.token_adapter.trainable_tokens_delta",
+}
+
+
+def build_policy(spec: PolicySpec, seed: int) -> Policy:
+    """A policy on a fresh base, with new numeral rows and, on a frozen base, a new LoRA adapter.
+
+    Raises InputError where the base cannot be loaded or is of another architecture.
+    """
+    if spec.base in SHAPES:
+        model, tokenizer = build_model(spec.base, seed), build_tokenizer()
+        processor = build_image_processor()
+        model = model.to(getattr(torch, spec.dtype))
+    else:
+        model, tokenizer, processor = _load_pretrained(spec.base, spec.dtype)
+    vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
+    digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+    rows = NumeralRows(
+        initial_rows(vocabulary, model.get_input_embeddings().weight[digits], seed),
+        initial_rows(vocabulary, model.lm_head.weight[digits], seed),
+    )
+    policy = Policy(model, tokenizer, processor, vocabulary, rows, spec)
+    if not spec.base_is_trained:
+        policy.add_lora()
+    return policy
+
+
+def load_policy(path: Path) -> Policy:
+    """A policy saved by ``save_policy``, in evaluation mode. Raises InputError where ``path`` holds none."""
+    try:
+        spec = PolicySpec.model_validate_json((path / "policy.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
+    policy = build_policy(spec, seed=0)
+    if (path / ADAPTER).is_dir() and not policy.adapters:
+        policy.add_lora()
+    load_weights(policy, path)
+    return policy.eval()
+
+
+def save_policy(policy: Policy, path: Path) -> None:
+    """Writes the checkpoint into the existing folder ``path``."""
+    (path / "policy.json").write_text(policy.spec.model_dump_json(indent=1))
+    full_tokenizer(policy).save_pretrained(path)
+    policy.image_processor.save_pretrained(path)
+    if policy.spec.base_is_trained:
+        _save_base(policy, path)
+    if policy.adapters:
+        _save_adapter(policy, path / ADAPTER)
+
+
+def load_weights(policy: Policy, path: Path) -> None:
+    """Copies a checkpoint's weights into a policy of the same spec: base (if saved), active adapter, numeral rows.
+
+    Raises InputError where the checkpoint is of another model or vocabulary.
+    """
+    first = policy.first_numeral_id
+    rows: dict[str, Tensor] = {}
+    if (path / "model.safetensors").exists():
+        weights = load_file(path / "model.safetensors")
+        for key, parameter in _base_parameters(policy).items():
+            if key in (EMBEDDING, HEAD):
+                rows[key] = weights[key][first:]
+                _overwrite(parameter.data[:first], weights[key][:first], key, path)
+            else:
+                _overwrite(parameter.data, weights[key], key, path)
+    if (path / ADAPTER).is_dir():
+        weights = load_file(path / ADAPTER / "adapter_model.safetensors")
+        rows |= {key: weights.pop(name) for key, name in _PEFT_ROWS.items() if name in weights}
+        set_peft_model_state_dict(policy.backbone, weights, adapter_name=policy.active_adapter)
+    _overwrite(policy.rows.input.data, rows[EMBEDDING], "numeral rows", path)
+    _overwrite(policy.rows.output.data, rows[HEAD], "numeral rows", path)
+
+
+def full_tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
+    """A copy of the text tokenizer that also knows every numeral, numeral i at ``first_numeral_id`` + i."""
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.add_tokens(policy.vocabulary.tokens())
+    return tokenizer
+
+
+def _load_pretrained(base: str, dtype: str):
+    try:
+        model_type = AutoConfig.from_pretrained(base).model_type
+        if model_type != "qwen2_5_vl":
+            raise InputError(f"policy.base {base} is a {model_type}; stdist needs a Qwen2.5-VL")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(base)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        presets = ", ".join(SHAPES)
+        raise InputError(f"policy.base {base} cannot be loaded ({reason}); give a folder or one of {presets}") from None
+    return model, tokenizer, processor
+
+
+def _base_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """The base model's own parameters under the names they have without LoRA around them."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in policy.base_model.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def _save_base(policy: Policy, path: Path) -> None:
+    first, n = policy.first_numeral_id, len(policy.vocabulary)
+    weights = {name: parameter.data for name, parameter in _base_parameters(policy).items()}
+    for key, rows in ((EMBEDDING, policy.rows.input), (HEAD, policy.rows.output)):
+        weights[key] = torch.cat([weights[key][:first], rows.data.to(weights[key].dtype)])
+    save_file(
+        {key: value.contiguous() for key, value in weights.items()},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = copy.deepcopy(policy.base_model.config)
+    config.get_text_config().vocab_size = first + n
+    config.architectures = [type(policy.base_model).__name__]
+    config.save_pretrained(path)
+
+
+def _save_adapter(policy: Policy, path: Path) -> None:
+    path.mkdir()
+    name = policy.active_adapter
+    weights = {
+        key: value.contiguous()
+        for key, value in get_peft_model_state_dict(policy.backbone, adapter_name=name).items()
+        if ".lora_" in key
+    }
+    config = LoraConfig(
+        r=policy.spec.lora_r,
+        lora_alpha=policy.spec.lora_alpha,
+        target_modules=LORA_TARGETS,
+        base_model_name_or_path=policy.spec.base,
+        inference_mode=True,
+    )
+    if not policy.spec.base_is_trained:
+        first, n = policy.first_numeral_id, len(policy.vocabulary)
+        ids = list(range(first, first + n))
+        config.trainable_token_indices = {"embed_tokens": ids, "lm_head": ids}
+        weights[_PEFT_ROWS[EMBEDDING]] = policy.rows.input.data.contiguous()
+        weights[_PEFT_ROWS[HEAD]] = policy.rows.output.data.contiguous()
+    save_file(weights, path / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(str(path))
+
+
+def _overwrite(target: Float[Tensor, "*shape"], saved: Float[Tensor, "*shape"], what: str, path: Path) -> None:
+    if target.shape != saved.shape:
+        raise InputError(
+            f"checkpoint {path}: {what} is {list(saved.shape)}, this run needs {list(target.shape)}; "
+            "it belongs to another model or vocabulary"
+        )
+    target.copy_(saved)

@@ -1,0 +1,86 @@
+"""From a store's windows to what the policy reads: shared prompts, grids, cell prompts and answers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stdist.data import Windows
+from stdist.vision_llm.policy import Policy
+
+
+@dataclass
+class PolicyBatch:
+    """W windows × C cells, window by window. ``prompts`` and ``answers`` have W·C rows; ``truth`` is ``[W, C, K]``."""
+
+    shared: Int[Tensor, "windows tokens"]
+    grids: Float[Tensor, "windows S rows cols"]
+    prompts: Int[Tensor, "cells tokens"]
+    answers: Int[Tensor, "cells K+1"]
+    truth: Float[np.ndarray, "windows cells K"]
+    observed: np.ndarray
+    cells: Int[np.ndarray, "cells"]
+
+
+class CityWindows:
+    """Reads windows for a policy. Cells are numbered row by row inside the windows' region.
+
+    ``clamp`` limits values to the numerals' range and counts how many it touched (``clamped``); otherwise a value out
+    of range is an InputError.
+    """
+
+    def __init__(self, policy: Policy, windows: Windows, clamp: bool = False):
+        self.policy, self.windows, self._clamp = policy, windows, clamp
+        region = windows.region
+        rows, cols = np.mgrid[region.r0 : region.r1, region.c0 : region.c1]
+        inside = windows.store.inside[region.slices].ravel()
+        self.cells = np.flatnonzero(inside)
+        self._rows, self._cols = rows.ravel(), cols.ravel()
+        grid = windows.store.dataset
+        self._row_ids, self._col_ids = grid["row"].values, grid["col"].values
+        self._local = windows.store.local_times
+        self.clamped = 0
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, indices: np.ndarray, cells: np.ndarray) -> PolicyBatch:
+        """Windows number ``indices`` with ``cells`` of each."""
+        read = self.windows.read(indices)
+        history, target = self._in_range(read.history), self._in_range(read.target)
+        rows, cols = self._rows[cells], self._cols[cells]
+        w = len(indices)
+        own_history = history[:, :, rows, cols].transpose(0, 2, 1).reshape(w * len(cells), -1)
+        truth = target.reshape(w, target.shape[1], -1)[:, :, cells].transpose(0, 2, 1)
+        observed = read.target_observed.reshape(w, target.shape[1], -1)[:, :, cells].transpose(0, 2, 1)
+        prompts, device = self.policy.prompts, self.policy.device
+        shared = [prompts.shared(self._local[origin]) for origin in read.origin_index]
+        return PolicyBatch(
+            shared=torch.tensor(shared, device=device),
+            grids=torch.from_numpy(history),
+            prompts=torch.from_numpy(
+                prompts.cells(np.tile(self._row_ids[rows], w), np.tile(self._col_ids[cols], w), own_history)
+            ).to(device),
+            answers=torch.from_numpy(prompts.answers(truth.reshape(w * len(cells), -1))).to(device),
+            truth=truth,
+            observed=observed,
+            cells=cells,
+        )
+
+    def _in_range(self, values: np.ndarray) -> np.ndarray:
+        if not self._clamp:
+            return values
+        clamped, count = self.policy.vocabulary.clamp(values)
+        self.clamped += count
+        return clamped.astype(np.float32)
+
+    def draw(self, rng: np.random.Generator, windows: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random windows and cells of a training step, without repetition inside the step."""
+        chosen = rng.choice(len(self.windows), min(windows, len(self.windows)), replace=False)
+        return chosen, np.sort(rng.choice(self.cells, min(cells, len(self.cells)), replace=False))
+
+    def evenly(self, count: int) -> np.ndarray:
+        """At most ``count`` windows, evenly spaced: the same ones at every validation."""
+        return np.unique(np.linspace(0, len(self.windows) - 1, min(count, len(self.windows))).round().astype(int))

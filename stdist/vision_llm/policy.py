@@ -1,0 +1,244 @@
+"""Qwen2.5-VL as a forecaster: the base model, optional LoRA adapters, and the numerals' own rows.
+
+The Hugging Face model is never edited: embeddings are mixed here from text rows, numeral rows and visual tokens, the
+decoder runs on them, and the head is applied here at the positions that matter. A window's shared prompt is encoded
+once (``prefix``); its cells and candidates read the prefix's keys and values (``branch``).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from stdist.numerals import Vocabulary
+from stdist.vision_llm.frames import FrameEncoder, FrameGeometry
+from stdist.vision_llm.numeral_rows import NumeralRows
+from stdist.vision_llm.prompts import BLANK, END, IMAGE, Prompts
+from stdist.vision_llm.spec import FrameSpec, PolicySpec
+from stdist.vision_llm.token_losses import answer_logits, full_logits
+
+# LoRA goes into the language model's projections only; the vision tower stays as it was pre-trained.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+SFT_ADAPTER, GRPO_ADAPTER = "default", "grpo"
+
+
+@dataclass
+class Prefix:
+    """Keys and values of a batch of shared prompts, with their graph.
+
+    ``cache`` holds ``sequences`` of them; ``position`` is the M-RoPE position where every child starts.
+    """
+
+    cache: DynamicCache
+    sequences: int
+    position: int
+
+
+class Policy(nn.Module):
+    """See the module docstring. Build one with :mod:`stdist.vision_llm.checkpoints`, not by hand.
+
+    Args:
+        model: the base, its weights in their final dtype.
+        tokenizer: text tokenizer without numerals.
+        image_processor: the base's own; its mean and standard deviation normalise frames.
+        vocabulary: the numerals.
+        rows: their rows.
+        spec: the task, the frames, and how LoRA is shaped.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Qwen2VLImageProcessorPil,
+        vocabulary: Vocabulary,
+        rows: NumeralRows,
+        spec: PolicySpec,
+    ):
+        super().__init__()
+        self.backbone: Qwen2_5_VLForConditionalGeneration | PeftModel = model
+        self.rows = rows
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.vocabulary = vocabulary
+        self.first_numeral_id = len(tokenizer)
+        self._reference_rows: NumeralRows | None = None
+        self.set_task(spec)
+
+    def set_task(self, spec: PolicySpec) -> None:
+        """Points the policy at a task: another city's name, grid or frames, the same weights."""
+        self.spec = spec
+        self.encoder = frame_encoder(spec.frames, self.image_processor) if spec.frames else None
+        tokens_per_frame = self.encoder.geometry.tokens if self.encoder else 0
+        self.prompts = Prompts(self.tokenizer, self.vocabulary, self.first_numeral_id, spec.setting, tokens_per_frame)
+        self.image_id, self.end_id, self.blank_id = map(self.prompts.token_id, (IMAGE, END, BLANK))
+
+    # --- parts of the base model -------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> Qwen2_5_VLForConditionalGeneration:
+        model = self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        return cast(Qwen2_5_VLForConditionalGeneration, model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.input.device
+
+    @property
+    def text_rows(self) -> Float[Tensor, "text d"]:
+        """Head rows of the text tokens (a base model may pad its matrix beyond its tokenizer)."""
+        return self.base_model.lm_head.weight[: self.first_numeral_id]
+
+    # --- forward -----------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
+        return self.rows.embed(ids, self.base_model.get_input_embeddings(), self.first_numeral_id)
+
+    def hidden(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
+        """Final hidden states of text-and-numeral sequences, causal, padded on the right if at all."""
+        return self._decoder(inputs_embeds=self.embed(ids), use_cache=False).last_hidden_state
+
+    def prefix(self, ids: Int[Tensor, "windows tokens"], grids: Float[Tensor, "windows frames rows cols"]) -> Prefix:
+        """Encodes the shared part of each window once; all windows of a run have the same number of tokens."""
+        embeddings = self.embed(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
+        if self.encoder:
+            patches, thw = self.encoder(grids.to(self.device, embeddings.dtype))
+            visual = self.base_model.model.visual(patches, grid_thw=thw).pooler_output
+            is_image = (ids == self.image_id).unsqueeze(-1)
+            embeddings = embeddings.masked_scatter(is_image, visual.to(embeddings.dtype))
+            positions, _ = self.base_model.model.get_rope_index(
+                ids[:1],
+                mm_token_type_ids=(ids[:1] == self.image_id).int(),
+                image_grid_thw=thw[: grids.shape[1]],
+            )
+        cache = DynamicCache()
+        self._decoder(
+            inputs_embeds=embeddings,
+            position_ids=positions.expand(3, len(ids), -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return Prefix(cache, len(ids), int(positions.max()) + 1)
+
+    def branch(
+        self, prefix: Prefix, ids: Int[Tensor, "children tokens"]
+    ) -> tuple[Float[Tensor, "children tokens d"], Prefix]:
+        """Final hidden states of sequences that continue the prefixes, and the prefix they make for their own children.
+
+        ``children`` is a multiple of the windows; consecutive children share a window. All start at the same M-RoPE
+        position, where the prefix ends, whatever their siblings hold.
+        """
+        return self.extend(Prefix(repeated(prefix.cache, len(ids) // prefix.sequences), len(ids), prefix.position), ids)
+
+    def extend(
+        self, prefix: Prefix, ids: Int[Tensor, "sequences tokens"]
+    ) -> tuple[Float[Tensor, "sequences tokens d"], Prefix]:
+        """Writes ``ids`` onto the prefix's own sequences, one each: its cache is used up, take the one returned."""
+        positions = torch.arange(ids.shape[1], device=ids.device) + prefix.position
+        output = self._decoder(
+            inputs_embeds=self.embed(ids),
+            position_ids=positions.expand(3, len(ids), -1),
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, Prefix(prefix.cache, len(ids), prefix.position + ids.shape[1])
+
+    def _decoder(self, **inputs):
+        return self.base_model.model.language_model(**inputs)
+
+    def logits(self, hidden: Float[Tensor, "positions d"]) -> Float[Tensor, "positions choices"]:
+        """Over everything the model can say, in the order of token ids."""
+        return full_logits(hidden, self.text_rows, self.rows.output)
+
+    def answer_logits(self, hidden: Float[Tensor, "positions d"]) -> Float[Tensor, "positions numerals+1"]:
+        """Over what a forecast may contain: numeral indices, then the end token as the last column."""
+        return answer_logits(hidden, self.base_model.lm_head.weight[self.end_id], self.rows.output)
+
+    # --- what trains -------------------------------------------------------------------------------------------
+
+    def add_lora(self, name: str = SFT_ADAPTER) -> None:
+        """Adds an adapter and makes it the active one. Named adapters let GRPO keep the SFT adapter as reference."""
+        config = LoraConfig(r=self.spec.lora_r, lora_alpha=self.spec.lora_alpha, target_modules=LORA_TARGETS)
+        if isinstance(self.backbone, PeftModel):
+            self.backbone.add_adapter(name, config)
+        else:
+            self.backbone = get_peft_model(self.backbone, config, adapter_name=name)
+        self.backbone.set_adapter(name)
+
+    @property
+    def active_adapter(self) -> str:
+        assert isinstance(self.backbone, PeftModel), "this policy has no adapter"
+        return str(self.backbone.active_adapter)
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.backbone.peft_config) if isinstance(self.backbone, PeftModel) else []
+
+    def train_only(self, part: str) -> None:
+        """Chooses the trainable parameters: ``rows`` (numerals), ``lora`` (active adapter + rows), ``full``."""
+        for name, parameter in self.backbone.named_parameters():
+            active = isinstance(self.backbone, PeftModel) and f".{self.active_adapter}." in name
+            is_lora = "lora_" in name
+            parameter.requires_grad_(
+                (part == "lora" and is_lora and active) or (part == "full" and (not is_lora or active))
+            )
+        self.rows.requires_grad_(True)
+
+    def begin_grpo(self) -> None:
+        """Freezes the SFT model as reference and trains a second adapter that starts as its copy.
+
+        With an SFT adapter "adapter off" would not be the reference, and LoRA is never merged (docs/decisions.md).
+        """
+        had_sft = SFT_ADAPTER in self.adapters
+        self.add_lora(GRPO_ADAPTER)
+        if had_sft:
+            weights = dict(self.backbone.named_parameters())
+            for name, parameter in weights.items():
+                if f".{GRPO_ADAPTER}." in name:
+                    parameter.data.copy_(weights[name.replace(f".{GRPO_ADAPTER}.", f".{SFT_ADAPTER}.")].data)
+        self._reference_rows = NumeralRows(self.rows.input.detach().clone(), self.rows.output.detach().clone())
+        self._reference_rows.requires_grad_(False)
+        self.train_only("lora")
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is the frozen SFT model: its adapter (or none) and its numeral rows."""
+        assert isinstance(self.backbone, PeftModel) and self._reference_rows is not None, "call begin_grpo first"
+        trained, self.rows = self.rows, self._reference_rows
+        try:
+            if SFT_ADAPTER in self.adapters:
+                self.backbone.set_adapter(SFT_ADAPTER)
+                yield
+            else:
+                with self.backbone.disable_adapter():
+                    yield
+        finally:
+            self.backbone.set_adapter(GRPO_ADAPTER)
+            self.rows = trained
+
+
+def frame_encoder(spec: FrameSpec, image_processor: Qwen2VLImageProcessorPil) -> FrameEncoder:
+    return FrameEncoder(
+        FrameGeometry(spec.height, spec.width, spec.pixels_per_cell),
+        spec.power,
+        spec.t_max,
+        tuple(image_processor.image_mean),
+        tuple(image_processor.image_std),
+    )
+
+
+def repeated(cache: DynamicCache, times: int) -> DynamicCache:
+    """A cache whose every sequence appears ``times`` times in a row; gradients add up in the original."""
+    copy = DynamicCache()
+    for index, layer in enumerate(cast(list[DynamicLayer], cache.layers)):
+        keys, values = (cast(Tensor, part).repeat_interleave(times, dim=0) for part in (layer.keys, layer.values))
+        copy.update(keys, values, index)
+    return copy

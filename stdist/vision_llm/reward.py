@@ -1,0 +1,85 @@
+"""The GRPO mathematics as pure functions of tensors (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19)."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def nrmse(
+    predicted: Float[Tensor, "candidates K"],
+    truth: Float[Tensor, "candidates K"],
+    steps: Int[Tensor, "candidates"],
+    normalizer: Float[Tensor, "candidates"],
+) -> Float[Tensor, "candidates"]:
+    """Eq. 19 over each candidate's first ``steps`` values; 0 where ``steps`` is 0. ``normalizer`` is d, in units."""
+    inside = torch.arange(truth.shape[1], device=truth.device) < steps[:, None]
+    squared = ((predicted - truth) ** 2 * inside).sum(1) / steps.clamp(min=1)
+    return squared.sqrt() / normalizer
+
+
+def reward(
+    predicted: Float[Tensor, "candidates tokens"],
+    lengths: Int[Tensor, "candidates"],
+    truth: Float[Tensor, "candidates K"],
+    normalizer: Float[Tensor, "candidates"],
+    half_score: float,
+    decoded: Bool[Tensor, "candidates"] | None = None,
+) -> Float[Tensor, "candidates"]:
+    """Eq. 17 with Eq. 18 and 19: accuracy in [0, 1], minus half the relative length error, minus 0.5 if undecodable.
+
+    Args:
+        predicted: decoded values in units; only the first ``lengths`` count.
+        lengths: L_out, values written. May differ from K = L_gt: the error runs over the common prefix.
+        truth: ground truth in units.
+        normalizer: d of Eq. 19, in units.
+        half_score: x_h, the error that earns an accuracy of 0.5.
+        decoded: False where something else than numerals was written (default: nowhere). Nothing decodable at all
+            (length 0) is a decoding failure with an accuracy of 0.
+    """
+    k = truth.shape[1]
+    if predicted.shape[1] < k:
+        predicted = torch.nn.functional.pad(predicted, (0, k - predicted.shape[1]))
+    common = lengths.clamp(max=k)
+    error = nrmse(predicted[:, :k], truth, common, normalizer)
+    accuracy = torch.exp(-math.log(2) / half_score * error) * (common > 0)
+    length_penalty = 0.5 * (lengths - k).abs() / k
+    failed = lengths == 0 if decoded is None else (lengths == 0) | ~decoded
+    return accuracy - length_penalty - 0.5 * failed
+
+
+def advantages(rewards: Float[Tensor, "groups G"], scale_rewards: str) -> Float[Tensor, "groups G"]:
+    """Reward minus its group's mean; with ``scale_rewards="group"`` divided by the group's standard deviation."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if scale_rewards == "group" else centred
+
+
+def grpo_loss(
+    log_probs: Float[Tensor, "candidates tokens"],
+    old_log_probs: Float[Tensor, "candidates tokens"],
+    reference_log_probs: Float[Tensor, "candidates tokens"],
+    advantage: Float[Tensor, "candidates"],
+    mask: Bool[Tensor, "candidates tokens"],
+    epsilon: float,
+    beta: float,
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Clipped objective with a KL penalty to the reference, to be minimised.
+
+    Averaged over the tokens of a candidate, then over candidates (the original GRPO: every candidate weighs the same).
+    KL is the unbiased, non-negative estimate exp(r) − r − 1 with r = log π_ref − log π. Returns the loss and the means
+    of ``kl`` and of ``clip_ratio`` (share of tokens where clipping is active).
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    gain = advantage[:, None]
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    objective = torch.minimum(ratio * gain, clipped * gain)
+    difference = reference_log_probs - log_probs
+    kl = difference.exp() - difference - 1
+
+    def mean(per_token: Tensor) -> Tensor:
+        return ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+    loss = mean(beta * kl - objective)
+    is_clipped = (ratio * gain > clipped * gain).float()
+    return loss, {"kl": mean(kl).item(), "clip_ratio": mean(is_clipped).item()}

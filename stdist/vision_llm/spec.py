@@ -1,0 +1,45 @@
+"""What a policy is besides its weights: saved as ``policy.json`` in every checkpoint."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Setting(BaseModel):
+    """The forecasting task: names, S (``history``) and K (``horizon``) in frames, ``cadence`` in minutes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    city: str
+    channel: str
+    cadence: int
+    history: int
+    horizon: int
+
+
+class FrameSpec(BaseModel):
+    """Eq. 8–11 for one city: grid size in cells, pixels per cell, p, and t_max in the data's units."""
+
+    model_config = ConfigDict(frozen=True)
+
+    height: int
+    width: int
+    pixels_per_cell: int
+    power: float
+    t_max: float
+
+
+class PolicySpec(BaseModel):
+    """``base``: a preset's name, a folder in Qwen2.5-VL's format, or a hub name. ``frames`` None: a policy that sees
+    none. ``base_is_trained``: checkpoints carry the whole model, not an adapter on the named base."""
+
+    model_config = ConfigDict(frozen=True)
+
+    base: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mantissa_digits: int = 4
+    setting: Setting
+    frames: FrameSpec | None = None
+    base_is_trained: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
