@@ -5,6 +5,7 @@ patches and cut into patches, all on tensors. Equal to the Hugging Face image pr
 rescale; no image library is on the path. Padding instead of rescaling is what N = ⌈H/L⌉·⌈W/L⌉ implies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +84,8 @@ class FrameEncoder:
     geometry: FrameGeometry
     power: float
     t_max: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def pixels(self, grids: Grids) -> Float[Tensor, "windows frames channel height width"]:
         """Eq. 8–10, enlarged, padded with black and normalised with the encoder's statistics."""

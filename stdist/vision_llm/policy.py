@@ -99,7 +99,7 @@ class Policy(nn.Module):
     # --- forward -----------------------------------------------------------------------------------------------
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
-        return self.rows.embed(ids, self.base_model.get_input_embeddings(), self.first_numeral_id)
+        return self.rows.embed(ids, cast(nn.Embedding, self.base_model.get_input_embeddings()), self.first_numeral_id)
 
     def hidden(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
         """Final hidden states of text-and-numeral sequences, causal, padded on the right if at all."""
@@ -230,8 +230,8 @@ def frame_encoder(spec: FrameSpec, image_processor: Qwen2VLImageProcessorPil) ->
         FrameGeometry(spec.height, spec.width, spec.pixels_per_cell),
         spec.power,
         spec.t_max,
-        tuple(image_processor.image_mean),
-        tuple(image_processor.image_std),
+        image_processor.image_mean,
+        image_processor.image_std,
     )
 
 

@@ -4,6 +4,7 @@
 tokenizer with Qwen's special tokens and digit splitting, trained on the project's own prompt wording.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,17 +25,24 @@ SPECIAL_TOKENS = [
 # Qwen's own split: words, single digits, runs of punctuation.
 QWEN_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a preset: the decoder's and the vision tower's width ``d``, ``mlp`` width and ``layers``."""
+
+    d: int
+    mlp: int
+    layers: int
+    vision_d: int
+    vision_mlp: int
+    vision_layers: int
+    heads: int = 4
+    kv_heads: int = 2
+
+
 SHAPES = {
-    "tiny": {
-        "text": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4},
-        "heads": (4, 2),
-        "vision": {"hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 4},
-    },
-    "small": {
-        "text": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6},
-        "heads": (4, 2),
-        "vision": {"hidden_size": 128, "intermediate_size": 256, "depth": 4, "num_heads": 4},
-    },
+    "tiny": Shape(d=128, mlp=384, layers=4, vision_d=64, vision_mlp=128, vision_layers=2),
+    "small": Shape(d=256, mlp=704, layers=6, vision_d=128, vision_mlp=256, vision_layers=4),
 }
 WORDING = [
     *(f"{day}" for day in ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]),
@@ -79,36 +87,39 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(preset: str, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised Qwen2.5-VL of the preset's shape, float32, reproducible from ``seed``."""
     shape, tokenizer = SHAPES[preset], build_tokenizer()
-    text = shape["text"]
-    heads, kv_heads = shape["heads"]
-    eighth = text["hidden_size"] // heads // 8
 
     def token_id(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(f"<|{name}|>"))  # type: ignore[arg-type]
 
+    channels = shape.d // shape.heads // 2
     config = Qwen2_5_VLConfig(
         text_config={
-            **text,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
+            "hidden_size": shape.d,
+            "intermediate_size": shape.mlp,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 32768,
             # Small models train faster from 1/√d than from the 0.02 that suits thousands of channels.
-            "initializer_range": text["hidden_size"] ** -0.5,
-            # Rotary channels split between time, height and width as in the 7B model (16, 24, 24 of 64).
+            "initializer_range": shape.d**-0.5,
+            # Rotary channels shared out to time, height and width as in the 7B model: a quarter, and the rest halved.
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
-                "mrope_section": [eighth, eighth + eighth // 2, 4 * eighth - 2 * eighth - eighth // 2],
+                "mrope_section": [channels // 4, channels * 3 // 8, channels - channels // 4 - channels * 3 // 8],
             },
             "bos_token_id": token_id("endoftext"),
             "eos_token_id": token_id("im_end"),
         },
         vision_config={
-            **shape["vision"],
-            "initializer_range": shape["vision"]["hidden_size"] ** -0.5,
-            "out_hidden_size": text["hidden_size"],
-            "fullatt_block_indexes": [shape["vision"]["depth"] - 1],
+            "hidden_size": shape.vision_d,
+            "intermediate_size": shape.vision_mlp,
+            "depth": shape.vision_layers,
+            "num_heads": shape.heads,
+            "out_hidden_size": shape.d,
+            "initializer_range": shape.vision_d**-0.5,
+            "fullatt_block_indexes": [shape.vision_layers - 1],
         },
         image_token_id=token_id("image_pad"),
         video_token_id=token_id("video_pad"),
