@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stdist.errors import InputError
 
@@ -40,6 +40,12 @@ class DataConfig(Strict):
     region: str | None = Field(None, description="r0:r1,c0:c1, cells to forecast; the whole grid if absent")
     split: SplitConfig | None = Field(None, description="the store's own split if absent")
     fraction: float = Field(1.0, gt=0, le=1)
+
+    @field_validator("store")
+    @classmethod
+    def _absolute(cls, store: Path) -> Path:
+        """So that a run's config.yaml finds its data from any folder."""
+        return store.expanduser().absolute()
 
 
 class NumeralsConfig(Strict):

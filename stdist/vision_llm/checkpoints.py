@@ -30,7 +30,7 @@ from stdist.numerals import Vocabulary
 from stdist.vision_llm.numeral_rows import NumeralRows, initial_rows
 from stdist.vision_llm.policy import LORA_TARGETS, Policy
 from stdist.vision_llm.presets import SHAPES, build_image_processor, build_model, build_tokenizer
-from stdist.vision_llm.spec import PolicySpec
+from stdist.vision_llm.spec import PolicySpec, Setting
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter"
@@ -61,6 +61,14 @@ def build_policy(spec: PolicySpec, seed: int) -> Policy:
     if not spec.base_is_trained:
         policy.add_lora()
     return policy
+
+
+def from_pretrained(name_or_path: str | Path) -> Policy:
+    """See :meth:`Policy.from_pretrained`."""
+    if str(name_or_path) in SHAPES:
+        setting = Setting(city="a city", channel="traffic", cadence=10, history=12, horizon=12)
+        return build_policy(PolicySpec(base=str(name_or_path), setting=setting, base_is_trained=True), seed=0).eval()
+    return load_policy(Path(name_or_path))
 
 
 def load_policy(path: Path) -> Policy:

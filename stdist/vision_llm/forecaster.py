@@ -25,19 +25,14 @@ def forecast_batches(
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts every cell of the region for the windows ``indices``; values in the data's units."""
-    sampler, horizon = Sampler(policy), policy.spec.setting.horizon
+    sampler = Sampler(policy)
     policy.eval()
     for first in range(0, len(indices), windows_per_batch):
         batch = city.batch(indices[first : first + windows_per_batch], city.cells)
         with torch.no_grad():
             prefix = policy.prefix(batch.shared, batch.grids)
-        if decoding == "direct":
-            written = sampler.direct(prefix, batch.prompts, horizon)
-        else:
-            written = sampler.complete(
-                prefix, batch.prompts, horizon, decoding, num_generations=num_generations, generator=generator
-            ).values
-        values = written.view(len(batch.shared), len(batch.cells), num_generations, horizon)
+        values = sampler.forecast(prefix, batch.prompts, decoding, num_generations, generator)
+        values = values.view(len(batch.shared), len(batch.cells), num_generations, -1)
         yield batch, values.cpu().numpy()
     policy.train()
 

@@ -5,41 +5,32 @@ decoder runs on them, and the head is applied here at the positions that matter.
 once (``prefix``); its cells and candidates read the prefix's keys and values (``branch``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
-from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.frames import FrameEncoder, FrameGeometry
 from stdist.vision_llm.numeral_rows import NumeralRows
+from stdist.vision_llm.prefix import Prefix, repeated
 from stdist.vision_llm.prompts import BLANK, END, IMAGE, Prompts
+from stdist.vision_llm.sampler import Decoding, Sampler
 from stdist.vision_llm.spec import FrameSpec, PolicySpec
 from stdist.vision_llm.token_losses import answer_logits, full_logits
 
 # LoRA goes into the language model's projections only; the vision tower stays as it was pre-trained.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 SFT_ADAPTER, GRPO_ADAPTER = "default", "grpo"
-
-
-@dataclass
-class Prefix:
-    """Keys and values of a batch of shared prompts, with their graph.
-
-    ``cache`` holds ``sequences`` of them; ``position`` is the M-RoPE position where every child starts.
-    """
-
-    cache: DynamicCache
-    sequences: int
-    position: int
 
 
 class Policy(nn.Module):
@@ -79,6 +70,51 @@ class Policy(nn.Module):
         tokens_per_frame = self.encoder.geometry.tokens if self.encoder else 0
         self.prompts = Prompts(self.tokenizer, self.vocabulary, self.first_numeral_id, spec.setting, tokens_per_frame)
         self.image_id, self.end_id, self.blank_id = map(self.prompts.token_id, (IMAGE, END, BLANK))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> "Policy":
+        """A checkpoint folder of a run; or, by a preset's name, an untrained policy of that shape.
+
+        Raises InputError where there is neither.
+        """
+        # Checkpoints build policies, so this is the one import that must wait.
+        from stdist.vision_llm.checkpoints import from_pretrained
+
+        return from_pretrained(name_or_path)
+
+    @torch.no_grad()
+    def forecast(
+        self,
+        frames: Float[np.ndarray, "S H W"],
+        cells: Sequence[tuple[int, int]],
+        origin: np.datetime64,
+        decoding: Decoding = "median",
+        first_id: tuple[int, int] = (0, 0),
+    ) -> Float[np.ndarray, "cells K"]:
+        """The next K values of some cells, in the data's units.
+
+        Args:
+            frames: the last S grids in the data's units, without missing values.
+            cells: (row, col) positions in the grid.
+            origin: local time of the last frame.
+            decoding: ``greedy``, ``median``, ``sample`` (one draw) or ``direct``; see :mod:`stdist.vision_llm.sampler`.
+            first_id: the data's own row and column id of the grid's first cell.
+
+        Raises InputError where ``frames`` has another shape than the policy's task, or a value has no numeral.
+        """
+        spec = self.spec
+        expected = (
+            spec.setting.history,
+            *((spec.frames.height, spec.frames.width) if spec.frames else frames.shape[1:]),
+        )
+        if frames.shape != expected:
+            raise InputError(f"frames are {frames.shape}, this policy reads {expected} (S, H, W)")
+        rows, cols = np.array(cells, dtype=np.int64).reshape(-1, 2).T
+        shared = torch.tensor([self.prompts.shared(origin)], device=self.device)
+        prefix = self.prefix(shared, torch.from_numpy(np.asarray(frames, np.float32))[None])
+        prompts = self.prompts.cells(rows + first_id[0], cols + first_id[1], frames[:, rows, cols].T)
+        values = Sampler(self).forecast(prefix, torch.from_numpy(prompts).to(self.device), decoding)
+        return values[:, 0].cpu().numpy()
 
     # --- parts of the base model -------------------------------------------------------------------------------
 
@@ -136,7 +172,7 @@ class Policy(nn.Module):
         ``children`` is a multiple of the windows; consecutive children share a window. All start at the same M-RoPE
         position, where the prefix ends, whatever their siblings hold.
         """
-        return self.extend(Prefix(repeated(prefix.cache, len(ids) // prefix.sequences), len(ids), prefix.position), ids)
+        return self.extend(repeated(prefix, len(ids) // prefix.sequences), ids)
 
     def extend(
         self, prefix: Prefix, ids: Int[Tensor, "sequences tokens"]
@@ -233,12 +269,3 @@ def frame_encoder(spec: FrameSpec, image_processor: Qwen2VLImageProcessorPil) ->
         image_processor.image_mean,
         image_processor.image_std,
     )
-
-
-def repeated(cache: DynamicCache, times: int) -> DynamicCache:
-    """A cache whose every sequence appears ``times`` times in a row; gradients add up in the original."""
-    copy = DynamicCache()
-    for index, layer in enumerate(cast(list[DynamicLayer], cache.layers)):
-        keys, values = (cast(Tensor, part).repeat_interleave(times, dim=0) for part in (layer.keys, layer.values))
-        copy.update(keys, values, index)
-    return copy

@@ -6,13 +6,16 @@ what point forecasts want of a distribution over thousands of neighbouring numer
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stdist.vision_llm.policy import Policy, Prefix, repeated
+from stdist.vision_llm.prefix import Prefix, repeated
+
+if TYPE_CHECKING:
+    from stdist.vision_llm.policy import Policy
 
 Decoding = Literal["greedy", "median", "sample", "direct"]
 
@@ -47,7 +50,7 @@ def at_quantile(
 class Sampler:
     """Draws completions from a policy. Holds the order of numerals by value that inverse sampling needs."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: "Policy"):
         self.policy = policy
         values = torch.tensor(policy.vocabulary.values)
         self._by_value = values.argsort().to(policy.device)
@@ -73,7 +76,7 @@ class Sampler:
         policy = self.policy
         hidden, cells = policy.branch(prefix, cell_prompts)
         hidden = hidden[:, -1].repeat_interleave(num_generations, dim=0)
-        state = Prefix(repeated(cells.cache, num_generations), len(hidden), cells.position)
+        state = repeated(cells, num_generations)
         end = len(policy.vocabulary)
         alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         choices, mask, log_probs = [], [], []
@@ -96,6 +99,21 @@ class Sampler:
         numeral = is_written & (written != end)
         values = torch.where(numeral, self._values[written.clamp(max=end - 1)], 0.0)
         return Completions(written, is_written, torch.stack(log_probs, 1), values, numeral.sum(1))
+
+    def forecast(
+        self,
+        prefix: Prefix,
+        cell_prompts: Int[Tensor, "cells tokens"],
+        decoding: Decoding,
+        num_generations: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "cells G K"]:
+        """Exactly K values for each cell, ``num_generations`` candidates each, in the data's units."""
+        horizon = self.policy.spec.setting.horizon
+        if decoding == "direct":
+            return self.direct(prefix, cell_prompts, horizon)[:, None]
+        written = self.complete(prefix, cell_prompts, horizon, decoding, num_generations, generator=generator)
+        return written.values.view(len(cell_prompts), num_generations, horizon)
 
     @torch.no_grad()
     def direct(
