@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stdist.data import Windows
+from stdist.vision_llm.frames import clipped
 from stdist.vision_llm.policy import Policy
 
 
@@ -28,7 +29,7 @@ class CityWindows:
     """Reads windows for a policy. Cells are numbered row by row inside the windows' region.
 
     ``clamp`` limits values to the numerals' range and counts how many it touched (``clamped``); otherwise a value out
-    of range is an InputError.
+    of range is an InputError. ``clipped`` counts values drawn as white because they exceed t_max, once per window.
     """
 
     def __init__(self, policy: Policy, windows: Windows, clamp: bool = False):
@@ -41,7 +42,7 @@ class CityWindows:
         grid = windows.store.dataset
         self._row_ids, self._col_ids = grid["row"].values, grid["col"].values
         self._local = windows.store.local_times
-        self.clamped = 0
+        self.clamped = self.clipped = 0
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -50,6 +51,8 @@ class CityWindows:
         """Windows number ``indices`` with ``cells`` of each."""
         read = self.windows.read(indices)
         history, target = self._in_range(read.history), self._in_range(read.target)
+        if self.policy.encoder:
+            self.clipped += clipped(history, self.policy.encoder.t_max)
         rows, cols = self._rows[cells], self._cols[cells]
         w = len(indices)
         own_history = history[:, :, rows, cols].transpose(0, 2, 1).reshape(w * len(cells), -1)

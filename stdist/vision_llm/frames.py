@@ -8,6 +8,7 @@ rescale; no image library is on the path. Padding instead of rescaling is what N
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,14 +21,14 @@ SMALLEST_SIDE = 112  # pixels: below this a frame gives the encoder fewer than 4
 Grids = Float[Tensor, "windows frames rows cols"]
 
 
-def power_law(grids: Float[Tensor, "..."], power: float, t_max: float) -> tuple[Float[Tensor, "..."], int]:
-    """Eq. 8: D^p / t_max^p. Values above ``t_max`` (possible after the training span) clip to 1.
+def power_law(grids: Float[Tensor, "..."], power: float, t_max: float) -> Float[Tensor, "..."]:
+    """Eq. 8: D^p / t_max^p. Values above ``t_max``, possible after the training span, clip to 1 (see ``clipped``)."""
+    return (grids.clamp(min=0) / t_max).clamp(max=1.0).pow(power)
 
-    Returns the normalised grids and how many values were clipped.
-    """
-    normalised = (grids.clamp(min=0) / t_max).pow(power)
-    clipped = int((normalised > 1).sum())
-    return normalised.clamp(max=1.0), clipped
+
+def clipped(grids: np.ndarray, t_max: float) -> int:
+    """How many values ``power_law`` clips."""
+    return int((grids > t_max).sum())
 
 
 def pixels_per_cell(height: int, width: int) -> int:
@@ -89,7 +90,7 @@ class FrameEncoder:
 
     def pixels(self, grids: Grids) -> Float[Tensor, "windows frames channel height width"]:
         """Eq. 8–10, enlarged, padded with black and normalised with the encoder's statistics."""
-        normalised, _ = power_law(grids, self.power, self.t_max)
+        normalised = power_law(grids, self.power, self.t_max)
         g = self.geometry
         enlarged = normalised.repeat_interleave(g.scale, -2).repeat_interleave(g.scale, -1)
         bottom = g.patch_rows * PATCH - enlarged.shape[-2]

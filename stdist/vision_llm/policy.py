@@ -146,8 +146,8 @@ class Policy(nn.Module):
         embeddings = self.embed(ids)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
         if self.encoder:
-            patches, thw = self.encoder(grids.to(self.device, embeddings.dtype))
-            visual = self.base_model.model.visual(patches, grid_thw=thw).pooler_output
+            patches, thw = self.encoder(grids.to(self.device))
+            visual = self.base_model.model.visual(patches.to(embeddings.dtype), grid_thw=thw).pooler_output
             is_image = (ids == self.image_id).unsqueeze(-1)
             embeddings = embeddings.masked_scatter(is_image, visual.to(embeddings.dtype))
             positions, _ = self.base_model.model.get_rope_index(

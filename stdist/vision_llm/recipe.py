@@ -251,11 +251,17 @@ def forecast_and_score(
 ) -> dict[str, Any]:
     """Forecasts the test windows, scores them beside the baselines, writes ``report/``."""
     run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
+    checkpoint = f"{config.stages[-1]}/{summaries[config.stages[-1]]['checkpoint']}"
+    notes_path = path.parent / "notes.txt"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        checkpoint = f"{config.stages[-1]}/{summaries[config.stages[-1]]['checkpoint']}"
         with progress_bar("forecast", len(task.test)) as advance:
-            write_forecasts(make_forecasts(config, policy, task.test, checkpoint, advance), path)
+            forecasts, notes = make_forecasts(config, policy, task.test, checkpoint, advance)
+        write_atomically(notes_path, "".join(f"{note}\n" for note in notes))
+        write_forecasts(forecasts, path)
+    notes = notes_path.read_text().splitlines()
+    for note in notes:
+        say(note)
     scores = evaluate(path, task.store).to_json()
     contract = scores.pop("contract")
     baselines = score_baselines(task.store, task.train.span, task.test)
@@ -267,6 +273,7 @@ def forecast_and_score(
             name: {"before": s["before"], "after": s["after"], "summary": stage_sentence(s)}
             for name, s in summaries.items()
         },
+        "notes": notes,
     }
     write_metrics(run_dir, metrics)
     page = build_report(run_dir)
@@ -284,17 +291,24 @@ def make_forecasts(
     windows: Windows,
     checkpoint: str,
     advance: Callable[[int], None],
-) -> Forecasts:
-    """Forecasts of every window, ready to be written, with run, checkpoint and contract."""
+) -> tuple[Forecasts, list[str]]:
+    """Forecasts of every window, ready to be written, with run, checkpoint and contract; and what a reader of them
+    should know: values that the numerals or the frames could not show."""
     city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
     values, quantiles = forecast_windows(policy, city, config.forecast, config.seed, advance)
-    return Forecasts(
+    forecasts = Forecasts(
         values=values,
         origins=windows.origin_times,
         cell_ids=windows.store.cell_ids[windows.region.slices],
         metadata=ForecastMetadata(run=config.name, checkpoint=checkpoint, contract=forecast_contract(windows)),
         quantiles=quantiles,
     )
+    notes = []
+    if city.clipped:
+        notes.append(f"{city.clipped} values in the windows' frames exceed t_max and were drawn as t_max")
+    if city.clamped:
+        notes.append(f"{city.clamped} values had no numeral and were clamped to the largest one")
+    return forecasts, notes
 
 
 def forecast(
@@ -330,7 +344,10 @@ def forecast(
     )
     say(f"{windows.contract}")
     with progress_bar("forecast", len(windows)) as advance:
-        write_forecasts(make_forecasts(config, policy, windows, checkpoint, advance), out)
+        forecasts, notes = make_forecasts(config, policy, windows, checkpoint, advance)
+    write_forecasts(forecasts, out)
+    for note in notes:
+        say(note)
     return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}
 
 

@@ -1,0 +1,115 @@
+"""A tiny policy, a tiny city, and the plain transformers model that a policy must equal."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from data_prep import synthetic
+from stdist.data import GridStore, open_store
+from stdist.vision_llm.checkpoints import build_policy
+from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.spec import FrameSpec, PolicySpec, Setting
+
+HISTORY, HORIZON = 4, 3
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
+    """Six hourly days of a 5×4 city: four of training, one of validation, one of test."""
+    out = tmp_path_factory.mktemp("city") / "city.zarr"
+    synthetic.prepare([], out, city="toy", height=5, width=4, days=6, cadence=60, seed=3)
+    return open_store(out)
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., Policy]:
+    """Fresh policies of the preset ``tiny``; keyword arguments replace fields of the spec."""
+
+    def make(seed: int = 0, **changes: object) -> Policy:
+        spec = PolicySpec(
+            base="tiny",
+            mantissa_digits=2,
+            setting=Setting(city="toy", channel="internet", cadence=60, history=HISTORY, horizon=HORIZON),
+            frames=FrameSpec(height=5, width=4, pixels_per_cell=12, power=0.5, t_max=2000.0),
+            base_is_trained=True,
+            lora_r=4,
+            lora_alpha=8,
+        )
+        return build_policy(spec.model_copy(update=changes), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(make_policy: Callable[..., Policy]) -> Policy:
+    """Shared by tests that change nothing of it."""
+    return make_policy().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def make_batch(store: GridStore) -> Callable[..., PolicyBatch]:
+    """Windows × cells of the training span, as the policy reads them."""
+
+    def make(policy: Policy, windows: tuple[int, ...] = (0, 31), cells: tuple[int, ...] = (1, 10, 18)) -> PolicyBatch:
+        city = CityWindows(policy, store.windows("train", HISTORY, HORIZON, channel="internet"))
+        return city.batch(np.array(windows), np.array(cells))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch(policy: Policy, make_batch: Callable[..., PolicyBatch]) -> PolicyBatch:
+    """Two windows of three cells."""
+    return make_batch(policy)
+
+
+@pytest.fixture(scope="session")
+def plain_model() -> Callable[[Policy], Qwen2_5_VLForConditionalGeneration]:
+    """The policy as transformers knows it: one embedding and one head of text rows, then numeral rows."""
+
+    def make(policy: Policy) -> Qwen2_5_VLForConditionalGeneration:
+        model = copy.deepcopy(policy.base_model)
+        first = policy.first_numeral_id
+        model.resize_token_embeddings(first + len(policy.vocabulary), mean_resizing=False)
+        model.get_input_embeddings().weight.data[first:] = policy.rows.input.data
+        model.lm_head.weight.data[first:] = policy.rows.output.data
+        return model.eval().requires_grad_(True)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_inputs() -> Callable[..., dict[str, Tensor]]:
+    """Inputs of transformers for one child of a batch: its window's prompt, its own, and ``tail``."""
+
+    def make(policy: Policy, batch: PolicyBatch, child: int, tail: Tensor) -> dict[str, Tensor]:
+        window = child // (len(batch.prompts) // len(batch.shared))
+        ids = torch.cat([batch.shared[window], batch.prompts[child], tail])[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if policy.encoder:
+            patches, thw = policy.encoder(batch.grids[window : window + 1])
+            inputs |= {"pixel_values": patches, "image_grid_thw": thw}
+            inputs["mm_token_type_ids"] = (ids == policy.image_id).int()
+        return inputs
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder for one checkpoint."""
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    return path

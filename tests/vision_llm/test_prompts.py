@@ -1,0 +1,105 @@
+"""What the policy reads: shared part first, one cell's part last (docs/decisions.md, prompt order)."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from stdist.data import GridStore
+from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.prompts import WEEKDAYS
+
+MONDAY = np.datetime64("2013-11-04T00:00")
+
+
+def test_shared_part_holds_every_frame_and_the_time(policy: Policy) -> None:
+    ids = np.array(policy.prompts.shared(MONDAY + np.timedelta64(14, "h")))
+    assert (ids == policy.image_id).sum() == 4 * policy.encoder.geometry.tokens
+    numerals = ids[ids >= policy.first_numeral_id] - policy.first_numeral_id
+    assert policy.vocabulary.decode(numerals).tolist() == [14.0]
+    text = policy.tokenizer.decode([i for i in ids if i < policy.first_numeral_id and i != policy.image_id])
+    assert text.count("<|vision_start|><|vision_end|>") == 4
+    for word in ("You forecast city traffic", "toy", "internet", "60 minutes", " Monday", "next 3"):
+        assert word in text
+
+
+def test_every_weekday_and_hour_takes_the_same_number_of_tokens(policy: Policy) -> None:
+    """2013-11-04 was a Monday; half hours round to the numeral that two digits allow."""
+    lengths = set()
+    for day, name in enumerate(WEEKDAYS):
+        for hour in range(24):
+            ids = policy.prompts.shared(MONDAY + np.timedelta64(day * 24 + hour, "h"))
+            text = policy.tokenizer.decode([i for i in ids if i < policy.first_numeral_id])
+            assert [other for other in WEEKDAYS if other in text] == [name]
+            (numeral,) = [i - policy.first_numeral_id for i in ids if i >= policy.first_numeral_id]
+            assert policy.vocabulary.decode(numeral) == hour
+            lengths.add(len(ids))
+    assert len(lengths) == 1
+
+
+def test_cell_part_holds_coordinates_then_history(policy: Policy) -> None:
+    history = np.array([[0.0, 1.5, 27.0, 310.0], [8.0, 0.0, 0.0, 99.0]])
+    ids = policy.prompts.cells(np.array([0, 45]), np.array([12, 3]), history)
+    for row, expected in zip(ids, ([0, 12, *history[0]], [45, 3, *history[1]]), strict=True):
+        numerals = row[row >= policy.first_numeral_id] - policy.first_numeral_id
+        assert policy.vocabulary.decode(numerals).tolist() == expected
+    text = policy.tokenizer.decode(ids[0][ids[0] < policy.first_numeral_id])
+    assert text.index("row") < text.index("col") < text.index("history") < text.index("assistant")
+
+
+def test_answers_are_k_numerals_and_the_end(policy: Policy) -> None:
+    target = np.array([[1.0, 2.5, 0.0], [310.0, 4.4e4, 12.0]])
+    ids = policy.prompts.answers(target)
+    assert ids.shape == (2, 4)
+    assert (ids[:, -1] == policy.end_id).all()
+    assert np.array_equal(policy.vocabulary.decode(ids[:, :-1] - policy.first_numeral_id), target)
+
+
+def test_a_batch_says_what_the_store_says(policy: Policy, batch: PolicyBatch, store: GridStore) -> None:
+    """Windows 0 and 31, cells 1, 10 and 18 of a 5×4 grid: row-major, prompts window by window."""
+    values = store.values("internet", 0, 144)
+    first, vocabulary = policy.first_numeral_id, policy.vocabulary
+    origins = store.windows("train", 4, 3, channel="internet").origins[[0, 31]]
+    for w, origin in enumerate(origins):
+        assert np.array_equal(batch.grids[w].numpy(), values[origin - 3 : origin + 1])
+        shared = batch.shared[w]
+        hour = vocabulary.decode(shared[shared >= first].numpy() - first)
+        assert hour == store.local_times[origin].astype("datetime64[h]").astype(int) % 24
+        for c, cell in enumerate((1, 10, 18)):
+            prompt, answer = batch.prompts[3 * w + c], batch.answers[3 * w + c]
+            series = values[:, cell // 4, cell % 4]
+            read = vocabulary.decode(prompt[prompt >= first].numpy() - first)
+            rounded = vocabulary.decode(vocabulary.encode(series))
+            assert read.tolist() == [cell // 4, cell % 4, *rounded[origin - 3 : origin + 1]]
+            assert vocabulary.decode(answer[:3].numpy() - first).tolist() == rounded[origin + 1 : origin + 4].tolist()
+            assert batch.truth[w, c].tolist() == series[origin + 1 : origin + 4].tolist()
+
+
+def test_values_out_of_range_are_clamped_and_counted_or_refused(make_policy: Callable[..., Policy]) -> None:
+    from stdist.errors import InputError
+
+    policy = make_policy()
+    city = CityWindows.__new__(CityWindows)
+    city.policy, city._clamp, city.clamped = policy, True, 0
+    clamped = city._in_range(np.array([1.0, 5e6, -5e6], np.float32))
+    assert clamped.tolist() == [1.0, 990000.0, -990000.0] and city.clamped == 2
+    with pytest.raises(InputError, match="no numeral"):
+        policy.prompts.answers(np.array([[1.0, 5e6, 2.0]]))
+
+
+def test_draws_are_of_the_region_without_repetition(policy: Policy, store: GridStore) -> None:
+    from stdist.data import Region
+
+    windows = store.windows("train", 4, 3, channel="internet", region=Region(1, 4, 1, 3))
+    city = CityWindows(policy, windows)
+    chosen, cells = city.draw(np.random.default_rng(0), 5, 4)
+    assert len(set(chosen)) == 5 and len(set(cells)) == 4 and set(cells) <= set(range(6))
+    every, all_cells = city.draw(np.random.default_rng(0), 10_000, 10_000)
+    assert sorted(every) == list(range(len(windows))) and sorted(all_cells) == list(range(6))
+    read = city.batch(np.array([2]), np.array([3]))  # cell 3 of the region is row 2, column 2 of the grid
+    numerals = read.prompts[0][read.prompts[0] >= policy.first_numeral_id] - policy.first_numeral_id
+    assert policy.vocabulary.decode(numerals.numpy())[:2].tolist() == [2, 2]
+    assert torch.equal(read.grids[0, :, 2, 2], torch.from_numpy(windows.read([2]).history[0, :, 2, 2]))
+    assert read.truth[0, 0].tolist() == windows.read([2]).target[0, :, 1, 1].tolist()
