@@ -44,12 +44,13 @@ SHAPES = {
     "tiny": Shape(d=128, mlp=384, layers=4, vision_d=64, vision_mlp=128, vision_layers=2),
     "small": Shape(d=256, mlp=704, layers=6, vision_d=128, vision_mlp=256, vision_layers=4),
 }
-WORDING = [
-    *(f"{day}" for day in ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]),
-    "system user assistant You forecast city traffic. Grids of traffic channel internet sms call speed flow",
-    "minutes apart. Now: Monday, hour. Values of one cell, next. City of row col history forecast synthetic",
-    "Convert to numerals: Write as text: Compute add subtract multiply plus minus times and of the -> '",
-]
+# What the prompts of all stages are made of; every word becomes one token, every digit stays one.
+WORDING = """
+    Monday Tuesday Wednesday Thursday Friday Saturday Sunday system user assistant You forecast city City traffic
+    channel internet sms call speed flow minutes apart Now hour Values of one cell next row col history synthetic milan
+    Convert Transcribe the following string represented numerical values value to tokens token string
+    Add Subtract Multiply two second first vectors vector from element by and answer in → ⊙ + - : . , '
+"""
 
 
 @cache
@@ -69,7 +70,7 @@ def _tokenizer_json() -> str:
         special_tokens=SPECIAL_TOKENS,
     )
     # Leading spaces matter to byte-level BPE: every word is shown with and without one.
-    corpus = [f"{prefix}{word}" for line in WORDING for word in line.split() for prefix in ("", " ", " ")]
+    corpus = [f"{prefix}{word}" for word in WORDING.split() for prefix in ("", " ", " ")]
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer.to_str()
 
