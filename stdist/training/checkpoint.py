@@ -7,12 +7,14 @@ optimizer tensors as safetensors, everything else as JSON. No pickle is ever rea
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stdist.errors import InputError
@@ -27,6 +29,18 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Inside, whatever a missing, cut or foreign file of the checkpoint ``path`` raises becomes one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
 
 
 @dataclass
@@ -53,11 +67,13 @@ class StageCheckpoints:
         write_atomically(self.folder / "latest", final.name)
 
     def load(self, path: Path, engine: Engine) -> dict[str, Any]:
-        """Restores the engine and the random state from a checkpoint; returns ``{"step", "loop"}``."""
-        tensors = load_file(path / "trainer_state" / "state.safetensors")
-        state = json.loads((path / "trainer_state" / "state.json").read_text())
-        torch.set_rng_state(tensors.pop("torch_rng"))
-        engine.load_state(tensors, state["engine"])
+        """Restores the engine and the random state from a checkpoint; returns ``{"step", "loop"}``. Raises InputError
+        where it is damaged."""
+        with naming_damage(path):
+            tensors = load_file(path / "trainer_state" / "state.safetensors")
+            state = json.loads((path / "trainer_state" / "state.json").read_text())
+            torch.set_rng_state(tensors.pop("torch_rng"))
+            engine.load_state(tensors, state["engine"])
         return state
 
     @property
@@ -69,7 +85,8 @@ class StageCheckpoints:
         path = self.folder / pointer.read_text().strip()
         if not (path / "trainer_state" / "state.json").exists():
             raise InputError(
-                f"{pointer} names {path.name}, which is incomplete; delete {self.folder} to redo the stage"
+                f"{path} is damaged (it has no trainer state, yet {pointer} names it); "
+                f"delete {self.folder} to redo the stage"
             )
         return path
 
@@ -86,7 +103,10 @@ class StageCheckpoints:
     def finished(self) -> dict[str, Any] | None:
         """The stage's closing summary, with ``checkpoint`` naming its result; None while it is unfinished."""
         path = self.folder / "finished.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        with naming_damage(path):
+            return json.loads(path.read_text())
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))

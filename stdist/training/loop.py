@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from stdist.errors import DivergenceError, Interrupted
-from stdist.training.checkpoint import StageCheckpoints
+from stdist.training.checkpoint import StageCheckpoints, naming_damage
 from stdist.training.engine import Engine
 from stdist.training.run_log import RunLog
 
@@ -76,17 +77,23 @@ def run_stage(
     """Runs a stage to its end, from its newest checkpoint if there is one; a finished stage is only loaded.
 
     Returns the closing summary: ``before`` and ``after`` metrics, ``steps``, ``seconds``, ``checkpoint``. The model
-    holds the stage's result when it returns. Raises DivergenceError naming stage and step; Interrupted on Ctrl-C.
+    holds the stage's result when it returns. Raises DivergenceError naming stage and step; Interrupted on Ctrl-C;
+    InputError naming a damaged checkpoint.
     """
+
+    def read(checkpoint: Path) -> None:
+        with naming_damage(checkpoint):
+            read_model(checkpoint)
+
     if (finished := checkpoints.finished) is not None:
-        read_model(checkpoints.folder / finished["checkpoint"])
+        read(checkpoints.folder / finished["checkpoint"])
         return finished
     step, progress = 0, _Progress()
     if (latest := checkpoints.latest) is not None:
-        read_model(latest)
+        read(latest)
         state = checkpoints.load(latest, engine)
         step, progress = state["step"], _Progress(**state["loop"])
-    log.rewind(stage.name, step)
+    log.rewind(stage.name, -1 if latest is None else step)
     with _bar(stage.name, settings.max_steps, step) as advance, _ctrl_c() as interrupted:
         started = time.monotonic() - progress.seconds
 
@@ -95,14 +102,14 @@ def run_stage(
             checkpoints.save(step, write_model, engine, vars(progress))
             checkpoints.prune({step, progress.best_step} if stage.watched else {step})
 
-        if step == 0:
+        if latest is None:
             _evaluate(stage, step, progress, log)
             save()
-        while step < settings.max_steps:
+        while step < settings.max_steps and not (settings.patience and progress.stale >= settings.patience):
             scalars = stage.step(step, engine.backward)
-            if not math.isfinite(scalars["loss"]):
-                raise DivergenceError(f"{stage.name}: loss is {scalars['loss']} at step {step + 1}; nothing was saved")
+            _require_finite("loss", scalars["loss"], stage, step)
             scalars["grad_norm"] = engine.step()
+            _require_finite("gradient norm", scalars["grad_norm"], stage, step)
             step += 1
             advance(scalars["loss"])
             if step % settings.logging_steps == 0 or step == settings.max_steps:
@@ -112,13 +119,11 @@ def run_stage(
                 _evaluate(stage, step, progress, log)
             if evaluated or interrupted() or step % settings.save_steps == 0:
                 save()
-            if evaluated and settings.patience is not None and progress.stale >= settings.patience:
-                break
             if interrupted():
                 raise Interrupted(f"{stage.name}: stopped at step {step} and saved; run the same command to resume")
     result = progress.best_step if stage.watched else step
     if result != step:
-        read_model(checkpoints.at(result))
+        read(checkpoints.at(result))
     summary = {
         "stage": stage.name,
         "before": progress.first,
@@ -129,6 +134,14 @@ def run_stage(
     }
     checkpoints.finish(summary)
     return summary
+
+
+def _require_finite(what: str, value: float, stage: Stage, step: int) -> None:
+    if not math.isfinite(value):
+        raise DivergenceError(
+            f"{stage.name}: {what} is {value} at step {step + 1}; its weights were not saved, "
+            f"lower {stage.name}.learning_rate and train under another name="
+        )
 
 
 def _evaluate(stage: Stage, step: int, progress: _Progress, log: RunLog) -> None:
@@ -153,7 +166,8 @@ def _bar(name: str, total: int, done: int) -> Iterator[Callable[[float], None]]:
         TextColumn("loss {task.fields[loss]:.4f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    # Standard output is for results.
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=total, completed=done, loss=math.nan)
         yield lambda loss: progress.update(task, advance=1, loss=loss)
 

@@ -19,7 +19,7 @@ class RunLog:
         self._writers: dict[str, SummaryWriter] = {}
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what a killed process logged of ``stage`` after the checkpoint at ``step``."""
+        """Forgets what a killed process logged of ``stage`` after the checkpoint at ``step``; −1: there is none."""
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if not _is_after(line, stage, step)]
             write_atomically(self._path, "".join(f"{line}\n" for line in kept))
