@@ -1,0 +1,130 @@
+"""TorchEngine: sums of gradients, clipping, the schedule, and an exact continuation."""
+
+import math
+
+import pytest
+import torch
+
+from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
+
+
+def _parameter(*values: float) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(values))
+
+
+def _engine(*parameters: torch.nn.Parameter, max_grad_norm: float = 1e9, learning_rate: float = 0.1) -> TorchEngine:
+    return TorchEngine([ParameterGroup(list(parameters), learning_rate, 0.0)], lambda step: 1.0, max_grad_norm)
+
+
+def test_gradients_of_several_backward_calls_add_up():
+    """d/dw of 3·w₀ + w₁, then of 4·w₁: the sum is (3, 5), its norm √34."""
+    w = _parameter(1.0, 1.0)
+    engine = _engine(w)
+    engine.backward((torch.tensor([3.0, 1.0]) * w).sum())
+    engine.backward(4 * w[1])
+    assert w.grad is not None and w.grad.tolist() == [3.0, 5.0]
+    assert engine.step() == pytest.approx(math.sqrt(34))
+    assert w.grad is None  # nothing of this step reaches the next one
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_groups():
+    """Gradients (3,) and (4,) in two groups have norm 5; limit 1 leaves (0.6,) and (0.8,). The norm is of before."""
+    a, b = _parameter(0.0), _parameter(0.0)
+    groups = [ParameterGroup([a], 0.1, 0.0), ParameterGroup([b], 0.1, 0.0)]
+    engine = TorchEngine(groups, lambda step: 1.0, max_grad_norm=1.0)
+    engine.backward(3 * a.sum() + 4 * b.sum())
+    assert engine.step() == pytest.approx(5.0)
+    tensors, _ = engine.state()
+    # Adam's first moment after one step is (1 − 0.9) · gradient.
+    assert tensors["0.exp_avg"].item() == pytest.approx(0.1 * 0.6, rel=1e-4)
+    assert tensors["1.exp_avg"].item() == pytest.approx(0.1 * 0.8, rel=1e-4)
+
+
+def test_small_gradients_are_not_scaled_up():
+    w = _parameter(0.0)
+    engine = _engine(w, max_grad_norm=1.0)
+    engine.backward(0.5 * w.sum())
+    engine.step()
+    assert engine.state()[0]["0.exp_avg"].item() == pytest.approx(0.05)
+
+
+def test_cosine_schedule_by_hand():
+    """Warm-up 1/4 … 4/4, then 0.03 + 0.97 · (1 + cos πp) / 2 with p from 0 at step 4 to 1 at step 12."""
+    scale = cosine_schedule(warmup_steps=4, max_steps=12)
+    assert [scale(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert scale(4) == pytest.approx(1.0)
+    assert scale(6) == pytest.approx(0.03 + 0.97 * (1 + math.sqrt(0.5)) / 2)
+    assert scale(8) == pytest.approx(0.515)
+    assert scale(12) == pytest.approx(0.03) and scale(100) == pytest.approx(0.03)
+
+
+def test_cosine_schedule_without_warm_up_and_with_nothing_behind_it():
+    assert cosine_schedule(0, 10)(0) == pytest.approx(1.0)
+    assert [cosine_schedule(20, 5)(step) for step in (0, 4)] == [0.05, 0.25]
+
+
+def test_learning_rates_of_groups_follow_the_schedule():
+    """Without decay Adam's first update is learning rate · sign of the gradient, here 0.5 of 0.1 and of 0.02."""
+    fast, slow = _parameter(1.0), _parameter(1.0)
+    groups = [ParameterGroup([fast], 0.1, 0.0), ParameterGroup([], 9.0, 0.0), ParameterGroup([slow], 0.02, 0.0)]
+    engine = TorchEngine(groups, lambda step: [0.5, 0.25][step], 1e9)
+    assert engine.learning_rate == pytest.approx(0.05)
+    engine.backward(fast.sum() + slow.sum())
+    engine.step()
+    assert fast.item() == pytest.approx(1 - 0.05) and slow.item() == pytest.approx(1 - 0.01)
+    assert engine.learning_rate == pytest.approx(0.025)
+
+
+def test_weight_decay_belongs_to_its_group():
+    """Decoupled decay: w ← w·(1 − learning rate · decay) before an update that a zero gradient leaves empty."""
+    decayed, kept = _parameter(2.0), _parameter(2.0)
+    groups = [ParameterGroup([decayed], 0.1, 0.5), ParameterGroup([kept], 0.1, 0.0)]
+    engine = TorchEngine(groups, lambda step: 1.0, 1.0)
+    engine.backward(0 * decayed.sum() + 0 * kept.sum())
+    engine.step()
+    assert decayed.item() == pytest.approx(2 * (1 - 0.05)) and kept.item() == 2.0
+
+
+def _steps(engine: TorchEngine, model: torch.nn.Module, numbers: range) -> list[float]:
+    losses = []
+    for number in numbers:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
+        loss = model(x).pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _model_and_engine() -> tuple[torch.nn.Module, TorchEngine]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    return model, TorchEngine([ParameterGroup(list(model.parameters()), 0.05, 0.1)], cosine_schedule(3, 12), 0.5)
+
+
+def test_state_continues_the_optimisation_bit_for_bit():
+    model, engine = _model_and_engine()
+    first = _steps(engine, model, range(5))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors, values = engine.state()
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    expected = _steps(engine, model, range(5, 12))
+
+    other, resumed = _model_and_engine()
+    assert _steps(resumed, other, range(20, 22)) != first[:2]  # a history of its own, which load_state replaces
+    other.load_state_dict(weights)
+    resumed.load_state(tensors, values)
+    assert _steps(resumed, other, range(5, 12)) == expected
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_state_without_its_moments_does_not_continue():
+    """The check above can fail: the same weights under a fresh optimizer go elsewhere."""
+    model, engine = _model_and_engine()
+    _steps(engine, model, range(5))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = _steps(engine, model, range(5, 8))
+    other, fresh = _model_and_engine()
+    other.load_state_dict(weights)
+    assert _steps(fresh, other, range(5, 8)) != expected

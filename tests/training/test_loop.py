@@ -1,0 +1,255 @@
+"""The loop: exact resume, early stop, divergence, Ctrl-C and SIGKILL, and a log without holes or doubles."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdist.errors import DivergenceError
+from stdist.training.loop import LoopSettings
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy, tmp_path_factory, log_lines) -> list[dict]:
+    """The log of a run from beginning to end."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    toy.run(run_dir, toy.ToyStage())
+    return log_lines(run_dir)
+
+
+def _stop_at(step: int, error: BaseException) -> Callable[[int], None]:
+    def on_step(number: int) -> None:
+        if number == step:
+            raise error
+
+    return on_step
+
+
+def test_the_log_has_every_step_and_evaluation_once(toy, uninterrupted):
+    steps = [line["step"] for line in uninterrupted if "event" not in line]
+    evaluations = [line["step"] for line in uninterrupted if line.get("event") == "evaluation"]
+    assert steps == list(range(1, toy.MAX_STEPS + 1)) and evaluations == [0, 8, 16, 24]
+    assert all(set(line) == {"stage", "step", "loss", "grad_norm"} for line in uninterrupted if "event" not in line)
+    assert uninterrupted[-2]["loss"] < 0.5 * uninterrupted[1]["loss"]  # it learns, so a wrong resume would show
+
+
+@pytest.mark.parametrize("step", [1, 4, 8, 11, 23])
+def test_a_resumed_run_repeats_the_uninterrupted_one(toy, tmp_path, log_lines, uninterrupted, step):
+    """Stopped before any save (1), between saves (4, 11), right behind an evaluation (8), and in the last step."""
+    with pytest.raises(MemoryError):
+        toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, MemoryError())))
+    made: list[int] = []
+    summary = toy.run(tmp_path, toy.ToyStage(on_step=made.append))
+    assert made[0] == step // 8 * 8 if step % 8 == 0 else made[0] == max(step // 3 * 3, step // 8 * 8)
+    assert log_lines(tmp_path) == uninterrupted
+    assert summary["before"] == uninterrupted[0]["metrics"] and summary["after"] == uninterrupted[-1]["metrics"]
+    assert summary["steps"] == toy.MAX_STEPS and summary["checkpoint"] == f"step-{toy.MAX_STEPS}"
+
+
+def test_a_run_stopped_many_times_is_still_the_same(toy, tmp_path, log_lines, uninterrupted):
+    for step in (0, 2, 2, 5, 9, 17):
+        with pytest.raises(MemoryError):
+            toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, MemoryError())))
+    toy.run(tmp_path, toy.ToyStage())
+    assert log_lines(tmp_path) == uninterrupted
+
+
+def test_a_finished_stage_is_only_loaded(toy, tmp_path):
+    trained = toy.ToyStage()
+    summary = toy.run(tmp_path, trained)
+    log = (tmp_path / "log.jsonl").read_text()
+    loaded = toy.ToyStage(on_step=_stop_at(0, AssertionError("made a step")))
+    assert toy.run(tmp_path, loaded) == summary
+    assert torch.equal(loaded.model.weight, trained.model.weight)
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_logging_steps_thins_the_log_but_keeps_the_last_step(toy, tmp_path, log_lines):
+    toy.run(tmp_path, toy.ToyStage(), replace(toy.SETTINGS, max_steps=7, logging_steps=3))
+    assert [line["step"] for line in log_lines(tmp_path) if "event" not in line] == [3, 6, 7]
+
+
+# --- the best checkpoint, patience ---------------------------------------------------------------------------------
+
+EVERY_STEP = LoopSettings(max_steps=20, logging_steps=1, save_steps=100, eval_steps=1, patience=3)
+
+
+def _watched(toy, evaluations: Sequence[float], on_step: Callable[[int], None] = lambda step: None):
+    stage = toy.ToyStage(watched="error", on_step=on_step)
+    stage.evaluations = list(evaluations)
+    return stage
+
+
+def test_patience_stops_the_stage_and_the_best_is_restored(toy, tmp_path):
+    """Errors 9, 7, 5, then three evaluations without a new best (5 again is none): stopped at step 5, result step 2."""
+    weights: dict[int, torch.Tensor] = {}
+    stage = _watched(toy, [9, 7, 5, 6, 5, 8, 1, 1])
+    stage.on_step = lambda step: weights.update({step: stage.model.weight.detach().clone()})
+    summary = toy.run(tmp_path, stage, EVERY_STEP)
+    assert summary["steps"] == 5 and summary["checkpoint"] == "step-2"
+    assert summary["before"] == {"error": 9} and summary["after"] == {"error": 5}
+    assert torch.equal(stage.model.weight, weights[2])  # step number 2 begins with the weights after two steps
+    folder = tmp_path / "checkpoints" / "toy"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-2", "step-5"]
+
+
+def test_an_evaluation_that_falls_resets_patience(toy, tmp_path):
+    summary = toy.run(tmp_path, _watched(toy, [9, 9, 9, 8, 9, 9, 7, 9, 9, 9, 0]), EVERY_STEP)
+    assert summary["steps"] == 9 and summary["checkpoint"] == "step-6"
+
+
+def test_without_patience_a_stage_runs_to_its_end(toy, tmp_path):
+    settings = replace(EVERY_STEP, max_steps=6, patience=None)
+    summary = toy.run(tmp_path, _watched(toy, [3, 4, 4, 4, 4, 4, 4]), settings)
+    assert summary["steps"] == 6 and summary["checkpoint"] == "step-0"
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_patience_counts_on_over_a_resume(toy, tmp_path, step):
+    """Stopped in any step, patience 3 runs out at step 5 as if nothing had happened: not sooner, not later."""
+    errors = [9, 7, 5, 6, 5, 8, 1, 1]
+    with pytest.raises(MemoryError):
+        toy.run(tmp_path, _watched(toy, errors, _stop_at(step, MemoryError())), EVERY_STEP)
+    summary = toy.run(tmp_path, _watched(toy, errors[step + 1 :]), EVERY_STEP)
+    assert summary["steps"] == 5 and summary["checkpoint"] == "step-2" and summary["after"] == {"error": 5}
+
+
+def test_a_stage_stopped_by_patience_stays_stopped(toy, tmp_path, monkeypatch):
+    """Killed after its last save but before its summary: the resumed stage makes no step more."""
+    from stdist.training import loop
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(loop.StageCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        toy.run(tmp_path, _watched(toy, [9, 7, 5, 6, 5, 8, 1, 1]), EVERY_STEP)
+    summary = toy.run(tmp_path, _watched(toy, [1], _stop_at(5, AssertionError("made a step"))), EVERY_STEP)
+    assert summary["steps"] == 5 and summary["checkpoint"] == "step-2"
+
+
+def test_the_best_checkpoint_survives_pruning_and_a_resume(toy, tmp_path):
+    settings = replace(EVERY_STEP, max_steps=9, patience=None, save_steps=1)
+    errors = [9, 2, 8, 8, 8, 8, 8, 8, 8, 8]
+    with pytest.raises(MemoryError):
+        toy.run(tmp_path, _watched(toy, errors, _stop_at(6, MemoryError())), settings)
+    summary = toy.run(tmp_path, _watched(toy, errors[7:]), settings)
+    assert summary["checkpoint"] == "step-1" and summary["after"] == {"error": 2}
+
+
+# --- divergence ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_stage_and_step(toy, tmp_path, value):
+    """The weights of the last good checkpoint stay the latest."""
+    stage = toy.ToyStage()
+
+    def break_weights(step: int) -> None:
+        if step == 4:
+            with torch.no_grad():
+                stage.model.bias.fill_(value)
+
+    stage.on_step = break_weights
+    with pytest.raises(DivergenceError, match=r"toy: loss is (nan|inf) at step 5"):
+        toy.run(tmp_path, stage)
+    assert (tmp_path / "checkpoints" / "toy" / "latest").read_text() == "step-3"
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(toy, tmp_path):
+    """A finite loss may have an infinite gradient, which clipping turns into weights that are no numbers: the run
+    stops in that step, not after the next checkpoint."""
+    stage = toy.ToyStage()
+    step_of = stage.step
+
+    def step(number: int, backward: Callable[[torch.Tensor], None]) -> dict[str, float]:
+        scalars = step_of(number, backward)
+        if number == 5:  # whose end is a save
+            backward(torch.sqrt(stage.model.weight - stage.model.weight.detach()).sum())
+        return scalars
+
+    stage.step = step
+    with pytest.raises(DivergenceError, match=r"toy: gradient norm is (nan|inf) at step 6"):
+        toy.run(tmp_path, stage)
+    assert (tmp_path / "checkpoints" / "toy" / "latest").read_text() == "step-3"
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def _start(toy, run_dir: Path, hang_at: int) -> subprocess.Popen:
+    """The toy run as a process, hanging inside step number ``hang_at`` when this returns."""
+    run_dir.mkdir()
+    command = [sys.executable, toy.__file__, str(run_dir), str(hang_at)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (run_dir / "hanging").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    return process
+
+
+def test_ctrl_c_finishes_the_step_saves_and_resumes(toy, tmp_path, log_lines, uninterrupted):
+    """SIGINT inside step 11 (number 10): that step is finished, saved and logged, though no save was due."""
+    run_dir = tmp_path / "run"
+    process = _start(toy, run_dir, hang_at=10)
+    process.send_signal(signal.SIGINT)
+    (run_dir / "go_on").touch()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Interrupted: toy: stopped at step 11 and saved" in errors
+    assert (run_dir / "checkpoints" / "toy" / "latest").read_text() == "step-11"
+    assert log_lines(run_dir)[-1]["step"] == 11
+    made: list[int] = []
+    toy.run(run_dir, toy.ToyStage(on_step=made.append))
+    assert made[0] == 11 and log_lines(run_dir) == uninterrupted
+
+
+def test_a_second_ctrl_c_does_not_wait(toy, tmp_path):
+    """A step that hangs can be left: the second SIGINT is Python's own."""
+    process = _start(toy, tmp_path / "run", hang_at=10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+
+
+def test_killed_and_resumed_the_log_has_no_hole_and_no_double(toy, tmp_path, log_lines, uninterrupted):
+    """SIGKILL inside step number 11: steps 10 and 11 are logged but not saved, and a line may be half written."""
+    run_dir = tmp_path / "run"
+    process = _start(toy, run_dir, hang_at=11)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    log = run_dir / "log.jsonl"
+    assert [line["step"] for line in log_lines(run_dir)][-3:] == [9, 10, 11]
+    with log.open("a") as file:
+        file.write('{"stage": "toy", "step": 12, "lo')
+    made: list[int] = []
+    toy.run(run_dir, toy.ToyStage(on_step=made.append))
+    assert made == list(range(9, toy.MAX_STEPS))
+    assert log_lines(run_dir) == uninterrupted
+
+
+def test_rewinding_one_stage_leaves_the_others_alone(toy, tmp_path):
+    others = [{"stage": "before", "step": step, "loss": 1.0} for step in (1, 99)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
+    toy.run(tmp_path, toy.ToyStage(), replace(toy.SETTINGS, max_steps=1))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[:2] == others and {line["stage"] for line in lines[2:]} == {"toy"}
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(toy, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(MemoryError):
+        toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(11, MemoryError())))
+    toy.run(tmp_path, toy.ToyStage())
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "toy")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, toy.MAX_STEPS + 1))
