@@ -5,25 +5,24 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from stdist.vision_llm.frames import FrameEncoder, FrameGeometry, pixels_per_cell, power_law
+from stdist.vision_llm.frames import FrameEncoder, FrameGeometry, clipped, pixels_per_cell, power_law
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 def test_eq_8_power_law_by_hand() -> None:
     grid = torch.tensor([0.0, 25.0, 100.0])
-    normalised, clipped = power_law(grid, power=0.5, t_max=100.0)
-    assert normalised.tolist() == pytest.approx([0.0, 0.5, 1.0])
-    assert clipped == 0
-    cubic, _ = power_law(torch.tensor([12.5]), power=1 / 3, t_max=100.0)
-    assert cubic.item() == pytest.approx(0.5)  # 12.5^(1/3) / 100^(1/3)
+    assert power_law(grid, power=0.5, t_max=100.0).tolist() == pytest.approx([0.0, 0.5, 1.0])
+    # 12.5^(1/3) / 100^(1/3) = (1/8)^(1/3)
+    assert power_law(torch.tensor([12.5]), power=1 / 3, t_max=100.0).item() == pytest.approx(0.5)
 
 
 def test_eq_8_values_above_t_max_clip_to_one_and_are_counted() -> None:
-    normalised, clipped = power_law(torch.tensor([[99.0, 101.0], [400.0, 100.0]]), power=0.5, t_max=100.0)
-    assert clipped == 2
-    assert normalised.max() == 1.0
-    assert normalised[0, 0] == pytest.approx(0.99**0.5)
+    grids = torch.tensor([[99.0, 101.0], [400.0, 100.0]])
+    normalised = power_law(grids, power=0.5, t_max=100.0)
+    assert normalised.flatten().tolist() == pytest.approx([0.99**0.5, 1.0, 1.0, 1.0])
+    assert normalised.max() <= 1.0
+    assert clipped(grids.numpy(), t_max=100.0) == 2
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_patches_equal_the_hugging_face_processor(shape: tuple[int, int]) -> Non
     grids = torch.rand(1, 2, *shape, generator=torch.Generator().manual_seed(0)) * 100
     patches, thw = encoder(grids)
 
-    normalised, _ = power_law(grids[0], 0.5, 100.0)
+    normalised = power_law(grids[0], 0.5, 100.0)
     enlarged = np.kron(normalised.numpy(), np.ones((12, 12), np.float32))
     images = np.zeros((2, geometry.patch_rows * 14, geometry.patch_cols * 14, 3), np.float32)
     images[:, : enlarged.shape[1], : enlarged.shape[2]] = enlarged[..., None]

@@ -1,12 +1,13 @@
 """What the policy reads: shared part first, one cell's part last (docs/decisions.md, prompt order)."""
 
-from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from stdist.data import GridStore
+from stdist.data import DaySpan, GridSpec, GridStore, GridWriter, Region, Split, open_store
+from stdist.errors import InputError
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.prompts import WEEKDAYS
@@ -77,21 +78,25 @@ def test_a_batch_says_what_the_store_says(policy: Policy, batch: PolicyBatch, st
             assert batch.truth[w, c].tolist() == series[origin + 1 : origin + 4].tolist()
 
 
-def test_values_out_of_range_are_clamped_and_counted_or_refused(make_policy: Callable[..., Policy]) -> None:
-    from stdist.errors import InputError
-
-    policy = make_policy()
-    city = CityWindows.__new__(CityWindows)
-    city.policy, city._clamp, city.clamped = policy, True, 0
-    clamped = city._in_range(np.array([1.0, 5e6, -5e6], np.float32))
-    assert clamped.tolist() == [1.0, 990000.0, -990000.0] and city.clamped == 2
-    with pytest.raises(InputError, match="no numeral"):
-        policy.prompts.answers(np.array([[1.0, 5e6, 2.0]]))
+def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: Policy, tmp_path: Path) -> None:
+    """Two-digit numerals end at 9.9e5; one history value and one target of the only window lie beyond."""
+    day = np.datetime64("2013-11-04")
+    values = np.full((4, 1, 1), 7.0, np.float32)
+    values[1], values[3] = 5e6, 2e6
+    spec = GridSpec("spiky", ("internet",), day, day, cell_ids=np.array([[1]]), cadence_minutes=360)
+    with GridWriter(tmp_path / "spiky.zarr", spec, {}) as writer:
+        writer.write_day(0, {"internet": values})
+        writer.finalise(Split(DaySpan(day, day)))
+    windows = open_store(tmp_path / "spiky.zarr").windows("train", 2, 2, channel="internet")
+    city = CityWindows(policy, windows, clamp=True)
+    read = city.batch(np.array([0]), np.array([0]))
+    assert city.clamped == 2
+    assert read.truth[0, 0].tolist() == [7.0, 990_000.0] and read.grids[0, :, 0, 0].tolist() == [7.0, 990_000.0]
+    with pytest.raises(InputError, match="has no numeral"):
+        CityWindows(policy, windows).batch(np.array([0]), np.array([0]))
 
 
 def test_draws_are_of_the_region_without_repetition(policy: Policy, store: GridStore) -> None:
-    from stdist.data import Region
-
     windows = store.windows("train", 4, 3, channel="internet", region=Region(1, 4, 1, 3))
     city = CityWindows(policy, windows)
     chosen, cells = city.draw(np.random.default_rng(0), 5, 4)

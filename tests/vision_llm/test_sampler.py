@@ -1,0 +1,259 @@
+"""Constrained sampling: a forecast is numerals and the end token, nothing else can be said."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stdist.config import GRPOConfig
+from stdist.vision_llm.city_windows import PolicyBatch
+from stdist.vision_llm.grpo import completion_log_probs
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.prefix import Prefix
+from stdist.vision_llm.sampler import Completions, Sampler, at_quantile
+
+
+@pytest.fixture(scope="module")
+def prefix(policy: Policy, batch: PolicyBatch) -> Prefix:
+    return policy.prefix(batch.shared, batch.grids)
+
+
+@pytest.fixture
+def talkative(make_policy: Callable[..., Policy]) -> Policy:
+    """A policy whose rows a test may change."""
+    return make_policy().eval()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lean_towards_end(policy: Policy, batch: PolicyBatch, logit: float) -> None:
+    """Gives the end token about this logit after the batch's prompts and answers."""
+    with torch.no_grad():
+        ids = torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)
+        hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), ids)
+        mean = hidden[:, batch.prompts.shape[1] - 1 :].mean((0, 1))
+        policy.base_model.lm_head.weight[policy.end_id] = mean * logit / mean.pow(2).sum()
+
+
+# --- the inverse distribution function ------------------------------------------------------------------------
+
+
+def test_at_quantile_is_the_inverse_distribution_function() -> None:
+    """Against numpy: the first column whose cumulative probability exceeds the level."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.full(7, 0.4), size=200)
+    levels = rng.random(200)
+    ours = at_quantile(torch.from_numpy(probabilities), torch.from_numpy(levels))
+    expected = [int(np.argmax(np.cumsum(row) > level)) for row, level in zip(probabilities, levels, strict=True)]
+    assert ours.tolist() == expected
+
+
+def test_at_quantile_never_draws_what_has_no_probability() -> None:
+    """At level 0 the leading zeros, at the highest level below 1 the trailing ones, are passed over."""
+    probabilities = torch.tensor([[0.0, 0.0, 0.25, 0.0, 0.75, 0.0, 0.0]])
+    highest = 1 - 2**-24
+    for level, expected in ((0.0, 2), (0.2499, 2), (0.25, 4), (0.5, 4), (highest, 4)):
+        assert at_quantile(probabilities, torch.tensor([level])).item() == expected
+    # Sums that rounding pushed off 1, on either side.
+    for scale in torch.linspace(0.99999, 1.00001, 41):
+        assert at_quantile(probabilities * scale, torch.tensor([highest])).item() == 4
+
+
+def test_median_of_a_distribution() -> None:
+    probabilities = torch.tensor([[0.2, 0.25, 0.1, 0.45], [0.6, 0.1, 0.1, 0.2], [0.0, 0.0, 0.0, 1.0]])
+    assert at_quantile(probabilities, torch.full((3,), 0.5)).tolist() == [2, 0, 3]
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def first_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> Tensor:
+    """Log-probabilities of the numerals right after each prompt, ``[cells, numerals]``."""
+    hidden, _ = policy.branch(prefix, batch.prompts)
+    return policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
+
+
+def test_only_numerals_and_the_end_are_ever_written(talkative: Policy, batch: PolicyBatch) -> None:
+    """Every text row, the image pad's above all, screams along the hidden states; none is heard."""
+    lean_towards_end(talkative, batch, logit=2.0)
+    with torch.no_grad():
+        hidden, _ = talkative.branch(talkative.prefix(batch.shared, batch.grids), batch.prompts)
+        loud = hidden[:, -1].mean(0) * 100
+        for token in range(talkative.first_numeral_id):
+            if token != talkative.end_id:
+                talkative.base_model.lm_head.weight[token] = loud
+        said = talkative.logits(hidden[:, -1]).argmax(-1)
+        assert (said < talkative.first_numeral_id).all() and (said != talkative.end_id).all()
+    prefix, n = talkative.prefix(batch.shared, batch.grids), len(talkative.vocabulary)
+    for decoding in ("greedy", "median", "sample"):
+        written = Sampler(talkative).complete(
+            prefix, batch.prompts, 6, decoding, num_generations=4, may_end=True, generator=seeded(0)
+        )
+        assert written.choices.min() >= 0 and written.choices.max() <= n
+        numerals = written.choices < n
+        assert torch.equal(numerals.sum(1), written.lengths)
+        decoded = torch.from_numpy(talkative.vocabulary.decode(written.choices[numerals].numpy())).float()
+        assert torch.equal(written.values[numerals], decoded)
+
+
+def test_greedy_is_the_chain_of_most_likely_numerals(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+    """Each step recomputed naively, by a whole forward over everything written so far."""
+    written = Sampler(policy).complete(prefix, batch.prompts, 5, "greedy")
+    ids = batch.prompts
+    for step in range(5):
+        hidden, _ = policy.branch(prefix, ids)
+        log_p = policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
+        best = log_p.argmax(-1)
+        assert torch.equal(written.choices[:, step], best)
+        assert torch.allclose(written.log_probs[:, step], log_p.max(-1).values, atol=1e-4)
+        ids = torch.cat([ids, best[:, None] + policy.first_numeral_id], dim=1)
+
+
+def test_median_decoding_halves_each_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+    """At most half of the probability lies strictly below the value written, at most half strictly above."""
+    written = Sampler(policy).complete(prefix, batch.prompts, 1, "median")
+    probabilities = first_step(policy, batch, prefix).exp().numpy()
+    for row in range(6):
+        value = policy.vocabulary.values[written.choices[row, 0]]
+        assert probabilities[row][policy.vocabulary.values < value].sum() <= 0.5 + 1e-5
+        assert probabilities[row][policy.vocabulary.values > value].sum() <= 0.5 + 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_follow_their_probabilities(
+    policy: Policy, batch: PolicyBatch, prefix: Prefix, temperature: float
+) -> None:
+    """χ² over 20 bins of about equal probability: 4,000 draws of one cell, mean 19, standard deviation 6.2."""
+    one = Prefix(policy.prefix(batch.shared[:1], batch.grids[:1]).cache, 1, prefix.position)
+    draws = Sampler(policy).complete(
+        one, batch.prompts[:1], 1, "sample", num_generations=4000, temperature=temperature, generator=seeded(0)
+    )
+    hidden, _ = policy.branch(one, batch.prompts[:1])
+    p = (policy.answer_logits(hidden[:, -1])[0, :-1] / temperature).softmax(-1).numpy()
+    shuffled = np.random.default_rng(0).permutation(len(p))  # bins that value order cannot fill by accident
+    bins = np.empty(len(p), int)
+    bins[shuffled] = np.minimum((p[shuffled].cumsum() * 20).astype(int), 19)
+    expected = np.bincount(bins, p, 20) * 4000
+    seen = np.bincount(bins[draws.choices[:, 0].numpy()], minlength=20)
+    assert ((seen - expected) ** 2 / expected).sum() < 19 + 4 * 6.2
+    chosen = np.log(p[draws.choices[:, 0].numpy()])
+    assert np.allclose(draws.log_probs[:, 0].numpy(), chosen, atol=1e-4)
+
+
+def test_same_seed_same_samples(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+    def sample(seed: int) -> Tensor:
+        return (
+            Sampler(policy)
+            .complete(prefix, batch.prompts, 4, "sample", num_generations=3, generator=seeded(seed))
+            .choices
+        )
+
+    assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
+    candidates = sample(1).view(6, 3, 4)
+    assert not torch.equal(candidates[:, 0], candidates[:, 1])
+
+
+def test_candidates_of_a_cell_are_consecutive_and_continue_its_own_prompt(
+    policy: Policy, batch: PolicyBatch, prefix: Prefix
+) -> None:
+    alone = Sampler(policy).complete(prefix, batch.prompts, 4, "greedy")
+    together = Sampler(policy).complete(prefix, batch.prompts, 4, "greedy", num_generations=3)
+    assert torch.equal(together.choices, alone.choices.repeat_interleave(3, 0))
+
+
+# --- the end -----------------------------------------------------------------------------------------------------
+
+
+def test_without_may_end_exactly_max_tokens_numerals_are_written(talkative: Policy, batch: PolicyBatch) -> None:
+    lean_towards_end(talkative, batch, logit=50.0)
+    prefix = talkative.prefix(batch.shared, batch.grids)
+    for decoding in ("greedy", "median", "sample"):
+        written = Sampler(talkative).complete(prefix, batch.prompts, 5, decoding, generator=seeded(0))
+        assert written.mask.all() and (written.lengths == 5).all() and written.choices.shape == (6, 5)
+        assert (written.choices < len(talkative.vocabulary)).all()
+
+
+def test_with_may_end_a_certain_end_comes_first(talkative: Policy, batch: PolicyBatch) -> None:
+    lean_towards_end(talkative, batch, logit=100.0)
+    written = Sampler(talkative).complete(
+        talkative.prefix(batch.shared, batch.grids), batch.prompts, 5, "greedy", may_end=True
+    )
+    assert written.choices.tolist() == [[len(talkative.vocabulary)]] * 6  # and nobody decodes on after the last end
+    assert written.mask.all() and (written.lengths == 0).all() and (written.values == 0).all()
+
+
+def some_that_ended(policy: Policy, batch: PolicyBatch, temperature: float = 1.0) -> Completions:
+    lean_towards_end(policy, batch, logit=6.0)
+    return Sampler(policy).complete(
+        policy.prefix(batch.shared, batch.grids),
+        batch.prompts,
+        6,
+        "sample",
+        num_generations=5,
+        temperature=temperature,
+        may_end=True,
+        generator=seeded(3),
+    )
+
+
+def test_mask_lengths_and_values_of_sequences_that_end(talkative: Policy, batch: PolicyBatch) -> None:
+    written = some_that_ended(talkative, batch)
+    end = len(talkative.vocabulary)
+    ended = (written.choices == end).any(1)
+    assert 3 < ended.sum() < 27 and len(written.lengths.unique()) > 3, "the seed must give both kinds"
+    for row in range(30):
+        choices = written.choices[row].tolist()
+        length = choices.index(end) if end in choices else len(choices)
+        assert written.lengths[row] == length
+        assert written.mask[row].tolist() == [position <= length for position in range(6)]
+        assert choices[length:] == [end] * (6 - length)  # an ended sequence stays ended
+        assert (written.values[row, length:] == 0).all() and (written.log_probs[row, length + 1 :] == 0).all()
+        assert (written.log_probs[row, : min(length + 1, 6)] < 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_log_probs_equal_those_of_one_forward_over_the_finished_text(
+    talkative: Policy, batch: PolicyBatch, temperature: float
+) -> None:
+    """What was sampled token by token from a cache is what the learner sees: ratio 1 before the first update."""
+    written = some_that_ended(talkative, batch, temperature)
+    config = GRPOConfig(num_generations=5, temperature=temperature)
+    with torch.no_grad():
+        again = completion_log_probs(talkative, batch, written, config)
+    assert torch.allclose(again, written.log_probs, atol=1e-4)
+    assert (again[~written.mask] == 0).all()
+
+
+# --- all steps in one pass ---------------------------------------------------------------------------------------
+
+
+def test_direct_is_the_median_behind_blanks(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+    """Step k is read where k − 1 blanks stand for the answers before it: the first equals median decoding's."""
+    sampler = Sampler(policy)
+    direct = sampler.direct(prefix, batch.prompts, 3)
+    assert direct.shape == (6, 3)
+    order = policy.vocabulary.values.argsort()
+    for step in range(3):
+        blanks = batch.prompts.new_full((6, step), policy.blank_id)
+        hidden, _ = policy.branch(prefix, torch.cat([batch.prompts, blanks], dim=1))
+        p = policy.answer_logits(hidden[:, -1])[:, :-1].softmax(-1).numpy()
+        index = [int(np.argmax(np.cumsum(row[order]) > 0.5)) for row in p.astype(np.float64)]
+        assert direct[:, step].tolist() == pytest.approx(policy.vocabulary.values[order][index].tolist())
+    assert torch.equal(direct[:, :1], sampler.complete(prefix, batch.prompts, 1, "median").values)
+    assert torch.equal(sampler.direct(prefix, batch.prompts, 1), direct[:, :1])
+
+
+def test_policy_forecast_is_the_samplers(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+    """The notebook's call: frames [S, H, W] in units, positions of cells, local time of the last frame."""
+    prompts, first = batch.prompts[:3], policy.first_numeral_id
+    hour = policy.vocabulary.decode(batch.shared[0][batch.shared[0] >= first].numpy() - first)[0]
+    origin = np.datetime64("2013-11-01T00:00") + np.timedelta64(int(hour), "h")  # window 0 is of the first day
+    frames = batch.grids[0].numpy()
+    ours = policy.forecast(frames, [(0, 1), (2, 2), (4, 2)], origin, decoding="greedy")
+    one = policy.prefix(batch.shared[:1], batch.grids[:1])
+    assert ours.shape == (3, 3)
+    assert np.array_equal(ours, Sampler(policy).complete(one, prompts, 3, "greedy").values.numpy())
