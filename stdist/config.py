@@ -6,7 +6,7 @@ Hyper-parameter names follow Hugging Face and TRL; the papers' letters stand whe
 import difflib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -58,7 +58,7 @@ class FramesConfig(Strict):
 
     enabled: bool = True
     power: float = Field(0.5, gt=0, le=1)
-    pixels_per_cell: int | Literal["auto"] = "auto"
+    pixels_per_cell: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class PolicyConfig(Strict):
@@ -138,9 +138,9 @@ class Config(Strict):
     """A run: data, policy, and the stages in order."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     output_dir: Path = Path("runs")
-    stages: tuple[StageName, ...] = ("alignment", "arithmetic", "sft", "grpo")
+    stages: tuple[StageName, ...] = Field(("alignment", "arithmetic", "sft", "grpo"), min_length=1)
     data: DataConfig
     numerals: NumeralsConfig = NumeralsConfig()
     frames: FramesConfig = FramesConfig()
@@ -150,6 +150,13 @@ class Config(Strict):
     sft: SFTConfig = SFTConfig()
     grpo: GRPOConfig = GRPOConfig()
     forecast: ForecastConfig = ForecastConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_folder(cls, name: str) -> str:
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError("must name one folder below output_dir, without slashes")
+        return name
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "Config":
@@ -172,7 +179,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"config {path} does not exist") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise InputError(f"config {path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError where a date is none or the text is not UTF-8
         raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise InputError(f"config {path} must be a mapping of keys to values")
@@ -203,20 +212,37 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise InputError(f"override {override!r}: {parent} is a value, not a group of keys")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    path = [part for part in problem["loc"] if isinstance(part, str)]
-    key = ".".join(path)
-    if problem["type"] != "extra_forbidden":
-        given = f" (given: {problem['input']!r})" if problem["type"] != "missing" else ""
-        return f"{key or 'config'}: {problem['msg']}{given}"
-    known = list(_fields_at(path[:-1]))
-    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-    return f"unknown key {key!r}; {hint}"
+    """The first unknown key, else the first wrong value; a key that may be one of several kinds says all of them."""
+    problems = error.errors()
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    if problem["type"] == "extra_forbidden":
+        *group, name = (part for part in problem["loc"] if isinstance(part, str))
+        known = list(_fields_at(group))
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key {'.'.join([*group, name])!r}; {hint}"
+    key = _key(problem)
+    same = [p for p in problems if _key(p) == key and p["input"] == problem["input"]]
+    message = " or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in same))
+    given = f" (given: {problem['input']!r})" if key and problem["type"] != "missing" else ""
+    return f"{key or 'config'}: {message}{given}"
+
+
+def _key(problem: Any) -> str:
+    """The dotted key of a problem, without what pydantic adds behind it: the item, the kind that was tried."""
+    path: list[str] = []
+    for part in problem["loc"]:
+        if part not in _fields_at(path):
+            break
+        path.append(part)
+    return ".".join(path)
 
 
 def _fields_at(path: list[str]) -> dict[str, Any]:
