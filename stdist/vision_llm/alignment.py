@@ -80,7 +80,7 @@ class AlignmentStage:
                 exact[example.task].append(bool(all_right[row]))
                 if isinstance(example.answer[0], np.ndarray):
                     written = best[row][ids[row, 1:] >= numeral]
-                    predicted = vocabulary.decode(written[written >= 0].numpy())
+                    predicted = vocabulary.decode(written[written >= 0].cpu().numpy())
                     errors[example.task].extend(
                         relative_error(predicted, vocabulary.decode(example.answer[0])).tolist()
                     )

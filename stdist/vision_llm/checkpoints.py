@@ -59,7 +59,7 @@ def build_policy(spec: PolicySpec, seed: int) -> Policy:
     )
     policy = Policy(model, tokenizer, processor, vocabulary, rows, spec)
     if not spec.base_is_trained:
-        policy.add_lora()
+        policy.add_lora(seed=seed)
     return policy
 
 
@@ -170,7 +170,9 @@ def _save_adapter(policy: Policy, path: Path) -> None:
     name = policy.active_adapter
     weights = {
         key: value.contiguous()
-        for key, value in get_peft_model_state_dict(policy.backbone, adapter_name=name).items()
+        for key, value in get_peft_model_state_dict(
+            policy.backbone, adapter_name=name, save_embedding_layers=False
+        ).items()
         if ".lora_" in key
     }
     config = LoraConfig(

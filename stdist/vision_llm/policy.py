@@ -200,13 +200,18 @@ class Policy(nn.Module):
 
     # --- what trains -------------------------------------------------------------------------------------------
 
-    def add_lora(self, name: str = SFT_ADAPTER) -> None:
-        """Adds an adapter and makes it the active one. Named adapters let GRPO keep the SFT adapter as reference."""
+    def add_lora(self, name: str = SFT_ADAPTER, seed: int = 0) -> None:
+        """Adds an adapter and makes it the active one. Named adapters let GRPO keep the SFT adapter as reference.
+
+        Its first factors are drawn from ``seed``, whatever torch drew before; its second ones are zero.
+        """
         config = LoraConfig(r=self.spec.lora_r, lora_alpha=self.spec.lora_alpha, target_modules=LORA_TARGETS)
-        if isinstance(self.backbone, PeftModel):
-            self.backbone.add_adapter(name, config)
-        else:
-            self.backbone = get_peft_model(self.backbone, config, adapter_name=name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(self.backbone, PeftModel):
+                self.backbone.add_adapter(name, config)
+            else:
+                self.backbone = get_peft_model(self.backbone, config, adapter_name=name)
         self.backbone.set_adapter(name)
 
     @property
@@ -228,13 +233,13 @@ class Policy(nn.Module):
             )
         self.rows.requires_grad_(True)
 
-    def begin_grpo(self) -> None:
-        """Freezes the SFT model as reference and trains a second adapter that starts as its copy.
+    def begin_grpo(self, seed: int = 0) -> None:
+        """Freezes the SFT model as reference and trains a second adapter that starts as its copy (of none: from ``seed``).
 
         With an SFT adapter "adapter off" would not be the reference, and LoRA is never merged (docs/decisions.md).
         """
         had_sft = SFT_ADAPTER in self.adapters
-        self.add_lora(GRPO_ADAPTER)
+        self.add_lora(GRPO_ADAPTER, seed)
         if had_sft:
             weights = dict(self.backbone.named_parameters())
             for name, parameter in weights.items():

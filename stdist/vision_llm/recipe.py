@@ -202,13 +202,13 @@ def _build_stage(
 ) -> Stage:
     decoding = _validation_decoding(config)
     if name == "grpo":
-        policy.begin_grpo()
+        policy.begin_grpo(config.seed)
         region = task.train.region
         cell_mean = task.statistics.cell_mean[region.slices].ravel()
         return GRPOStage(policy, train, validation, cell_mean, config.grpo, config.seed, decoding)
     settings = stage_config(config, name)
     if settings.trainable == "lora" and not policy.adapters:
-        policy.add_lora()
+        policy.add_lora(seed=config.seed)
     policy.train_only(settings.trainable)
     if name == "sft":
         return SFTStage(policy, train, validation, config.sft, config.seed, decoding)
