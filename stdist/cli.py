@@ -66,7 +66,8 @@ def prepare(
     }
     unknown = [name for name in given if name not in READERS[reader].options]
     if unknown:
-        raise InputError(f"{reader} takes no --{unknown[0].replace('_', '-')}")
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(READERS[reader].options))
+        raise InputError(f"{reader} takes no --{unknown[0].replace('_', '-')}; it takes {options}")
     summary = READERS[reader].prepare(sources or [], out, **given)
     missing = sum(summary.missing.values())
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
@@ -116,6 +117,8 @@ def forecast(
     """Forecast a region of a store for every window of a split."""
     from stdist.vision_llm import recipe
 
+    if out.suffix not in (".zarr", ".parquet"):
+        raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
     result = recipe.forecast(run, store, region, split, out, say)
     finish(result, as_json, str(out))
 
@@ -146,7 +149,8 @@ def report(
     """Build the run's report page again, with other runs beside it if asked."""
     from stdist.evaluation import add_variants, build_report
 
-    add_variants(run, beside or [])
+    if beside:
+        add_variants(run, beside)
     page = build_report(run)
     finish({"report": str(page)}, as_json, str(page))
 

@@ -102,10 +102,12 @@ def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
 
 
 def read_metrics(run_dir: Path) -> RunMetrics:
-    """Read `report/metrics.json` of a run. Raises InputError where it is damaged."""
+    """Read `report/metrics.json` of a run. Raises InputError where it is absent or damaged."""
     path = run_dir / "report" / "metrics.json"
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; name the folder of a finished `stdist train`") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: no JSON ({error}); evaluate the run again") from error
 

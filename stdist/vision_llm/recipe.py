@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from rich.console import Console
 from rich.progress import Progress
 
 from stdist.config import Config, StageConfig, dump_config, load_config
@@ -27,7 +28,7 @@ from stdist.evaluation import (
     write_forecasts,
     write_metrics,
 )
-from stdist.training.checkpoint import StageCheckpoints, write_atomically
+from stdist.training.checkpoint import StageCheckpoints, naming_damage, write_atomically
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
 from stdist.training.loop import LoopSettings, Stage, run_stage
 from stdist.training.run_log import RunLog
@@ -37,6 +38,7 @@ from stdist.vision_llm.city_windows import CityWindows
 from stdist.vision_llm.forecaster import forecast_windows
 from stdist.vision_llm.frames import pixels_per_cell
 from stdist.vision_llm.grpo import GRPOStage
+from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.sampler import Decoding
 from stdist.vision_llm.sft import SFTStage
@@ -129,25 +131,30 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     """
     task = open_task(config)
     run_dir = config.run_dir
-    claim_run_folder(run_dir, config)
-    say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
+    refuse_foreign_folder(run_dir, config)
     policy = build_policy(policy_spec(config, task), config.seed)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    clamped = find_unwritable(
+        (task.train, task.validation, task.test), policy.vocabulary, config.numerals.out_of_range == "clamp"
+    )
+    # Nothing is written before all of the input is known to be good.
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.yaml", dump_config(config))
+    say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
+    if clamped:
+        say(clamped)
     summaries = train_stages(config, task, policy, say)
     result = forecast_and_score(config, task, policy, summaries, say)
     return {"run": str(run_dir), "stages": summaries, **result}
 
 
-def claim_run_folder(run_dir: Path, config: Config) -> None:
-    """Writes ``config.yaml``, or refuses where the folder belongs to another configuration, naming a difference."""
-    path, text = run_dir / "config.yaml", dump_config(config)
+def refuse_foreign_folder(run_dir: Path, config: Config) -> None:
+    """Raises InputError where the folder belongs to another configuration, naming a difference."""
+    path = run_dir / "config.yaml"
     if path.exists():
-        difference = _first_difference(yaml.safe_load(path.read_text()), yaml.safe_load(text))
+        difference = _first_difference(yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config)))
         if difference:
             raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
@@ -319,13 +326,16 @@ def forecast(
     ``split``: a name (the run's own days on the store it was trained on, else the store's default split) or local days
     ``A:B``. Raises InputError for an unfinished run, a region outside the grid, days without windows.
     """
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir} is no run folder, it has no config.yaml; name the folder of a `stdist train`")
     config = load_config(run_dir / "config.yaml")
     stage = config.stages[-1]
     finished = StageCheckpoints(run_dir / "checkpoints" / stage).finished
     if finished is None:
         raise InputError(f"{run_dir} has not finished its stage {stage}; run `stdist train` on its config again")
     checkpoint = f"{stage}/{finished['checkpoint']}"
-    policy = load_policy(run_dir / "checkpoints" / checkpoint)
+    with naming_damage(run_dir / "checkpoints" / checkpoint):
+        policy = load_policy(run_dir / "checkpoints" / checkpoint)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(store_path)
     retarget(policy, store, config)
@@ -342,6 +352,7 @@ def forecast(
         history_inside=split == "train",
         name=split if ":" not in split else "span",
     )
+    find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
     say(f"{windows.contract}")
     with progress_bar("forecast", len(windows)) as advance:
         forecasts, notes = make_forecasts(config, policy, windows, checkpoint, advance)
@@ -365,6 +376,7 @@ def retarget(policy: Policy, store: GridStore, config: Config) -> None:
 
 @contextmanager
 def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    with Progress() as progress:
+    # Standard output is for results.
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.advance(task, done)

@@ -1,0 +1,33 @@
+"""Values that no numeral can write, found before anything is trained or forecast (docs/decisions.md, 1)."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from stdist.data import Windows
+from stdist.errors import InputError
+from stdist.numerals import Vocabulary
+
+
+def find_unwritable(parts: Iterable[Windows], vocabulary: Vocabulary, clamp: bool) -> str | None:
+    """Reads every value of the windows' region, once each; a sentence about those at or above the numerals' limit,
+    None where there are none. Raises InputError naming the first of them unless ``clamp``.
+    """
+    count, first = 0, ""
+    for windows in parts:
+        store, channel = windows.store, windows.channel
+        begin, end = int(windows.origins[0]) - windows.S + 1, int(windows.origins[-1]) + windows.K + 1
+        values = store.values(channel, begin, end, windows.region)
+        where = np.argwhere(np.abs(values) >= vocabulary.limit)  # NaN, where a frame is not present, is not
+        count += len(where)
+        if len(where) and not first:
+            frame, row, col = where[0]
+            cell = store.cell_ids[windows.region.slices][row, col]
+            stamp = store.local_times[begin + frame].astype("datetime64[m]")
+            first = f"{store.path}: {channel} is {values[frame, row, col]:g} at {stamp} local time, cell {cell}"
+    if not count:
+        return None
+    found = f"{first} ({count} such value{'s' if count > 1 else ''}); numerals end below {vocabulary.limit:.10g}"
+    if not clamp:
+        raise InputError(f"{found}: rescale the data, or set numerals.out_of_range=clamp")
+    return f"{found}, larger values are clamped"
