@@ -5,7 +5,8 @@ A checkpoint holds ``policy.json`` (what stdist must know), the tokenizer with i
 * base trained (presets): ``config.json`` and ``model.safetensors``, whose embedding and head are text rows followed by
   numeral rows, and the active LoRA adapter, if there is one, in ``adapter/``;
 * base frozen: ``adapter/`` alone, LoRA plus the numeral rows as peft's trainable tokens of the named base, which must
-  be resized to the tokenizer's length before peft loads it.
+  be resized to the tokenizer's length before peft loads it. Where the base ties its head to its embedding (the 3B
+  model does) it must be untied first: numerals have rows of their own in both, and peft would drop the head's.
 """
 
 import copy
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -29,7 +31,7 @@ from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.numeral_rows import NumeralRows, initial_rows
 from stdist.vision_llm.policy import LORA_TARGETS, Policy
-from stdist.vision_llm.presets import SHAPES, build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.spec import PolicySpec, Setting
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -77,6 +79,8 @@ def load_policy(path: Path) -> Policy:
         spec = PolicySpec.model_validate_json((path / "policy.json").read_text())
     except FileNotFoundError:
         raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
+    except ValidationError as error:
+        raise InputError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
     policy = build_policy(spec, seed=0)
     if (path / ADAPTER).is_dir() and not policy.adapters:
         policy.add_lora()
@@ -105,6 +109,8 @@ def load_weights(policy: Policy, path: Path) -> None:
     if (path / "model.safetensors").exists():
         weights = load_file(path / "model.safetensors")
         for key, parameter in _base_parameters(policy).items():
+            if key not in weights:
+                raise InputError(f"checkpoint {path}: model.safetensors has no {key}; it belongs to another model")
             if key in (EMBEDDING, HEAD):
                 rows[key] = weights[key][first:]
                 _overwrite(parameter.data[:first], weights[key][:first], key, path)
@@ -114,6 +120,10 @@ def load_weights(policy: Policy, path: Path) -> None:
         weights = load_file(path / ADAPTER / "adapter_model.safetensors")
         rows |= {key: weights.pop(name) for key, name in _PEFT_ROWS.items() if name in weights}
         set_peft_model_state_dict(policy.backbone, weights, adapter_name=policy.active_adapter)
+    if not rows:
+        raise InputError(
+            f"checkpoint {path} is incomplete: the numerals' rows are in neither model.safetensors nor adapter/"
+        )
     _overwrite(policy.rows.input.data, rows[EMBEDDING], "numeral rows", path)
     _overwrite(policy.rows.output.data, rows[HEAD], "numeral rows", path)
 
@@ -130,10 +140,16 @@ def _load_pretrained(base: str, dtype: str):
         model_type = AutoConfig.from_pretrained(base).model_type
         if model_type != "qwen2_5_vl":
             raise InputError(f"policy.base {base} is a {model_type}; stdist needs a Qwen2.5-VL")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype))
+        # Of missing files transformers makes an empty tokenizer, without a word.
         tokenizer = AutoTokenizer.from_pretrained(base)
+        missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+        if missing:
+            raise InputError(f"policy.base {base} has a tokenizer without {missing[0]}; copy its tokenizer files too")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype))
         processor = Qwen2VLImageProcessorPil.from_pretrained(base)
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         presets = ", ".join(SHAPES)
         raise InputError(f"policy.base {base} cannot be loaded ({reason}); give a folder or one of {presets}") from None
@@ -144,7 +160,8 @@ def _base_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
     """The base model's own parameters under the names they have without LoRA around them."""
     return {
         name.replace(".base_layer.", "."): parameter
-        for name, parameter in policy.base_model.named_parameters()
+        # Tied matrices count twice: with numeral rows of their own behind them they part on disk.
+        for name, parameter in policy.base_model.named_parameters(remove_duplicate=False)
         if ".lora_" not in name
     }
 
@@ -161,6 +178,7 @@ def _save_base(policy: Policy, path: Path) -> None:
     )
     config = copy.deepcopy(policy.base_model.config)
     config.get_text_config().vocab_size = first + n
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.architectures = [type(policy.base_model).__name__]
     config.save_pretrained(path)
 

@@ -234,7 +234,7 @@ class Policy(nn.Module):
         self.rows.requires_grad_(True)
 
     def begin_grpo(self, seed: int = 0) -> None:
-        """Freezes the SFT model as reference and trains a second adapter that starts as its copy (of none: from ``seed``).
+        """Freezes the SFT model as reference and trains a second adapter: its copy, or where it has none a new one.
 
         With an SFT adapter "adapter off" would not be the reference, and LoRA is never merged (docs/decisions.md).
         """
