@@ -1,0 +1,156 @@
+"""Stages 1 and 2 (Vision-LLMs for Spatiotemporal Traffic Forecasting, Section IV.B.2)."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from stdist.config import AlignmentConfig
+from stdist.numerals.alignment_tasks import Example, arithmetic_batch, transcription_batch
+from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
+from stdist.vision_llm.alignment import AlignmentStage, tokenise
+from stdist.vision_llm.policy import Policy
+
+SMALL = AlignmentConfig(trainable="full", per_device_train_batch_size=8, values_per_example=2, eval_examples=3)
+
+
+def spelled(policy: Policy, ids: list[int]) -> list[str | float]:
+    """Text as strings, numerals as values."""
+    pieces: list[str | float] = []
+    for token in ids:
+        if token >= policy.first_numeral_id:
+            pieces.append(float(policy.vocabulary.decode(token - policy.first_numeral_id)))
+        elif pieces and isinstance(pieces[-1], str):
+            pieces[-1] += policy.tokenizer.decode([token])
+        else:
+            pieces.append(policy.tokenizer.decode([token]))
+    return pieces
+
+
+def test_tokenise_by_hand(policy: Policy) -> None:
+    """``user: prompt, assistant: answer, end``; answers and end are targets, nothing else, padding least of all."""
+    v = policy.vocabulary
+    examples = [
+        Example("to_text", ("Write ", v.encode([12.0, -3.5]), " as text: "), ("'12.0,-3.5'",)),
+        Example("to_numeral", ("Numerals: '7.0' ",), (v.encode([7.0]),)),
+    ]
+    ids, is_target = tokenise(policy, examples)
+    assert ids.shape == is_target.shape
+    opening, reply = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    first, second = (
+        spelled(policy, row[: int(t.nonzero().max()) + 1]) for row, t in zip(ids.tolist(), is_target, strict=True)
+    )
+    assert first == [f"{opening}Write ", 12.0, -3.5, f" as text: {reply}'12.0,-3.5'<|im_end|>"]
+    assert second == [f"{opening}Numerals: '7.0' {reply}", 7.0, "<|im_end|>"]
+    assert spelled(policy, ids[0][is_target[0]].tolist()) == ["'12.0,-3.5'<|im_end|>"]
+    assert spelled(policy, ids[1][is_target[1]].tolist()) == [7.0, "<|im_end|>"]
+
+
+@pytest.mark.parametrize("make", [transcription_batch, arithmetic_batch])
+def test_targets_are_the_answers_of_real_batches(policy: Policy, make: Callable[..., list[Example]]) -> None:
+    examples = make(policy.vocabulary, 0, 0, 18, 3)
+    ids, is_target = tokenise(policy, examples)
+    for example, row, targets in zip(examples, ids, is_target, strict=True):
+        answer = spelled(policy, row[targets].tolist())
+        (expected,) = example.answer
+        if isinstance(expected, str):
+            assert answer == [f"{expected}<|im_end|>"]
+        else:
+            assert answer == [*policy.vocabulary.decode(expected), "<|im_end|>"]
+        assert targets.nonzero().diff(dim=0).eq(1).all(), "the answer is one stretch"
+
+
+def test_padding_on_the_right_changes_nothing(policy: Policy) -> None:
+    examples = transcription_batch(policy.vocabulary, 0, 0, 6, 3)
+    ids, is_target = tokenise(policy, examples)
+    together = policy.hidden(ids)
+    for row, example in enumerate(examples):
+        alone, targets = tokenise(policy, [example])
+        assert torch.equal(targets[0].nonzero(), is_target[row].nonzero())
+        assert torch.allclose(policy.hidden(alone)[0], together[row, : alone.shape[1]], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def half_taught(make_policy: Callable[..., Policy]) -> Policy:
+    """Knows four examples of stage 1 by heart and no other: some of its answers are exact."""
+    policy = make_policy()
+    policy.train_only("full")
+    ids, is_target = tokenise(policy, evaluation_examples(policy)[:4])
+    engine = TorchEngine([ParameterGroup(list(policy.parameters()), 3e-3, 0.0)], cosine_schedule(0, 40), 1.0)
+    for _ in range(40):
+        logits = policy.logits(policy.hidden(ids[:, :-1])[is_target[:, 1:]])
+        engine.backward(torch.nn.functional.cross_entropy(logits, ids[:, 1:][is_target[:, 1:]]))
+        engine.step()
+    return policy.eval()
+
+
+def evaluation_examples(policy: Policy) -> list[Example]:
+    return transcription_batch(policy.vocabulary, 4 + 7_000_001, 0, 6, 2)
+
+
+def generated(policy: Policy, example: Example, limit: int) -> list[int]:
+    """Greedy generation over everything the model can say, one whole forward a token."""
+    ids, is_target = tokenise(policy, [example])
+    start = int(is_target[0].nonzero().min())
+    text = ids[0, :start].tolist()
+    for _ in range(limit):
+        hidden = policy.hidden(torch.tensor([text]))
+        text.append(int(policy.logits(hidden[:, -1]).argmax(-1)))
+        if text[-1] == policy.end_id:
+            break
+    return text[start:]
+
+
+def test_exact_match_is_what_greedy_generation_writes(half_taught: Policy) -> None:
+    metrics = AlignmentStage("alignment", half_taught, SMALL, seed=4).evaluate()
+    hits: dict[str, list[bool]] = {"to_numeral": [], "to_text": []}
+    for example in evaluation_examples(half_taught):
+        ids, is_target = tokenise(half_taught, [example])
+        answer = ids[0][is_target[0]].tolist()
+        hits[example.task].append(generated(half_taught, example, len(answer)) == answer)
+    everything = hits["to_numeral"] + hits["to_text"]
+    assert 0 < sum(everything) < 6, "some are right and some are wrong, or nothing is proved"
+    assert metrics["exact_match"] == pytest.approx(np.mean(everything))
+    for task, task_hits in hits.items():
+        assert metrics[f"exact_match/{task}"] == pytest.approx(np.mean(task_hits))
+
+
+def test_relative_error_is_that_of_the_likeliest_numeral(half_taught: Policy) -> None:
+    """Teacher-forced, over numerals alone, on numeral answers alone."""
+    errors = []
+    for example in evaluation_examples(half_taught):
+        (answer,) = example.answer
+        if isinstance(answer, str):
+            continue
+        ids, is_target = tokenise(half_taught, [example])
+        positions = is_target[0].nonzero().flatten()[:-1] - 1  # without the end
+        best = half_taught.answer_logits(half_taught.hidden(ids)[0, positions])[:, :-1].argmax(-1)
+        predicted, true = (half_taught.vocabulary.decode(x) for x in (best.numpy(), answer))
+        errors += (np.abs(predicted - true) / np.maximum(np.abs(true), 1e-4)).tolist()
+    assert len(errors) == 3 * 2
+    metrics = AlignmentStage("alignment", half_taught, SMALL, seed=4).evaluate()
+    assert metrics["median_relative_error"] == pytest.approx(np.median(errors))
+
+
+def test_arithmetic_reports_every_task_and_its_errors(policy: Policy) -> None:
+    metrics = AlignmentStage("arithmetic", policy, SMALL, seed=0).evaluate()
+    tasks = {name for name in metrics if name.startswith("exact_match/")}
+    assert len(tasks) == 9 and "exact_match/multiply:text->numeral" in tasks
+    assert np.isfinite(metrics["median_relative_error"]) and 0 <= metrics["exact_match"] <= 1
+
+
+@pytest.mark.parametrize("name", ["alignment", "arithmetic"])
+def test_step_is_the_mean_loss_over_target_tokens(make_policy: Callable[..., Policy], name: str) -> None:
+    policy = make_policy()
+    policy.train_only("rows")
+    stage = AlignmentStage(name, policy, SMALL, seed=2)
+    scalars = stage.step(5, torch.Tensor.backward)
+    make = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}[name]
+    ids, is_target = tokenise(policy, make(policy.vocabulary, 2, 5, 8, 2))
+    labels = ids.masked_fill(~is_target, -100)
+    logits = policy.logits(policy.hidden(ids))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert scalars["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert policy.rows.input.grad.abs().sum() > 0 and policy.rows.output.grad.abs().sum() > 0
+    assert all(p.grad is None for p in policy.backbone.parameters())

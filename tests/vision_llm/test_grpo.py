@@ -1,0 +1,227 @@
+"""Stage 4 (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19): who is the reference, and what moves."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stdist.config import GRPOConfig
+from stdist.data import GridStore
+from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.grpo import EXTRA_TOKENS, NORMALIZER_FLOOR, GRPOStage, completion_log_probs
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.recipe import parameter_groups
+from stdist.vision_llm.sampler import Completions
+
+MakePolicy = Callable[..., Policy]
+
+
+def disturb(policy: Policy) -> None:
+    """A LoRA adapter starts as nothing; this makes the SFT adapter say something."""
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in policy.backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def sft_model(make_policy: MakePolicy, with_adapter: bool) -> Policy:
+    policy = make_policy()
+    if with_adapter:
+        policy.add_lora()
+        disturb(policy)
+    return policy.eval()
+
+
+def logits_of(policy: Policy, batch: PolicyBatch) -> Tensor:
+    with torch.no_grad():
+        hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), batch.prompts)
+        return policy.answer_logits(hidden[:, -1])
+
+
+def stage_of(policy: Policy, store: GridStore, **changes: object) -> GRPOStage:
+    cities = [CityWindows(policy, store.windows(name, 4, 3, channel="internet")) for name in ("train", "validation")]
+    settings = {"windows_per_step": 2, "cells_per_window": 2, "eval_windows": 2, "num_generations": 4} | changes
+    cell_mean = np.linspace(0.0, 190.0, 20)
+    return GRPOStage(policy, *cities, cell_mean, GRPOConfig(**settings), seed=5, decoding="median")
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_the_reference_is_the_sft_model_and_stays_it(
+    make_policy: MakePolicy, store: GridStore, batch: PolicyBatch, with_adapter: bool
+) -> None:
+    """docs/decisions.md, reference model: with an SFT adapter "adapter off" would be another one."""
+    policy = sft_model(make_policy, with_adapter)
+    sft = logits_of(policy, batch)
+    policy.begin_grpo()
+    assert torch.allclose(logits_of(policy, batch), sft, atol=1e-5), "the policy starts as the SFT model"
+    trained = policy.rows
+    with policy.reference():
+        assert policy.rows is not trained
+        before = logits_of(policy, batch)
+    assert policy.rows is trained and policy.active_adapter == "grpo"
+    assert torch.equal(before, sft), "the reference is the SFT model, bit for bit"
+    if with_adapter:
+        with policy.backbone.disable_adapter():
+            assert not torch.allclose(logits_of(policy, batch), sft, atol=1e-2)
+
+    stage = stage_of(policy, store)
+    engine = TorchEngine(parameter_groups(policy, GRPOConfig(learning_rate=0.01)), cosine_schedule(0, 3), 1.0)
+    frozen = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    for step in range(3):
+        stage.step(step, engine.backward)
+        engine.step()
+    with policy.reference():
+        assert torch.equal(logits_of(policy, batch), sft)
+    assert (logits_of(policy, batch) - sft).abs().max() > 1e-2, "the policy has learned something else"
+    parameters = dict(policy.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+    moving = {name for name in parameters if name not in frozen}
+    assert moving == {"rows.input", "rows.output"} | {n for n in parameters if "lora_" in n and ".grpo." in n}
+
+
+def test_the_second_adapter_starts_as_a_copy_of_the_first(make_policy: MakePolicy) -> None:
+    policy = sft_model(make_policy, with_adapter=True)
+    policy.begin_grpo()
+    parameters = dict(policy.backbone.named_parameters())
+    copies = [name for name in parameters if ".grpo." in name]
+    assert len(copies) == 4 * 7 * 2 and policy.adapters == ["default", "grpo"]
+    for name in copies:
+        original = parameters[name.replace(".grpo.", ".default.")]
+        assert torch.equal(parameters[name], original) and parameters[name].data_ptr() != original.data_ptr()
+        assert parameters[name].requires_grad and not original.requires_grad
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_adapters_start_from_the_seed_alone(make_policy: MakePolicy, with_adapter: bool) -> None:
+    """Not from what torch drew before: two runs of one config are one trajectory."""
+
+    def adapters(seed: int, drawn_before: int) -> Tensor:
+        torch.rand(drawn_before)
+        policy = make_policy()
+        if with_adapter:
+            policy.add_lora(seed=seed)
+        policy.begin_grpo(seed)
+        return torch.cat([p.flatten() for n, p in policy.backbone.named_parameters() if "lora_A" in n])
+
+    first = adapters(1, 0)
+    assert torch.equal(first, adapters(1, 5)) and not torch.equal(first, adapters(2, 0))
+
+
+def test_the_policy_comes_back_even_from_an_error(make_policy: MakePolicy) -> None:
+    policy = sft_model(make_policy, with_adapter=True)
+    policy.begin_grpo()
+    rows = policy.rows
+    with pytest.raises(KeyError), policy.reference():
+        raise KeyError
+    assert policy.rows is rows and policy.active_adapter == "grpo"
+    trains = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert {"rows.input", "rows.output"} < trains and not any(".default." in name for name in trains)
+
+
+def test_first_step_has_no_kl_and_clips_nothing(make_policy: MakePolicy, store: GridStore) -> None:
+    policy = sft_model(make_policy, with_adapter=True)
+    policy.begin_grpo()
+    scalars = stage_of(policy, store).step(0, torch.Tensor.backward)
+    assert scalars["kl"] == pytest.approx(0, abs=1e-6) and scalars["clip_ratio"] == 0
+    assert policy.rows.output.grad.abs().max() > 0
+    assert 0 <= scalars["right_length"] <= 1 and 1 <= scalars["tokens_per_candidate"] <= 3 + EXTRA_TOKENS
+
+
+def test_micro_batches_weigh_by_their_windows(
+    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same candidates in one batch of three windows, or in two and one: the same loss and gradient."""
+    losses, gradients = [], []
+    for size in (3, 2):
+        policy = sft_model(make_policy, with_adapter=True)
+        policy.begin_grpo()
+        stage = stage_of(policy, store, windows_per_step=3, windows_per_micro_batch=size, beta=0.0)
+        monkeypatch.setattr(stage, "_write", lambda batch, generator, policy=policy: fixed_candidates(policy, batch))
+        losses.append(stage.step(0, torch.Tensor.backward))
+        gradients.append(policy.rows.output.grad)
+    assert losses[0]["reward"] == pytest.approx(losses[1]["reward"], rel=1e-5)
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], abs=1e-5)
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-4
+
+
+def fixed_candidates(policy: Policy, batch: PolicyBatch) -> Completions:
+    """Four candidates a cell: the truth, it times 1.1, it times 1.5, and it cut after two values."""
+    n, end = len(batch.answers), len(policy.vocabulary)
+    truth = batch.truth.reshape(n, 3)
+    choices, lengths = torch.full((n, 4, 4), end), torch.tensor([3, 3, 3, 2]).repeat(n)
+    for candidate, scale in enumerate((1.0, 1.1, 1.5, 1.0)):
+        encoded = torch.from_numpy(policy.vocabulary.encode(truth * scale))
+        length = int(lengths[candidate])
+        choices[:, candidate, :length] = encoded[:, :length]
+    choices = choices.view(-1, 4)
+    mask = torch.arange(4) <= lengths[:, None]
+    values = torch.from_numpy(policy.vocabulary.decode(choices.clamp(max=end - 1).numpy())).float() * (choices < end)
+    return Completions(choices, mask, torch.full(mask.shape, -6.0) * mask, values, lengths)
+
+
+def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: GridStore) -> None:
+    """d of Eq. 19 (docs/decisions.md): the cell's training mean, the window's, or the city's; floored at 5 %."""
+    policy = make_policy()
+    batch = CityWindows(policy, store.windows("train", 4, 3, channel="internet")).batch(
+        np.array([3, 9]), np.array([0, 7])
+    )
+    written = fixed_candidates(policy, batch)
+    truth = batch.truth.reshape(4, 3)
+    predicted = written.values.view(4, 4, 4)[..., :3].numpy()
+    city = np.linspace(0.0, 190.0, 20).mean()
+    normalizers = {
+        "cell_mean": np.tile([NORMALIZER_FLOOR * city, 70.0], 2),  # cell 0 is at rest
+        "window_mean": truth.mean(1),
+        "city_mean": np.full(4, city),
+    }
+    for name, normalizer in normalizers.items():
+        stage = stage_of(policy, store, normalizer=name, half_score=0.3)
+        rewards = stage._reward(batch, written).view(4, 4).numpy()
+        d = np.maximum(normalizer, NORMALIZER_FLOOR * city)
+        for candidate, length in enumerate((3, 3, 3, 2)):
+            error = np.sqrt(((predicted[:, candidate] - truth) ** 2)[:, :length].mean(1)) / d
+            expected = 0.5 ** (error / 0.3) - 0.5 * (3 - length) / 3
+            assert np.allclose(rewards[:, candidate], expected, atol=1e-5), name
+    assert (rewards[:, 0] > rewards[:, 1]).all() and (rewards[:, 1] > rewards[:, 2]).all()
+
+
+def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: GridStore) -> None:
+    policy = sft_model(make_policy, with_adapter=True)
+    policy.begin_grpo()
+    stage = stage_of(policy, store)
+    runs = [stage.step(step, lambda loss: None) for step in (3, 4, 3)]
+    assert runs[0] == runs[2] != runs[1]
+    assert stage.evaluate() == stage.evaluate()
+
+
+def test_learning_raises_the_likelihood_of_the_better_candidate(
+    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient step goes the right way: truth up, the candidate 50 % off down."""
+    policy = sft_model(make_policy, with_adapter=False)
+    policy.begin_grpo()
+    stage = stage_of(policy, store)
+    batches: list[PolicyBatch] = []
+
+    def write(batch: PolicyBatch, generator: torch.Generator) -> Completions:
+        batches.append(batch)
+        written = fixed_candidates(policy, batch)
+        with torch.no_grad():
+            written.log_probs = completion_log_probs(policy, batch, written, stage.config)
+        return written
+
+    monkeypatch.setattr(stage, "_write", write)
+    engine = TorchEngine(parameter_groups(policy, GRPOConfig(learning_rate=1e-3)), cosine_schedule(0, 10), 1.0)
+    before = None
+    for _ in range(4):
+        stage.step(0, engine.backward)
+        engine.step()
+        with torch.no_grad():
+            now = completion_log_probs(policy, batches[0], fixed_candidates(policy, batches[0]), stage.config)
+        totals = now.sum(1).view(-1, 4).mean(0)
+        before = totals if before is None else before
+    assert (totals - before)[0] > (totals - before)[2]
+    assert totals[0] > before[0] and totals[2] < before[2]
