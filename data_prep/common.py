@@ -57,7 +57,7 @@ def city_of(path: Path) -> str:
 
 
 def utc_offset_of(city: str, utc_offset: int | None) -> int:
-    return KNOWN_UTC_OFFSETS.get(city, 0) if utc_offset is None else utc_offset
+    return KNOWN_UTC_OFFSETS.get(city.lower(), 0) if utc_offset is None else utc_offset
 
 
 def parse_start(start: str) -> np.datetime64:

@@ -1,0 +1,173 @@
+"""A command run in this process, small inputs for it, and one run trained from beginning to end."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stdist import cli
+
+DAYS, SLOTS = 8, 24
+# Both alignment stages, SFT and GRPO within seconds: every stage saves more than once and is evaluated in between.
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "output_dir": "runs",
+    "data": {"store": "city.zarr", "history": 3, "horizon": 2, "region": "0:2,0:2"},
+    "numerals": {"mantissa_digits": 2},
+    "policy": {"base": "tiny"},
+    "alignment": {"trainable": "full", "max_steps": 3, "per_device_train_batch_size": 4, "eval_examples": 1},
+    "arithmetic": {"trainable": "full", "max_steps": 3, "per_device_train_batch_size": 4, "eval_examples": 1},
+    "sft": {"trainable": "full", "max_steps": 10, "windows_per_step": 2, "cells_per_window": 2, "eval_windows": 2},
+    "grpo": {"max_steps": 8, "windows_per_step": 1, "cells_per_window": 2, "num_generations": 2, "eval_windows": 2},
+}
+for _stage in ("alignment", "arithmetic", "sft", "grpo"):
+    TINY[_stage] |= {"logging_steps": 1, "save_steps": 2, "eval_steps": 5, "warmup_steps": 2, "learning_rate": 1e-3}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The last line of standard output."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def stdist(monkeypatch, capsys) -> Callable[..., Result]:
+    """``stdist("prepare", …)`` as the console script runs it, in this process. An exception is a failed test."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["stdist", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(stdist, tmp_path) -> Callable[..., str]:
+    """Runs a command that must be refused: exit code 2, one ``error:`` line, no file more or less than before.
+
+    Returns the line without ``error: ``.
+    """
+
+    def run(*arguments: object) -> str:
+        before = files_below(tmp_path)
+        result = stdist(*arguments)
+        lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+        assert result.code == 2 and len(lines) == 1 and "Traceback" not in result.err, result
+        assert result.out == ""
+        assert files_below(tmp_path) == before
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+def files_below(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def write_config(folder: Path, store: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"data": TINY["data"] | {"store": str(store)}}))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch, city) -> Path:
+    """``tiny.yaml`` in the current folder ``tmp_path``, on the shared store."""
+    monkeypatch.chdir(tmp_path)
+    return write_config(tmp_path, city)
+
+
+def wide_csv(changes: dict[int, str] | None = None) -> str:
+    """Eight days of hourly frames of a 2 × 2 grid; ``changes``: rows to replace."""
+    rows = [",".join(str(5 + (frame * 7 + 3 * cell) % 50) for cell in range(4)) for frame in range(DAYS * SLOTS)]
+    for number, row in (changes or {}).items():
+        rows[number] = row
+    return "\n".join(rows) + "\n"
+
+
+@pytest.fixture
+def csv_command(tmp_path) -> Callable[..., list[str]]:
+    """Writes ``wide_csv(changes)`` and gives the command that prepares a store of it, NAME.zarr below ``tmp_path``."""
+
+    def command(name: str, changes: dict[int, str] | None = None) -> list[str]:
+        source, out = tmp_path / f"{name}.csv", tmp_path / f"{name}.zarr"
+        source.write_text(wide_csv(changes))
+        return ["prepare", "wide-csv", str(source), "--out", str(out), "--start", "2013-11-01", "--cadence", "60"]
+
+    return command
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+
+def start_command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """The command as a process of its own in ``folder``, on one thread, without a network."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from stdist.cli import main; main()", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., "subprocess.Popen[str]"]:
+    return start_command
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory) -> Path:
+    """A store of a generated city: 3 × 3 cells, eight days of hourly frames. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("city")
+    process = start_command(
+        folder,
+        *["prepare", "synthetic", "--out", "city.zarr", "--height", "3", "--width", "3"],
+        *["--days", str(DAYS), "--cadence", "60", "--seed", "1"],
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return folder / "city.zarr"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """``folder`` holds tiny.yaml and runs/tiny. Tests copy it before they change anything."""
+
+    folder: Path
+    result: Result
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, city) -> FinishedRun:
+    """All four stages, forecast and report, uninterrupted, by ``stdist train tiny.yaml --json``."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_config(folder, city)
+    process = start_command(folder, "train", "tiny.yaml", "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return FinishedRun(folder, Result(0, out, err))
