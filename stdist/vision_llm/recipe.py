@@ -40,6 +40,7 @@ from stdist.vision_llm.frames import pixels_per_cell
 from stdist.vision_llm.grpo import GRPOStage
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.presets import SHAPES
 from stdist.vision_llm.sampler import Decoding
 from stdist.vision_llm.sft import SFTStage
 from stdist.vision_llm.spec import FrameSpec, PolicySpec, Setting
@@ -109,15 +110,21 @@ def policy_spec(config: Config, task: Task) -> PolicySpec:
         setting=Setting(
             city=task.store.city,
             channel=config.data.channel,
-            cadence=int(task.store.cadence / np.timedelta64(1, "m")),
+            cadence=cadence_minutes(task.store),
             history=config.data.history,
             horizon=config.data.horizon,
         ),
         frames=frames if config.frames.enabled else None,
-        base_is_trained=any(stage_config(config, name).trainable == "full" for name in config.stages),
+        # A preset's base is nowhere to be downloaded from: its checkpoints carry it, trained or not.
+        base_is_trained=config.policy.base in SHAPES
+        or any(stage_config(config, name).trainable == "full" for name in config.stages),
         lora_r=config.policy.lora_r,
         lora_alpha=config.policy.lora_alpha,
     )
+
+
+def cadence_minutes(store: GridStore) -> int:
+    return int(store.cadence / np.timedelta64(1, "m"))
 
 
 def stage_config(config: Config, name: str) -> StageConfig:
@@ -363,14 +370,14 @@ def forecast(
 
 
 def retarget(policy: Policy, store: GridStore, config: Config) -> None:
-    """Points a policy at a store's city and grid; t_max, in the data's units, stays the training city's."""
+    """Points a policy at a store's city, cadence and grid; t_max, in the data's units, stays the training city's."""
     spec, (height, width) = policy.spec, store.shape
     frames = spec.frames
     if frames and (frames.height, frames.width) != (height, width):
         scale = config.frames.pixels_per_cell
         scale = pixels_per_cell(height, width) if scale == "auto" else scale
         frames = frames.model_copy(update={"height": height, "width": width, "pixels_per_cell": scale})
-    setting = spec.setting.model_copy(update={"city": store.city})
+    setting = spec.setting.model_copy(update={"city": store.city, "cadence": cadence_minutes(store)})
     policy.set_task(spec.model_copy(update={"setting": setting, "frames": frames}))
 
 
