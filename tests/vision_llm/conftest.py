@@ -15,6 +15,7 @@ from stdist.data import GridStore, open_store
 from stdist.vision_llm.checkpoints import build_policy
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.presets import build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.spec import FrameSpec, PolicySpec, Setting
 
 HISTORY, HORIZON = 4, 3
@@ -105,6 +106,18 @@ def plain_inputs() -> Callable[..., dict[str, Tensor]]:
         return inputs
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL as its makers would publish it: its matrices padded beyond its tokenizer."""
+    path = tmp_path_factory.mktemp("base") / "qwen"
+    model = build_model("tiny", seed=8)
+    model.resize_token_embeddings(len(build_tokenizer()) + 25, mean_resizing=False)
+    model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    build_image_processor().save_pretrained(path)
+    return path
 
 
 @pytest.fixture

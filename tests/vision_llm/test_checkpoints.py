@@ -56,18 +56,6 @@ def says_the_same(
     return True
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL as its makers would publish it: its matrices padded beyond its tokenizer."""
-    path = tmp_path_factory.mktemp("base") / "qwen"
-    model = build_model("tiny", seed=8)
-    model.resize_token_embeddings(len(build_tokenizer()) + 25, mean_resizing=False)
-    model.save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
-    build_image_processor().save_pretrained(path)
-    return path
-
-
 def test_a_trained_preset_is_a_model_of_transformers(
     make_policy: MakePolicy, batch: PolicyBatch, plain_inputs: PlainInputs, folder: Path
 ) -> None:

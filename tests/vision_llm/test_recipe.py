@@ -1,7 +1,6 @@
 """ST-Vision-LLM from a configuration to a scored forecast, on a tiny city, a few steps a stage."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,13 @@ STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
 
 def config_of(store: GridStore, output_dir: Path, **changes: Any) -> Config:
     few = {"warmup_steps": 1, "logging_steps": 1, "save_steps": 2, "eval_steps": 4}
-    numbers = {**few, "trainable": "full", "per_device_train_batch_size": 4, "values_per_example": 1, "eval_examples": 1}
+    numbers = {
+        **few,
+        "trainable": "full",
+        "per_device_train_batch_size": 4,
+        "values_per_example": 1,
+        "eval_examples": 1,
+    }
     windows = {**few, "windows_per_step": 2, "cells_per_window": 2, "eval_windows": 2, "learning_rate": 1e-3}
     tree = {
         "name": "tiny",
@@ -140,26 +145,26 @@ def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: Co
     assert (run / "config.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("killed_in", [("sft", 3), ("grpo", 2)])
 def test_a_killed_run_resumes_to_the_same_losses(
-    run: Path, store: GridStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: tuple[str, int]
+    run: Path, store: GridStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between two checkpoints: the log, the forecasts and the scores are those of the run that was not."""
+    """Killed twice between checkpoints, in fine-tuning and in GRPO: log, forecasts and scores are those of ``run``."""
     config = config_of(store, tmp_path)
-    before = sum(steps for name, steps in STAGES.items() if list(STAGES).index(name) < list(STAGES).index(killed_in[0]))
     calls, step = 0, TorchEngine.step
 
     def dying(engine: TorchEngine) -> float:
         nonlocal calls
         calls += 1
-        if calls == before + killed_in[1] + 1:
+        if calls in (2 + 2 + 4, 2 + 2 + 4 + 2 + 3):  # the 4th step of sft; then two of its again, and the 3rd of grpo
             raise KeyboardInterrupt
         return step(engine)
 
-    monkeypatch.setattr(TorchEngine, "step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        recipe.train(config, quiet)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "step", dying)
+        for stage, last in (("sft", 3), ("grpo", 2)):
+            with pytest.raises(KeyboardInterrupt):
+                recipe.train(config, quiet)
+            assert trained_losses(config.run_dir)[-1][:2] == (stage, last)
     assert not (config.run_dir / "forecasts").exists()
     resumed = recipe.train(config, quiet)
     assert trained_losses(config.run_dir) == trained_losses(run)
@@ -278,7 +283,12 @@ def test_a_config_without_stages_is_refused(store: GridStore, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("changes", "base_is_trained"),
-    [({}, True), ({"stages": ["sft", "grpo"]}, False), ({"stages": ["alignment"]}, True)],
+    [
+        ({}, True),
+        ({"stages": ["sft", "grpo"], "policy": {"base": "a/hub-name"}}, False),
+        ({"stages": ["alignment"], "policy": {"base": "a/hub-name"}}, True),
+        ({"stages": ["sft"]}, True),  # nobody can download a preset
+    ],
 )
 def test_spec_says_what_the_task_and_the_config_say(
     store: GridStore, tmp_path: Path, changes: dict[str, Any], base_is_trained: bool
@@ -304,27 +314,28 @@ def test_few_shot_fits_on_the_first_days_alone(store: GridStore, tmp_path: Path)
     assert len(task.test) == len(whole.test) and len(task.validation) == len(whole.validation)
 
 
-def test_stages_of_a_frozen_base(
-    store: GridStore, tmp_path: Path, say: Callable[[str], None] = quiet
-) -> None:
-    """Rows, then LoRA, then GRPO's second adapter, as with a published base; the final checkpoint forecasts."""
+@pytest.mark.parametrize("published", [True, False])
+def test_lora_on_a_base_that_stays_as_it_is(store: GridStore, base: Path, tmp_path: Path, published: bool) -> None:
+    """Rows, then LoRA, then GRPO's second adapter. A published base is named, a preset's carried along; what the final
+    checkpoint forecasts is what the run forecast, whatever the seed."""
     rows = {"trainable": "rows", "max_steps": 1, "per_device_train_batch_size": 2, "values_per_example": 1}
     few = {"windows_per_step": 1, "cells_per_window": 2, "eval_windows": 1, "max_steps": 1}
     config = config_of(
         store,
         tmp_path,
+        seed=3,
+        policy={"base": str(base) if published else "tiny", "lora_r": 2},
         alignment=rows | {"eval_examples": 1},
-        stages=["alignment", "sft", "grpo"],
+        stages=["alignment", "sft", "grpo"] if published else ["sft"],
         sft=few,
         grpo=few | {"num_generations": 2},
         forecast={"decoding": "direct"},
     )
-    first = recipe.train(config, say)
-    folder = config.run_dir / "checkpoints" / "grpo"
+    recipe.train(config, quiet)
+    folder = config.run_dir / "checkpoints" / config.stages[-1]
     checkpoint = folder / json.loads((folder / "finished.json").read_text())["checkpoint"]
-    assert (checkpoint / "adapter").is_dir() and not (checkpoint / "model.safetensors").exists()
+    assert (checkpoint / "adapter").is_dir() and (checkpoint / "model.safetensors").exists() != published
     out = tmp_path / "again.zarr"
-    recipe.forecast(config.run_dir, store.path, None, "test", out, say)
+    recipe.forecast(config.run_dir, store.path, None, "test", out, quiet)
     ours, theirs = (xarray.open_zarr(p)["forecast"].values for p in (out, config.run_dir / "forecasts" / "test.zarr"))
     assert np.array_equal(ours, theirs)
-    assert recipe.train(config, say) == first

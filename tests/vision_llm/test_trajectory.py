@@ -47,14 +47,12 @@ def losses(make_policy: Callable[..., Policy], store: GridStore, name: str, step
     return trajectory
 
 
-@pytest.mark.parametrize("name", ["alignment", "arithmetic", "sft", "grpo"])
-def test_same_seed_same_losses_to_the_last_bit(
-    make_policy: Callable[..., Policy], store: GridStore, name: str
-) -> None:
-    first = losses(make_policy, store, name, steps=5)
+@pytest.mark.parametrize(("name", "steps"), [("alignment", 5), ("arithmetic", 5), ("sft", 5), ("grpo", 3)])
+def test_same_seed_same_losses_to_the_last_bit(make_policy: Callable[..., Policy], store: GridStore, name: str) -> None:
+    first = losses(make_policy, store, name, steps)
     torch.rand(17)  # what else was drawn in the process is no part of the run
-    assert losses(make_policy, store, name, steps=5) == first
-    assert len(set(first)) == 5, "every step learned from something else"
+    assert losses(make_policy, store, name, steps) == first
+    assert len(set(first)) == steps, "every step learned from something else"
 
 
 def test_loss_falls_over_thirty_steps_of_fine_tuning(make_policy: Callable[..., Policy], store: GridStore) -> None:
