@@ -48,7 +48,9 @@ def losses(make_policy: Callable[..., Policy], store: GridStore, name: str, step
 
 
 @pytest.mark.parametrize(("name", "steps"), [("alignment", 5), ("arithmetic", 5), ("sft", 5), ("grpo", 3)])
-def test_same_seed_same_losses_to_the_last_bit(make_policy: Callable[..., Policy], store: GridStore, name: str) -> None:
+def test_same_seed_same_losses_to_the_last_bit(
+    make_policy: Callable[..., Policy], store: GridStore, name: str, steps: int
+) -> None:
     first = losses(make_policy, store, name, steps)
     torch.rand(17)  # what else was drawn in the process is no part of the run
     assert losses(make_policy, store, name, steps) == first
