@@ -49,7 +49,9 @@ class AlignmentStage:
         )
         ids, is_target = tokenise(self.policy, examples)
         logits, targets = _answers(self.policy, ids, is_target)
-        loss = target_cross_entropy(logits, targets).mean()
+        # Every example weighs the same: a text of ten digits would drown the one token of a numeral.
+        weight = (1 / is_target.sum(1)).repeat_interleave(is_target.sum(1)) / len(examples)
+        loss = (target_cross_entropy(logits, targets) * weight).sum()
         backward(loss)
         return {"loss": loss.item(), "tokens": float(ids.numel())}
 
