@@ -1,0 +1,121 @@
+"""What commands print, the JSON of each, and what asking for help costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import xarray
+
+COMMANDS = ("prepare", "train", "demo", "forecast", "evaluate", "report")
+
+
+def test_help_needs_no_torch():
+    """In a fresh process: nothing heavy is imported before a command needs it."""
+    program = (
+        "import sys; from stdist.cli import app; app(['--help'], standalone_mode=False); "
+        "heavy = {'torch', 'transformers', 'zarr', 'xarray', 'polars', 'matplotlib', 'pydantic'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_takes_json(stdist, command):
+    result = stdist(command, "--help")
+    assert result.code == 0 and "--json" in result.out
+
+
+def test_prepare(stdist, csv_command):
+    command = csv_command("milan", {5: "1,NaN,0,4"})
+    result = stdist(*command, "--json")
+    assert result.code == 0 and len(result.out.splitlines()) == 1
+    summary = result.json
+    assert summary["path"] == command[4] and Path(command[4]).is_dir()
+    assert (summary["city"], summary["channels"], summary["cells"]) == ("milan", ["internet"], 4)
+    assert (summary["frames"], summary["runs"]) == (192, 1)
+    assert summary["missing"] == {"internet": 1} and summary["true_zeros"] == {"internet": 1}
+
+
+def test_train(finished_run):
+    """One JSON object is all of standard output; progress and milestones go to standard error."""
+    result = finished_run.result.json
+    assert len(finished_run.result.out.splitlines()) == 1
+    assert list(result) == ["run", "stages", "test", "baselines", "report"]
+    assert list(result["stages"]) == ["alignment", "arithmetic", "sft", "grpo"]
+    assert result["stages"]["sft"]["steps"] == 10 and result["test"]["nrmse"] > 0
+    assert (finished_run.folder / result["report"]).is_file()
+    for milestone in ("run runs/tiny: synthetic, ", "alignment: exact_match", "grpo: nrmse", "test NRMSE"):
+        assert milestone in finished_run.result.err
+
+
+def test_forecast_evaluate_and_report(stdist, finished_run, city, tmp_path, monkeypatch):
+    """The commands redo what training ended with: the same forecasts and the same scores."""
+    monkeypatch.chdir(tmp_path)
+    made = stdist("forecast", finished_run.run_dir, city, "--out", "f.zarr", "--json")
+    checkpoint = finished_run.result.json["stages"]["grpo"]["checkpoint"]
+    assert made.json == {"out": "f.zarr", "windows": 23, "checkpoint": f"grpo/{checkpoint}"}
+    assert len(made.out.splitlines()) == 1 and "23 windows" in made.err
+    mine = xarray.open_zarr("f.zarr")["forecast"]
+    trained = xarray.open_zarr(finished_run.run_dir / "forecasts" / "test.zarr")["forecast"]
+    assert mine.shape == (23, 2, 2, 2) and mine.dims == ("origin", "step", "row", "col")
+    xarray.testing.assert_allclose(mine, trained)
+
+    scored = stdist("evaluate", "f.zarr", city, "--json")
+    assert scored.json["pooled"]["nrmse"] == pytest.approx(finished_run.result.json["test"]["nrmse"], rel=1e-5)
+    assert scored.json["contract"]["S"] == 3 and scored.json["contract"]["K"] == 2
+    people = stdist("evaluate", "f.zarr", city)
+    assert "pooled: MAE " in people.out and "mean of horizons: " in people.out
+
+
+def test_forecast_of_other_days_and_cells_as_a_table(stdist, finished_run, city, tmp_path):
+    import polars as pl
+
+    out = tmp_path / "f.parquet"
+    command = ["forecast", finished_run.run_dir, city, "--out", out, "--region", "1:3,2:3", "--split"]
+    result = stdist(*command, "2013-11-02:2013-11-02")
+    assert result.code == 0 and result.out == f"{out}\n"
+    table = pl.read_parquet(out)
+    assert set(table["cell"]) == {6, 9} and set(table["step"]) == {1, 2} and len(table) == 23 * 2 * 2
+
+
+def test_report_of_a_run(stdist, finished_run):
+    result = stdist("report", finished_run.run_dir, "--json")
+    page = finished_run.run_dir / "report" / "index.html"
+    assert result.json == {"report": str(page)} and "<html" in page.read_text()
+
+
+def test_report_of_an_unfinished_run_says_what_is_missing(stdist, finished_run, tmp_path):
+    run = tmp_path / "unfinished"
+    run.mkdir()
+    (run / "config.yaml").write_text((finished_run.run_dir / "config.yaml").read_text())
+    result = stdist("report", run)
+    assert result.code == 0 and "No metrics yet" in (run / "report" / "index.html").read_text()
+
+
+def test_report_with_another_run_beside(stdist, finished_run, tmp_path):
+    import shutil
+
+    for name in ("mine", "without_frames"):
+        shutil.copytree(finished_run.run_dir, tmp_path / name)
+    result = stdist("report", tmp_path / "mine", "--beside", tmp_path / "without_frames")
+    assert result.code == 0
+    metrics = json.loads((tmp_path / "mine" / "report" / "metrics.json").read_text())
+    assert list(metrics["variants"]) == ["without_frames"]
+    assert "without_frames" in (tmp_path / "mine" / "report" / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_demo(stdist, tmp_path):
+    """The whole pipeline on the generated city: it learns, and beats repeating the last value."""
+    result = stdist("demo", "--out", tmp_path / "demo", "--json")
+    assert result.code == 0
+    demo = result.json
+    assert Path(demo["report"]).is_file()
+    alignment, sft = demo["stages"]["alignment"], demo["stages"]["sft"]
+    assert alignment["after"]["exact_match"] > alignment["before"]["exact_match"]
+    assert sft["after"]["nrmse"] < 0.5 * sft["before"]["nrmse"]
+    assert demo["test"]["nrmse"] < demo["baselines"]["persistence"]
