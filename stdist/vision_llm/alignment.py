@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stdist.config import AlignmentConfig
@@ -49,9 +49,7 @@ class AlignmentStage:
         )
         ids, is_target = tokenise(self.policy, examples)
         logits, targets = _answers(self.policy, ids, is_target)
-        # Every example weighs the same: a text of ten digits would drown the one token of a numeral.
-        weight = (1 / is_target.sum(1)).repeat_interleave(is_target.sum(1)) / len(examples)
-        loss = (target_cross_entropy(logits, targets) * weight).sum()
+        loss = example_loss(logits, targets, is_target)
         backward(loss)
         return {"loss": loss.item(), "tokens": float(ids.numel())}
 
@@ -67,11 +65,13 @@ class AlignmentStage:
         examples = self._batch(vocabulary, self.seed + _EVALUATION_SEED, 0, total, config.values_per_example)
         exact: dict[str, list[bool]] = defaultdict(list)
         errors: dict[str, list[float]] = defaultdict(list)
+        loss = 0.0
         size = config.per_device_train_batch_size
         for first in range(0, total, size):
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)
             logits, targets = _answers(self.policy, ids, is_target)
+            loss += example_loss(logits, targets, is_target).item() * len(chunk) / total
             right = torch.zeros_like(is_target[:, 1:])
             right[is_target[:, 1:]] = logits.argmax(-1) == targets
             all_right = (right | ~is_target[:, 1:]).all(1)
@@ -87,6 +87,7 @@ class AlignmentStage:
                         relative_error(predicted, vocabulary.decode(example.answer[0])).tolist()
                     )
         metrics = {f"exact_match/{task}": float(np.mean(hits)) for task, hits in exact.items()}
+        metrics["loss"] = loss
         metrics["exact_match"] = float(np.mean([hit for hits in exact.values() for hit in hits]))
         if errors:
             metrics["median_relative_error"] = float(np.median([e for values in errors.values() for e in values]))
@@ -116,6 +117,16 @@ def tokenise(
         ids[row, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
         is_target[row, len(prompt) : len(prompt) + len(reply)] = True
     return ids.to(policy.device), is_target.to(policy.device)
+
+
+def example_loss(
+    logits: Float[Tensor, "positions choices"], targets: Int[Tensor, "positions"], is_target: Bool[Tensor, "examples _"]
+) -> Float[Tensor, ""]:
+    """−log P of an example's answer tokens, averaged over its tokens, then over examples: every example weighs the same,
+    or a text of ten digits would drown the one token of a numeral. Positions are those of ``is_target``, row by row."""
+    count = is_target.sum(1)
+    weight = (1 / count).repeat_interleave(count) / len(count)
+    return (target_cross_entropy(logits, targets) * weight).sum()
 
 
 def _answers(policy: Policy, ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:

@@ -249,7 +249,7 @@ def stage_sentence(summary: dict[str, Any]) -> str:
     """What a stage bought, in a line."""
     names = {
         "alignment": ["exact_match"],
-        "arithmetic": ["exact_match", "median_relative_error"],
+        "arithmetic": ["loss", "exact_match", "median_relative_error"],
         "sft": ["nrmse"],
         "grpo": ["nrmse", "reward"],
     }[summary["stage"]]
