@@ -115,11 +115,11 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast a region of a store for every window of a split."""
-    from stdist.vision_llm import recipe
+    from stdist.vision_llm import scoring
 
     if out.suffix not in (".zarr", ".parquet"):
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
-    result = recipe.forecast(run, store, region, split, out, say)
+    result = scoring.forecast(run, store, region, split, out, say)
     finish(result, as_json, str(out))
 
 

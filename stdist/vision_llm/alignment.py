@@ -120,10 +120,14 @@ def tokenise(
 
 
 def example_loss(
-    logits: Float[Tensor, "positions choices"], targets: Int[Tensor, "positions"], is_target: Bool[Tensor, "examples _"]
+    logits: Float[Tensor, "positions choices"],
+    targets: Int[Tensor, "positions"],
+    is_target: Bool[Tensor, "examples tokens"],
 ) -> Float[Tensor, ""]:
-    """−log P of an example's answer tokens, averaged over its tokens, then over examples: every example weighs the same,
-    or a text of ten digits would drown the one token of a numeral. Positions are those of ``is_target``, row by row."""
+    """−log P of an example's answer tokens, averaged over its tokens, then over examples; positions row by row.
+
+    Every example weighs the same, or a text of ten digits would drown the one token of a numeral.
+    """
     count = is_target.sum(1)
     weight = (1 / count).repeat_interleave(count) / len(count)
     return (target_cross_entropy(logits, targets) * weight).sum()

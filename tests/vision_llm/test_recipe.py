@@ -15,8 +15,9 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
 from stdist.training.engine import TorchEngine
-from stdist.vision_llm import recipe
+from stdist.vision_llm import recipe, scoring
 from stdist.vision_llm.checkpoints import load_policy
+from stdist.vision_llm.task import open_task, policy_spec
 
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
 
@@ -180,7 +181,7 @@ def test_forecast_another_citys_grid(run: Path, other_city: Path, tmp_path: Path
     """.zarr and .parquet hold the same values, of the region asked for, with the store's own cell ids."""
     outs = [tmp_path / "there.zarr", tmp_path / "there.parquet"]
     for out in outs:
-        summary = recipe.forecast(run, other_city, "2:4,3:6", "test", out, quiet)
+        summary = scoring.forecast(run, other_city, "2:4,3:6", "test", out, quiet)
         assert summary["windows"] == 22
     zarr = xarray.open_zarr(outs[0])["forecast"]
     assert zarr.shape == (22, 3, 2, 3) and zarr["row"].values.tolist() == [2, 3] and np.isfinite(zarr.values).all()
@@ -206,7 +207,7 @@ def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
     monkeypatch.setattr(recipe, "make_forecasts", spy)
     for path in (other_city, half_hourly):
         with pytest.raises(InputError, match="enough"):
-            recipe.forecast(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
+            scoring.forecast(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
     trained = load_policy(next((run / "checkpoints" / "sft").glob("step-*"))).spec
     assert [(s.setting.city, s.setting.cadence) for s in seen] == [("elsewhere", 60), ("half", 30)]
     assert [(s.frames.height, s.frames.width) for s in seen] == [(7, 6), (4, 4)]
@@ -222,7 +223,7 @@ def test_forecast_quantiles_where_candidates_are_sampled(
             "num_generations: 1\n", "num_generations: 5\n"
         )
         (run / "config.yaml").write_text(sampled)
-        recipe.forecast(run, store.path, "1:2,1:3", "validation", tmp_path / "q.zarr", quiet)
+        scoring.forecast(run, store.path, "1:2,1:3", "validation", tmp_path / "q.zarr", quiet)
     finally:
         (run / "config.yaml").write_text(text)
     data = xarray.open_zarr(tmp_path / "q.zarr")
@@ -247,17 +248,17 @@ def test_forecast_refuses_in_one_line(
     run: Path, store: GridStore, tmp_path: Path, region: str | None, split: str, out: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        recipe.forecast(run, store.path, region, split, tmp_path / out, quiet)
+        scoring.forecast(run, store.path, region, split, tmp_path / out, quiet)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_forecast_of_an_unfinished_or_absent_run_is_refused(store: GridStore, tmp_path: Path, run: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
-        recipe.forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
+        scoring.forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(InputError, match="has not finished its stage grpo"):
-        recipe.forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
+        scoring.forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
 
 
 # --- what a config asks for --------------------------------------------------------------------------------------
@@ -294,20 +295,20 @@ def test_spec_says_what_the_task_and_the_config_say(
     store: GridStore, tmp_path: Path, changes: dict[str, Any], base_is_trained: bool
 ) -> None:
     config = config_of(store, tmp_path, **changes)
-    spec = recipe.policy_spec(config, recipe.open_task(config))
+    spec = policy_spec(config, open_task(config))
     assert spec.base_is_trained == base_is_trained
     assert (spec.setting.city, spec.setting.cadence, spec.setting.history) == ("toy", 60, 4)
     statistics = store.statistics("internet", store.default_split.train)
     assert spec.frames is not None and spec.frames.t_max == statistics.maximum
-    blind = recipe.policy_spec(config_of(store, tmp_path, frames={"enabled": False}), recipe.open_task(config))
+    blind = policy_spec(config_of(store, tmp_path, frames={"enabled": False}), open_task(config))
     assert blind.frames is None
 
 
 def test_few_shot_fits_on_the_first_days_alone(store: GridStore, tmp_path: Path) -> None:
     """docs/decisions.md, splits: windows, t_max and cell means come from the fraction; validation and test stay."""
     data = {"store": str(store.path), "history": 4, "horizon": 3}
-    task = recipe.open_task(config_of(store, tmp_path, data=data | {"fraction": 0.25}))
-    whole = recipe.open_task(config_of(store, tmp_path, data=data))
+    task = open_task(config_of(store, tmp_path, data=data | {"fraction": 0.25}))
+    whole = open_task(config_of(store, tmp_path, data=data))
     assert len(task.train.span) == 1 and len(whole.train.span) == 4
     assert task.statistics.count == task.store.observed("internet", 0, 24).sum()
     assert task.statistics.maximum <= whole.statistics.maximum
@@ -336,6 +337,6 @@ def test_lora_on_a_base_that_stays_as_it_is(store: GridStore, base: Path, tmp_pa
     checkpoint = folder / json.loads((folder / "finished.json").read_text())["checkpoint"]
     assert (checkpoint / "adapter").is_dir() and (checkpoint / "model.safetensors").exists() != published
     out = tmp_path / "again.zarr"
-    recipe.forecast(config.run_dir, store.path, None, "test", out, quiet)
+    scoring.forecast(config.run_dir, store.path, None, "test", out, quiet)
     ours, theirs = (xarray.open_zarr(p)["forecast"].values for p in (out, config.run_dir / "forecasts" / "test.zarr"))
     assert np.array_equal(ours, theirs)

@@ -1,0 +1,173 @@
+"""From a trained policy to scored forecasts: the closing step of a run, and ``stdist forecast`` on any store."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from stdist.config import Config, load_config
+from stdist.data import DaySpan, GridStore, Region, Split, Windows, open_store
+from stdist.errors import InputError
+from stdist.evaluation import (
+    ForecastMetadata,
+    Forecasts,
+    build_report,
+    evaluate,
+    forecast_contract,
+    score_baselines,
+    write_forecasts,
+    write_metrics,
+)
+from stdist.training.checkpoint import StageCheckpoints, naming_damage, write_atomically
+from stdist.vision_llm.checkpoints import load_policy
+from stdist.vision_llm.city_windows import CityWindows
+from stdist.vision_llm.forecaster import forecast_windows
+from stdist.vision_llm.frames import pixels_per_cell
+from stdist.vision_llm.numeral_range import find_unwritable
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.task import Task, cadence_minutes, span_of
+
+
+def stage_sentence(summary: dict[str, Any]) -> str:
+    """What a stage bought, in a line."""
+    names = {
+        "alignment": ["exact_match"],
+        "arithmetic": ["loss", "exact_match", "median_relative_error"],
+        "sft": ["nrmse"],
+        "grpo": ["nrmse", "reward"],
+    }[summary["stage"]]
+    changes = ", ".join(f"{n} {summary['before'][n]:.4f} → {summary['after'][n]:.4f}" for n in names)
+    return f"{summary['stage']}: {changes} ({summary['steps']} steps, {summary['seconds']:.0f} s)"
+
+
+def forecast_and_score(
+    config: Config, task: Task, policy: Policy, summaries: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Forecasts the test windows, scores them beside the baselines, writes ``report/``."""
+    run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
+    checkpoint = f"{config.stages[-1]}/{summaries[config.stages[-1]]['checkpoint']}"
+    notes_path = path.parent / "notes.txt"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        with progress_bar("forecast", len(task.test)) as advance:
+            forecasts, notes = make_forecasts(config, policy, task.test, checkpoint, advance)
+        write_atomically(notes_path, "".join(f"{note}\n" for note in notes))
+        write_forecasts(forecasts, path)
+    notes = notes_path.read_text().splitlines()
+    for note in notes:
+        say(note)
+    scores = evaluate(path, task.store).to_json()
+    contract = scores.pop("contract")
+    baselines = score_baselines(task.store, task.train.span, task.test)
+    metrics = {
+        "contract": contract,
+        "model": scores,
+        "baselines": baselines,
+        "stages": {
+            name: {"before": s["before"], "after": s["after"], "summary": stage_sentence(s)}
+            for name, s in summaries.items()
+        },
+        "notes": notes,
+    }
+    write_metrics(run_dir, metrics)
+    page = build_report(run_dir)
+    nrmse = {name: scores["pooled"]["nrmse"] for name, scores in baselines.items()}
+    say(
+        f"test NRMSE {scores['pooled']['nrmse']:.4f}; "
+        + ", ".join(f"{name} {value:.4f}" for name, value in nrmse.items())
+    )
+    return {"test": scores["pooled"], "baselines": nrmse, "report": str(page)}
+
+
+def make_forecasts(
+    config: Config,
+    policy: Policy,
+    windows: Windows,
+    checkpoint: str,
+    advance: Callable[[int], None],
+) -> tuple[Forecasts, list[str]]:
+    """Forecasts of every window, ready to be written, with run, checkpoint and contract; and what a reader of them
+    should know: values that the numerals or the frames could not show."""
+    city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
+    values, quantiles = forecast_windows(policy, city, config.forecast, config.seed, advance)
+    forecasts = Forecasts(
+        values=values,
+        origins=windows.origin_times,
+        cell_ids=windows.store.cell_ids[windows.region.slices],
+        metadata=ForecastMetadata(run=config.name, checkpoint=checkpoint, contract=forecast_contract(windows)),
+        quantiles=quantiles,
+    )
+    notes = []
+    if city.clipped:
+        notes.append(f"{city.clipped} values in the windows' frames exceed t_max and were drawn as t_max")
+    if city.clamped:
+        notes.append(f"{city.clamped} values had no numeral and were clamped to the largest one")
+    return forecasts, notes
+
+
+def forecast(
+    run_dir: Path, store_path: Path, region: str | None, split: str, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """``stdist forecast``: the run's final policy on any store, also another city's grid (its own t_max stays).
+
+    ``split``: a name (the run's own days on the store it was trained on, else the store's default split) or local days
+    ``A:B``. Raises InputError for an unfinished run, a region outside the grid, days without windows.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir} is no run folder, it has no config.yaml; name the folder of a `stdist train`")
+    config = load_config(run_dir / "config.yaml")
+    stage = config.stages[-1]
+    finished = StageCheckpoints(run_dir / "checkpoints" / stage).finished
+    if finished is None:
+        raise InputError(f"{run_dir} has not finished its stage {stage}; run `stdist train` on its config again")
+    checkpoint = f"{stage}/{finished['checkpoint']}"
+    with naming_damage(run_dir / "checkpoints" / checkpoint):
+        policy = load_policy(run_dir / "checkpoints" / checkpoint)
+    policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    store = open_store(store_path)
+    retarget(policy, store, config)
+    setting, wanted = policy.spec.setting, region or config.data.region
+    days = store.default_split
+    if config.data.split and config.data.store.resolve() == store_path.resolve():
+        days = Split.parse(**config.data.split.model_dump(mode="json"))
+    windows = store.windows(
+        DaySpan.parse(split) if ":" in split else span_of(days, split, store),
+        setting.history,
+        setting.horizon,
+        channel=setting.channel,
+        region=Region.parse(wanted) if wanted else None,
+        history_inside=split == "train",
+        name=split if ":" not in split else "span",
+    )
+    find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
+    say(f"{windows.contract}")
+    with progress_bar("forecast", len(windows)) as advance:
+        forecasts, notes = make_forecasts(config, policy, windows, checkpoint, advance)
+    write_forecasts(forecasts, out)
+    for note in notes:
+        say(note)
+    return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}
+
+
+def retarget(policy: Policy, store: GridStore, config: Config) -> None:
+    """Points a policy at a store's city, cadence and grid; t_max, in the data's units, stays the training city's."""
+    spec, (height, width) = policy.spec, store.shape
+    frames = spec.frames
+    if frames and (frames.height, frames.width) != (height, width):
+        scale = config.frames.pixels_per_cell
+        scale = pixels_per_cell(height, width) if scale == "auto" else scale
+        frames = frames.model_copy(update={"height": height, "width": width, "pixels_per_cell": scale})
+    setting = spec.setting.model_copy(update={"city": store.city, "cadence": cadence_minutes(store)})
+    policy.set_task(spec.model_copy(update={"setting": setting, "frames": frames}))
+
+
+@contextmanager
+def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    # Standard output is for results.
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.advance(task, done)

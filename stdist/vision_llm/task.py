@@ -1,0 +1,97 @@
+"""The data side of a run: its store, its windows, and the policy they call for."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stdist.config import Config, StageConfig
+from stdist.data import DaySpan, GridStore, Region, Split, Statistics, Windows, open_store
+from stdist.errors import InputError
+from stdist.vision_llm.frames import pixels_per_cell
+from stdist.vision_llm.presets import SHAPES
+from stdist.vision_llm.spec import FrameSpec, PolicySpec, Setting
+
+
+@dataclass
+class Task:
+    """The data side of a run: windows of the three splits and what the training span says of the channel."""
+
+    store: GridStore
+    train: Windows
+    validation: Windows
+    test: Windows
+    statistics: Statistics
+
+
+def open_task(config: Config) -> Task:
+    """Opens the store and its windows. Raises InputError for a region, channel, split or window that cannot be."""
+    data = config.data
+    store = open_store(data.store)
+    split = Split.parse(**data.split.model_dump(mode="json")) if data.split else store.default_split
+    region = Region.parse(data.region) if data.region else Region(0, store.shape[0], 0, store.shape[1])
+    fitted_on = span_of(split, "train", store).fraction(data.fraction)
+
+    def windows(name: str) -> Windows:
+        span = fitted_on if name == "train" else span_of(split, name, store)
+        return store.windows(
+            span,
+            data.history,
+            data.horizon,
+            channel=data.channel,
+            region=region,
+            history_inside=name == "train",
+            name=name,
+        )
+
+    return Task(
+        store,
+        train=windows("train"),
+        validation=windows("validation"),
+        test=windows("test"),
+        statistics=store.statistics(data.channel, fitted_on),
+    )
+
+
+def span_of(split: Split, name: str, store: GridStore) -> DaySpan:
+    span = getattr(split, name, None)
+    if span is None:
+        raise InputError(f"{store.path} has no {name} days; set data.split, or give local days A:B")
+    return span
+
+
+def policy_spec(config: Config, task: Task) -> PolicySpec:
+    height, width = task.store.shape
+    scale = config.frames.pixels_per_cell
+    frames = FrameSpec(
+        height=height,
+        width=width,
+        pixels_per_cell=pixels_per_cell(height, width) if scale == "auto" else scale,
+        power=config.frames.power,
+        t_max=task.statistics.maximum,
+    )
+    return PolicySpec(
+        base=config.policy.base,
+        dtype=config.policy.dtype,
+        mantissa_digits=config.numerals.mantissa_digits,
+        setting=Setting(
+            city=task.store.city,
+            channel=config.data.channel,
+            cadence=cadence_minutes(task.store),
+            history=config.data.history,
+            horizon=config.data.horizon,
+        ),
+        frames=frames if config.frames.enabled else None,
+        # A preset's base is nowhere to be downloaded from: its checkpoints carry it, trained or not.
+        base_is_trained=config.policy.base in SHAPES
+        or any(stage_config(config, name).trainable == "full" for name in config.stages),
+        lora_r=config.policy.lora_r,
+        lora_alpha=config.policy.lora_alpha,
+    )
+
+
+def cadence_minutes(store: GridStore) -> int:
+    return int(store.cadence / np.timedelta64(1, "m"))
+
+
+def stage_config(config: Config, name: str) -> StageConfig:
+    return getattr(config, name)
