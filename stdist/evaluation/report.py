@@ -23,7 +23,8 @@ from stdist.evaluation import figures
 from stdist.evaluation.forecasts import Forecasts, read_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_origins, read_targets
-from stdist.evaluation.run_files import RunMetrics, Scores, read_log, read_metrics, write_text
+from stdist.evaluation.run_files import RunMetrics, Scores, read_log, read_metrics
+from stdist.files import write_atomically
 
 DOTS_PER_INCH = 160
 
@@ -104,7 +105,7 @@ def build_report(run_dir: Path) -> Path:
         missing=missing,
         config=config_text,
     )
-    return write_text(run_dir / "report" / "index.html", html)
+    return write_atomically(run_dir / "report" / "index.html", html)
 
 
 def compare(model: Scores, others: dict[str, Scores]) -> list[Comparison]:

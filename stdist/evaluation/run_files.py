@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stdist.errors import InputError
+from stdist.files import write_atomically
 
 NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
 
@@ -80,25 +79,10 @@ class StageLog:
     evaluation: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write ``path`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
-    return path
-
-
 def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
     """Write `report/metrics.json` of a run. Raises InputError, naming the key, for another form."""
     checked = _checked(metrics, "metrics")
-    return write_text(run_dir / "report" / "metrics.json", checked.model_dump_json(indent=1) + "\n")
+    return write_atomically(run_dir / "report" / "metrics.json", checked.model_dump_json(indent=1) + "\n")
 
 
 def read_metrics(run_dir: Path) -> RunMetrics:

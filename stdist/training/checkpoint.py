@@ -18,17 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stdist.errors import InputError
+from stdist.files import write_atomically
 from stdist.training.engine import Engine
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from stdist.training.checkpoint import write_atomically
+from stdist.files import write_atomically
 
 
 class RunLog:

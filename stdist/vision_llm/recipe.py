@@ -12,7 +12,8 @@ import yaml
 
 from stdist.config import Config, StageConfig, dump_config
 from stdist.errors import InputError
-from stdist.training.checkpoint import StageCheckpoints, write_atomically
+from stdist.files import write_atomically
+from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
 from stdist.training.loop import LoopSettings, Stage, run_stage
 from stdist.training.run_log import RunLog

@@ -22,7 +22,8 @@ from stdist.evaluation import (
     write_forecasts,
     write_metrics,
 )
-from stdist.training.checkpoint import StageCheckpoints, naming_damage, write_atomically
+from stdist.files import write_atomically
+from stdist.training.checkpoint import StageCheckpoints, naming_damage
 from stdist.vision_llm.checkpoints import load_policy
 from stdist.vision_llm.city_windows import CityWindows
 from stdist.vision_llm.forecaster import forecast_windows

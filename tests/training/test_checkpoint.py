@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from stdist.errors import InputError
+from stdist.files import write_atomically
 from stdist.training import checkpoint as checkpoint_module
-from stdist.training.checkpoint import StageCheckpoints, write_atomically
+from stdist.training.checkpoint import StageCheckpoints
 
 
 def _save(checkpoints: StageCheckpoints, stage, step: int, **values: float) -> None:
