@@ -9,7 +9,7 @@ import torch
 from stdist.config import AlignmentConfig
 from stdist.numerals.alignment_tasks import Example, arithmetic_batch, transcription_batch
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
-from stdist.vision_llm.alignment import AlignmentStage, tokenise
+from stdist.vision_llm.alignment import AlignmentStage, example_loss, tokenise
 from stdist.vision_llm.policy import Policy
 
 SMALL = AlignmentConfig(trainable="full", per_device_train_batch_size=8, values_per_example=2, eval_examples=3)
@@ -140,17 +140,45 @@ def test_arithmetic_reports_every_task_and_its_errors(policy: Policy) -> None:
     assert np.isfinite(metrics["median_relative_error"]) and 0 <= metrics["exact_match"] <= 1
 
 
+def mean_over_examples(policy: Policy, examples: list[Example]) -> float:
+    """Each example by itself, through transformers' kind of labels: the mean over its answer and end."""
+    losses = []
+    for example in examples:
+        ids, is_target = tokenise(policy, [example])
+        labels = ids.masked_fill(~is_target, -100)
+        logits = policy.logits(policy.hidden(ids))
+        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).item())
+    return float(np.mean(losses))
+
+
+def test_every_example_weighs_the_same_by_hand() -> None:
+    """Two tokens of −log P = log 2 and log 8 in one example, one of log 4 in the other."""
+    p = torch.tensor([0.5, 0.125, 0.25])
+    logits = torch.stack([p, 1 - p], dim=1).log()
+    is_target = torch.tensor([[False, True, True], [False, True, False]])
+    loss = example_loss(logits, torch.zeros(3, dtype=torch.long), is_target)
+    assert loss.item() == pytest.approx(((1 + 3) / 2 + 2) / 2 * np.log(2))
+
+
 @pytest.mark.parametrize("name", ["alignment", "arithmetic"])
-def test_step_is_the_mean_loss_over_target_tokens(make_policy: Callable[..., Policy], name: str) -> None:
+def test_step_is_the_mean_loss_over_examples(make_policy: Callable[..., Policy], name: str) -> None:
     policy = make_policy()
     policy.train_only("rows")
     stage = AlignmentStage(name, policy, SMALL, seed=2)
     scalars = stage.step(5, torch.Tensor.backward)
     make = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}[name]
-    ids, is_target = tokenise(policy, make(policy.vocabulary, 2, 5, 8, 2))
-    labels = ids.masked_fill(~is_target, -100)
-    logits = policy.logits(policy.hidden(ids))
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert scalars["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        expected = mean_over_examples(policy, make(policy.vocabulary, 2, 5, 8, 2))
+    assert scalars["loss"] == pytest.approx(expected, rel=1e-5)
     assert policy.rows.input.grad.abs().sum() > 0 and policy.rows.output.grad.abs().sum() > 0
     assert all(p.grad is None for p in policy.backbone.parameters())
+
+
+def test_evaluation_reports_the_loss_that_training_minimises(half_taught: Policy) -> None:
+    """Whatever the batches: six examples, four at a time."""
+    four = SMALL.model_copy(update={"per_device_train_batch_size": 4})
+    metrics = AlignmentStage("alignment", half_taught, four, seed=4).evaluate()
+    with torch.no_grad():
+        assert metrics["loss"] == pytest.approx(
+            mean_over_examples(half_taught, evaluation_examples(half_taught)), rel=1e-4
+        )

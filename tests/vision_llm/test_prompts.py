@@ -83,7 +83,8 @@ def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: Policy, 
     day = np.datetime64("2013-11-04")
     values = np.full((4, 1, 1), 7.0, np.float32)
     values[1], values[3] = 5e6, 2e6
-    spec = GridSpec("spiky", ("internet",), day, day, cell_ids=np.array([[1]]), cadence_minutes=360)
+    ids = {"cell_ids": np.array([[1]]), "rows": np.array([41]), "cols": np.array([7])}
+    spec = GridSpec("spiky", ("internet",), day, day, cadence_minutes=360, **ids)
     with GridWriter(tmp_path / "spiky.zarr", spec, {}) as writer:
         writer.write_day(0, {"internet": values})
         writer.finalise(Split(DaySpan(day, day)))
@@ -91,6 +92,9 @@ def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: Policy, 
     city = CityWindows(policy, windows, clamp=True)
     read = city.batch(np.array([0]), np.array([0]))
     assert city.clamped == 2
+    numerals = read.prompts[0][read.prompts[0] >= policy.first_numeral_id] - policy.first_numeral_id
+    written = policy.vocabulary.decode(numerals.numpy()).tolist()
+    assert written == [41.0, 7.0, 7.0, 990_000.0], "the data's own row and column, then the history"
     assert read.truth[0, 0].tolist() == [7.0, 990_000.0] and read.grids[0, :, 0, 0].tolist() == [7.0, 990_000.0]
     with pytest.raises(InputError, match="has no numeral"):
         CityWindows(policy, windows).batch(np.array([0]), np.array([0]))

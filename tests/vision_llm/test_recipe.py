@@ -204,7 +204,7 @@ def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
         seen.append(policy.spec)
         raise InputError("enough")
 
-    monkeypatch.setattr(recipe, "make_forecasts", spy)
+    monkeypatch.setattr(scoring, "make_forecasts", spy)
     for path in (other_city, half_hourly):
         with pytest.raises(InputError, match="enough"):
             scoring.forecast(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
