@@ -127,7 +127,7 @@ class GRPOConfig(ForecastStageConfig):
 class ForecastConfig(Strict):
     """How forecasts are decoded: step by step by each step's most likely numeral (``greedy``) or the ``median`` of its
     distribution; as the median of ``num_generations`` candidates (``sample``, also gives quantiles); or all steps at
-    once behind blanks (``direct``, for a policy trained with ``sft.blank_share``)."""
+    once behind blanks, each the mean of its distribution (``direct``, for a policy trained with ``blank_share``)."""
 
     decoding: Literal["greedy", "median", "sample", "direct"] = "median"
     num_generations: int = Field(1, ge=1)

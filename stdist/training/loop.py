@@ -61,6 +61,7 @@ class _Progress:
     best: float = math.inf
     best_step: int = 0
     best_metrics: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
     stale: int = 0
     seconds: float = 0.0
 
@@ -76,7 +77,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Runs a stage to its end, from its newest checkpoint if there is one; a finished stage is only loaded.
 
-    Returns the closing summary: ``before`` and ``after`` metrics, ``steps``, ``seconds``, ``checkpoint``. The model
+    Returns the closing summary: metrics ``before``, of the result (``after``) and at the ``last`` step, ``steps``,
+    ``seconds``, ``checkpoint``. The model
     holds the stage's result when it returns. Raises DivergenceError naming stage and step; Interrupted on Ctrl-C;
     InputError naming a damaged checkpoint.
     """
@@ -128,6 +130,7 @@ def run_stage(
         "stage": stage.name,
         "before": progress.first,
         "after": progress.best_metrics,
+        "last": progress.last_metrics,
         "steps": step,
         "seconds": round(progress.seconds, 1),
         "checkpoint": checkpoints.at(result).name,
@@ -148,6 +151,7 @@ def _evaluate(stage: Stage, step: int, progress: _Progress, log: RunLog) -> None
     """Scores the model; ``best`` moves only where the watched metric fell (or always, when none is watched)."""
     metrics = stage.evaluate()
     log.evaluation(stage.name, step, metrics)
+    progress.last_metrics = metrics
     if step == 0:
         progress.first = metrics
     if stage.watched is None or metrics[stage.watched] < progress.best:

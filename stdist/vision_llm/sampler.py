@@ -119,16 +119,16 @@ class Sampler:
     def direct(
         self, prefix: Prefix, cell_prompts: Int[Tensor, "cells tokens"], horizon: int
     ) -> Float[Tensor, "cells K"]:
-        """All steps in one pass: the median of each step's distribution given the history alone, in units.
+        """All steps in one pass: the mean of each step's distribution given the history alone, in units.
 
-        For policies that learned to answer behind blanks (``sft.blank_share``).
+        The mean is what minimises squared error; a chain of steps cannot use it, since it need not be a numeral. For
+        policies that learned to answer behind blanks (``sft.blank_share``).
         """
         policy = self.policy
         blanks = cell_prompts.new_full((len(cell_prompts), horizon - 1), policy.blank_id)
         hidden, _ = policy.branch(prefix, torch.cat([cell_prompts, blanks], dim=1))
         logits = policy.answer_logits(hidden[:, -horizon:].flatten(0, 1)).float()[:, :-1]
-        choice = self._choose(logits.log_softmax(-1), "median", None)
-        return self._values[choice].view(-1, horizon)
+        return (logits.softmax(-1) @ self._values).view(-1, horizon)
 
     def _choose(
         self, log_p: Float[Tensor, "sequences choices"], decoding: Decoding, generator: torch.Generator | None

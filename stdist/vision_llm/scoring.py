@@ -41,8 +41,12 @@ def stage_sentence(summary: dict[str, Any]) -> str:
         "sft": ["nrmse"],
         "grpo": ["nrmse", "reward"],
     }[summary["stage"]]
-    changes = ", ".join(f"{n} {summary['before'][n]:.4f} → {summary['after'][n]:.4f}" for n in names)
-    return f"{summary['stage']}: {changes} ({summary['steps']} steps, {summary['seconds']:.0f} s)"
+    changes = [f"{n} {summary['before'][n]:.4f} → {summary['after'][n]:.4f}" for n in names]
+    result = int(summary["checkpoint"].removeprefix("step-"))
+    if result != summary["steps"]:
+        last = ", ".join(f"{n} {summary['last'][n]:.4f}" for n in names)
+        changes.append(f"kept step {result}; at the last step {last}")
+    return f"{summary['stage']}: {', '.join(changes)} ({summary['steps']} steps, {summary['seconds']:.0f} s)"
 
 
 def forecast_and_score(

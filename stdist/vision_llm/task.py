@@ -53,7 +53,7 @@ def open_task(config: Config) -> Task:
 
 
 def span_of(split: Split, name: str, store: GridStore) -> DaySpan:
-    span = getattr(split, name, None)
+    span = getattr(split, name) if name in ("train", "validation", "test") else None
     if span is None:
         raise InputError(f"{store.path} has no {name} days; set data.split, or give local days A:B")
     return span
@@ -61,6 +61,10 @@ def span_of(split: Split, name: str, store: GridStore) -> DaySpan:
 
 def policy_spec(config: Config, task: Task) -> PolicySpec:
     height, width = task.store.shape
+    if task.statistics.maximum <= 0:
+        raise InputError(
+            f"{task.store.path}: {config.data.channel} is zero all over {task.statistics.span}; train on other days"
+        )
     scale = config.frames.pixels_per_cell
     frames = FrameSpec(
         height=height,
