@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,34 @@ def csv_command(tmp_path) -> Callable[..., list[str]]:
 # --- processes -----------------------------------------------------------------------------------------------------
 
 
-def start_command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+PATIENCE = 900
+"""Seconds a process may take on a crowded machine; alone on it none takes more than twenty."""
+
+MAIN = "from stdist.cli import main; main()"
+HANGING_MAIN = """
+import sys, time
+from pathlib import Path
+from stdist.training.run_log import RunLog
+
+write, hang_at = RunLog.write, sys.argv.pop()
+
+def write_then_hang(self, stage, step, scalars):
+    write(self, stage, step, scalars)
+    if f"{stage} {step}" == hang_at:
+        Path("hanging").touch()
+        while not Path("go_on").exists():
+            time.sleep(0.01)
+
+RunLog.write = write_then_hang
+from stdist.cli import main
+main()
+"""
+
+
+def start_command(folder: Path, *arguments: str, program: str = MAIN) -> "subprocess.Popen[str]":
     """The command as a process of its own in ``folder``, on one thread, without a network."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from stdist.cli import main; main()", *arguments],
+        [sys.executable, "-c", program, *arguments],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -132,8 +157,32 @@ def start_command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., "subprocess.Popen[str]"]:
-    return start_command
+def finish_training() -> Callable[[Path], tuple[dict[str, Any], str]]:
+    """``stdist train tiny.yaml --json`` in a folder, to its end: its result and standard error."""
+
+    def finish(folder: Path) -> tuple[dict[str, Any], str]:
+        process = start_command(folder, "train", "tiny.yaml", "--json")
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        return json.loads(out.splitlines()[-1]), err
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def hanging_training() -> Callable[[Path, str, int], "subprocess.Popen[str]"]:
+    """The same, hanging behind the log's line of a step when this returns; it goes on once FOLDER/go_on exists."""
+
+    def start(folder: Path, stage: str, step: int) -> "subprocess.Popen[str]":
+        process = start_command(folder, "train", "tiny.yaml", "--json", f"{stage} {step}", program=HANGING_MAIN)
+        deadline = time.monotonic() + PATIENCE
+        while not (folder / "hanging").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, f"no step {step} of {stage} in time"
+            time.sleep(0.01)
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +194,7 @@ def city(tmp_path_factory) -> Path:
         *["prepare", "synthetic", "--out", "city.zarr", "--height", "3", "--width", "3"],
         *["--days", str(DAYS), "--cadence", "60", "--seed", "1"],
     )
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return folder / "city.zarr"
 
@@ -168,6 +217,6 @@ def finished_run(tmp_path_factory, city) -> FinishedRun:
     folder = tmp_path_factory.mktemp("finished")
     write_config(folder, city)
     process = start_command(folder, "train", "tiny.yaml", "--json")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return FinishedRun(folder, Result(0, out, err))

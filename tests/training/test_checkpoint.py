@@ -88,7 +88,7 @@ def test_killed_in_the_middle_of_a_save(toy, tmp_path, monkeypatch, where):
 
     def hang() -> None:
         hanging.touch()
-        time.sleep(60)
+        time.sleep(600)
 
     def write_half(path: Path) -> None:
         stage.write(path)
@@ -124,7 +124,7 @@ def test_killed_in_the_middle_of_a_save(toy, tmp_path, monkeypatch, where):
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", "step-4"]
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
