@@ -13,6 +13,8 @@ from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.sampler import Decoding, Sampler
 
 QUANTILES = (0.1, 0.5, 0.9)
+# Cells of a window are forecast in parts whose copies of the window's keys and values take at most this much.
+PREFIX_BYTES = 2**29
 
 
 def forecast_batches(
@@ -31,8 +33,18 @@ def forecast_batches(
         batch = city.batch(indices[first : first + windows_per_batch], city.cells)
         with torch.no_grad():
             prefix = policy.prefix(batch.shared, batch.grids)
-        values = sampler.forecast(prefix, batch.prompts, decoding, num_generations, generator)
-        values = values.view(len(batch.shared), len(batch.cells), num_generations, -1)
+        windows, tokens = batch.shared.shape
+        prompts = batch.prompts.view(windows, len(batch.cells), -1)
+        size = max(1, PREFIX_BYTES // (windows * tokens * num_generations * policy.cache_bytes_per_token))
+        values = torch.cat(
+            [
+                sampler.forecast(prefix, part.flatten(0, 1), decoding, num_generations, generator).view(
+                    windows, part.shape[1], num_generations, -1
+                )
+                for part in prompts.split(size, dim=1)
+            ],
+            dim=1,
+        )
         yield batch, values.cpu().numpy()
     policy.train()
 

@@ -128,6 +128,13 @@ class Policy(nn.Module):
         return self.rows.input.device
 
     @property
+    def cache_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        config = self.base_model.config.get_text_config()
+        head_dim = config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * self.text_rows.element_size()
+
+    @property
     def text_rows(self) -> Float[Tensor, "text d"]:
         """Head rows of the text tokens (a base model may pad its matrix beyond its tokenizer)."""
         return self.base_model.lm_head.weight[: self.first_numeral_id]

@@ -134,7 +134,7 @@ def forecast(
         policy = load_policy(run_dir / "checkpoints" / checkpoint)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(store_path)
-    retarget(policy, store, config)
+    retarget(policy, store)
     setting, wanted = policy.spec.setting, region or config.data.region
     days = store.default_split
     if config.data.split and config.data.store.resolve() == store_path.resolve():
@@ -158,13 +158,13 @@ def forecast(
     return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}
 
 
-def retarget(policy: Policy, store: GridStore, config: Config) -> None:
+def retarget(policy: Policy, store: GridStore) -> None:
     """Points a policy at a store's city, cadence and grid; t_max, in the data's units, stays the training city's."""
     spec, (height, width) = policy.spec, store.shape
     frames = spec.frames
     if frames and (frames.height, frames.width) != (height, width):
-        scale = config.frames.pixels_per_cell
-        scale = pixels_per_cell(height, width) if scale == "auto" else scale
+        # An enlargement chosen for another grid could make frames of thousands of tokens.
+        scale = pixels_per_cell(height, width)
         frames = frames.model_copy(update={"height": height, "width": width, "pixels_per_cell": scale})
     setting = spec.setting.model_copy(update={"city": store.city, "cadence": cadence_minutes(store)})
     policy.set_task(spec.model_copy(update={"setting": setting, "frames": frames}))
