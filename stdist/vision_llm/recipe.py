@@ -28,6 +28,10 @@ from stdist.vision_llm.scoring import forecast_and_score, stage_sentence
 from stdist.vision_llm.sft import SFTStage
 from stdist.vision_llm.task import Task, open_task, policy_spec, stage_config
 
+STORE_DIGEST = (
+    "store_digest"  # in the run folder: the data it was trained on, which the same path may not hold for ever
+)
+
 
 def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs or resumes everything ``config`` names. Returns the test metrics, the stages' summaries and paths.
@@ -36,7 +40,7 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     """
     task = open_task(config)
     run_dir = config.run_dir
-    refuse_foreign_folder(run_dir, config)
+    refuse_foreign_folder(run_dir, config, task.store.digest)
     policy = build_policy(policy_spec(config, task), config.seed)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     clamped = find_unwritable(
@@ -44,6 +48,7 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     )
     # Nothing is written before all of the input is known to be good.
     run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / STORE_DIGEST, task.store.digest)
     write_atomically(run_dir / "config.yaml", dump_config(config))
     say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
     if clamped:
@@ -53,13 +58,20 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     return {"run": str(run_dir), "stages": summaries, **result}
 
 
-def refuse_foreign_folder(run_dir: Path, config: Config) -> None:
-    """Raises InputError where the folder belongs to another configuration, naming a difference."""
+def refuse_foreign_folder(run_dir: Path, config: Config, store_digest: str) -> None:
+    """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data."""
     path = run_dir / "config.yaml"
     if path.exists():
         difference = _first_difference(yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config)))
         if difference:
             raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
+    known = run_dir / STORE_DIGEST
+    if known.exists() and known.read_text() != store_digest:
+        there, here = known.read_text()[:12], store_digest[:12]
+        raise InputError(
+            f"{run_dir} was trained on other data: {config.data.store} had digest {there}… then, {here}… now; "
+            "choose another name= or delete it"
+        )
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:

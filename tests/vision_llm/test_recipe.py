@@ -146,6 +146,16 @@ def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: Co
     assert (run / "config.yaml").read_text() == before
 
 
+def test_other_data_at_the_same_path_is_refused(run: Path, config: Config) -> None:
+    digest = (run / "store_digest").read_text()
+    (run / "store_digest").write_text("0" * 64)
+    try:
+        with pytest.raises(InputError, match=rf"trained on other data: .* digest 0{{12}}… then, {digest[:12]}… now"):
+            recipe.train(config, quiet)
+    finally:
+        (run / "store_digest").write_text(digest)
+
+
 def test_a_killed_run_resumes_to_the_same_losses(
     run: Path, store: GridStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
