@@ -5,6 +5,7 @@ decoder runs on them, and the head is applied here at the positions that matter.
 once (``prefix``); its cells and candidates read the prefix's keys and values (``branch``).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,7 +214,10 @@ class Policy(nn.Module):
         Its first factors are drawn from ``seed``, whatever torch drew before; its second ones are zero.
         """
         config = LoraConfig(r=self.spec.lora_r, lora_alpha=self.spec.lora_alpha, target_modules=LORA_TARGETS)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # peft asks transformers by a name that its next version drops
             torch.manual_seed(seed)
             if isinstance(self.backbone, PeftModel):
                 self.backbone.add_adapter(name, config)
