@@ -78,7 +78,7 @@ class GRPOStage:
         return dict(sums)
 
     def evaluate(self) -> dict[str, float]:
-        """Validation errors of the median forecast, and the mean reward of sampled candidates."""
+        """Validation errors of the run's own decoding, and the mean reward of sampled candidates."""
         config = self.config
         indices = self.validation.evenly(config.eval_windows)
         errors = validation_errors(self.policy, self.validation, indices, config.windows_per_micro_batch, self.decoding)
