@@ -20,7 +20,7 @@ demo: .venv/.installed
 
 # CI=true: hypothesis draws the same examples every time and has no deadlines, whatever the machine.
 test: check
-	CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu"
+	CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

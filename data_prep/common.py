@@ -1,7 +1,7 @@
 """What every reader shares: the report of a preparation, cell ids, and checks of text files."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,7 @@ import numpy as np
 
 from stdist.data import GridSpec, GridWriter, Split, open_store
 from stdist.errors import InputError
-
-Progress = Callable[[int, int], None]
-"""Called with (days done, days in all)."""
+from stdist.progress import Progress
 
 KNOWN_UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""

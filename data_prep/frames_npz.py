@@ -15,7 +15,6 @@ import numpy as np
 
 from data_prep.common import (
     PrepareSummary,
-    Progress,
     city_of,
     grid_spec,
     only_source,
@@ -25,6 +24,7 @@ from data_prep.common import (
 )
 from stdist.data import GridWriter
 from stdist.errors import InputError
+from stdist.progress import Progress
 
 
 def prepare(

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import PrepareSummary, Progress, finish, grid_spec, parse_split, parse_start
+from data_prep.common import PrepareSummary, finish, grid_spec, parse_split, parse_start
 from data_prep.telecom_text import CHANNELS, SLOTS_PER_DAY, write_day
 from stdist.data import GridWriter
 from stdist.data.synthetic import SyntheticCity, generate
 from stdist.errors import InputError
+from stdist.progress import Progress
 
 # Mean ratio to the internet activity, roughly as in the public data.
 RATIOS = {"sms_in": 0.06, "sms_out": 0.04, "call_in": 0.05, "call_out": 0.06, "internet": 1.0}

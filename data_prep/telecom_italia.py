@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_prep.common import PrepareSummary, Progress, existing, finish, grid_spec, parse_split
+from data_prep.common import PrepareSummary, existing, finish, grid_spec, parse_split
 from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, UTC_OFFSET_MINUTES, day_start_ms
 from data_prep.text import explain_failure, require_columns
 from stdist.data import GridWriter
 from stdist.errors import InputError
+from stdist.progress import Progress
 
 SIDE = 100
 COLUMNS = {"cell": pl.Int64, "stamp": pl.Int64, "country": pl.Int64, **dict.fromkeys(CHANNELS, pl.Float64)}

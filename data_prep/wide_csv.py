@@ -16,7 +16,6 @@ import polars as pl
 
 from data_prep.common import (
     PrepareSummary,
-    Progress,
     city_of,
     grid_spec,
     only_source,
@@ -28,6 +27,7 @@ from data_prep.common import (
 from data_prep.text import explain_failure, require_columns
 from stdist.data import GridWriter
 from stdist.errors import InputError
+from stdist.progress import Progress
 
 BLANKS = ("", "nan", "NaN", "NA")
 

@@ -34,6 +34,7 @@ def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
 
 @app.command()
 def prepare(
+    context: typer.Context,
     reader: Annotated[str, typer.Argument(help="telecom-italia | frames-npz | wide-csv | synthetic")],
     sources: Annotated[list[Path] | None, typer.Argument(help="raw files or folders")] = None,
     out: Annotated[Path, typer.Option(help="store to write, as city.zarr")] = ...,  # type: ignore[assignment]
@@ -56,19 +57,18 @@ def prepare(
 ) -> None:
     """Turn raw files into a grid store."""
     from data_prep import READERS
+    from stdist.progress import progress_bar
 
     if reader not in READERS:
         raise InputError(f"no reader {reader!r}; readers: {', '.join(READERS)}")
-    given = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("reader", "sources", "out", "as_json", "READERS") and value is not None
-    }
+    options = {name for each in READERS.values() for name in each.options}
+    given = {name: value for name, value in context.params.items() if name in options and value is not None}
     unknown = [name for name in given if name not in READERS[reader].options]
     if unknown:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(READERS[reader].options))
-        raise InputError(f"{reader} takes no --{unknown[0].replace('_', '-')}; it takes {options}")
-    summary = READERS[reader].prepare(sources or [], out, **given)
+        taken = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(READERS[reader].options))
+        raise InputError(f"{reader} takes no --{unknown[0].replace('_', '-')}; it takes {taken}")
+    with progress_bar("prepare") as progress:
+        summary = READERS[reader].prepare(sources or [], out, progress=progress, **given)
     missing = sum(summary.missing.values())
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
     finish(

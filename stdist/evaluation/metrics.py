@@ -16,9 +16,6 @@ from jaxtyping import Bool, Float, Int
 
 from stdist.errors import InputError
 
-CONVENTIONS = ("pooled", "mean_of_horizons")
-ERRORS = ("mae", "rmse", "nrmse")
-
 
 @dataclass(frozen=True, eq=False)
 class ErrorState:

@@ -12,6 +12,11 @@ from torch import Tensor
 class Engine(Protocol):
     """A stage calls ``backward`` any number of times, then ``step`` once; gradients of the calls add up."""
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        ...
+
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> float:

@@ -110,6 +110,7 @@ def run_stage(
         while step < settings.max_steps and not (settings.patience and progress.stale >= settings.patience):
             scalars = stage.step(step, engine.backward)
             _require_finite("loss", scalars["loss"], stage, step)
+            scalars["learning_rate"] = engine.learning_rate
             scalars["grad_norm"] = engine.step()
             _require_finite("gradient norm", scalars["grad_norm"], stage, step)
             step += 1

@@ -170,7 +170,8 @@ def _save_base(policy: Policy, path: Path) -> None:
     first, n = policy.first_numeral_id, len(policy.vocabulary)
     weights = {name: parameter.data for name, parameter in _base_parameters(policy).items()}
     for key, rows in ((EMBEDDING, policy.rows.input), (HEAD, policy.rows.output)):
-        weights[key] = torch.cat([weights[key][:first], rows.data.to(weights[key].dtype)])
+        # In the rows' own float32: rounded to a bfloat16 base, a resumed run would go on from other weights.
+        weights[key] = torch.cat([weights[key][:first].to(rows.dtype), rows.data])
     save_file(
         {key: value.contiguous() for key, value in weights.items()},
         path / "model.safetensors",

@@ -28,8 +28,8 @@ class PolicyBatch:
 class CityWindows:
     """Reads windows for a policy. Cells are numbered row by row inside the windows' region.
 
-    ``clamp`` limits values to the numerals' range and counts how many it touched (``clamped``); otherwise a value out
-    of range is an InputError. ``clipped`` counts values drawn as white because they exceed t_max, once per window.
+    ``clamp`` limits values to the numerals' range (``numeral_range`` tells how many that are); otherwise a value out of
+    range is an InputError. ``clipped`` counts values drawn as white because they exceed t_max, once per window.
     """
 
     def __init__(self, policy: Policy, windows: Windows, clamp: bool = False):
@@ -42,7 +42,7 @@ class CityWindows:
         grid = windows.store.dataset
         self._row_ids, self._col_ids = grid["row"].values, grid["col"].values
         self._local = windows.store.local_times
-        self.clamped = self.clipped = 0
+        self.clipped = 0
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -75,8 +75,7 @@ class CityWindows:
     def _in_range(self, values: np.ndarray) -> np.ndarray:
         if not self._clamp:
             return values
-        clamped, count = self.policy.vocabulary.clamp(values)
-        self.clamped += count
+        clamped, _ = self.policy.vocabulary.clamp(values)
         return clamped.astype(np.float32)
 
     def draw(self, rng: np.random.Generator, windows: int, cells: int) -> tuple[np.ndarray, np.ndarray]:

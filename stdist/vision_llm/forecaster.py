@@ -1,6 +1,6 @@
 """Forecasts of a region for many windows, and the errors a stage watches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,11 +8,12 @@ from jaxtyping import Float
 
 from stdist.config import ForecastConfig
 from stdist.evaluation import ErrorState
+from stdist.evaluation.forecasts import QUANTILES
+from stdist.progress import Progress
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.sampler import Decoding, Sampler
 
-QUANTILES = (0.1, 0.5, 0.9)
 # Cells of a window are forecast in parts whose copies of the window's keys and values take at most this much.
 PREFIX_BYTES = 2**29
 
@@ -28,7 +29,6 @@ def forecast_batches(
 ) -> Iterator[tuple[PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts every cell of the region for the windows ``indices``; values in the data's units."""
     sampler = Sampler(policy)
-    policy.eval()
     for first in range(0, len(indices), windows_per_batch):
         batch = city.batch(indices[first : first + windows_per_batch], city.cells)
         with torch.no_grad():
@@ -46,7 +46,6 @@ def forecast_batches(
             dim=1,
         )
         yield batch, values.cpu().numpy()
-    policy.train()
 
 
 def forecast_windows(
@@ -54,17 +53,17 @@ def forecast_windows(
     city: CityWindows,
     config: ForecastConfig,
     seed: int,
-    advance: Callable[[int], None],
+    progress: Progress,
 ) -> tuple[Float[np.ndarray, "N K h w"], Float[np.ndarray, "3 N K h w"] | None]:
     """All windows, all cells: the point forecast, and the 10, 50 and 90 % quantiles where candidates were sampled.
 
-    Cells outside the city (``inside`` is False) are NaN. ``advance`` is told how many windows each batch finished.
+    Cells outside the city (``inside`` is False) are NaN. ``progress`` counts windows.
     """
     shape = city.windows.region.shape
     generations = config.num_generations if config.decoding == "sample" else 1
     generator = torch.Generator(device=policy.device).manual_seed(seed)
     parts = []
-    for batch, values in forecast_batches(
+    for _, values in forecast_batches(
         policy,
         city,
         np.arange(len(city)),
@@ -74,7 +73,7 @@ def forecast_windows(
         generator,
     ):
         parts.append(values)
-        advance(len(batch.shared))
+        progress(sum(map(len, parts)), len(city))
     candidates = np.concatenate(parts)  # [N, C, G, K]
 
     def gridded(values: np.ndarray) -> np.ndarray:

@@ -215,9 +215,8 @@ class Policy(nn.Module):
         """
         config = LoraConfig(r=self.spec.lora_r, lora_alpha=self.spec.lora_alpha, target_modules=LORA_TARGETS)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # peft asks transformers by a name that its next version drops
+            # peft asks transformers by a name that its next version drops.
+            warnings.simplefilter("ignore", FutureWarning)
             torch.manual_seed(seed)
             if isinstance(self.backbone, PeftModel):
                 self.backbone.add_adapter(name, config)

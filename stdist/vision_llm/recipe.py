@@ -54,7 +54,7 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     if clamped:
         say(clamped)
     summaries = train_stages(config, task, policy, say)
-    result = forecast_and_score(config, task, policy, summaries, say)
+    result = forecast_and_score(config, task, policy, summaries, [clamped] if clamped else [], say)
     return {"run": str(run_dir), "stages": summaries, **result}
 
 

@@ -1,13 +1,10 @@
 """From a trained policy to scored forecasts: the closing step of a run, and ``stdist forecast`` on any store."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from stdist.config import Config, load_config
 from stdist.data import DaySpan, GridStore, Region, Split, Windows, open_store
@@ -23,6 +20,7 @@ from stdist.evaluation import (
     write_metrics,
 )
 from stdist.files import write_atomically
+from stdist.progress import Progress, progress_bar
 from stdist.training.checkpoint import StageCheckpoints, naming_damage
 from stdist.vision_llm.checkpoints import load_policy
 from stdist.vision_llm.city_windows import CityWindows
@@ -50,20 +48,25 @@ def stage_sentence(summary: dict[str, Any]) -> str:
 
 
 def forecast_and_score(
-    config: Config, task: Task, policy: Policy, summaries: dict[str, Any], say: Callable[[str], None]
+    config: Config,
+    task: Task,
+    policy: Policy,
+    summaries: dict[str, Any],
+    notes: list[str],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Forecasts the test windows, scores them beside the baselines, writes ``report/``."""
+    """Forecasts the test windows, scores them beside the baselines, writes ``report/`` with the run's ``notes``."""
     run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
     checkpoint = f"{config.stages[-1]}/{summaries[config.stages[-1]]['checkpoint']}"
     notes_path = path.parent / "notes.txt"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        with progress_bar("forecast", len(task.test)) as advance:
-            forecasts, notes = make_forecasts(config, policy, task.test, checkpoint, advance)
-        write_atomically(notes_path, "".join(f"{note}\n" for note in notes))
+        with progress_bar("forecast") as progress:
+            forecasts, found = make_forecasts(config, policy, task.test, checkpoint, progress)
+        write_atomically(notes_path, "".join(f"{note}\n" for note in found))
         write_forecasts(forecasts, path)
-    notes = notes_path.read_text().splitlines()
-    for note in notes:
+    found = notes_path.read_text().splitlines()
+    for note in found:
         say(note)
     scores = evaluate(path, task.store).to_json()
     contract = scores.pop("contract")
@@ -76,7 +79,7 @@ def forecast_and_score(
             name: {"before": s["before"], "after": s["after"], "summary": stage_sentence(s)}
             for name, s in summaries.items()
         },
-        "notes": notes,
+        "notes": [*notes, *found],
     }
     write_metrics(run_dir, metrics)
     page = build_report(run_dir)
@@ -93,12 +96,12 @@ def make_forecasts(
     policy: Policy,
     windows: Windows,
     checkpoint: str,
-    advance: Callable[[int], None],
+    progress: Progress,
 ) -> tuple[Forecasts, list[str]]:
     """Forecasts of every window, ready to be written, with run, checkpoint and contract; and what a reader of them
-    should know: values that the numerals or the frames could not show."""
+    should know: values that the frames could not show."""
     city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
-    values, quantiles = forecast_windows(policy, city, config.forecast, config.seed, advance)
+    values, quantiles = forecast_windows(policy, city, config.forecast, config.seed, progress)
     forecasts = Forecasts(
         values=values,
         origins=windows.origin_times,
@@ -109,8 +112,6 @@ def make_forecasts(
     notes = []
     if city.clipped:
         notes.append(f"{city.clipped} values in the windows' frames exceed t_max and were drawn as t_max")
-    if city.clamped:
-        notes.append(f"{city.clamped} values had no numeral and were clamped to the largest one")
     return forecasts, notes
 
 
@@ -148,12 +149,12 @@ def forecast(
         history_inside=split == "train",
         name=split if ":" not in split else "span",
     )
-    find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
-    say(f"{windows.contract}")
-    with progress_bar("forecast", len(windows)) as advance:
-        forecasts, notes = make_forecasts(config, policy, windows, checkpoint, advance)
+    clamped = find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
+    say(windows.contract)
+    with progress_bar("forecast") as progress:
+        forecasts, notes = make_forecasts(config, policy, windows, checkpoint, progress)
     write_forecasts(forecasts, out)
-    for note in notes:
+    for note in [clamped, *notes] if clamped else notes:
         say(note)
     return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}
 
@@ -168,11 +169,3 @@ def retarget(policy: Policy, store: GridStore) -> None:
         frames = frames.model_copy(update={"height": height, "width": width, "pixels_per_cell": scale})
     setting = spec.setting.model_copy(update={"city": store.city, "cadence": cadence_minutes(store)})
     policy.set_task(spec.model_copy(update={"setting": setting, "frames": frames}))
-
-
-@contextmanager
-def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    # Standard output is for results.
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done: progress.advance(task, done)

@@ -179,9 +179,8 @@ def test_clamped_values_are_counted_and_reported(stdist, config, huge, tmp_path)
         *["sft.max_steps=1", "sft.windows_per_step=1", "forecast.windows_per_batch=64"],
     )
     assert result.code == 0
-    assert "(2 such values); numerals end below 995000, larger values are clamped" in result.err
+    note = "(2 such values); numerals end below 995000, larger values are clamped"
     page = Path(result.json["report"])
-    note = "values had no numeral and were clamped to the largest one"
     assert note in result.err and note in (page.parent / "metrics.json").read_text() and note in page.read_text()
 
 

@@ -37,7 +37,8 @@ def test_the_log_has_every_step_and_evaluation_once(toy, uninterrupted):
     steps = [line["step"] for line in uninterrupted if "event" not in line]
     evaluations = [line["step"] for line in uninterrupted if line.get("event") == "evaluation"]
     assert steps == list(range(1, toy.MAX_STEPS + 1)) and evaluations == [0, 8, 16, 24]
-    assert all(set(line) == {"stage", "step", "loss", "grad_norm"} for line in uninterrupted if "event" not in line)
+    scalars = {"stage", "step", "loss", "learning_rate", "grad_norm"}
+    assert all(set(line) == scalars for line in uninterrupted if "event" not in line)
     assert uninterrupted[-2]["loss"] < 0.5 * uninterrupted[1]["loss"]  # it learns, so a wrong resume would show
 
 
