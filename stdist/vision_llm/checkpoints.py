@@ -30,7 +30,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.numeral_rows import NumeralRows, initial_rows
-from stdist.vision_llm.policy import LORA_TARGETS, Policy
+from stdist.vision_llm.policy import LORA_TARGETS, Policy, first_numeral_id
 from stdist.vision_llm.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.spec import PolicySpec, Setting
 
@@ -81,7 +81,7 @@ def load_policy(path: Path) -> Policy:
         raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
     except ValidationError as error:
         raise InputError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
-    policy = build_policy(spec, seed=0)
+    policy = _empty_policy(spec, path) if spec.base_is_trained else build_policy(spec, seed=0)
     if (path / ADAPTER).is_dir() and not policy.adapters:
         policy.add_lora()
     load_weights(policy, path)
@@ -133,6 +133,20 @@ def full_tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
     tokenizer = copy.deepcopy(policy.tokenizer)
     tokenizer.add_tokens(policy.vocabulary.tokens())
     return tokenizer
+
+
+def _empty_policy(spec: PolicySpec, path: Path) -> Policy:
+    """The policy of a checkpoint that carries its base, from the checkpoint's own files, its weights still to come."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
+    config = AutoConfig.from_pretrained(path)
+    config.get_text_config().vocab_size = first_numeral_id(tokenizer, vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        model = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, spec.dtype))
+    shape = len(vocabulary), config.get_text_config().hidden_size
+    rows = NumeralRows(torch.zeros(shape), torch.zeros(shape))
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    return Policy(model, tokenizer, processor, vocabulary, rows, spec)
 
 
 def _load_pretrained(base: str, dtype: str):

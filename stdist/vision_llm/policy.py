@@ -39,7 +39,7 @@ class Policy(nn.Module):
 
     Args:
         model: the base, its weights in their final dtype.
-        tokenizer: text tokenizer without numerals.
+        tokenizer: the base's; the numerals may be in it already (a checkpoint's) or not.
         image_processor: the base's own; its mean and standard deviation normalise frames.
         vocabulary: the numerals.
         rows: their rows.
@@ -60,7 +60,7 @@ class Policy(nn.Module):
         self.rows = rows
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.vocabulary = vocabulary
-        self.first_numeral_id = len(tokenizer)
+        self.first_numeral_id = first_numeral_id(tokenizer, vocabulary)
         self._reference_rows: NumeralRows | None = None
         self.set_task(spec)
 
@@ -90,7 +90,6 @@ class Policy(nn.Module):
         cells: Sequence[tuple[int, int]],
         origin: np.datetime64,
         decoding: Decoding = "median",
-        first_id: tuple[int, int] = (0, 0),
     ) -> Float[np.ndarray, "cells K"]:
         """The next K values of some cells, in the data's units.
 
@@ -99,7 +98,6 @@ class Policy(nn.Module):
             cells: (row, col) positions in the grid.
             origin: local time of the last frame.
             decoding: ``greedy``, ``median``, ``sample`` (one draw) or ``direct``; see :mod:`stdist.vision_llm.sampler`.
-            first_id: the data's own row and column id of the grid's first cell.
 
         Raises InputError where ``frames`` has another shape than the policy's task, or a value has no numeral.
         """
@@ -113,7 +111,8 @@ class Policy(nn.Module):
         rows, cols = np.array(cells, dtype=np.int64).reshape(-1, 2).T
         shared = torch.tensor([self.prompts.shared(origin)], device=self.device)
         prefix = self.prefix(shared, torch.from_numpy(np.asarray(frames, np.float32))[None])
-        prompts = self.prompts.cells(rows + first_id[0], cols + first_id[1], frames[:, rows, cols].T)
+        first_row, first_col = spec.setting.first_cell
+        prompts = self.prompts.cells(rows + first_row, cols + first_col, frames[:, rows, cols].T)
         values = Sampler(self).forecast(prefix, torch.from_numpy(prompts).to(self.device), decoding)
         return values[:, 0].cpu().numpy()
 
@@ -274,6 +273,11 @@ class Policy(nn.Module):
         finally:
             self.backbone.set_adapter(GRPO_ADAPTER)
             self.rows = trained
+
+
+def first_numeral_id(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> int:
+    """Token id of numeral 0; the others follow. Where the tokenizer has none yet, they come behind its last token."""
+    return tokenizer.get_vocab().get(vocabulary.token(0), len(tokenizer))
 
 
 def frame_encoder(spec: FrameSpec, image_processor: Qwen2VLImageProcessorPil) -> FrameEncoder:

@@ -28,7 +28,7 @@ from stdist.vision_llm.forecaster import forecast_windows
 from stdist.vision_llm.frames import pixels_per_cell
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.task import Task, cadence_minutes, span_of
+from stdist.vision_llm.task import Task, cadence_minutes, first_cell, span_of
 
 
 def stage_sentence(summary: dict[str, Any]) -> str:
@@ -167,5 +167,6 @@ def retarget(policy: Policy, store: GridStore) -> None:
         # An enlargement chosen for another grid could make frames of thousands of tokens.
         scale = pixels_per_cell(height, width)
         frames = frames.model_copy(update={"height": height, "width": width, "pixels_per_cell": scale})
-    setting = spec.setting.model_copy(update={"city": store.city, "cadence": cadence_minutes(store)})
+    here = {"city": store.city, "cadence": cadence_minutes(store), "first_cell": first_cell(store)}
+    setting = spec.setting.model_copy(update=here)
     policy.set_task(spec.model_copy(update={"setting": setting, "frames": frames}))

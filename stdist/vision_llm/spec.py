@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Setting(BaseModel):
-    """The forecasting task: names, S (``history``) and K (``horizon``) in frames, ``cadence`` in minutes."""
+    """The forecasting task: names, S (``history``) and K (``horizon``) in frames, ``cadence`` in minutes.
+
+    ``first_cell``: the data's own row and column id of the grid's first cell; prompts name cells by these ids.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -15,6 +18,7 @@ class Setting(BaseModel):
     cadence: int
     history: int
     horizon: int
+    first_cell: tuple[int, int] = (0, 0)
 
 
 class FrameSpec(BaseModel):

@@ -83,6 +83,7 @@ def policy_spec(config: Config, task: Task) -> PolicySpec:
             cadence=cadence_minutes(task.store),
             history=config.data.history,
             horizon=config.data.horizon,
+            first_cell=first_cell(task.store),
         ),
         frames=frames if config.frames.enabled else None,
         # A preset's base is nowhere to be downloaded from: its checkpoints carry it, trained or not.
@@ -95,6 +96,11 @@ def policy_spec(config: Config, task: Task) -> PolicySpec:
 
 def cadence_minutes(store: GridStore) -> int:
     return int(store.cadence / np.timedelta64(1, "m"))
+
+
+def first_cell(store: GridStore) -> tuple[int, int]:
+    """The data's own row and column id of the grid's first cell."""
+    return int(store.dataset["row"][0]), int(store.dataset["col"][0])
 
 
 def stage_config(config: Config, name: str) -> StageConfig:

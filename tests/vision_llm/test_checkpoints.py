@@ -174,6 +174,33 @@ def test_round_trip(
     assert np.array_equal(*(p.forecast(frames, [(1, 1)], origin) for p in (public, policy)))
 
 
+def test_a_checkpoint_needs_no_preset_to_load(
+    make_policy: MakePolicy, batch: PolicyBatch, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, tokenizer and processor come from its own files: new wording in the code does not orphan old runs."""
+    policy = train_a_little(make_policy())
+    save_policy(policy, folder)
+    for name in ("build_model", "build_tokenizer", "build_image_processor"):
+        monkeypatch.delattr(f"stdist.vision_llm.checkpoints.{name}")
+    loaded = load_policy(folder)
+    assert loaded.first_numeral_id == policy.first_numeral_id
+    assert torch.equal(logits(loaded, batch), logits(policy, batch))
+    again = folder.parent / "again"
+    again.mkdir()
+    save_policy(loaded, again)
+    assert (again / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+
+
+def test_rows_on_disk_are_not_rounded_to_the_base(make_policy: MakePolicy, folder: Path) -> None:
+    """A bfloat16 base trains float32 rows: a resumed run must go on from exactly these."""
+    policy = make_policy(dtype="bfloat16")
+    policy.rows.input.data += 1e-4 * torch.rand(policy.rows.input.shape)
+    save_policy(policy, folder)
+    loaded = load_policy(folder)
+    assert torch.equal(loaded.rows.input, policy.rows.input) and torch.equal(loaded.rows.output, policy.rows.output)
+    assert not torch.equal(policy.rows.input, policy.rows.input.bfloat16().float())
+
+
 def test_weights_are_those_of_the_seed(make_policy: MakePolicy) -> None:
     one, same, other = (build_policy(make_policy().spec, seed) for seed in (1, 1, 2))
     pairs = list(zip(one.parameters(), same.parameters(), strict=True))

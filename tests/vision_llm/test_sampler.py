@@ -255,3 +255,18 @@ def test_policy_forecast_is_the_samplers(policy: Policy, batch: PolicyBatch, pre
     one = policy.prefix(batch.shared[:1], batch.grids[:1])
     assert ours.shape == (3, 3)
     assert np.array_equal(ours, Sampler(policy).complete(one, prompts, 3, "greedy").values.numpy())
+
+
+def test_policy_forecast_names_cells_by_the_datas_own_ids(make_policy: Callable[..., Policy]) -> None:
+    """A block cut out of a city starts at row 41: its prompts say 41, whatever the position in the array."""
+    policy = make_policy()
+    setting = policy.spec.setting
+    policy.set_task(policy.spec.model_copy(update={"setting": setting.model_copy(update={"first_cell": (41, 7)})}))
+    frames = np.random.default_rng(0).uniform(1, 100, (setting.history, 5, 4)).astype(np.float32)
+    origin = np.datetime64("2013-11-05T09:00")
+    shared = torch.tensor([policy.prompts.shared(origin)])
+    prompts = policy.prompts.cells(np.array([43]), np.array([8]), frames[:, 2, 1][None])
+    expected = Sampler(policy).forecast(
+        policy.prefix(shared, torch.from_numpy(frames)[None]), torch.from_numpy(prompts), "direct"
+    )
+    assert np.array_equal(policy.forecast(frames, [(2, 1)], origin, decoding="direct"), expected[:, 0].detach().numpy())
