@@ -78,9 +78,8 @@ def run_stage(
     """Runs a stage to its end, from its newest checkpoint if there is one; a finished stage is only loaded.
 
     Returns the closing summary: metrics ``before``, of the result (``after``) and at the ``last`` step, ``steps``,
-    ``seconds``, ``checkpoint``. The model
-    holds the stage's result when it returns. Raises DivergenceError naming stage and step; Interrupted on Ctrl-C;
-    InputError naming a damaged checkpoint.
+    ``seconds``, ``checkpoint``. The model holds the stage's result when it returns. Raises DivergenceError naming
+    stage and step; Interrupted on Ctrl-C; InputError naming a damaged checkpoint.
     """
 
     def read(checkpoint: Path) -> None:

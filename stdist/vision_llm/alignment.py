@@ -26,7 +26,7 @@ from stdist.vision_llm.prompts import END
 from stdist.vision_llm.token_losses import target_cross_entropy
 
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
-_EVALUATION_SEED = 7_000_001  # added to the run's seed: evaluation walks permutations of its own
+_EVALUATION_SEED = 7_000_001  # added to the run's seed
 
 
 class AlignmentStage:
@@ -55,8 +55,9 @@ class AlignmentStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Exact matches and, where the answer is numerals, relative errors, on examples no step draws.
+        """Exact matches and, where the answer is numerals, relative errors, on permutations of their own.
 
+        Not unseen numbers: training covers the whole vocabulary, that is its purpose, and so does this draw from it.
         An example is exact when every answer token is the most likely one after the true tokens before it, which is
         when greedy decoding writes exactly this answer.
         """
