@@ -62,10 +62,13 @@ class FramesConfig(Strict):
 
 
 class PolicyConfig(Strict):
-    """``base``: preset ``tiny`` or ``small``, a folder in Qwen2.5-VL's format, or a hub name."""
+    """``base``: preset ``tiny`` or ``small``, a folder in Qwen2.5-VL's format, or a hub name. ``load_in_4bit`` keeps a
+    frozen base's decoder in NF4; ``gradient_checkpointing`` recomputes its layers in the backward pass."""
 
     base: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
     lora_r: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
 

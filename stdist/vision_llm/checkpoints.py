@@ -6,10 +6,12 @@ A checkpoint holds ``policy.json`` (what stdist must know), the tokenizer with i
   numeral rows, and the active LoRA adapter, if there is one, in ``adapter/``;
 * base frozen: ``adapter/`` alone, LoRA plus the numeral rows as peft's trainable tokens of the named base, which must
   be resized to the tokenizer's length before peft loads it. Where the base ties its head to its embedding (the 3B
-  model does) it must be untied first: numerals have rows of their own in both, and peft would drop the head's.
+  model does) it must be untied first: numerals have rows of their own in both, and peft would drop the head's. A
+  4-bit base is quantised again at every loading; the adapter fits it and the unquantised base alike.
 """
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,10 +24,12 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_bitsandbytes_available
 
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
@@ -45,21 +49,26 @@ _PEFT_ROWS = {
 def build_policy(spec: PolicySpec, seed: int) -> Policy:
     """A policy on a fresh base, with new numeral rows and, on a frozen base, a new LoRA adapter.
 
-    Raises InputError where the base cannot be loaded or is of another architecture.
+    It is on the CPU; a 4-bit base is loaded onto the GPU where there is one, and the policy is there as a whole.
+
+    Raises InputError where the base cannot be loaded or is of another architecture, and where 4 bits are asked of a
+    base that trains.
     """
+    if spec.load_in_4bit:
+        _refuse_4bit(spec)
     if spec.base in SHAPES:
         model, tokenizer = build_model(spec.base, seed), build_tokenizer()
         processor = build_image_processor()
         model = model.to(getattr(torch, spec.dtype))
     else:
-        model, tokenizer, processor = _load_pretrained(spec.base, spec.dtype)
+        model, tokenizer, processor = _load_pretrained(spec)
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
     digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
     rows = NumeralRows(
-        initial_rows(vocabulary, model.get_input_embeddings().weight[digits], seed),
-        initial_rows(vocabulary, model.lm_head.weight[digits], seed),
+        initial_rows(vocabulary, model.get_input_embeddings().weight[digits].cpu(), seed),
+        initial_rows(vocabulary, model.lm_head.weight[digits].cpu(), seed),
     )
-    policy = Policy(model, tokenizer, processor, vocabulary, rows, spec)
+    policy = _assemble(model, tokenizer, processor, vocabulary, rows, spec)
     if not spec.base_is_trained:
         policy.add_lora(seed=seed)
     return policy
@@ -146,10 +155,71 @@ def _empty_policy(spec: PolicySpec, path: Path) -> Policy:
     shape = len(vocabulary), config.get_text_config().hidden_size
     rows = NumeralRows(torch.zeros(shape), torch.zeros(shape))
     processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    return Policy(model, tokenizer, processor, vocabulary, rows, spec)
+    return _assemble(model, tokenizer, processor, vocabulary, rows, spec)
 
 
-def _load_pretrained(base: str, dtype: str):
+def _assemble(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Qwen2VLImageProcessorPil,
+    vocabulary: Vocabulary,
+    rows: NumeralRows,
+    spec: PolicySpec,
+) -> Policy:
+    """The policy, on its base's device, with gradient checkpointing on the decoder's layers if the spec has it."""
+    if spec.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # The name that all supported versions of transformers know; the latest would rather hear another one.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model, tokenizer, processor, vocabulary, rows.to(model.device), spec)
+
+
+def _refuse_4bit(spec: PolicySpec) -> None:
+    """Raises InputError where the base is not to be frozen, or bitsandbytes is missing."""
+    if spec.base in SHAPES:
+        raise InputError(
+            f"policy.load_in_4bit is for pre-trained bases and {spec.base} is a preset; "
+            "set policy.base to a folder or hub name, or load_in_4bit to false"
+        )
+    if spec.base_is_trained:
+        raise InputError(
+            f"policy.load_in_4bit freezes {spec.base} and a stage trains it in full; "
+            "set trainable to lora or rows, or load_in_4bit to false"
+        )
+    if not is_bitsandbytes_available():
+        raise InputError("policy.load_in_4bit needs bitsandbytes; pip install 'stdist[quantised]'")
+
+
+def _quantisation(dtype: str) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), computing in ``dtype``.
+
+    transformers by itself would quantise the vision tower too; a list of what to skip replaces its own, so that the
+    head must be in it.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+
+
+def _keep_trainable(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Forbids bitsandbytes' repacking of weights for inference.
+
+    On CPUs with AVX512-BF16 the first evaluation would rewrite the base in place, for a kernel that rounds to bfloat16
+    and passes no gradient: training after it would go on with wrong gradients, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _load_pretrained(spec: PolicySpec):
+    base = spec.base
+    quantised = {"quantization_config": _quantisation(spec.dtype)} if spec.load_in_4bit else {}
     try:
         model_type = AutoConfig.from_pretrained(base).model_type
         if model_type != "qwen2_5_vl":
@@ -159,7 +229,7 @@ def _load_pretrained(base: str, dtype: str):
         missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise InputError(f"policy.base {base} has a tokenizer without {missing[0]}; copy its tokenizer files too")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype))
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, spec.dtype), **quantised)
         processor = Qwen2VLImageProcessorPil.from_pretrained(base)
     except InputError:
         raise
@@ -167,6 +237,7 @@ def _load_pretrained(base: str, dtype: str):
         reason = str(error).strip().splitlines()[0]
         presets = ", ".join(SHAPES)
         raise InputError(f"policy.base {base} cannot be loaded ({reason}); give a folder or one of {presets}") from None
+    _keep_trainable(model)
     return model, tokenizer, processor
 
 

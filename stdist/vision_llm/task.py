@@ -76,6 +76,8 @@ def policy_spec(config: Config, task: Task) -> PolicySpec:
     return PolicySpec(
         base=config.policy.base,
         dtype=config.policy.dtype,
+        load_in_4bit=config.policy.load_in_4bit,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
         mantissa_digits=config.numerals.mantissa_digits,
         setting=Setting(
             city=task.store.city,
