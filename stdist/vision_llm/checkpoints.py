@@ -24,18 +24,17 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_bitsandbytes_available
 
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.numeral_rows import NumeralRows, initial_rows
 from stdist.vision_llm.policy import LORA_TARGETS, Policy, first_numeral_id
 from stdist.vision_llm.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.quantised import keep_trainable, loading_options, refuse_unfrozen
 from stdist.vision_llm.spec import PolicySpec, Setting
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -54,8 +53,7 @@ def build_policy(spec: PolicySpec, seed: int) -> Policy:
     Raises InputError where the base cannot be loaded or is of another architecture, and where 4 bits are asked of a
     base that trains.
     """
-    if spec.load_in_4bit:
-        _refuse_4bit(spec)
+    refuse_unfrozen(spec)
     if spec.base in SHAPES:
         model, tokenizer = build_model(spec.base, seed), build_tokenizer()
         processor = build_image_processor()
@@ -175,51 +173,9 @@ def _assemble(
     return Policy(model, tokenizer, processor, vocabulary, rows.to(model.device), spec)
 
 
-def _refuse_4bit(spec: PolicySpec) -> None:
-    """Raises InputError where the base is not to be frozen, or bitsandbytes is missing."""
-    if spec.base in SHAPES:
-        raise InputError(
-            f"policy.load_in_4bit is for pre-trained bases and {spec.base} is a preset; "
-            "set policy.base to a folder or hub name, or load_in_4bit to false"
-        )
-    if spec.base_is_trained:
-        raise InputError(
-            f"policy.load_in_4bit freezes {spec.base} and a stage trains it in full; "
-            "set trainable to lora or rows, or load_in_4bit to false"
-        )
-    if not is_bitsandbytes_available():
-        raise InputError("policy.load_in_4bit needs bitsandbytes; pip install 'stdist[quantised]'")
-
-
-def _quantisation(dtype: str) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), computing in ``dtype``.
-
-    transformers by itself would quantise the vision tower too; a list of what to skip replaces its own, so that the
-    head must be in it.
-    """
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
-
-
-def _keep_trainable(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Forbids bitsandbytes' repacking of weights for inference.
-
-    On CPUs with AVX512-BF16 the first evaluation would rewrite the base in place, for a kernel that rounds to bfloat16
-    and passes no gradient: training after it would go on with wrong gradients, without a word.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _load_pretrained(spec: PolicySpec):
     base = spec.base
-    quantised = {"quantization_config": _quantisation(spec.dtype)} if spec.load_in_4bit else {}
+    options = loading_options(spec)
     try:
         model_type = AutoConfig.from_pretrained(base).model_type
         if model_type != "qwen2_5_vl":
@@ -229,7 +185,7 @@ def _load_pretrained(spec: PolicySpec):
         missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise InputError(f"policy.base {base} has a tokenizer without {missing[0]}; copy its tokenizer files too")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, spec.dtype), **quantised)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, **options)
         processor = Qwen2VLImageProcessorPil.from_pretrained(base)
     except InputError:
         raise
@@ -237,7 +193,7 @@ def _load_pretrained(spec: PolicySpec):
         reason = str(error).strip().splitlines()[0]
         presets = ", ".join(SHAPES)
         raise InputError(f"policy.base {base} cannot be loaded ({reason}); give a folder or one of {presets}") from None
-    _keep_trainable(model)
+    keep_trainable(model)
     return model, tokenizer, processor
 
 
