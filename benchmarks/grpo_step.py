@@ -1,0 +1,245 @@
+"""Seconds per GRPO step: stdist's stage against TRL's GRPOTrainer.
+
+A step is all of it: sample G candidates for every cell of one window, reward them, score them under the frozen
+reference, take the gradient, update. Both sides hold the same weights and a LoRA of the same shape, read the same
+prompts, write K tokens a candidate and are rewarded by the same function. They run in turn, in one process, on one
+core. The peer gets the fastest of several batch sizes, found before the clock runs. ``_trl_peer.py`` says what else
+favours it.
+
+    pip install -c constraints.txt -r benchmarks/requirements.txt
+    python benchmarks/grpo_step.py --json
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from _trl_peer import TRL_VERSION, Batches, Peer, Samples, check_same_model
+
+import stdist.vision_llm.grpo
+from data_prep import synthetic
+from stdist.config import GRPOConfig
+from stdist.data import open_store
+from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.vision_llm.checkpoints import build_policy
+from stdist.vision_llm.city_windows import CityWindows
+from stdist.vision_llm.grpo import GRPOStage
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.recipe import parameter_groups
+from stdist.vision_llm.spec import PolicySpec, Setting
+
+PRESET, GROUP = "tiny", 8
+# Text tokens stand for the visual tokens of the frames and their two delimiters, so that no side runs the vision tower:
+# the peer would run it for every sample, stdist once a window.
+FRAMES, TOKENS_PER_FRAME = 12, 16 + 2
+# More sequences in one backward pass take gigabytes and are slower.
+LARGEST_UPDATE = 256
+# Candidates of a run may go past K so that the reward can tell them off; here both sides write K tokens.
+stdist.vision_llm.grpo.EXTRA_TOKENS = 0
+
+
+class Task:
+    """The one training window of a synthetic city of ``side`` × ``side`` cells, and equal policies that read it."""
+
+    def __init__(self, side: int, horizon: int, store_path: Path):
+        self.side = side
+        days = (FRAMES + horizon) // 24  # of each part of the split: one window fits
+        first = [np.datetime64("2013-11-01") + part * days for part in range(3)]
+        spans = [f"{day}:{day + days - 1}" for day in first]
+        split = dict(zip(("train", "validation", "test"), spans, strict=True))
+        synthetic.prepare([], store_path, height=side, width=side, days=3 * days, cadence=60, **split)
+        self._windows = open_store(store_path).windows("train", FRAMES, horizon, channel="internet")
+        self._setting = Setting(city="synthetic", channel="internet", cadence=60, history=FRAMES, horizon=horizon)
+        self.cell_mean = self._windows.read(np.array([0])).history[0].mean(0).ravel()
+
+    def policy(self) -> Policy:
+        policy = build_policy(
+            PolicySpec(base=PRESET, mantissa_digits=2, setting=self._setting, base_is_trained=True), 0
+        )
+        instruction, digits = policy.prompts.shared, policy.prompts.text_ids("0123456789")
+        frames = [digits[i % 10] for i in range(FRAMES * TOKENS_PER_FRAME)]
+        policy.prompts.shared = lambda origin: frames + instruction(origin)
+        return policy
+
+    def city(self, policy: Policy) -> CityWindows:
+        return CityWindows(policy, self._windows, clamp=True)
+
+    def samples(self) -> Samples:
+        """What the stage draws every time: this window, all cells."""
+        city = self.city(self.policy())
+        batch = city.batch(np.array([0]), city.cells)
+        prompts = torch.cat([batch.shared.expand(len(batch.prompts), -1), batch.prompts], dim=1)
+        return Samples(prompts.tolist(), batch.truth[0], self.cell_mean)
+
+
+class Ours:
+    """The stage and the engine of a run."""
+
+    def __init__(self, task: Task, config: GRPOConfig):
+        self.policy = task.policy()
+        self.policy.begin_grpo()
+        city = task.city(self.policy)
+        self._stage = GRPOStage(self.policy, city, city, task.cell_mean, config, seed=0, decoding="median")
+        schedule = cosine_schedule(config.warmup_steps, config.max_steps)
+        self._engine = TorchEngine(parameter_groups(self.policy, config), schedule, config.max_grad_norm)
+        self._steps = 0
+        self.tokens_per_candidate: list[float] = []
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
+        details = self._stage.step(self._steps, self._engine.backward)
+        self._engine.step()
+        seconds = time.perf_counter() - start
+        self._steps += 1
+        self.tokens_per_candidate.append(details["tokens_per_candidate"])
+        return seconds
+
+
+class TokenCount:
+    """Tokens that a decoder computes, by what for. Counted where its first layer's feed-forward part is called."""
+
+    def __init__(self, model: transformers.Qwen2_5_VLForConditionalGeneration):
+        self._tokens: Counter[str] = Counter()
+        self._layer = model.model.language_model.layers[0]
+        self._layer.mlp.register_forward_pre_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        # On both sides the reference is the model with its adapter off.
+        if torch.is_grad_enabled():
+            phase = "update"
+        elif self._layer.self_attn.q_proj.disable_adapters:
+            phase = "reference"
+        else:
+            phase = "sampling"
+        self._tokens[phase] += inputs[0].shape[:-1].numel()
+
+    def per_step(self, steps: int) -> dict[str, int]:
+        phases = {phase: round(self._tokens[phase] / steps) for phase in ("sampling", "reference", "update")}
+        return phases | {"all": sum(phases.values())}
+
+
+def peak_mib() -> int:
+    """Highest resident memory of the process since the last call; 0 where only Linux could tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        # What one side has freed must not stay resident while the other runs.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return 0
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def fastest_batches(task: Task, samples: Samples, config: GRPOConfig, folder: Path) -> dict[Batches, float]:
+    """Seconds of the peer's faster warm step of two, by batch size; an optimizer step has the same samples at all."""
+    group, side, everything = config.num_generations, task.side, len(samples.prompts) * config.num_generations
+    tried: dict[Batches, float] = {}
+
+    def attempt(batches: Batches) -> None:
+        seconds: list[float] = []
+        Peer(task.policy(), samples, config, batches, folder).train(3, seconds.append)
+        tried[batches] = min(seconds[1:])
+
+    for update in (group, group * side, everything):
+        if update <= LARGEST_UPDATE:
+            attempt(Batches(update, everything))
+    best = min(tried, key=tried.__getitem__)
+    attempt(Batches(best.update, max(best.update, group * side)))
+    return tried
+
+
+def measure(side: int, horizon: int, runs: int) -> dict[str, Any]:
+    config = GRPOConfig(windows_per_step=1, cells_per_window=side * side, num_generations=GROUP)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task = Task(side, horizon, folder / "city.zarr")
+        samples = task.samples()
+        check_same_model(task.policy(), samples)
+        tried = fastest_batches(task, samples, config, folder)
+        batches = min(tried, key=tried.__getitem__)
+        ours, peer = Ours(task, config), Peer(task.policy(), samples, config, batches, folder)
+        counts = TokenCount(ours.policy.base_model), TokenCount(peer.model)
+        ours_s: list[float] = []
+        peer_s: list[float] = []
+        peaks: list[tuple[int, int]] = []
+
+        def take_turns(peer_step: float) -> None:
+            peer_s.append(peer_step)
+            peer_peak = peak_mib()
+            ours_s.append(ours.step())
+            peaks.append((peak_mib(), peer_peak))
+
+        peer.train(1 + runs, take_turns)
+    # The first step of each side warms up.
+    del ours_s[0], peer_s[0]
+    value, peer_value = statistics.median(ours_s), statistics.median(peer_s)
+    tokens, peer_tokens = (count.per_step(1 + runs) for count in counts)
+    return {
+        "name": "grpo_step",
+        "value": round(value, 3),
+        "unit": "seconds per GRPO step, one core",
+        "peer": f"GRPOTrainer of trl {TRL_VERSION}, {batches}",
+        "peer_value": round(peer_value, 3),
+        "ratio": round(peer_value / value, 1),
+        "runs": runs,
+        "spread": {
+            "value": [round(min(ours_s), 3), round(max(ours_s), 3)],
+            "peer_value": [round(min(peer_s), 3), round(max(peer_s), 3)],
+        },
+        "decoder_tokens_per_step": {
+            "value": tokens,
+            "peer_value": peer_tokens,
+            "ratio": round(peer_tokens["all"] / tokens["all"], 1),
+        },
+        "peak_resident_mib": {
+            "value": statistics.median(peak for peak, _ in peaks[1:]),
+            "peer_value": statistics.median(peak for _, peak in peaks[1:]),
+        },
+        "tokens_per_candidate": {
+            "value": round(statistics.mean(ours.tokens_per_candidate), 2),
+            "peer_value": round(statistics.mean(peer.tokens_per_candidate), 2),
+        },
+        "peer_batches_tried": {str(key): round(seconds, 3) for key, seconds in tried.items()},
+        "setting": (
+            f"preset {PRESET}, 2 mantissa digits, LoRA of rank {ours.policy.spec.lora_r}, 1 window x {side * side} "
+            f"cells, G {GROUP}, S {FRAMES}, K {horizon}, prompts of {len(samples.prompts[0])} tokens, of which "
+            f"{FRAMES * TOKENS_PER_FRAME} text tokens stand for the frames; float32, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, Python {platform.python_version()}, "
+            f"one of {os.cpu_count()} cores"
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--side", type=int, default=5, help="cells along a side of the window's region")
+    parser.add_argument("--horizon", type=int, choices=(12, 36), default=12, help="K")
+    arguments = parser.parse_args()
+    result = measure(arguments.side, arguments.horizon, arguments.runs)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['value']} s a step, {result['ratio']} times faster than {result['peer']} ({result['peer_value']} s)"
+    )
+
+
+if __name__ == "__main__":
+    main()
