@@ -29,7 +29,7 @@ check: .venv/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 bench: .venv/.installed
-	@set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark --json; done
+	@set -e; for benchmark in benchmarks/[!_]*.py; do $(BIN)/python $$benchmark --json; done
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,18 +11,12 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import argparse
-import json
-import platform
 import re
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from _harness import comparison, in_turn, parser, publish
 from tokenizers import AddedToken, Tokenizer, models
 
 from stdist.numerals import Vocabulary
@@ -52,21 +46,6 @@ def peer_round_trip(tokenizer: Tokenizer, values: Floats) -> list[float]:
     return decoded
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def measure(runs: int, dtype: str) -> dict[str, Any]:
     vocabulary = Vocabulary()
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
@@ -78,43 +57,28 @@ def measure(runs: int, dtype: str) -> dict[str, Any]:
     if peer_round_trip(tokenizer, part) != vocabulary.decode(vocabulary.encode(part)).tolist():
         raise SystemExit("error: codec and tokenizer look-up disagree")
 
-    ours, peer = [], []
-    vocabulary.decode(vocabulary.encode(values))
-    for _ in range(runs):
-        ours.append(VALUES / seconds(lambda: vocabulary.decode(vocabulary.encode(values))))
-        peer.append(PEER_VALUES / seconds(lambda: peer_round_trip(tokenizer, part)))
-    value, peer_value = statistics.median(ours), statistics.median(peer)
-    return {
-        "name": "codec",
-        "value": round(value),
-        "unit": "values encoded and decoded per second, one core",
-        "peer": "tokenizers token_to_id and id_to_token, one value at a time",
-        "peer_value": round(peer_value),
-        "ratio": round(value / peer_value, 1),
-        "runs": runs,
-        "spread": {
-            "value": [round(min(ours)), round(max(ours))],
-            "peer_value": [round(min(peer)), round(max(peer))],
-        },
-        "setting": (
+    ours, peer = in_turn(
+        lambda: vocabulary.decode(vocabulary.encode(values)), lambda: peer_round_trip(tokenizer, part), runs
+    )
+    return comparison(
+        name="codec",
+        unit="values encoded and decoded per second",
+        values=[VALUES / seconds for seconds in ours],
+        peer="tokenizers token_to_id and id_to_token, one value at a time",
+        peer_values=[PEER_VALUES / seconds for seconds in peer],
+        setting=(
             f"{VALUES} {dtype} values a run ({PEER_VALUES} for the peer), {len(vocabulary)} numerals, "
-            f"numpy {np.__version__}, Python {platform.python_version()}, "
-            f"one of {os.cpu_count()} cores of {processor()}"
+            f"numpy {np.__version__}"
         ),
-    }
+        better="more",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
-    arguments = parser.parse_args()
-    result = measure(arguments.runs, arguments.dtype)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    print(f"{result['value'] / 1e6:.1f} million values/s, {result['ratio']} times {result['peer']}")
+    arguments = parser(__doc__, runs=15)
+    arguments.add_argument("--dtype", choices=("float32", "float64"), default="float64")
+    given = arguments.parse_args()
+    publish(measure(given.runs, given.dtype), given.json)
 
 
 if __name__ == "__main__":
