@@ -55,7 +55,7 @@ def keep_trainable(model: nn.Module) -> None:
     """Forbids bitsandbytes to repack weights for inference.
 
     On CPUs with AVX512-BF16 the first evaluation would rewrite the base in place for a kernel that rounds to bfloat16
-    and passes no gradient: training after it would go on with wrong gradients, without a word.
+    and has no backward pass: the next training step would fail.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
