@@ -97,13 +97,17 @@ class AlignmentConfig(StageConfig):
 
 
 class ForecastStageConfig(StageConfig):
-    """Stages on windows. A step sees ``windows_per_step`` windows × ``cells_per_window`` cells, at most
-    ``windows_per_micro_batch`` windows in memory at once; validation scores ``eval_windows`` evenly spaced windows."""
+    """Stages on windows. A step sees ``windows_per_step`` windows × ``cells_per_window`` cells; micro-batches are as
+    large as ``activation_memory`` (GiB) lets them be. Validation scores ``eval_windows`` evenly spaced windows."""
 
     windows_per_step: int = Field(8, ge=1)
     cells_per_window: int = Field(16, ge=1)
-    windows_per_micro_batch: int = Field(8, ge=1)
+    activation_memory: float = Field(1.0, gt=0)
     eval_windows: int = Field(32, ge=1)
+
+    @property
+    def activation_bytes(self) -> int:
+        return int(self.activation_memory * 2**30)
 
 
 class SFTConfig(ForecastStageConfig):
@@ -121,6 +125,7 @@ class GRPOConfig(ForecastStageConfig):
     epsilon: float = Field(0.2, gt=0)
     beta: float = Field(0.04, ge=0)
     temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
     scale_rewards: Literal["none", "group"] = "none"
     half_score: float = Field(0.2, gt=0)
     normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"

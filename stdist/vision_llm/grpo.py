@@ -13,11 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stdist.config import GRPOConfig
+from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.forecaster import validation_errors
+from stdist.vision_llm.micro_batches import MicroBatches
 from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.prefix_tree import Level, Tree
 from stdist.vision_llm.reward import advantages, grpo_loss, reward
 from stdist.vision_llm.sampler import Completions, Decoding, Sampler
+from stdist.vision_llm.token_losses import token_losses
 
 # A candidate may run past K so that the length term of Eq. 17 can tell it off; it is cut this far behind.
 EXTRA_TOKENS = 4
@@ -48,60 +52,64 @@ class GRPOStage:
         self.policy, self.train, self.validation = policy, train, validation
         self.cell_mean, self.config, self.seed, self.decoding = cell_mean, config, seed, decoding
         self.sampler = Sampler(policy)
+        self.micro_batches = MicroBatches(policy, config.activation_bytes)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        config = self.config
+        config, policy = self.config, self.policy
         rng = np.random.default_rng([self.seed, 4, step])
-        windows, cells = self.train.draw(rng, config.windows_per_step, config.cells_per_window)
-        generator = self._generator(step)
+        batch = self.train.batch(*self.train.draw(rng, config.windows_per_step, config.cells_per_window))
+        written = self._write(batch, self._generator(step))
+        rewards = self._reward(batch, written).view(-1, config.num_generations)
+        tree = candidate_tree(policy, batch, written)
+        sizes = self.micro_batches.sizes(tree)
+        with policy.reference():
+            reference = completion_log_probs(policy, tree, written, config.temperature, sizes)
+        gain = advantages(rewards, config.scale_rewards).flatten()
         sums: dict[str, float] = defaultdict(float)
-        for first in range(0, len(windows), config.windows_per_micro_batch):
-            batch = self.train.batch(windows[first : first + config.windows_per_micro_batch], cells)
-            written = self._write(batch, generator)
-            rewards = self._reward(batch, written).view(-1, config.num_generations)
-            with torch.no_grad(), self.policy.reference():
-                reference = completion_log_probs(self.policy, batch, written, config)
-            loss, details = grpo_loss(
-                completion_log_probs(self.policy, batch, written, config),
-                written.log_probs,
-                reference,
-                advantages(rewards, config.scale_rewards).flatten(),
-                written.mask,
+
+        def loss(rows: slice, states: Float[Tensor, "candidates tokens d"]) -> Float[Tensor, ""]:
+            part, details = grpo_loss(
+                candidate_log_probs(policy, states, written, rows, config.temperature),
+                written.log_probs[rows],
+                reference[rows],
+                gain[rows],
+                written.mask[rows],
                 config.epsilon,
                 config.beta,
             )
-            share = len(batch.shared) / len(windows)
-            backward(loss * share)
-            details |= {"loss": loss.item(), **self._statistics(rewards, written)}
+            share = (rows.stop - rows.start) / len(gain)
             for name, value in details.items():
                 sums[name] += value * share
-        return dict(sums)
+            return part * share
+
+        total = prefix_tree.backward(policy, tree, loss, backward, sizes)
+        tokens = {"tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
+        return {**sums, "loss": total, **tokens, **self._statistics(rewards, written)}
 
     def evaluate(self) -> dict[str, float]:
         """Validation errors of the run's own decoding, and the mean reward of sampled candidates."""
         config = self.config
         indices = self.validation.evenly(config.eval_windows)
-        errors = validation_errors(self.policy, self.validation, indices, config.windows_per_micro_batch, self.decoding)
+        errors = validation_errors(self.policy, self.validation, indices, config.windows_per_step, self.decoding)
         generator = self._generator(2**31)  # the same draws at every evaluation
         rewards = []
-        for first in range(0, len(indices), config.windows_per_micro_batch):
-            chosen = indices[first : first + config.windows_per_micro_batch]
-            batch = self.validation.batch(chosen, self.validation.cells)
+        for first in range(0, len(indices), config.windows_per_step):
+            batch = self.validation.batch(indices[first : first + config.windows_per_step], self.validation.cells)
             rewards.append(self._reward(batch, self._write(batch, generator)))
         return errors | {"reward": float(torch.cat(rewards).mean())}
 
     # --- rollouts ----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _write(self, batch: PolicyBatch, generator: torch.Generator) -> Completions:
-        with torch.no_grad():
-            prefix = self.policy.prefix(batch.shared, batch.grids)
         return self.sampler.complete(
-            prefix,
+            self.policy.prefix(batch.shared, batch.grids),
             batch.prompts,
             self.policy.spec.setting.horizon + EXTRA_TOKENS,
             "sample",
             num_generations=self.config.num_generations,
             temperature=self.config.temperature,
+            top_p=self.config.top_p,
             may_end=True,
             generator=generator,
         )
@@ -138,17 +146,32 @@ class GRPOStage:
         return torch.Generator(device=self.policy.device).manual_seed(self.seed * 1_000_003 + step)
 
 
-def completion_log_probs(
-    policy: Policy, batch: PolicyBatch, written: Completions, config: GRPOConfig
-) -> Float[Tensor, "candidates tokens"]:
-    """Log-probability of every written token under the distribution it was sampled from; 0 outside the mask."""
+def candidate_tree(policy: Policy, batch: PolicyBatch, written: Completions) -> Tree:
+    """Windows, their cells' prompts, and what was written behind each: the last token is predicted, never read."""
     end = len(policy.vocabulary)
-    candidates = written.choices
-    ids = torch.where(candidates == end, policy.end_id, candidates + policy.first_numeral_id)
-    prompts = batch.prompts.repeat_interleave(config.num_generations, 0)
-    prefix = policy.prefix(batch.shared, batch.grids)
-    hidden, _ = policy.branch(prefix, torch.cat([prompts, ids[:, :-1]], dim=1))
-    predicting = hidden[:, prompts.shape[1] - 1 :][written.mask]
-    logits = policy.answer_logits(predicting).float() / config.temperature
-    chosen = -torch.nn.functional.cross_entropy(logits, candidates[written.mask], reduction="none")
-    return torch.zeros(candidates.shape, device=chosen.device).masked_scatter(written.mask, chosen)
+    ids = torch.where(written.choices == end, policy.end_id, written.choices + policy.first_numeral_id)
+    return Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(ids[:, :-1])))
+
+
+def candidate_log_probs(
+    policy: Policy, states: Float[Tensor, "candidates tokens d"], written: Completions, rows: slice, temperature: float
+) -> Float[Tensor, "candidates tokens"]:
+    """Log-probability of the tokens of candidates ``rows`` under the distribution they were sampled from (without
+    top-p's cut); 0 outside the mask. ``states`` predict them."""
+    mask = written.mask[rows]
+    losses = token_losses(states[mask], policy.answer_rows, written.choices[rows][mask], temperature)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses.log_probs)
+
+
+def completion_log_probs(
+    policy: Policy, tree: Tree, written: Completions, temperature: float, sizes: list[int]
+) -> Float[Tensor, "candidates tokens"]:
+    """Log-probability of every written token, without gradients."""
+    log_probs = torch.empty_like(written.log_probs)
+
+    def visit(rows: slice, states: Tensor) -> Tensor:
+        log_probs[rows] = candidate_log_probs(policy, states, written, rows, temperature)
+        return log_probs
+
+    prefix_tree.forward(policy, tree, visit, sizes)
+    return log_probs

@@ -16,18 +16,20 @@ import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
+from stdist.vision_llm.attention import Attention, choose
 from stdist.vision_llm.frames import FrameEncoder, FrameGeometry
 from stdist.vision_llm.numeral_rows import NumeralRows
-from stdist.vision_llm.prefix import Prefix, repeated
+from stdist.vision_llm.prefix import Branching, Prefix
 from stdist.vision_llm.prompts import BLANK, END, IMAGE, Prompts
 from stdist.vision_llm.sampler import Decoding, Sampler
 from stdist.vision_llm.spec import FrameSpec, PolicySpec
 from stdist.vision_llm.token_losses import answer_logits, full_logits
+from stdist.vision_llm.tree_attention import IMPLEMENTATION, NO_MASK, TreeContext
 
 # LoRA goes into the language model's projections only; the vision tower stays as it was pre-trained.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -56,6 +58,7 @@ class Policy(nn.Module):
         spec: PolicySpec,
     ):
         super().__init__()
+        model.config.get_text_config()._attn_implementation = IMPLEMENTATION
         self.backbone: Qwen2_5_VLForConditionalGeneration | PeftModel = model
         self.rows = rows
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -128,6 +131,11 @@ class Policy(nn.Module):
         return self.rows.input.device
 
     @property
+    def attention(self) -> Attention:
+        """The back end of the device the policy is on."""
+        return choose(self.device, self.text_rows.dtype).attention
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         config = self.base_model.config.get_text_config()
@@ -146,7 +154,7 @@ class Policy(nn.Module):
 
     def hidden(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens d"]:
         """Final hidden states of text-and-numeral sequences, causal, padded on the right if at all."""
-        return self._decoder(inputs_embeds=self.embed(ids), use_cache=False).last_hidden_state
+        return self._decoder(inputs_embeds=self.embed(ids))
 
     def prefix(self, ids: Int[Tensor, "windows tokens"], grids: Float[Tensor, "windows frames rows cols"]) -> Prefix:
         """Encodes the shared part of each window once; all windows of a run have the same number of tokens."""
@@ -162,40 +170,50 @@ class Policy(nn.Module):
                 mm_token_type_ids=(ids[:1] == self.image_id).int(),
                 image_grid_thw=thw[: grids.shape[1]],
             )
-        cache = DynamicCache()
-        self._decoder(
-            inputs_embeds=embeddings,
-            position_ids=positions.expand(3, len(ids), -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return Prefix(cache, len(ids), int(positions.max()) + 1)
+        tree = Branching(self.attention, parent=None)
+        hidden = self._decoder(inputs_embeds=embeddings, position_ids=positions.expand(3, len(ids), -1), tree=tree)
+        return tree.prefix(hidden, (positions.max() + 1).expand(len(ids)))
 
     def branch(
-        self, prefix: Prefix, ids: Int[Tensor, "children tokens"]
+        self,
+        prefix: Prefix,
+        ids: Int[Tensor, "children tokens"],
+        lengths: Int[Tensor, "children"] | None = None,
     ) -> tuple[Float[Tensor, "children tokens d"], Prefix]:
         """Final hidden states of sequences that continue the prefixes, and the prefix they make for their own children.
 
-        ``children`` is a multiple of the windows; consecutive children share a window. All start at the same M-RoPE
-        position, where the prefix ends, whatever their siblings hold.
+        ``children`` is a multiple of the prefix's sequences; consecutive children share one. All start at the same
+        M-RoPE position, where their prefix ends, whatever their siblings hold. ``lengths``: tokens of each child that
+        are real, where they are padded on the right.
         """
-        return self.extend(repeated(prefix, len(ids) // prefix.sequences), ids)
+        start = prefix.position.repeat_interleave(len(ids) // prefix.sequences)
+        positions = start[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        tree = Branching(self.attention, prefix)
+        hidden = self._decoder(inputs_embeds=self.embed(ids), position_ids=positions.expand(3, -1, -1), tree=tree)
+        return hidden, tree.prefix(hidden, start + (ids.shape[1] if lengths is None else lengths), lengths)
 
-    def extend(
-        self, prefix: Prefix, ids: Int[Tensor, "sequences tokens"]
-    ) -> tuple[Float[Tensor, "sequences tokens d"], Prefix]:
-        """Writes ``ids`` onto the prefix's own sequences, one each: its cache is used up, take the one returned."""
-        positions = torch.arange(ids.shape[1], device=ids.device) + prefix.position
-        output = self._decoder(
-            inputs_embeds=self.embed(ids),
-            position_ids=positions.expand(3, len(ids), -1),
-            past_key_values=prefix.cache,
-            use_cache=True,
+    def decode(
+        self, ids: Int[Tensor, "sequences"], positions: Int[Tensor, "sequences"], tree: TreeContext
+    ) -> Float[Tensor, "sequences d"]:
+        """One more token of many sequences; ``tree`` holds what each of them has written and what it continues."""
+        hidden = self._decoder(
+            inputs_embeds=self.embed(ids[:, None]), position_ids=positions.expand(3, 1, -1).transpose(1, 2), tree=tree
         )
-        return output.last_hidden_state, Prefix(prefix.cache, len(ids), prefix.position + ids.shape[1])
+        return hidden[:, 0]
 
-    def _decoder(self, **inputs):
-        return self.base_model.model.language_model(**inputs)
+    def _decoder(self, **inputs) -> Float[Tensor, "batch tokens d"]:
+        decoder = self.base_model.model.language_model
+        return decoder(attention_mask=NO_MASK, use_cache=False, **inputs).last_hidden_state
+
+    @property
+    def vocabulary_rows(self) -> tuple[Tensor, Tensor]:
+        """Head rows of everything the model can say, in the order of token ids: ``[text, d]`` and ``[numerals, d]``."""
+        return self.text_rows, self.rows.output
+
+    @property
+    def answer_rows(self) -> tuple[Tensor, Tensor]:
+        """Head rows of what a forecast may contain: numerals, then the end token as the last one."""
+        return self.rows.output, self.base_model.lm_head.weight[self.end_id : self.end_id + 1]
 
     def logits(self, hidden: Float[Tensor, "positions d"]) -> Float[Tensor, "positions choices"]:
         """Over everything the model can say, in the order of token ids."""
@@ -241,6 +259,7 @@ class Policy(nn.Module):
                 (part == "lora" and is_lora and active) or (part == "full" and (not is_lora or active))
             )
         self.rows.requires_grad_(True)
+        self.train()  # gradient checkpointing acts in this mode only
 
     def begin_grpo(self, seed: int = 0) -> None:
         """Freezes the SFT model as reference and trains a second adapter: its copy, or where it has none a new one.

@@ -1,8 +1,9 @@
 """Constrained sampling: a forecast is numerals and the end token, nothing else can be said.
 
-A window's prompt is prefilled once, a cell's once; all candidates decode together. Every draw is an inverse of the
-step's cumulative distribution over *values*: at a uniform number it is a sample, at one half it is the median, which is
-what point forecasts want of a distribution over thousands of neighbouring numerals.
+A window's prompt is prefilled once, a cell's once; all candidates decode together over shared keys and values
+(``decode_batch``). Every draw is an inverse of the step's cumulative distribution over *values*: at a uniform number it
+is a sample, at one half it is the median, which is what point forecasts want of a distribution over thousands of
+neighbouring numerals.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stdist.vision_llm.prefix import Prefix, repeated
+from stdist.vision_llm.decode_batch import PREFILL_TOKENS, DecodeBatch
+from stdist.vision_llm.prefix import Prefix
 
 if TYPE_CHECKING:
     from stdist.vision_llm.policy import Policy
+
+# Logits are made for as many sequences at a time as keep them within this.
+LOGIT_BYTES = 2**28
 
 Decoding = Literal["greedy", "median", "sample", "direct"]
 
@@ -47,6 +52,13 @@ def at_quantile(
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1).clamp(max=cumulative.shape[-1] - 1)
 
 
+def nucleus(p: Float[Tensor, "sequences choices"], top_p: float) -> Float[Tensor, "sequences choices"]:
+    """Zero outside the fewest most likely choices whose probabilities reach ``top_p`` (Holtzman et al. 2020)."""
+    descending, order = p.sort(-1, descending=True)
+    outside = descending.cumsum(-1) - descending >= top_p
+    return p.masked_fill(torch.empty_like(outside).scatter_(-1, order, outside), 0.0)
+
+
 class Sampler:
     """Draws completions from a policy. Holds the order of numerals by value that inverse sampling needs."""
 
@@ -65,40 +77,44 @@ class Sampler:
         decoding: Decoding,
         num_generations: int = 1,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         may_end: bool = False,
+        lengths: Int[Tensor, "cells"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Completions:
         """Writes up to ``max_tokens`` after each cell's prompt, ``num_generations`` times each (consecutive rows).
 
         ``may_end``: the end token may be chosen and stops its sequence; without it exactly ``max_tokens`` numerals are
-        written. ``generator`` makes sampling reproducible.
+        written. ``top_p``: samples come from the most likely choices that hold this probability. ``lengths``: real
+        tokens of each prompt, where they are padded on the right. ``generator`` makes sampling reproducible: its draws
+        belong to a candidate and a step, whatever is decoded beside it.
         """
-        policy = self.policy
-        hidden, cells = policy.branch(prefix, cell_prompts)
-        hidden = hidden[:, -1].repeat_interleave(num_generations, dim=0)
-        state = repeated(cells, num_generations)
-        end = len(policy.vocabulary)
-        alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        choices, mask, log_probs = [], [], []
-        for step in range(max_tokens):
-            logits = policy.answer_logits(hidden).float() / temperature
-            if not may_end:
-                logits = logits[:, :end]
-            log_p = logits.log_softmax(-1)
-            choice = self._choose(log_p, decoding, generator)
-            choices.append(torch.where(alive, choice, end))
-            mask.append(alive)
-            log_probs.append(log_p.gather(-1, choice[:, None]).squeeze(-1) * alive)
-            alive = alive & (choice != end)
-            if step + 1 == max_tokens or not alive.any():
-                break
-            ids = torch.where(choices[-1] == end, policy.end_id, choices[-1] + policy.first_numeral_id)
-            hidden, state = policy.extend(state, ids[:, None])
-            hidden = hidden[:, -1]
-        written, is_written = torch.stack(choices, 1), torch.stack(mask, 1)
-        numeral = is_written & (written != end)
-        values = torch.where(numeral, self._values[written.clamp(max=end - 1)], 0.0)
-        return Completions(written, is_written, torch.stack(log_probs, 1), values, numeral.sum(1))
+        policy, end = self.policy, len(self.policy.vocabulary)
+        total = len(cell_prompts) * num_generations
+        choices = cell_prompts.new_full((total, max_tokens), end)
+        log_probs = torch.zeros(total, max_tokens, device=policy.device)
+        mask = torch.zeros(total, max_tokens, dtype=torch.bool, device=policy.device)
+        quantiles = torch.full((total, max_tokens), 0.5, device=policy.device)
+        if decoding == "sample":
+            quantiles = torch.rand(total, max_tokens, generator=generator, device=policy.device)
+        batch = DecodeBatch(policy, prefix, cell_prompts, lengths, num_generations, max_tokens)
+        hidden = prefix.last[:0]
+        while len(batch) or batch.waiting:
+            hidden = torch.cat([hidden, batch.admit()])
+            at = batch.number, batch.step
+            chosen = self._choose(hidden, quantiles[at], decoding, temperature, top_p, may_end)
+            choices[at], log_probs[at] = chosen
+            mask[at] = True
+            stays = batch.step + 1 < max_tokens
+            if may_end:
+                stays &= chosen[0] != end
+            ids = chosen[0][batch.keep(stays)] + policy.first_numeral_id
+            hidden = batch.feed(ids) if len(batch) else hidden[:0]
+        longest = int(mask.sum(1).max())
+        choices, mask, log_probs = choices[:, :longest], mask[:, :longest], log_probs[:, :longest]
+        numeral = mask & (choices != end)
+        values = torch.where(numeral, self._values[choices.clamp(max=end - 1)], 0.0)
+        return Completions(choices, mask, log_probs, values, numeral.sum(1))
 
     def forecast(
         self,
@@ -124,23 +140,43 @@ class Sampler:
         The mean is what minimises squared error; a chain of steps cannot use it, since it need not be a numeral. For
         policies that learned to answer behind blanks (``sft.blank_share``).
         """
-        policy = self.policy
-        blanks = cell_prompts.new_full((len(cell_prompts), horizon - 1), policy.blank_id)
-        hidden, _ = policy.branch(prefix, torch.cat([cell_prompts, blanks], dim=1))
-        logits = policy.answer_logits(hidden[:, -horizon:].flatten(0, 1)).float()[:, :-1]
-        return (logits.softmax(-1) @ self._values).view(-1, horizon)
+        policy, cells = self.policy, len(cell_prompts)
+        blanks = cell_prompts.new_full((cells, horizon - 1), policy.blank_id)
+        ids = torch.cat([cell_prompts, blanks], dim=1)
+        per_window = cells // prefix.sequences
+        at_once = max(1, min(PREFILL_TOKENS // ids.shape[1], LOGIT_BYTES // (4 * horizon * len(policy.vocabulary))))
+        means = []
+        for window in range(prefix.sequences):
+            for part in ids[window * per_window : (window + 1) * per_window].split(at_once):
+                hidden, _ = policy.branch(prefix.part(window, window + 1), part)
+                logits = policy.answer_logits(hidden[:, -horizon:].flatten(0, 1)).float()[:, :-1]
+                means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
+        return torch.cat(means)
 
     def _choose(
-        self, log_p: Float[Tensor, "sequences choices"], decoding: Decoding, generator: torch.Generator | None
-    ) -> Int[Tensor, "sequences"]:
-        if decoding == "greedy":
-            return log_p.argmax(-1)
+        self,
+        hidden: Float[Tensor, "sequences d"],
+        quantiles: Float[Tensor, "sequences"],
+        decoding: Decoding,
+        temperature: float,
+        top_p: float,
+        may_end: bool,
+    ) -> tuple[Int[Tensor, "sequences"], Float[Tensor, "sequences"]]:
+        """The next choice of each sequence and its log-probability at ``temperature`` (among all choices: ``top_p``
+        narrows the draw, not what the learner will compute for it)."""
         numerals = len(self._by_value)
         order = self._by_value
-        if log_p.shape[1] > numerals:  # the end token goes last in the order
+        if may_end:  # the end token goes last in the order
             order = torch.cat([order, order.new_tensor([numerals])])
-        if decoding == "sample":
-            quantile = torch.rand(len(log_p), generator=generator, device=log_p.device)
-        else:
-            quantile = log_p.new_full((len(log_p),), 0.5)
-        return order[at_quantile(log_p[:, order].exp(), quantile)]
+        chosen, log_probs = [], []
+        at_once = max(1, LOGIT_BYTES // (4 * len(order)))
+        for states, quantile in zip(hidden.split(at_once), quantiles.split(at_once), strict=True):
+            log_p = (self.policy.answer_logits(states).float()[:, : len(order)] / temperature).log_softmax(-1)
+            if decoding == "greedy":
+                choice = log_p.argmax(-1)
+            else:
+                p = log_p.exp() if top_p == 1.0 else nucleus(log_p.exp(), top_p)
+                choice = order[at_quantile(p[:, order], quantile)]
+            chosen.append(choice)
+            log_probs.append(log_p.gather(-1, choice[:, None])[:, 0])
+        return torch.cat(chosen), torch.cat(log_probs)

@@ -1,7 +1,7 @@
 """Stage 3: supervised fine-tuning on windows (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 16).
 
-Every cell of a window is one child of the window's shared prefix; its ground truth is the only candidate. The loss is
-the mean of −log P over target positions (K numerals and the end token), never over the prompt.
+A window's prefix tree has one level: a cell with its ground truth is one child, its only candidate. The loss is the
+mean of −log P over target positions (K numerals and the end token), never over the prompt.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stdist.config import SFTConfig
+from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.forecaster import validation_errors
+from stdist.vision_llm.micro_batches import MicroBatches
 from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.prefix_tree import Level, Tree, Visit
 from stdist.vision_llm.sampler import Decoding
-from stdist.vision_llm.token_losses import target_cross_entropy
+from stdist.vision_llm.token_losses import token_losses
 
 
 class SFTStage:
@@ -36,36 +39,39 @@ class SFTStage:
     ):
         self.policy, self.train, self.validation = policy, train, validation
         self.config, self.seed, self.decoding = config, seed, decoding
+        self.micro_batches = MicroBatches(policy, config.activation_bytes)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         config = self.config
         rng = np.random.default_rng([self.seed, 3, step])
-        windows, cells = self.train.draw(rng, config.windows_per_step, config.cells_per_window)
-        total = tokens = 0.0
-        for first in range(0, len(windows), config.windows_per_micro_batch):
-            batch = self.train.batch(windows[first : first + config.windows_per_micro_batch], cells)
-            blank = rng.random(len(batch.answers)) < config.blank_share
-            loss = sft_loss(self.policy, batch, torch.from_numpy(blank).to(batch.answers.device))
-            share = len(batch.shared) / len(windows)
-            backward(loss * share)
-            total += loss.item() * share
-            tokens += batch.shared.numel() + batch.prompts.numel() + batch.answers.numel()
-        return {"loss": total, "tokens": tokens}
+        batch = self.train.batch(*self.train.draw(rng, config.windows_per_step, config.cells_per_window))
+        blank = torch.from_numpy(rng.random(len(batch.answers)) < config.blank_share).to(batch.answers.device)
+        tree = sft_tree(self.policy, batch, blank)
+        loss = prefix_tree.backward(
+            self.policy, tree, sft_loss(self.policy, batch), backward, self.micro_batches.sizes(tree)
+        )
+        return {"loss": loss, "tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
 
     def evaluate(self) -> dict[str, float]:
         indices = self.validation.evenly(self.config.eval_windows)
-        batch_size = self.config.windows_per_micro_batch
-        return validation_errors(self.policy, self.validation, indices, batch_size, self.decoding)
+        return validation_errors(self.policy, self.validation, indices, self.config.windows_per_step, self.decoding)
 
 
-def sft_loss(policy: Policy, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Float[Tensor, ""]:
-    """Eq. 16: mean of −log P(y_i) over the target positions of all cells of all windows in the batch.
-
-    Where ``blank`` is True the sequence reads blanks in place of its previous values y_<i.
-    """
-    prefix = policy.prefix(batch.shared, batch.grids)
+def sft_tree(policy: Policy, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Tree:
+    """Windows, and below them each cell's prompt and answer. Where ``blank`` is True the sequence reads blanks in
+    place of its previous values y_<i."""
     previous = batch.answers[:, :-1].masked_fill(blank[:, None], policy.blank_id)
-    hidden, _ = policy.branch(prefix, torch.cat([batch.prompts, previous], dim=1))
-    # The token at position i is predicted by the hidden state at i − 1: targets start behind the prompt's last token.
-    predicting = hidden[:, batch.prompts.shape[1] - 1 :]
-    return target_cross_entropy(policy.logits(predicting.flatten(0, 1)), batch.answers.flatten()).mean()
+    return Tree(batch.shared, batch.grids, (Level(torch.cat([batch.prompts, previous], dim=1)),))
+
+
+def sft_loss(policy: Policy, batch: PolicyBatch) -> Visit:
+    """Eq. 16: mean of −log P(y_i) over the target positions of all cells of all windows in the batch; of some cells,
+    their share of it."""
+    prompt = batch.prompts.shape[1]
+
+    def loss(rows: slice, states: Float[Tensor, "cells tokens d"]) -> Float[Tensor, ""]:
+        # A state predicts the token behind it: the prompt's last one the first answer.
+        losses = token_losses(states[:, prompt:].flatten(0, 1), policy.vocabulary_rows, batch.answers[rows].flatten())
+        return -losses.log_probs.sum() / batch.answers.numel()
+
+    return loss

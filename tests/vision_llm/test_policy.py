@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.vision_llm.city_windows import PolicyBatch
 from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix import repeated
+
 from stdist.vision_llm.prompts import IMAGE
 
 MakePolicy = Callable[..., Policy]
@@ -77,24 +77,23 @@ def test_every_branch_starts_where_the_prefix_ends(policy: Policy, batch: Policy
     prefix = policy.prefix(batch.shared, batch.grids)
     text_tokens = int((batch.shared[0] != policy.image_id).sum())
     assert (geometry.patch_rows // 2, geometry.patch_cols // 2) == (3, 2)
-    assert prefix.position == text_tokens + 4 * 3
+    assert prefix.position.tolist() == [text_tokens + 4 * 3] * 2
     hidden, cells = policy.branch(prefix, batch.prompts)
-    assert cells.position == prefix.position + batch.prompts.shape[1] and cells.sequences == 6
+    assert cells.position.tolist() == [text_tokens + 4 * 3 + batch.prompts.shape[1]] * 6 and cells.sequences == 6
     again, _ = policy.branch(prefix, batch.prompts)  # a prefix serves any number of branches
     assert torch.equal(hidden, again)
     longer, _ = policy.branch(prefix, torch.cat([batch.prompts, batch.answers], dim=1))
     assert torch.allclose(hidden, longer[:, : hidden.shape[1]], atol=1e-5)
 
 
-def test_extending_step_by_step_equals_one_branch(policy: Policy, batch: PolicyBatch) -> None:
+def test_a_branch_of_a_branch_equals_one_branch(policy: Policy, batch: PolicyBatch) -> None:
+    """Depth two: candidates that continue cells that continue windows."""
     prefix = policy.prefix(batch.shared, batch.grids)
     whole, _ = policy.branch(prefix, torch.cat([batch.prompts, batch.answers], dim=1))
-    hidden, state = policy.branch(prefix, batch.prompts)
-    parts = [hidden]
-    for step in range(batch.answers.shape[1]):
-        hidden, state = policy.extend(state, batch.answers[:, step : step + 1])
-        parts.append(hidden)
-    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+    first, cells = policy.branch(prefix, batch.prompts)
+    second, _ = policy.branch(cells, batch.answers)
+    assert torch.allclose(torch.cat([first, second], dim=1), whole, atol=1e-4)
+    assert torch.equal(cells.last, first[:, -1])
 
 
 def test_gradient_through_a_shared_prefix_is_the_sum_over_samples(

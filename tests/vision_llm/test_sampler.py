@@ -128,7 +128,7 @@ def test_samples_follow_their_probabilities(
     policy: Policy, batch: PolicyBatch, prefix: Prefix, temperature: float
 ) -> None:
     """χ² over 20 bins of about equal probability: 4,000 draws of one cell, mean 19, standard deviation 6.2."""
-    one = Prefix(policy.prefix(batch.shared[:1], batch.grids[:1]).cache, 1, prefix.position)
+    one = prefix.part(0, 1)
     draws = Sampler(policy).complete(
         one, batch.prompts[:1], 1, "sample", num_generations=4000, temperature=temperature, generator=seeded(0)
     )

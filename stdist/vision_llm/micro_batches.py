@@ -1,0 +1,72 @@
+"""How many sequences of each depth of a prefix tree are in memory at once: what a budget for activations allows."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stdist.vision_llm.prefix_tree import Tree
+
+if TYPE_CHECKING:
+    from stdist.vision_llm.policy import Policy
+
+
+class MicroBatches:
+    """Sizes for :func:`prefix_tree.backward`, from bytes that autograd keeps for one sequence, measured, not guessed.
+
+    Args:
+        policy: as it trains; what is frozen or recomputed changes what autograd keeps.
+        memory: bytes for the activations of a path through the tree, shared out evenly to its depths.
+    """
+
+    def __init__(self, policy: "Policy", memory: int):
+        self.policy, self.memory = policy, memory
+        self._bytes: dict[tuple[torch.Size, ...], list[int]] = {}
+
+    def sizes(self, tree: Tree) -> list[int]:
+        """For the windows and for each level; at least 1, whatever one sequence takes. The same for the same shapes."""
+        shapes = tuple(x.shape[1:] for x in (tree.shared, tree.grids, *(level.ids for level in tree.levels)))
+        if shapes not in self._bytes:
+            self._bytes[shapes] = activation_bytes(self.policy, tree)
+        share = self.memory // (1 + len(tree.levels))
+        return [max(1, share // each) for each in self._bytes[shapes]]
+
+
+def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
+    """Bytes autograd keeps for one window and for one sequence of each level, parameters not counted.
+
+    With gradient checkpointing, also one layer's worth of what it recomputes.
+    """
+    kept = _kept(policy, tree)
+    if not policy.spec.gradient_checkpointing:
+        return kept
+    mode = policy.training
+    policy.eval()  # layers are recomputed in training mode only
+    whole = _kept(policy, tree)
+    policy.train(mode)
+    layers = policy.base_model.config.get_text_config().num_hidden_layers
+    return [a + b // layers for a, b in zip(kept, whole, strict=True)]
+
+
+def _kept(policy: "Policy", tree: Tree) -> list[int]:
+    seen = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    sums, graph = [], []
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        node = policy.prefix(tree.shared[:1], tree.grids[:1])
+        sums.append(total)
+        for level in tree.levels:
+            graph.append(node)  # freed memory could be counted as seen
+            hidden, node = policy.branch(node, level.ids[:1])
+            graph.append(hidden)
+            sums.append(total)
+    return [max(1, after - before) for before, after in zip([0, *sums[:-1]], sums, strict=True)]
