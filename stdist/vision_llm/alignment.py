@@ -6,7 +6,7 @@ too (``alignment.trainable: full``); with a pre-trained base only the numeral ro
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from stdist.numerals.alignment_tasks import (
 )
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.prompts import END
-from stdist.vision_llm.token_losses import target_cross_entropy
+from stdist.vision_llm.token_losses import best_rows, token_losses
 
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
 _EVALUATION_SEED = 7_000_001  # added to the run's seed
@@ -48,8 +48,8 @@ class AlignmentStage:
             config.values_per_example,
         )
         ids, is_target = tokenise(self.policy, examples)
-        logits, targets = _answers(self.policy, ids, is_target)
-        loss = example_loss(logits, targets, is_target)
+        hidden, targets = _answers(self.policy, ids, is_target)
+        loss = example_loss(hidden, _rows(self.policy), targets, is_target)
         backward(loss)
         return {"loss": loss.item(), "tokens": float(ids.numel())}
 
@@ -71,14 +71,15 @@ class AlignmentStage:
         for first in range(0, total, size):
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)
-            logits, targets = _answers(self.policy, ids, is_target)
-            loss += example_loss(logits, targets, is_target).item() * len(chunk) / total
+            hidden, targets = _answers(self.policy, ids, is_target)
+            rows = _rows(self.policy)
+            loss += example_loss(hidden, rows, targets, is_target).item() * len(chunk) / total
             right = torch.zeros_like(is_target[:, 1:])
-            right[is_target[:, 1:]] = logits.argmax(-1) == targets
+            right[is_target[:, 1:]] = best_rows(hidden, rows) == targets
             all_right = (right | ~is_target[:, 1:]).all(1)
             numeral = self.policy.first_numeral_id
             best = torch.full_like(ids[:, 1:], -1)
-            best[is_target[:, 1:]] = logits[:, numeral:].argmax(-1)
+            best[is_target[:, 1:]] = best_rows(hidden, [self.policy.rows.output])
             for row, example in enumerate(chunk):
                 exact[example.task].append(bool(all_right[row]))
                 if isinstance(example.answer[0], np.ndarray):
@@ -121,7 +122,8 @@ def tokenise(
 
 
 def example_loss(
-    logits: Float[Tensor, "positions choices"],
+    hidden: Float[Tensor, "positions d"],
+    rows: Sequence[Float[Tensor, "_ d"]],
     targets: Int[Tensor, "positions"],
     is_target: Bool[Tensor, "examples tokens"],
 ) -> Float[Tensor, ""]:
@@ -131,11 +133,16 @@ def example_loss(
     """
     count = is_target.sum(1)
     weight = (1 / count).repeat_interleave(count) / len(count)
-    return (target_cross_entropy(logits, targets) * weight).sum()
+    return -(token_losses(hidden, rows, targets).log_probs * weight).sum()
+
+
+def _rows(policy: Policy) -> list[Tensor]:
+    """Everything the policy can say, in the order of token ids."""
+    return [policy.text_rows, policy.rows.output]
 
 
 def _answers(policy: Policy, ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits that predict each target token, and those tokens. The token at position t is predicted at t − 1."""
+    """Hidden states that predict each target token, and those tokens. The token at t is predicted at t − 1."""
     hidden = policy.hidden(ids[:, :-1])
     wanted = is_target[:, 1:]
-    return policy.logits(hidden[wanted]), ids[:, 1:][wanted]
+    return hidden[wanted], ids[:, 1:][wanted]

@@ -156,7 +156,7 @@ def test_every_example_weighs_the_same_by_hand() -> None:
     p = torch.tensor([0.5, 0.125, 0.25])
     logits = torch.stack([p, 1 - p], dim=1).log()
     is_target = torch.tensor([[False, True, True], [False, True, False]])
-    loss = example_loss(logits, torch.zeros(3, dtype=torch.long), is_target)
+    loss = example_loss(logits, torch.eye(2).split(1), torch.zeros(3, dtype=torch.long), is_target)
     assert loss.item() == pytest.approx(((1 + 3) / 2 + 2) / 2 * np.log(2))
 
 
