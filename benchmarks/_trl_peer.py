@@ -66,8 +66,9 @@ class Batches:
 
 
 def plain_model(policy: Policy) -> Qwen2_5_VLForConditionalGeneration:
-    """One embedding and one head of text rows, then numeral rows; without adapters."""
+    """One embedding and one head of text rows, then numeral rows; without adapters, with transformers' attention."""
     model = copy.deepcopy(policy.base_model)
+    model.set_attn_implementation("sdpa")
     first = policy.first_numeral_id
     model.resize_token_embeddings(first + len(policy.vocabulary), mean_resizing=False)
     model.get_input_embeddings().weight.data[first:] = policy.rows.input.data

@@ -14,13 +14,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import argparse
-import ctypes
-import json
-import platform
 import statistics
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from _harness import Cost, comparison, figure, parser, peak_bytes, publish, reset_peak, seconds
 from _trl_peer import TRL_VERSION, Batches, Peer, Samples, check_same_model
 
 import stdist.vision_llm.grpo
@@ -46,8 +42,8 @@ PRESET, GROUP = "tiny", 8
 # Text tokens stand for the visual tokens of the frames and their two delimiters, so that no side runs the vision tower:
 # the peer would run it for every sample, stdist once a window.
 FRAMES, TOKENS_PER_FRAME = 12, 16 + 2
-# More sequences in one backward pass take gigabytes and are slower.
-LARGEST_UPDATE = 256
+# More sequences in one backward pass of the peer take gigabytes; long before, it gets no faster.
+LARGEST_UPDATE = 128
 # Candidates of a run may go past K so that the reward can tell them off; here both sides write K tokens.
 stdist.vision_llm.grpo.EXTRA_TOKENS = 0
 
@@ -96,18 +92,17 @@ class Ours:
         self._stage = GRPOStage(self.policy, city, city, task.cell_mean, config, seed=0, decoding="median")
         schedule = cosine_schedule(config.warmup_steps, config.max_steps)
         self._engine = TorchEngine(parameter_groups(self.policy, config), schedule, config.max_grad_norm)
-        self._steps = 0
         self.tokens_per_candidate: list[float] = []
 
     def step(self) -> float:
         """Seconds of one step."""
-        start = time.perf_counter()
-        details = self._stage.step(self._steps, self._engine.backward)
-        self._engine.step()
-        seconds = time.perf_counter() - start
-        self._steps += 1
-        self.tokens_per_candidate.append(details["tokens_per_candidate"])
-        return seconds
+
+        def work() -> None:
+            details = self._stage.step(len(self.tokens_per_candidate), self._engine.backward)
+            self._engine.step()
+            self.tokens_per_candidate.append(details["tokens_per_candidate"])
+
+        return seconds(work)
 
 
 class TokenCount:
@@ -120,12 +115,10 @@ class TokenCount:
 
     def _count(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         # On both sides the reference is the model with its adapter off.
-        if torch.is_grad_enabled():
-            phase = "update"
-        elif self._layer.self_attn.q_proj.disable_adapters:
+        if self._layer.self_attn.q_proj.disable_adapters:
             phase = "reference"
         else:
-            phase = "sampling"
+            phase = "update" if torch.is_grad_enabled() else "sampling"
         self._tokens[phase] += inputs[0].shape[:-1].numel()
 
     def per_step(self, steps: int) -> dict[str, int]:
@@ -133,16 +126,20 @@ class TokenCount:
         return phases | {"all": sum(phases.values())}
 
 
-def peak_mib() -> int:
-    """Highest resident memory of the process since the last call; 0 where only Linux could tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        # What one side has freed must not stay resident while the other runs.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return 0
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+class Turns:
+    """Called after each step of the peer, with its seconds: takes a step of ours and notes what both cost."""
+
+    def __init__(self, ours: Ours):
+        self._ours = ours
+        self.ours: list[Cost] = []
+        self.peer: list[Cost] = []
+        self._resident = reset_peak()
+
+    def __call__(self, peer_seconds: float) -> None:
+        self.peer.append(Cost(None, peer_seconds, peak_bytes() - self._resident))
+        before = reset_peak()
+        self.ours.append(Cost(None, self._ours.step(), peak_bytes() - before))
+        self._resident = reset_peak()
 
 
 def fastest_batches(task: Task, samples: Samples, config: GRPOConfig, folder: Path) -> dict[Batches, float]:
@@ -151,9 +148,9 @@ def fastest_batches(task: Task, samples: Samples, config: GRPOConfig, folder: Pa
     tried: dict[Batches, float] = {}
 
     def attempt(batches: Batches) -> None:
-        seconds: list[float] = []
-        Peer(task.policy(), samples, config, batches, folder).train(3, seconds.append)
-        tried[batches] = min(seconds[1:])
+        steps: list[float] = []
+        Peer(task.policy(), samples, config, batches, folder).train(3, steps.append)
+        tried[batches] = min(steps[1:])
 
     for update in (group, group * side, everything):
         if update <= LARGEST_UPDATE:
@@ -174,71 +171,45 @@ def measure(side: int, horizon: int, runs: int) -> dict[str, Any]:
         batches = min(tried, key=tried.__getitem__)
         ours, peer = Ours(task, config), Peer(task.policy(), samples, config, batches, folder)
         counts = TokenCount(ours.policy.base_model), TokenCount(peer.model)
-        ours_s: list[float] = []
-        peer_s: list[float] = []
-        peaks: list[tuple[int, int]] = []
-
-        def take_turns(peer_step: float) -> None:
-            peer_s.append(peer_step)
-            peer_peak = peak_mib()
-            ours_s.append(ours.step())
-            peaks.append((peak_mib(), peer_peak))
-
-        peer.train(1 + runs, take_turns)
+        turns = Turns(ours)
+        peer.train(1 + runs, turns)
     # The first step of each side warms up.
-    del ours_s[0], peer_s[0]
-    value, peer_value = statistics.median(ours_s), statistics.median(peer_s)
+    ours_costs, peer_costs = turns.ours[1:], turns.peer[1:]
     tokens, peer_tokens = (count.per_step(1 + runs) for count in counts)
-    return {
-        "name": "grpo_step",
-        "value": round(value, 3),
-        "unit": "seconds per GRPO step, one core",
-        "peer": f"GRPOTrainer of trl {TRL_VERSION}, {batches}",
-        "peer_value": round(peer_value, 3),
-        "ratio": round(peer_value / value, 1),
-        "runs": runs,
-        "spread": {
-            "value": [round(min(ours_s), 3), round(max(ours_s), 3)],
-            "peer_value": [round(min(peer_s), 3), round(max(peer_s), 3)],
-        },
-        "decoder_tokens_per_step": {
+    return comparison(
+        "grpo_step",
+        "seconds per GRPO step",
+        [cost.seconds for cost in ours_costs],
+        f"GRPOTrainer of trl {TRL_VERSION}, {batches}",
+        [cost.seconds for cost in peer_costs],
+        f"preset {PRESET}, 2 mantissa digits, LoRA of rank {ours.policy.spec.lora_r}, 1 window x {side * side} cells, "
+        f"G {GROUP}, S {FRAMES}, K {horizon}, prompts of {len(samples.prompts[0])} tokens, of which "
+        f"{FRAMES * TOKENS_PER_FRAME} text tokens stand for the frames; the peer's numeral rows are frozen; float32, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}",
+        better="less",
+        decoder_tokens_per_step={
             "value": tokens,
             "peer_value": peer_tokens,
-            "ratio": round(peer_tokens["all"] / tokens["all"], 1),
+            "ratio": figure(peer_tokens["all"] / tokens["all"]),
         },
-        "peak_resident_mib": {
-            "value": statistics.median(peak for peak, _ in peaks[1:]),
-            "peer_value": statistics.median(peak for _, peak in peaks[1:]),
+        tokens_per_candidate={
+            "value": figure(statistics.mean(ours.tokens_per_candidate)),
+            "peer_value": figure(statistics.mean(peer.tokens_per_candidate)),
         },
-        "tokens_per_candidate": {
-            "value": round(statistics.mean(ours.tokens_per_candidate), 2),
-            "peer_value": round(statistics.mean(peer.tokens_per_candidate), 2),
+        peak_mib_of_a_step={
+            "value": figure(statistics.median(cost.peak_bytes for cost in ours_costs) / 2**20),
+            "peer_value": figure(statistics.median(cost.peak_bytes for cost in peer_costs) / 2**20),
         },
-        "peer_batches_tried": {str(key): round(seconds, 3) for key, seconds in tried.items()},
-        "setting": (
-            f"preset {PRESET}, 2 mantissa digits, LoRA of rank {ours.policy.spec.lora_r}, 1 window x {side * side} "
-            f"cells, G {GROUP}, S {FRAMES}, K {horizon}, prompts of {len(samples.prompts[0])} tokens, of which "
-            f"{FRAMES * TOKENS_PER_FRAME} text tokens stand for the frames; float32, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, Python {platform.python_version()}, "
-            f"one of {os.cpu_count()} cores"
-        ),
-    }
+        peer_seconds_by_batches={str(key): figure(value) for key, value in tried.items()},
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--side", type=int, default=5, help="cells along a side of the window's region")
-    parser.add_argument("--horizon", type=int, choices=(12, 36), default=12, help="K")
-    arguments = parser.parse_args()
-    result = measure(arguments.side, arguments.horizon, arguments.runs)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    print(
-        f"{result['value']} s a step, {result['ratio']} times faster than {result['peer']} ({result['peer_value']} s)"
-    )
+    arguments = parser(__doc__, runs=7)
+    arguments.add_argument("--side", type=int, default=5, help="cells along a side of the city (default: %(default)s)")
+    arguments.add_argument("--horizon", type=int, choices=(12, 36), default=12, help="K (default: %(default)s)")
+    chosen = arguments.parse_args()
+    publish(measure(chosen.side, chosen.horizon, chosen.runs), chosen.json)
 
 
 if __name__ == "__main__":
