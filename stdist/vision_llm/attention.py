@@ -1,8 +1,8 @@
 """Partial attention: over some of the keys, with the log-sum-exp that lets parts be merged into the whole.
 
-Every back end computes softmax(scale·Q·Kᵀ)·V over the keys it is given and lse = log Σ exp(scale·q·k) beside it. Backward
-is given the *merged* output and log-sum-exp: then exp(scale·q·k − lse) is the probability among all keys, and each
-part's gradients are exactly its share of the whole's (the scheme of ring attention, Liu et al. 2023).
+Every back end computes softmax(scale·Q·Kᵀ)·V over the keys it is given and lse = log Σ exp(scale·q·k) beside it.
+Backward is given the *merged* output and log-sum-exp: then exp(scale·q·k − lse) is the probability among all keys, and
+each part's gradients are exactly its share of the whole's (the scheme of ring attention, Liu et al. 2023).
 
 PyTorch's own kernels serve everywhere; flash-attn and xformers where they are installed and run on the device. A back
 end is taken only after it has shown on the device that it computes what plain matrix products compute.
@@ -11,14 +11,17 @@ end is taken only after it has shown on the device that it computes what plain m
 import importlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-Q, K = Float[Tensor, "batch heads q d"], Float[Tensor, "batch heads k d"]
-LSE = Float[Tensor, "batch heads q"]
+# Queries (and outputs, and their gradients) are [batch, heads, q, d], keys and values [batch, heads, k, d], log-sum-exps
+# [batch, heads, q]. Aliases, since mypy takes a jaxtyping shape for a value where it has a name.
+Q: TypeAlias = Tensor
+K: TypeAlias = Tensor
+LSE: TypeAlias = Tensor
 
 
 class Attention(Protocol):
@@ -175,11 +178,12 @@ class Choice:
 @cache
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The first of flash-attn, xformers (GPU), SDPA that passes :func:`probe` on the device; else plain products."""
-    candidates = [FlashAttention, XFormers, SDPAOnCUDA] if device.type == "cuda" else [SDPAOnCPU]
+    on_gpu: list[type[Attention]] = [FlashAttention, XFormers, SDPAOnCUDA]
+    candidates = on_gpu if device.type == "cuda" else [SDPAOnCPU]
     tried: list[str] = []
     for candidate in candidates:
         try:
-            attention: Attention = candidate()
+            attention = candidate()
             probe(attention, device, dtype)
         except ModuleNotFoundError as error:
             tried.append(f"{candidate.name}: {error.name} is not installed")
@@ -208,8 +212,7 @@ def probe(attention: Attention, device: torch.device, dtype: torch.dtype) -> Non
         out, lse = attention.forward(q, k, v, 0.125, causal)
         found = attention.backward(grad, q, k, v, expected_out, whole, 0.125, causal)
         tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-        for name, a, b in zip(
-            ("output", "log-sum-exp", "dq", "dk", "dv"), (out, lse, *found), (expected_out, expected_lse, *expected)
-        ):
+        names, reference = ("output", "log-sum-exp", "dq", "dk", "dv"), (expected_out, expected_lse, *expected)
+        for name, a, b in zip(names, (out, lse, *found), reference, strict=True):
             if a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance):
                 raise ValueError(f"{name} differs from plain products")

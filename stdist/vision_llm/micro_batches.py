@@ -60,7 +60,8 @@ def _kept(policy: "Policy", tree: Tree) -> list[int]:
             total += storage.nbytes()
         return tensor
 
-    sums, graph = [], []
+    sums: list[int] = []
+    graph: list[object] = []
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         node = policy.prefix(tree.shared[:1], tree.grids[:1])
         sums.append(total)

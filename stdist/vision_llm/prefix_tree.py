@@ -8,6 +8,7 @@ per candidate. A node's memory is freed before its sibling is encoded.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,7 +91,7 @@ def slices(count: int, size: int, family: int) -> list[tuple[int, int]]:
         parts = -(-family // size)
         inside = [round(i * family / parts) for i in range(parts)]
         edges = [first + edge for first in range(0, count, family) for edge in inside] + [count]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 class _Walk:
