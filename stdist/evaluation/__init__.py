@@ -2,7 +2,8 @@
 
 from stdist.evaluation.baselines import BaselineForecasts, forecast_baselines, score_baselines
 from stdist.evaluation.contract import EvaluationContract, ForecastContract, ForecastMetadata
-from stdist.evaluation.forecasts import Forecasts, read_forecasts, write_forecasts
+from stdist.evaluation.forecast_writer import ForecastWriter, Piece, PiecePlan
+from stdist.evaluation.forecasts import ForecastHeader, Forecasts, read_forecasts, write_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
 from stdist.evaluation.report import build_report
@@ -14,8 +15,12 @@ __all__ = [
     "EvaluationContract",
     "EvaluationResult",
     "ForecastContract",
+    "ForecastHeader",
     "ForecastMetadata",
+    "ForecastWriter",
     "Forecasts",
+    "Piece",
+    "PiecePlan",
     "RunMetrics",
     "add_variants",
     "build_report",

@@ -6,8 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import xarray as xr
+import zarr
 from jaxtyping import Float, Shaped
+from polars.io.plugins import register_io_source
 from pydantic import ValidationError
 
 from stdist.errors import InputError
@@ -25,6 +26,33 @@ QUANTILES = (0.1, 0.5, 0.9)
 QUANTILE_COLUMNS = ("q10", "q50", "q90")
 METADATA_KEY = "stdist"
 CELL_IDS_KEY = "stdist_cell_ids"
+SUFFIXES = (".zarr", ".parquet")
+POINTS_IN_MEMORY = 2**20
+"""Values (window, step, cell) that are written together; one window may have more."""
+
+ReadWindows = Callable[[slice], Float[np.ndarray, "quantity n K h w"]]
+"""Gives n consecutive windows: the point forecast, then the quantiles if there are any."""
+
+
+@dataclass(frozen=True, eq=False)
+class ForecastHeader:
+    """What a file of forecasts says beside their values; see ``Forecasts``."""
+
+    metadata: ForecastMetadata
+    origins: Shaped[np.ndarray, " N"]
+    cell_ids: Shaped[np.ndarray, "h w"]
+    has_quantiles: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, K, h, w)."""
+        r0, r1, c0, c1 = self.metadata.contract.region
+        return len(self.origins), self.metadata.contract.K, r1 - r0, c1 - c0
+
+    @property
+    def quantities(self) -> int:
+        """Values a point in time and space has: the point forecast, and the quantiles."""
+        return 1 + len(QUANTILES) * self.has_quantiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +71,7 @@ class Forecasts:
     quantiles: Float[np.ndarray, "3 N K h w"] | None = None
 
     def __post_init__(self) -> None:
-        contract = self.metadata.contract
-        r0, r1, c0, c1 = contract.region
-        expected = (len(self.origins), contract.K, r1 - r0, c1 - c0)
+        expected = self.header.shape
         if self.values.shape != expected:
             raise InputError(
                 f"forecasts have shape {self.values.shape}, their origins and contract say {expected} "
@@ -56,6 +82,10 @@ class Forecasts:
         if self.quantiles is not None and self.quantiles.shape != (len(QUANTILES), *expected):
             raise InputError(f"quantiles have shape {self.quantiles.shape}, expected {(3, *expected)}")
 
+    @property
+    def header(self) -> ForecastHeader:
+        return ForecastHeader(self.metadata, self.origins, self.cell_ids, self.quantiles is not None)
+
 
 def write_forecasts(forecasts: Forecasts, path: Path | str) -> Path:
     """Write to ``path``, by its suffix; the name appears only when the file is whole, replacing an older one.
@@ -64,12 +94,37 @@ def write_forecasts(forecasts: Forecasts, path: Path | str) -> Path:
     step, row, col)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value, cells
     without a forecast left out. Raises InputError for another suffix.
     """
+    path = require_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(windows: slice) -> Float[np.ndarray, "quantity n K h w"]:
+        point = forecasts.values[None, windows]
+        return point if forecasts.quantiles is None else np.concatenate([point, forecasts.quantiles[:, windows]])
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        stream_forecasts(forecasts.header, read, path, Path(scratch))
+    return path
+
+
+def stream_forecasts(header: ForecastHeader, read: ReadWindows, path: Path, scratch: Path) -> None:
+    """What ``write_forecasts`` writes, holding a few windows at a time (``POINTS_IN_MEMORY``).
+
+    ``scratch``: an existing folder on the file system of ``path``, which the caller removes.
+    """
+    write = _write_zarr if path.suffix == ".zarr" else _write_parquet
+    unfinished, replaced = scratch / path.name, scratch / "replaced"
+    write(header, read, unfinished)
+    if path.is_dir():  # a folder cannot be renamed onto a filled one
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    unfinished.replace(path)
+
+
+def require_suffix(path: Path | str) -> Path:
+    """``path`` if forecasts can be written to it by its suffix; raises InputError if not."""
     path = Path(path)
-    write = {".zarr": _write_zarr, ".parquet": _write_parquet}.get(path.suffix)
-    if write is None:
+    if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: forecasts are written as .zarr or .parquet, not '{path.suffix}'")
-    with _whole_or_nothing(path) as unfinished:
-        write(forecasts, unfinished)
     return path
 
 
@@ -90,49 +145,53 @@ def read_forecasts(path: Path | str) -> Forecasts:
         raise InputError(f"{path}: not forecasts written by stdist, or damaged ({reason})") from error
 
 
-@contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to, renamed to ``path`` at the end or removed on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    unfinished = folder / path.name
-    try:
-        yield unfinished
-        if path.is_dir():  # a folder cannot be renamed onto a filled one
-            path.rename(folder / "replaced")
-        unfinished.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _slabs(header: ForecastHeader) -> list[slice]:
+    """Consecutive windows that are held in memory together, and make a chunk of the Zarr arrays."""
+    size = max(1, POINTS_IN_MEMORY // max(1, int(np.prod(header.shape[1:]))))
+    return [slice(first, min(first + size, header.shape[0])) for first in range(0, header.shape[0], size)]
 
 
-def _write_zarr(forecasts: Forecasts, path: Path) -> None:
-    contract = forecasts.metadata.contract
+def _write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    contract = header.metadata.contract
     r0, r1, c0, c1 = contract.region
     dims = ("origin", "step", "row", "col")
-    data: dict[str, Any] = {"point": (dims, forecasts.values.astype(np.float32), {"units": contract.units})}
     coords: dict[str, Any] = {
-        "origin": ("origin", forecasts.origins.astype("datetime64[ns]"), {"standard_name": "time"}),
+        "origin": ("origin", header.origins.astype("datetime64[ns]"), {"standard_name": "time"}),
         "step": ("step", np.arange(1, contract.K + 1)),
         "row": ("row", np.arange(r0, r1)),
         "col": ("col", np.arange(c0, c1)),
-        "cell": (("row", "col"), forecasts.cell_ids),
+        "cell": (("row", "col"), header.cell_ids),
     }
-    if forecasts.quantiles is None:
-        data = {"forecast": data["point"]}
-    else:
-        quantiles = forecasts.quantiles.astype(np.float32)
-        data["forecast"] = (("quantile", *dims), quantiles, {"units": contract.units})
+    if header.has_quantiles:
         coords["quantile"] = ("quantile", np.array(QUANTILES))
-    attributes = {METADATA_KEY: forecasts.metadata.model_dump_json()}
-    per_chunk = max(1, 2**20 // max(1, int(np.prod(forecasts.values.shape[1:]))))
-    chunk = (max(1, min(len(forecasts.origins), per_chunk)), *forecasts.values.shape[1:])
-    encoding = {n: {"chunks": (*(1,) * (len(v[0]) - len(chunk)), *chunk)} for n, v in data.items()}
+    xr.Dataset(coords=coords).to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+    group = zarr.open_group(path, mode="r+")
+    group.attrs.put({METADATA_KEY: header.metadata.model_dump_json()})
+    slabs = _slabs(header)
+
+    def create(name: str, *leading: tuple[str, int]) -> zarr.Array[Any]:
+        return group.create_array(
+            name,
+            shape=(*(size for _, size in leading), *header.shape),
+            chunks=(*(1 for _ in leading), slabs[0].stop if slabs else 1, *header.shape[1:]),
+            dtype="float32",
+            fill_value=np.nan,
+            dimension_names=(*(dim for dim, _ in leading), *dims),
+            # xarray finds the coordinates that are not dimensions by this attribute alone.
+            attributes={"units": contract.units, "coordinates": "cell"},
+        )
+
+    point = create("point" if header.has_quantiles else "forecast")
+    quantiles = create("forecast", ("quantile", len(QUANTILES))) if header.has_quantiles else None
+    for windows in slabs:
+        values = read(windows)
+        point[windows] = values[0]
+        if quantiles is not None:
+            quantiles[:, windows] = values[1:]
     with warnings.catch_warnings():
         # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read.
         warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
-        xr.Dataset(data, coords, attributes).to_zarr(
-            path, mode="w", zarr_format=3, consolidated=True, encoding=encoding
-        )
+        zarr.consolidate_metadata(path)
 
 
 def _read_zarr(path: Path) -> Forecasts:
@@ -147,28 +206,37 @@ def _read_zarr(path: Path) -> Forecasts:
         )
 
 
-def _write_parquet(forecasts: Forecasts, path: Path) -> None:
-    contract = forecasts.metadata.contract
-    n, k, h, w = forecasts.values.shape
-    origin = np.repeat(forecasts.origins.astype("datetime64[ns]"), k * h * w)
+def _write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    def tables(*_pushed_down: object) -> Iterator[pl.DataFrame]:
+        for windows in _slabs(header):
+            yield _table(header, windows, read(windows))
+
+    nothing = _table(header, slice(0, 0), np.empty((header.quantities, 0, *header.shape[1:]), np.float32))
+    metadata = {
+        METADATA_KEY: header.metadata.model_dump_json(),
+        CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
+    }
+    register_io_source(tables, schema=nothing.schema).sink_parquet(path, metadata=metadata)
+
+
+def _table(header: ForecastHeader, windows: slice, values: Float[np.ndarray, "quantity n K h w"]) -> pl.DataFrame:
+    """The rows of some windows, cells without a forecast left out."""
+    _, n, k, h, w = values.shape
+    origin = np.repeat(header.origins[windows].astype("datetime64[ns]"), k * h * w)
     step = np.tile(np.repeat(np.arange(1, k + 1, dtype=np.int32), h * w), n)
+    cadence = np.timedelta64(header.metadata.contract.cadence_seconds, "s")
+    flat = values.reshape(len(values), -1).astype(np.float32)
     columns = {
         "origin": origin,
-        "target": origin + step * np.timedelta64(contract.cadence_seconds, "s"),
-        "cell": np.tile(forecasts.cell_ids.ravel(), n * k),
+        "target": origin + step * cadence,
+        "cell": np.tile(header.cell_ids.ravel(), n * k),
         "step": step,
-        "forecast": forecasts.values.ravel().astype(np.float32),
+        "forecast": flat[0],
     }
-    if forecasts.quantiles is not None:
-        flat = forecasts.quantiles.reshape(len(QUANTILES), -1).astype(np.float32)
-        columns |= dict(zip(QUANTILE_COLUMNS, flat, strict=True))
+    if header.has_quantiles:
+        columns |= dict(zip(QUANTILE_COLUMNS, flat[1:], strict=True))
     table = pl.DataFrame(columns).filter(pl.col("forecast").is_not_nan())
-    table = table.with_columns(pl.col("origin", "target").dt.replace_time_zone("UTC"))
-    metadata = {
-        METADATA_KEY: forecasts.metadata.model_dump_json(),
-        CELL_IDS_KEY: json.dumps(forecasts.cell_ids.tolist()),
-    }
-    table.write_parquet(path, metadata=metadata)
+    return table.with_columns(pl.col("origin", "target").dt.replace_time_zone("UTC"))
 
 
 def _read_parquet(path: Path) -> Forecasts:

@@ -1,14 +1,13 @@
 """From a store's windows to what the policy reads: shared prompts, grids, cell prompts and answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stdist.data import Windows
-from stdist.vision_llm.frames import clipped
+from stdist.data import WindowBatch, Windows
 from stdist.vision_llm.policy import Policy
 
 
@@ -29,7 +28,7 @@ class CityWindows:
     """Reads windows for a policy. Cells are numbered row by row inside the windows' region.
 
     ``clamp`` limits values to the numerals' range (``numeral_range`` tells how many that are); otherwise a value out of
-    range is an InputError. ``clipped`` counts values drawn as white because they exceed t_max, once per window.
+    range is an InputError.
     """
 
     def __init__(self, policy: Policy, windows: Windows, clamp: bool = False):
@@ -42,19 +41,23 @@ class CityWindows:
         grid = windows.store.dataset
         self._row_ids, self._col_ids = grid["row"].values, grid["col"].values
         self._local = windows.store.local_times
-        self.clipped = 0
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def batch(self, indices: np.ndarray, cells: np.ndarray) -> PolicyBatch:
         """Windows number ``indices`` with ``cells`` of each."""
+        return self.batch_of(self.read(indices), cells)
+
+    def read(self, indices: np.ndarray) -> WindowBatch:
+        """Windows number ``indices``, in the numerals' range if ``clamp``."""
         read = self.windows.read(indices)
-        history, target = self._in_range(read.history), self._in_range(read.target)
-        if self.policy.encoder:
-            self.clipped += clipped(history, self.policy.encoder.t_max)
+        return replace(read, history=self._in_range(read.history), target=self._in_range(read.target))
+
+    def batch_of(self, read: WindowBatch, cells: np.ndarray) -> PolicyBatch:
+        """``cells`` of windows that were read."""
+        history, target, w = read.history, read.target, len(read.history)
         rows, cols = self._rows[cells], self._cols[cells]
-        w = len(indices)
         own_history = history[:, :, rows, cols].transpose(0, 2, 1).reshape(w * len(cells), -1)
         truth = target.reshape(w, target.shape[1], -1)[:, :, cells].transpose(0, 2, 1)
         observed = read.target_observed.reshape(w, target.shape[1], -1)[:, :, cells].transpose(0, 2, 1)

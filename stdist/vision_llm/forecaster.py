@@ -1,51 +1,74 @@
-"""Forecasts of a region for many windows, and the errors a stage watches."""
+"""Forecasts of a region for many windows, piece by piece, and the errors a stage watches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from stdist.config import ForecastConfig
-from stdist.evaluation import ErrorState
+from stdist.evaluation import ErrorState, ForecastWriter, Piece, PiecePlan
 from stdist.evaluation.forecasts import QUANTILES
 from stdist.progress import Progress
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.frames import clipped
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.sampler import Decoding, Sampler
 
-# Cells of a window are forecast in parts whose copies of the window's keys and values take at most this much.
-PREFIX_BYTES = 2**29
+# Cells x windows of a piece: enough to fill a device, few enough that a killed forecast loses little.
+PIECE_SIZE = 2048
 
 
-def forecast_batches(
+def plan_pieces(windows: int, cells: int, windows_per_batch: int) -> PiecePlan:
+    """Pieces of ``windows_per_batch`` windows, and of all their cells if these are few."""
+    together = min(windows, windows_per_batch)
+    return PiecePlan(windows, cells, together, max(1, min(cells, PIECE_SIZE // together)))
+
+
+def candidates_per_cell(config: ForecastConfig) -> int:
+    return config.num_generations if config.decoding == "sample" else 1
+
+
+def forecast_pieces(
     policy: Policy,
     city: CityWindows,
-    indices: np.ndarray,
-    windows_per_batch: int,
+    indices: Int[np.ndarray, " N"],
+    pieces: Iterable[Piece],
     decoding: Decoding,
     num_generations: int = 1,
-    generator: torch.Generator | None = None,
-) -> Iterator[tuple[PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
-    """Forecasts every cell of the region for the windows ``indices``; values in the data's units."""
+    seed: int = 0,
+) -> Iterator[tuple[Piece, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
+    """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
+
+    Windows are read and encoded once for all consecutive pieces of them. Each piece draws from ``seed``, its first
+    window and its first cell alone, so that it does not matter which pieces were forecast before it.
+    """
     sampler = Sampler(policy)
-    for first in range(0, len(indices), windows_per_batch):
-        batch = city.batch(indices[first : first + windows_per_batch], city.cells)
-        with torch.no_grad():
-            prefix = policy.prefix(batch.shared, batch.grids)
-        windows, tokens = batch.shared.shape
-        prompts = batch.prompts.view(windows, len(batch.cells), -1)
-        size = max(1, PREFIX_BYTES // (windows * tokens * num_generations * policy.cache_bytes_per_token))
-        values = torch.cat(
-            [
-                sampler.forecast(prefix, part.flatten(0, 1), decoding, num_generations, generator).view(
-                    windows, part.shape[1], num_generations, -1
-                )
-                for part in prompts.split(size, dim=1)
-            ],
-            dim=1,
-        )
-        yield batch, values.cpu().numpy()
+    for windows, blocks in groupby(pieces, key=lambda piece: piece.windows):
+        read, prefix = city.read(indices[windows]), None
+        for piece in blocks:
+            cells = city.cells[piece.cells]
+            batch = city.batch_of(read, cells)
+            if prefix is None:
+                with torch.no_grad():
+                    prefix = policy.prefix(batch.shared, batch.grids)
+            generator = torch.Generator(device=policy.device)
+            generator.manual_seed(_piece_seed(seed, int(indices[windows][0]), int(cells[0])))
+            values = sampler.forecast(prefix, batch.prompts, decoding, num_generations, generator)
+            yield piece, batch, values.view(len(batch.shared), len(cells), *values.shape[1:]).cpu().numpy()
+
+
+def _piece_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.ndarray, "quantity windows K cells"]:
+    """The point forecast, which is the candidates' median; then, where G > 1, their 10, 50 and 90 % quantiles."""
+    quantities = np.median(candidates, axis=2)[None]
+    if candidates.shape[2] > 1:
+        quantities = np.concatenate([quantities, np.quantile(candidates, QUANTILES, axis=2)])
+    return quantities.transpose(0, 1, 3, 2).astype(np.float32)
 
 
 def forecast_windows(
@@ -53,38 +76,27 @@ def forecast_windows(
     city: CityWindows,
     config: ForecastConfig,
     seed: int,
+    writer: ForecastWriter,
     progress: Progress,
-) -> tuple[Float[np.ndarray, "N K h w"], Float[np.ndarray, "3 N K h w"] | None]:
-    """All windows, all cells: the point forecast, and the 10, 50 and 90 % quantiles where candidates were sampled.
+) -> None:
+    """Writes the pieces that ``writer`` still lacks. ``progress`` counts cells x windows, those it has included.
 
-    Cells outside the city (``inside`` is False) are NaN. ``progress`` counts windows.
+    ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, those of each
+    window's whole grid counted once.
     """
-    shape = city.windows.region.shape
-    generations = config.num_generations if config.decoding == "sample" else 1
-    generator = torch.Generator(device=policy.device).manual_seed(seed)
-    parts = []
-    for _, values in forecast_batches(
-        policy,
-        city,
-        np.arange(len(city)),
-        config.windows_per_batch,
-        config.decoding,
-        generations,
-        generator,
+    left = writer.left
+    total = writer.plan.size
+    done = total - sum(piece.size for piece in left)
+    progress(done, total)
+    generations = candidates_per_cell(config)
+    for piece, batch, values in forecast_pieces(
+        policy, city, np.arange(len(city)), left, config.decoding, generations, seed
     ):
-        parts.append(values)
-        progress(sum(map(len, parts)), len(city))
-    candidates = np.concatenate(parts)  # [N, C, G, K]
-
-    def gridded(values: np.ndarray) -> np.ndarray:
-        grid = np.full((len(values), values.shape[2], shape[0] * shape[1]), np.nan, np.float32)
-        grid[:, :, city.cells] = values.transpose(0, 2, 1)
-        return grid.reshape(len(values), -1, *shape)
-
-    point = gridded(np.median(candidates, axis=2))
-    if generations == 1:
-        return point, None
-    return point, np.stack([gridded(np.quantile(candidates, q, axis=2)) for q in QUANTILES])
+        first_of_windows = piece.cells.start == 0
+        white = clipped(batch.grids.numpy(), policy.encoder.t_max) if policy.encoder and first_of_windows else 0
+        writer.write(piece, summarise(values), {"clipped": white})
+        done += piece.size
+        progress(done, total)
 
 
 def validation_errors(
@@ -92,7 +104,8 @@ def validation_errors(
 ) -> dict[str, float]:
     """Pooled MAE, RMSE and NRMSE (Eq. 21–23) of point forecasts on observed points of the windows ``indices``."""
     state = ErrorState.empty(policy.spec.setting.horizon)
-    for batch, values in forecast_batches(policy, city, indices, windows_per_batch, decoding):
+    pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).pieces()
+    for _, batch, values in forecast_pieces(policy, city, indices, pieces, decoding):
         horizon_first = (0, 2, 1)
         state = state.update(
             values[:, :, 0].transpose(horizon_first),

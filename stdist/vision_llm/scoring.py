@@ -7,24 +7,24 @@ from typing import Any
 import torch
 
 from stdist.config import Config, load_config
-from stdist.data import DaySpan, GridStore, Region, Split, Windows, open_store
+from stdist.data import DaySpan, GridStore, Region, Split, open_store
 from stdist.errors import InputError
 from stdist.evaluation import (
+    ForecastHeader,
     ForecastMetadata,
-    Forecasts,
+    ForecastWriter,
     build_report,
     evaluate,
     forecast_contract,
     score_baselines,
-    write_forecasts,
     write_metrics,
 )
 from stdist.files import write_atomically
-from stdist.progress import Progress, progress_bar
+from stdist.progress import progress_bar
 from stdist.training.checkpoint import StageCheckpoints, naming_damage
 from stdist.vision_llm.checkpoints import load_policy
 from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.forecaster import forecast_windows
+from stdist.vision_llm.forecaster import candidates_per_cell, forecast_windows, plan_pieces
 from stdist.vision_llm.frames import pixels_per_cell
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy import Policy
@@ -57,14 +57,13 @@ def forecast_and_score(
 ) -> dict[str, Any]:
     """Forecasts the test windows, scores them beside the baselines, writes ``report/`` with the run's ``notes``."""
     run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
-    checkpoint = f"{config.stages[-1]}/{summaries[config.stages[-1]]['checkpoint']}"
     notes_path = path.parent / "notes.txt"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        with progress_bar("forecast") as progress:
-            forecasts, found = make_forecasts(config, policy, task.test, checkpoint, progress)
-        write_atomically(notes_path, "".join(f"{note}\n" for note in found))
-        write_forecasts(forecasts, path)
+        city = CityWindows(policy, task.test, config.numerals.out_of_range == "clamp")
+        with open_writer(config, city, summaries[config.stages[-1]], path, say) as writer:
+            found = make_forecasts(config, policy, city, writer)
+            write_atomically(notes_path, "".join(f"{note}\n" for note in found))
+            writer.finish()
     found = notes_path.read_text().splitlines()
     for note in found:
         say(note)
@@ -91,28 +90,47 @@ def forecast_and_score(
     return {"test": scores["pooled"], "baselines": nrmse, "report": str(page)}
 
 
-def make_forecasts(
-    config: Config,
-    policy: Policy,
-    windows: Windows,
-    checkpoint: str,
-    progress: Progress,
-) -> tuple[Forecasts, list[str]]:
-    """Forecasts of every window, ready to be written, with run, checkpoint and contract; and what a reader of them
-    should know: values that the frames could not show."""
-    city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
-    values, quantiles = forecast_windows(policy, city, config.forecast, config.seed, progress)
-    forecasts = Forecasts(
-        values=values,
+def open_writer(
+    config: Config, city: CityWindows, summary: dict[str, Any], out: Path, say: Callable[[str], None]
+) -> ForecastWriter:
+    """A writer of the city's forecasts with run, checkpoint and contract, and what it has from before.
+
+    ``summary``: the closing summary of the stage whose result forecasts. It names the checkpoint, and as a whole it
+    tells two trainings apart that left checkpoints of the same name.
+    """
+    windows, generations = city.windows, candidates_per_cell(config.forecast)
+    header = ForecastHeader(
+        metadata=ForecastMetadata(
+            run=config.name, checkpoint=checkpoint_name(config, summary), contract=forecast_contract(windows)
+        ),
         origins=windows.origin_times,
         cell_ids=windows.store.cell_ids[windows.region.slices],
-        metadata=ForecastMetadata(run=config.name, checkpoint=checkpoint, contract=forecast_contract(windows)),
-        quantiles=quantiles,
+        has_quantiles=generations > 1,
     )
-    notes = []
-    if city.clipped:
-        notes.append(f"{city.clipped} values in the windows' frames exceed t_max and were drawn as t_max")
-    return forecasts, notes
+    work = {
+        "decoding": config.forecast.decoding,
+        "num_generations": generations,
+        "seed": config.seed,
+        "out_of_range": config.numerals.out_of_range,
+        "training": summary,
+    }
+    plan = plan_pieces(len(city), len(city.cells), config.forecast.windows_per_batch)
+    return ForecastWriter(out, header, city.cells, plan, work, say)
+
+
+def checkpoint_name(config: Config, summary: dict[str, Any]) -> str:
+    """STAGE/step-N of the last stage's result, by the stage's closing summary."""
+    return f"{config.stages[-1]}/{summary['checkpoint']}"
+
+
+def make_forecasts(config: Config, policy: Policy, city: CityWindows, writer: ForecastWriter) -> list[str]:
+    """Forecasts every window that the writer lacks. Returns what a reader of them should know: values that the frames
+    could not show."""
+    with progress_bar("forecast", unit="cells") as progress:
+        forecast_windows(policy, city, config.forecast, config.seed, writer, progress)
+    if not writer.counts["clipped"]:
+        return []
+    return [f"{writer.counts['clipped']} values in the windows' frames exceed t_max and were drawn as t_max"]
 
 
 def forecast(
@@ -121,7 +139,8 @@ def forecast(
     """``stdist forecast``: the run's final policy on any store, also another city's grid (its own t_max stays).
 
     ``split``: a name (the run's own days on the store it was trained on, else the store's default split) or local days
-    ``A:B``. Raises InputError for an unfinished run, a region outside the grid, days without windows.
+    ``A:B``. The same command run again goes on where a killed one was. Raises InputError for an unfinished run, a
+    region outside the grid, days without windows, another suffix of ``out`` than .zarr or .parquet.
     """
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir} is no run folder, it has no config.yaml; name the folder of a `stdist train`")
@@ -130,7 +149,7 @@ def forecast(
     finished = StageCheckpoints(run_dir / "checkpoints" / stage).finished
     if finished is None:
         raise InputError(f"{run_dir} has not finished its stage {stage}; run `stdist train` on its config again")
-    checkpoint = f"{stage}/{finished['checkpoint']}"
+    checkpoint = checkpoint_name(config, finished)
     with naming_damage(run_dir / "checkpoints" / checkpoint):
         policy = load_policy(run_dir / "checkpoints" / checkpoint)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,9 +170,10 @@ def forecast(
     )
     clamped = find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
     say(windows.contract)
-    with progress_bar("forecast") as progress:
-        forecasts, notes = make_forecasts(config, policy, windows, checkpoint, progress)
-    write_forecasts(forecasts, out)
+    city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
+    with open_writer(config, city, finished, out, say) as writer:
+        notes = make_forecasts(config, policy, city, writer)
+        writer.finish()
     for note in [clamped, *notes] if clamped else notes:
         say(note)
     return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}

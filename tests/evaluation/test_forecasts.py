@@ -6,9 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 import xarray as xr
+import zarr
 
 from stdist.data import Region
 from stdist.errors import InputError
+from stdist.evaluation import forecasts as files
 from stdist.evaluation import read_forecasts, write_forecasts
 
 from .conftest import make_forecasts
@@ -87,6 +89,30 @@ def test_parquet_with_a_repeated_row_is_refused(forecasts, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
+def test_written_a_few_windows_at_a_time(forecasts, suffix, tmp_path, monkeypatch):
+    """93 windows of 4 steps and 6 cells, ten in memory: the same values, never more than ten windows asked for."""
+    monkeypatch.setattr(files, "POINTS_IN_MEMORY", 10 * 4 * 6 + 1)
+    asked, whole = (
+        [],
+        np.concatenate([forecasts.values[None], *([] if forecasts.quantiles is None else [forecasts.quantiles])]),
+    )
+
+    def read(windows):
+        asked.append(windows.stop - windows.start)
+        return whole[:, windows]
+
+    path = tmp_path / f"made{suffix}"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    files.stream_forecasts(forecasts.header, read, path, scratch)
+    assert asked == [10] * 9 + [3]
+    again = read_forecasts(path)
+    np.testing.assert_array_equal(again.values, forecasts.values)
+    if forecasts.quantiles is not None:
+        np.testing.assert_array_equal(again.quantiles, forecasts.quantiles)
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
 def test_a_failed_write_leaves_the_old_file(forecasts, suffix, tmp_path, monkeypatch):
     path = write_forecasts(forecasts, tmp_path / f"made{suffix}")
 
@@ -94,8 +120,8 @@ def test_a_failed_write_leaves_the_old_file(forecasts, suffix, tmp_path, monkeyp
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(xr.Dataset, "to_zarr", broken)
-        patch.setattr(pl.DataFrame, "write_parquet", broken)
+        patch.setattr(zarr.Array, "__setitem__", broken)
+        patch.setattr(pl.LazyFrame, "sink_parquet", broken)
         with pytest.raises(OSError, match="disk full"):
             write_forecasts(forecasts, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,199 @@
+"""Forecasts written piece by piece are those written at once, however often their writer was killed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stdist.data import Region
+from stdist.errors import InputError
+from stdist.evaluation import (
+    ForecastHeader,
+    ForecastWriter,
+    Piece,
+    PiecePlan,
+    forecast_writer,
+    read_forecasts,
+    write_forecasts,
+)
+
+from .conftest import make_forecasts
+
+REGION = Region(0, 3, 1, 3)
+CELLS = np.array([0, 2, 3, 4, 5])  # cell 1 of the region lies outside the city
+WORK = {"decoding": "sample", "seed": 3}
+
+
+@pytest.fixture(params=[False, True], ids=["one candidate", "quantiles"])
+def forecasts(request, store):
+    """93 windows, 4 steps, 3 x 2 cells."""
+    return make_forecasts(store.windows("test", 6, 4, channel="flow", region=REGION), quantiles=request.param)
+
+
+@pytest.fixture
+def open_writer(forecasts, tmp_path):
+    """Writers of 3 x 4 pieces to ``made.zarr``; ``said`` collects their lines."""
+    said = []
+
+    def make(path=tmp_path / "made.zarr", header: ForecastHeader = forecasts.header, plan=(93, 5, 25, 2), work=WORK):
+        return ForecastWriter(path, header, CELLS, PiecePlan(*plan), work, said.append)
+
+    make.said = said
+    return make
+
+
+def fill(writer, forecasts, pieces=None):
+    """Writes the next ``pieces``, by default all that are left."""
+    n, k, _, _ = forecasts.values.shape
+    quantiles = [] if forecasts.quantiles is None else forecasts.quantiles
+    flat = np.stack([forecasts.values, *quantiles]).reshape(-1, n, k, 6)[..., CELLS]
+    for piece in writer.left[:pieces]:
+        writer.write(piece, flat[:, piece.windows, :, piece.cells], {"seen": 2})
+
+
+def bytes_of(path):
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def test_a_plan_cuts_windows_then_cells():
+    plan = PiecePlan(windows=3, cells=5, windows_per_piece=2, cells_per_piece=3)
+    first, second = slice(0, 2), slice(2, 3)
+    assert plan.pieces() == [
+        Piece(first, slice(0, 3)),
+        Piece(first, slice(3, 5)),
+        Piece(second, slice(0, 3)),
+        Piece(second, slice(3, 5)),
+    ]
+    assert [piece.size for piece in plan.pieces()] == [6, 4, 3, 2] and plan.size == 15
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
+def test_pieces_make_the_same_bytes_as_forecasts_written_at_once(open_writer, forecasts, suffix, tmp_path):
+    path, folder = tmp_path / f"made{suffix}", tmp_path / f"made{suffix}.partial"
+    with open_writer(path) as writer:
+        assert len(writer.left) == 4 * 3
+        fill(writer, forecasts)
+        assert not path.exists() and folder.is_dir()
+        assert writer.finish() == path
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and open_writer.said == []
+    (tmp_path / "at once").mkdir()
+    assert bytes_of(path) == bytes_of(write_forecasts(forecasts, tmp_path / "at once" / path.name))
+
+
+def test_a_writer_goes_on_where_another_was_left(open_writer, forecasts, tmp_path):
+    """Twice; the chunk after the last whole one is half written, as a kill leaves it where writes are not atomic."""
+    for pieces, left in ((5, 12), (3, 7)):
+        with open_writer() as writer:
+            assert len(writer.left) == left
+            fill(writer, forecasts, pieces)
+        row, column = divmod(12 - left + pieces, 3)
+        torn = writer.partial / "pieces.zarr" / "c" / "0" / str(row) / "0" / str(column)
+        torn.parent.mkdir(parents=True, exist_ok=True)
+        torn.write_bytes(b"torn")
+    with open_writer() as writer:
+        assert len(writer.left) == 4
+        fill(writer, forecasts)
+        writer.finish()
+    assert writer.counts == {"seen": 24}, "counts stay with the pieces"
+    holds = f"{tmp_path / 'made.zarr.partial'} holds"
+    assert open_writer.said == [f"{holds} {n} pieces of 12, going on from there" for n in (5, 8)]
+    (tmp_path / "at once").mkdir()
+    assert bytes_of(writer.path) == bytes_of(write_forecasts(forecasts, tmp_path / "at once" / "made.zarr"))
+
+
+def test_killed_while_the_final_file_is_made(open_writer, forecasts, tmp_path, monkeypatch):
+    """All pieces are there, nothing is forecast again, and the older file of the name stays until the end."""
+    older = replace(forecasts, values=forecasts.values + 1)
+    path = write_forecasts(older, tmp_path / "made.zarr")
+    before = bytes_of(path)
+
+    def killed(header, read, path, scratch):
+        (scratch / path.name).mkdir()
+        (scratch / path.name / "zarr.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), open_writer() as writer:
+        patch.setattr(forecast_writer, "stream_forecasts", killed)
+        fill(writer, forecasts)
+        writer.finish()
+    assert bytes_of(path) == before
+    with open_writer() as writer:
+        assert writer.left == []
+        writer.finish()
+    (tmp_path / "at once").mkdir()
+    assert bytes_of(path) == bytes_of(write_forecasts(forecasts, tmp_path / "at once" / "made.zarr"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["at once", "made.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("run", "run"),
+        ("checkpoint", "checkpoint"),
+        ("store_digest", "store_digest"),
+        ("split", "split"),
+        ("work", "seed"),
+        ("plan", "pieces"),
+    ],
+)
+def test_pieces_of_other_work_are_discarded_with_a_line(open_writer, forecasts, tmp_path, change, named):
+    with open_writer() as writer:
+        fill(writer, replace(forecasts, values=forecasts.values + 1), 5)
+    header, metadata = forecasts.header, forecasts.metadata
+    if change in ("run", "checkpoint"):
+        header = replace(header, metadata=metadata.model_copy(update={change: "other"}))
+    elif change in ("store_digest", "split"):
+        contract = metadata.contract.model_copy(update={change: "other"})
+        header = replace(header, metadata=metadata.model_copy(update={"contract": contract}))
+    work = WORK | {"seed": 4} if change == "work" else WORK
+    plan = (93, 5, 31, 2) if change == "plan" else (93, 5, 25, 2)
+    with open_writer(header=header, work=work, plan=plan) as writer:
+        assert open_writer.said == [
+            f"{tmp_path / 'made.zarr.partial'} holds 5 pieces of other forecasts ({named} differ), they are discarded"
+        ]
+        assert writer.left == PiecePlan(*plan).pieces() and not writer.counts
+        fill(writer, forecasts)
+        writer.finish()
+    same = replace(forecasts, metadata=header.metadata)
+    (tmp_path / "at once").mkdir()
+    assert bytes_of(writer.path) == bytes_of(write_forecasts(same, tmp_path / "at once" / "made.zarr"))
+
+
+def test_nothing_is_said_of_a_writer_that_wrote_no_piece(open_writer):
+    open_writer().__exit__(None, None, None)
+    with open_writer(work={"seed": 9}) as writer:
+        assert len(writer.left) == 12
+    assert open_writer.said == []
+
+
+def test_two_writers_of_one_name_are_refused(open_writer, forecasts):
+    with open_writer() as writer:
+        fill(writer, forecasts, 1)
+        with pytest.raises(InputError, match=r"made\.zarr is being written by another process"):
+            open_writer(work={"seed": 9})
+        fill(writer, forecasts)
+        writer.finish()
+
+
+def test_pieces_come_in_their_order_and_all_of_them(open_writer, forecasts):
+    with open_writer() as writer:
+        with pytest.raises(AssertionError, match="not the next"):
+            writer.write(writer.left[1], np.zeros(()))
+        with pytest.raises(AssertionError, match="12 pieces are missing"):
+            writer.finish()
+
+
+def test_another_suffix_is_refused_before_anything_is_written(open_writer, tmp_path):
+    with pytest.raises(InputError, match=r"\.zarr or \.parquet, not '\.csv'"):
+        open_writer(tmp_path / "made.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_region_outside_the_city_is_empty(forecasts, tmp_path):
+    plan = PiecePlan(windows=93, cells=0, windows_per_piece=25, cells_per_piece=1)
+    path = tmp_path / "made.zarr"
+    with ForecastWriter(path, forecasts.header, np.zeros(0, int), plan, WORK, print) as writer:
+        assert writer.left == []
+        writer.finish()
+    assert np.isnan(read_forecasts(path).values).all()
