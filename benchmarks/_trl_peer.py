@@ -1,11 +1,12 @@
 """The peer of ``grpo_step.py``: TRL's GRPOTrainer on the policy's own weights, as a plain transformers model.
 
-What differs from stdist favours the peer: the numeral rows stay frozen (no gradient of the embedding or the head, whose
-adapters GRPOTrainer refuses), old log-probabilities are never computed (it takes those of the update itself), and only
-completion positions go through the head, which the released trainer does on GPUs alone.
+It samples from its whole vocabulary, that is how it works, but exactly K tokens. Old log-probabilities cost no side a
+pass: the trainer takes those of the update, stdist those of its sampler. Two things favour the peer: the numeral rows
+stay frozen (GRPOTrainer refuses an adapter of the head), and only completion positions go through the head, which the
+released trainer does on GPUs alone. Its rollouts are ``generate``'s; its continuous batching shares prompts, yet took
+several times longer on a CPU.
 """
 
-import copy
 import sys
 import time
 import warnings
@@ -15,21 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _window import plain_model
 from peft import LoraConfig
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Qwen2_5_VLForConditionalGeneration,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 try:
     import trl.trainer.utils
     from datasets import Dataset
     from trl import GRPOConfig as TRLConfig
     from trl import GRPOTrainer
-except ImportError:
-    print("error: TRL is missing; pip install -c constraints.txt -r benchmarks/requirements.txt", file=sys.stderr)
+except ModuleNotFoundError as error:
+    print(
+        f"error: {error.name} is missing; pip install -c constraints.txt -r benchmarks/requirements.txt",
+        file=sys.stderr,
+    )
     raise SystemExit(2) from None
 
 from stdist.config import GRPOConfig
@@ -38,7 +38,7 @@ from stdist.vision_llm.checkpoints import full_tokenizer
 from stdist.vision_llm.policy import LORA_TARGETS, Policy
 
 TRL_VERSION = trl.__version__
-# Trainer's own choice of names that its next version drops.
+# peft and Trainer ask transformers by names that its next version drops.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # GRPOTrainer scores all positions, the prompt's too, wherever Triton does not run. Only the choice of positions is
 # changed here: the kernel reads a name of its own.
@@ -65,17 +65,6 @@ class Batches:
         return f"{self.update} sequences a backward pass, {self.generation} generated together"
 
 
-def plain_model(policy: Policy) -> Qwen2_5_VLForConditionalGeneration:
-    """One embedding and one head of text rows, then numeral rows; without adapters, with transformers' attention."""
-    model = copy.deepcopy(policy.base_model)
-    model.set_attn_implementation("sdpa")
-    first = policy.first_numeral_id
-    model.resize_token_embeddings(first + len(policy.vocabulary), mean_resizing=False)
-    model.get_input_embeddings().weight.data[first:] = policy.rows.input.data
-    model.lm_head.weight.data[first:] = policy.rows.output.data
-    return model
-
-
 def check_same_model(policy: Policy, samples: Samples) -> None:
     """Stops the benchmark where the peer's model does not give the policy's logits."""
     ids = torch.tensor(samples.prompts[:2])
@@ -91,7 +80,7 @@ class Peer:
 
     Args:
         policy: without LoRA yet.
-        batches: both divide C·G; the generation batch is whole groups and whole update batches.
+        batches: both divide C·G; what is generated together is whole groups and whole update batches.
         output_dir: where the trainer may write.
     """
 
