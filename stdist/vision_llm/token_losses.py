@@ -136,26 +136,23 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, temperature, with_entropy, *rows):
         head = _Head(hidden, rows, temperature)
-        log_sum = hidden.new_full((len(hidden),), -torch.inf, dtype=head.dtype)
-        target = torch.full_like(log_sum, torch.nan)
-        mean = torch.zeros_like(log_sum) if with_entropy else None  # Σ p · logit over the rows seen so far
+        # Lowest and not −inf: what it is multiplied with may be 0.
+        highest = hidden.new_full((len(hidden),), torch.finfo(head.dtype).min, dtype=head.dtype)
+        total, target = torch.zeros_like(highest), torch.full_like(highest, torch.nan)
+        moment = torch.zeros_like(highest) if with_entropy else None
         for tile in head.tiles():
             for part in head.parts():
                 logits = head.logits(part, tile)
                 column, inside = _columns(targets[part], tile)
                 target[part] = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target[part])
-                tile_log_sum, tile_mean = _log_sum_and_mean(logits, with_entropy)
-                before = log_sum[part]
-                after = torch.logaddexp(before, tile_log_sum)
-                if mean is not None and tile_mean is not None:
-                    mean[part] *= (before - after).exp()
-                    mean[part] += (tile_log_sum - after).exp() * tile_mean
-                log_sum[part] = after
-        entropy = None if mean is None else log_sum - mean
+                _absorb(logits, highest[part], total[part], None if moment is None else moment[part])
+        log_total = total.log()
+        entropy = None if moment is None else log_total - moment / total
+        log_sum = highest + log_total
         ctx.save_for_backward(hidden, targets, log_sum, entropy, *rows)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return target - log_sum, entropy
+        return (target - highest) - log_total, entropy
 
     @staticmethod
     @once_differentiable
@@ -214,18 +211,24 @@ def _columns(targets: Int[Tensor, "part"], tile: _Tile) -> tuple[Int[Tensor, "pa
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _log_sum_and_mean(
-    logits: Float[Tensor, "part width"], with_mean: bool
-) -> tuple[Float[Tensor, "part"], Float[Tensor, "part"] | None]:
-    """log Σ exp(logit) and, if wanted, the mean logit under the tile's softmax. Overwrites ``logits``."""
-    highest = logits.amax(1)
+def _absorb(
+    logits: Float[Tensor, "part width"],
+    highest: Float[Tensor, "part"],
+    total: Float[Tensor, "part"],
+    moment: Float[Tensor, "part"] | None,
+) -> None:
+    """Takes a tile of logits z into m = max z, Σ exp(z − m) and Σ exp(z − m) (z − m). Overwrites all four."""
+    before = highest.clone()
+    torch.maximum(before, logits.amax(1), out=highest)
+    shift = before - highest
+    shrink = shift.exp()
     logits.sub_(highest[:, None])
-    if not with_mean:
-        return logits.exp_().sum(1).log_().add_(highest), None
+    if moment is None:
+        total.mul_(shrink).add_(logits.exp_().sum(1))
+        return
     weights = logits.exp()
-    total = weights.sum(1)
-    mean = logits.mul_(weights).sum(1) / total + highest
-    return total.log_().add_(highest), mean
+    moment.add_(shift * total).mul_(shrink).add_(logits.mul_(weights).sum(1))
+    total.mul_(shrink).add_(weights.sum(1))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> None:
