@@ -11,7 +11,7 @@ from stdist.config import GRPOConfig
 from stdist.data import GridStore
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.grpo import EXTRA_TOKENS, NORMALIZER_FLOOR, GRPOStage, completion_log_probs
+from stdist.vision_llm.grpo import EXTRA_TOKENS, NORMALIZER_FLOOR, GRPOStage, candidate_tree, completion_log_probs
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.sampler import Completions
@@ -130,21 +130,43 @@ def test_first_step_has_no_kl_and_clips_nothing(make_policy: MakePolicy, store: 
     assert 0 <= scalars["right_length"] <= 1 and 1 <= scalars["tokens_per_candidate"] <= 3 + EXTRA_TOKENS
 
 
-def test_micro_batches_weigh_by_their_windows(
+def test_micro_batches_add_up_to_the_whole_step(
     make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same candidates in one batch of three windows, or in two and one: the same loss and gradient."""
-    losses, gradients = [], []
-    for size in (3, 2):
+    """All activations in memory, or no more than one sequence's at a time: the same scalars and the same gradient."""
+    runs, gradients, calls = [], [], []
+    for memory in (1.0, 1e-9):
         policy = sft_model(make_policy, with_adapter=True)
         policy.begin_grpo()
-        stage = stage_of(policy, store, windows_per_step=3, windows_per_micro_batch=size, beta=0.0)
+        stage = stage_of(policy, store, windows_per_step=3, activation_memory=memory, beta=0.1)
         monkeypatch.setattr(stage, "_write", lambda batch, generator, policy=policy: fixed_candidates(policy, batch))
-        losses.append(stage.step(0, torch.Tensor.backward))
-        gradients.append(policy.rows.output.grad)
-    assert losses[0]["reward"] == pytest.approx(losses[1]["reward"], rel=1e-5)
-    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], abs=1e-5)
-    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-4
+        backwards: list[Tensor] = []
+
+        def backward(loss: Tensor, backwards: list[Tensor] = backwards) -> None:
+            backwards.append(loss.detach())
+            loss.backward()
+
+        runs.append(stage.step(0, backward))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+        calls.append(len(backwards))
+    assert calls == [3, 3 * 2 * 4 + 3 * 2 + 3], "candidates' backwards, then their cells', then the windows'"
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=1e-5)
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+
+
+def test_a_step_reports_its_tokens_and_those_it_saved(
+    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V + C·(T + G·K) a window where one sequence per candidate computes C·G·(V + T + K)."""
+    policy = sft_model(make_policy, with_adapter=True)
+    policy.begin_grpo()
+    stage = stage_of(policy, store)
+    monkeypatch.setattr(stage, "_write", lambda batch, generator: fixed_candidates(policy, batch))
+    scalars = stage.step(0, torch.Tensor.backward)
+    batch = stage.train.batch(np.array([0]), np.array([0]))
+    v, t, k = batch.shared.shape[1], batch.prompts.shape[1], 3
+    assert scalars["tokens"] == 2 * (v + 2 * (t + 4 * k))
+    assert scalars["tokens_saved"] == 2 * (2 * 4 * (v + t + k)) - scalars["tokens"]
 
 
 def fixed_candidates(policy: Policy, batch: PolicyBatch) -> Completions:
@@ -206,11 +228,13 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(
     stage = stage_of(policy, store)
     batches: list[PolicyBatch] = []
 
+    def log_probs(batch: PolicyBatch, written: Completions) -> Tensor:
+        return completion_log_probs(policy, candidate_tree(policy, batch, written), written, 1.0, sizes=[2, 4, 16])
+
     def write(batch: PolicyBatch, generator: torch.Generator) -> Completions:
         batches.append(batch)
         written = fixed_candidates(policy, batch)
-        with torch.no_grad():
-            written.log_probs = completion_log_probs(policy, batch, written, stage.config)
+        written.log_probs = log_probs(batch, written)
         return written
 
     monkeypatch.setattr(stage, "_write", write)
@@ -219,8 +243,7 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(
     for _ in range(4):
         stage.step(0, engine.backward)
         engine.step()
-        with torch.no_grad():
-            now = completion_log_probs(policy, batches[0], fixed_candidates(policy, batches[0]), stage.config)
+        now = log_probs(batches[0], fixed_candidates(policy, batches[0]))
         totals = now.sum(1).view(-1, 4).mean(0)
         before = totals if before is None else before
     assert (totals - before)[0] > (totals - before)[2]

@@ -9,7 +9,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.vision_llm.city_windows import PolicyBatch
 from stdist.vision_llm.policy import Policy
-
 from stdist.vision_llm.prompts import IMAGE
 
 MakePolicy = Callable[..., Policy]
@@ -131,16 +130,25 @@ def test_gradient_through_a_shared_prefix_is_the_sum_over_samples(
         assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-4, name
 
 
-def test_a_repeated_prefix_adds_gradients_up_in_the_original(policy: Policy, batch: PolicyBatch) -> None:
+def test_a_part_of_a_prefix_is_a_view_that_knows_what_it_continues(policy: Policy, batch: PolicyBatch) -> None:
+    _, cells = policy.branch(policy.prefix(batch.shared, batch.grids), batch.prompts)
+    part = cells.part(3, 5)
+    assert (part.sequences, part.position.tolist()) == (2, cells.position[3:5].tolist())
+    assert part.parent is not None and part.parent.sequences == 1
+    for ours, whole in zip(part.tensors, cells.tensors, strict=True):
+        assert torch.equal(ours, whole[3:5]) and ours.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    for ours, whole in zip(part.parent.tensors, cells.parent.tensors, strict=True):
+        assert torch.equal(ours, whole[1:2]) and ours.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def test_children_read_their_parents_memory_itself(policy: Policy, batch: PolicyBatch) -> None:
+    """Three cells a window, yet a layer's segments hold one row of keys for each window."""
     prefix = policy.prefix(batch.shared, batch.grids)
-    keys = prefix.cache.layers[0].keys.detach().requires_grad_(True)
-    prefix.cache.layers[0].keys = keys
-    thrice = repeated(prefix, 3)
-    copies = thrice.cache.layers[0].keys
-    assert (thrice.sequences, thrice.position) == (6, prefix.position)
-    assert copies.shape[0] == 6 and torch.equal(copies[2], keys[0]) and torch.equal(copies[3], keys[1])
-    (copies * torch.arange(1.0, 7.0).view(6, 1, 1, 1)).sum().backward()
-    assert keys.grad[:, 0, 0, 0].tolist() == [1 + 2 + 3, 4 + 5 + 6]
+    _, cells = policy.branch(prefix, batch.prompts)
+    for layer in range(4):
+        own, windows = cells.segments(layer)
+        assert own.keys is cells.keys[layer] and own.values is cells.values[layer]
+        assert windows.keys is prefix.keys[layer] and len(windows.keys) == 2 and len(own.keys) == 6
 
 
 @pytest.mark.parametrize("part", ["rows", "lora", "full"])

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.config import GRPOConfig
 from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.grpo import completion_log_probs
+from stdist.vision_llm.grpo import candidate_tree, completion_log_probs
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.prefix import Prefix
 from stdist.vision_llm.sampler import Completions, Sampler, at_quantile
@@ -221,9 +220,8 @@ def test_log_probs_equal_those_of_one_forward_over_the_finished_text(
 ) -> None:
     """What was sampled token by token from a cache is what the learner sees: ratio 1 before the first update."""
     written = some_that_ended(talkative, batch, temperature)
-    config = GRPOConfig(num_generations=5, temperature=temperature)
-    with torch.no_grad():
-        again = completion_log_probs(talkative, batch, written, config)
+    tree = candidate_tree(talkative, batch, written)
+    again = completion_log_probs(talkative, tree, written, temperature, sizes=[2, 4, 7])
     assert torch.allclose(again, written.log_probs, atol=1e-4)
     assert (again[~written.mask] == 0).all()
 

@@ -3,32 +3,41 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.config import SFTConfig
 from stdist.data import GridStore
+from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.sft import SFTStage, sft_loss
-from stdist.vision_llm.token_losses import answer_logits, full_logits, target_cross_entropy
+from stdist.vision_llm.prefix_tree import Tree
+from stdist.vision_llm.sft import SFTStage, sft_loss, sft_tree
+from stdist.vision_llm.token_losses import token_losses
+
+NO_CUT = [99, 99]
+
+
+def loss_of(
+    policy: Policy, batch: PolicyBatch, blank: Tensor, backward: Callable[[Tensor], None] | None = None
+) -> float:
+    """Eq. 16 through the tree, and its gradient if asked for."""
+    return prefix_tree.backward(
+        policy, sft_tree(policy, batch, blank), sft_loss(policy, batch), backward or (lambda loss: None), NO_CUT
+    )
 
 
 def test_eq_16_by_hand() -> None:
-    """−log P with logits (0, log 2, log 5): P = 1/8, 2/8, 5/8."""
+    """−log P with logits (0, log 2, log 5): P = 1/8, 2/8, 5/8; the head's rows are unit vectors, in two blocks."""
     logits = torch.tensor([[0.0, math.log(2), math.log(5)]] * 3)
-    loss = target_cross_entropy(logits, torch.tensor([0, 1, 2]))
-    assert loss.tolist() == pytest.approx([math.log(8), math.log(4), math.log(8 / 5)])
-    assert target_cross_entropy(logits.bfloat16(), torch.tensor([0, 1, 2])).dtype == torch.float32
-
-
-def test_head_rows_by_hand() -> None:
-    hidden = torch.tensor([[1.0, 2.0]])
-    text, numerals = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0], [1.0, 1.0]])
-    assert full_logits(hidden, text, numerals).tolist() == [[1, 2, 3, -2, 3]]
-    assert answer_logits(hidden, text[1], numerals).tolist() == [[3, -2, 3, 2]]
+    blocks = torch.eye(3).split([1, 2])
+    losses = token_losses(logits, blocks, torch.tensor([0, 1, 2]))
+    assert (-losses.log_probs).tolist() == pytest.approx([math.log(8), math.log(4), math.log(8 / 5)])
+    assert token_losses(logits.bfloat16(), blocks, torch.tensor([0, 1, 2])).log_probs.dtype == torch.float32
 
 
 def test_eq_16_equals_transformers_loss_with_everything_else_ignored(
@@ -38,7 +47,7 @@ def test_eq_16_equals_transformers_loss_with_everything_else_ignored(
     plain_inputs: Callable[..., dict[str, Tensor]],
 ) -> None:
     """Mean over K numerals and the end token of all cells; labels are −100 on the whole prompt."""
-    ours = sft_loss(policy, batch, torch.zeros(6, dtype=torch.bool))
+    ours = loss_of(policy, batch, torch.zeros(6, dtype=torch.bool))
     model = plain_model(policy)
     losses = []
     for child in range(6):
@@ -47,15 +56,14 @@ def test_eq_16_equals_transformers_loss_with_everything_else_ignored(
         labels[:, : -batch.answers.shape[1]] = -100
         with torch.no_grad():
             losses.append(model(**inputs, labels=labels).loss.item())
-    assert ours.item() == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert ours == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
 def test_prompts_earn_no_loss(make_policy: Callable[..., Policy], batch: PolicyBatch) -> None:
     """The head's gradient is softmax minus one-hot: below zero only in rows that are targets."""
     policy = make_policy()
     policy.train_only("rows")
-    loss = sft_loss(policy, batch, torch.zeros(6, dtype=torch.bool))
-    loss.backward()
+    loss_of(policy, batch, torch.zeros(6, dtype=torch.bool), torch.Tensor.backward)
     prefix = policy.prefix(batch.shared, batch.grids)
     hidden, _ = policy.branch(prefix, torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1))
     predicting = hidden[:, batch.prompts.shape[1] - 1 :].flatten(0, 1).detach()
@@ -73,21 +81,21 @@ def test_blanked_sequences_do_not_read_their_previous_answers(policy: Policy, ba
     changed.answers[:, 0] = policy.first_numeral_id + 7
 
     def losses(of: PolicyBatch, blank: Tensor) -> Tensor:
-        """Per position, from the same forward as ``sft_loss`` but written out."""
+        """Per position, from one forward, written out."""
         previous = torch.where(blank[:, None], torch.tensor(policy.blank_id), of.answers[:, :-1])
         hidden, _ = policy.branch(policy.prefix(of.shared, of.grids), torch.cat([of.prompts, previous], dim=1))
         logits = policy.logits(hidden[:, of.prompts.shape[1] - 1 :].flatten(0, 1))
-        return target_cross_entropy(logits, of.answers.flatten()).view(6, -1)
+        return cross_entropy(logits, of.answers.flatten(), reduction="none").view(6, -1)
 
     blanked = losses(batch, everything)
-    assert sft_loss(policy, batch, everything).item() == pytest.approx(blanked.mean().item(), rel=1e-5)
+    assert loss_of(policy, batch, everything) == pytest.approx(blanked.mean().item(), rel=1e-5)
     # Other first answers change the loss of that position alone, since no later one reads them …
     assert torch.allclose(losses(changed, everything)[:, 1:], blanked[:, 1:], atol=1e-5)
     # … which they do without blanks.
     assert not torch.allclose(losses(changed, nothing)[:, 1:], losses(batch, nothing)[:, 1:], atol=1e-3)
     half = torch.tensor([True, False, False, True, True, False])
     mixed = torch.where(half[:, None], blanked, losses(batch, nothing))
-    assert sft_loss(policy, batch, half).item() == pytest.approx(mixed.mean().item(), rel=1e-5)
+    assert loss_of(policy, batch, half) == pytest.approx(mixed.mean().item(), rel=1e-5)
 
 
 def stage_of(policy: Policy, store: GridStore, **changes: object) -> SFTStage:
@@ -97,16 +105,33 @@ def stage_of(policy: Policy, store: GridStore, **changes: object) -> SFTStage:
 
 
 def test_micro_batches_add_up_to_the_whole_step(make_policy: Callable[..., Policy], store: GridStore) -> None:
-    """Four windows at once, or three and one: the same loss and the same gradient."""
-    gradients, losses = [], []
-    for size in (4, 3):
+    """All activations in memory, or no more than one sequence's at a time: the same loss and the same gradient."""
+    gradients, losses, calls = [], [], []
+    for memory in (1.0, 1e-9):
         policy = make_policy()
         policy.train_only("full")
-        scalars = stage_of(policy, store, windows_per_micro_batch=size).step(0, torch.Tensor.backward)
-        gradients.append(torch.cat([policy.rows.input.grad.flatten(), policy.base_model.lm_head.weight.grad.flatten()]))
+        backwards: list[Tensor] = []
+
+        def backward(loss: Tensor, backwards: list[Tensor] = backwards) -> None:
+            backwards.append(loss.detach())
+            loss.backward()
+
+        scalars = stage_of(policy, store, activation_memory=memory).step(0, backward)
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
         losses.append(scalars["loss"])
+        calls.append(len(backwards))
+    assert calls == [1 + 1, 4 * 3 + 4], "children's backwards, then their windows'"
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-4
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+
+
+def test_a_step_reports_its_tokens_and_those_it_saved(policy: Policy, store: GridStore) -> None:
+    """A window's V tokens are computed once and not once for each of its three cells."""
+    stage = stage_of(policy, store)
+    scalars = stage.step(0, lambda loss: None)
+    batch = stage.train.batch(np.array([0]), np.array([0]))
+    v, own = batch.shared.shape[1], batch.prompts.shape[1] + batch.answers.shape[1] - 1
+    assert scalars["tokens"] == 4 * (v + 3 * own) and scalars["tokens_saved"] == 4 * 2 * v
 
 
 def test_a_step_depends_on_its_number_alone(policy: Policy, store: GridStore) -> None:
@@ -118,11 +143,12 @@ def test_a_step_depends_on_its_number_alone(policy: Policy, store: GridStore) ->
 def test_blank_share_is_a_share_of_sequences(policy: Policy, store: GridStore, monkeypatch: pytest.MonkeyPatch) -> None:
     blanks: list[Tensor] = []
 
-    def spy(policy: Policy, batch: PolicyBatch, blank: Tensor) -> Tensor:
+    def spy(policy: Policy, batch: PolicyBatch, blank: Tensor) -> Tree:
         blanks.append(blank)
-        return torch.zeros(())
+        return sft_tree(policy, batch, blank)
 
-    monkeypatch.setattr("stdist.vision_llm.sft.sft_loss", spy)
+    monkeypatch.setattr("stdist.vision_llm.sft.sft_tree", spy)
+    monkeypatch.setattr("stdist.vision_llm.prefix_tree.backward", lambda *_: 0.0)
     for share, low, high in ((0.0, 0, 0), (0.25, 0.15, 0.35), (1.0, 1, 1)):
         blanks.clear()
         stage = stage_of(policy, store, blank_share=share)
