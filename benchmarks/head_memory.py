@@ -64,6 +64,7 @@ def prepare(loss: Callable[..., Tensor], size: Size) -> Callable[[], tuple[float
     def forward_backward() -> tuple[float, ...]:
         value = loss(hidden, text, numerals, targets)
         value.backward()
+        assert hidden.grad is not None and numerals.grad is not None
         return value.item(), hidden.grad.norm().item(), numerals.grad.norm().item()
 
     return forward_backward
