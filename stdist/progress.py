@@ -12,7 +12,7 @@ Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
 
-class _Rate(ProgressColumn):
+class Rate(ProgressColumn):
     """What was done lately in a second. What a resumed command had already, its first call, does not count."""
 
     def __init__(self, unit: str):
@@ -27,7 +27,7 @@ class _Rate(ProgressColumn):
 def progress_bar(name: str, unit: str | None = None) -> Iterator[Progress]:
     """``unit``: of what is counted; with it the bar shows numbers and a rate too."""
     console = Console(stderr=True)
-    more = (MofNCompleteColumn(), _Rate(unit)) if unit else ()
+    more = (MofNCompleteColumn(), Rate(unit)) if unit else ()
     with Bar(
         *Bar.get_default_columns(), *more, console=console, transient=True, disable=not console.is_terminal
     ) as bar:

@@ -1,9 +1,9 @@
 """Forecasts too many to hold: written piece by piece, so that a killed forecast goes on where it was.
 
 A piece is a few windows times a block of cells. Its values are a chunk of their own in an array beside the final name,
-``NAME.zarr.partial/pieces.zarr`` (also where the final one is ``NAME.parquet``), written before
-``progress.json`` counts it: whatever moment a process is killed at, what is counted is whole. The final file is made of
-the pieces at the end, a few windows at a time.
+``NAME.zarr.partial/pieces.zarr`` or ``NAME.parquet.partial/pieces.zarr``, written before ``progress.json`` counts it:
+whenever the process is killed, what is counted is whole. The final file is made of the pieces at the end, a few windows
+at a time.
 """
 
 import fcntl
@@ -65,8 +65,8 @@ class ForecastWriter:
     """Writes forecasts to ``path``, as ``write_forecasts`` does, of pieces given in the order of ``left``.
 
     Left before ``finish`` it keeps what it has, and the next writer of the same work goes on there. What a writer of
-    other work left behind is discarded with a line: as with a finished file of that name, the newest command counts,
-    and a run without anybody watching never stops for a leftover.
+    other work left behind is discarded with a line, not refused: as with a finished file of that name, the newest
+    command counts, and a run that nobody watches never stops for a leftover.
 
     Args:
         path: NAME.zarr or NAME.parquet.
@@ -148,7 +148,7 @@ class ForecastWriter:
         have = f"{self.partial} holds {known['whole']} pieces"
         if known["work"] != self._work:
             names = [name for name in self._work if known["work"].get(name) != self._work[name]]
-            say(f"{have} of other forecasts ({', '.join(names)} differ), they are discarded")
+            say(f"{have} made with another {', '.join(names)}; they are discarded")
             return False
         say(f"{have} of {len(self._all)}, going on from there")
         self._pieces = zarr.open_array(self.partial / "pieces.zarr", mode="r+")

@@ -207,11 +207,17 @@ def _read_zarr(path: Path) -> Forecasts:
 
 
 def _write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    _, k, h, w = header.shape
+
     def tables(*_pushed_down: object) -> Iterator[pl.DataFrame]:
         for windows in _slabs(header):
-            yield _table(header, windows, read(windows))
+            values = read(windows)
+            size = max(1, POINTS_IN_MEMORY // max(1, values[0, :, 0].size))  # below K for one large window only
+            for first in range(0, k, size):
+                steps = slice(first, min(first + size, k))
+                yield _table(header, windows, steps, values[:, :, steps])
 
-    nothing = _table(header, slice(0, 0), np.empty((header.quantities, 0, *header.shape[1:]), np.float32))
+    nothing = _table(header, slice(0, 0), slice(0, k), np.empty((header.quantities, 0, k, h, w), np.float32))
     metadata = {
         METADATA_KEY: header.metadata.model_dump_json(),
         CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
@@ -219,11 +225,13 @@ def _write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> Non
     register_io_source(tables, schema=nothing.schema).sink_parquet(path, metadata=metadata)
 
 
-def _table(header: ForecastHeader, windows: slice, values: Float[np.ndarray, "quantity n K h w"]) -> pl.DataFrame:
-    """The rows of some windows, cells without a forecast left out."""
+def _table(
+    header: ForecastHeader, windows: slice, steps: slice, values: Float[np.ndarray, "quantity n k h w"]
+) -> pl.DataFrame:
+    """The rows of some windows and steps (counted from 0), cells without a forecast left out."""
     _, n, k, h, w = values.shape
     origin = np.repeat(header.origins[windows].astype("datetime64[ns]"), k * h * w)
-    step = np.tile(np.repeat(np.arange(1, k + 1, dtype=np.int32), h * w), n)
+    step = np.tile(np.repeat(np.arange(steps.start + 1, steps.stop + 1, dtype=np.int32), h * w), n)
     cadence = np.timedelta64(header.metadata.contract.cadence_seconds, "s")
     flat = values.reshape(len(values), -1).astype(np.float32)
     columns = {

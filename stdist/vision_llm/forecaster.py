@@ -79,10 +79,10 @@ def forecast_windows(
     writer: ForecastWriter,
     progress: Progress,
 ) -> None:
-    """Writes the pieces that ``writer`` still lacks. ``progress`` counts cells x windows, those it has included.
+    """Forecasts the pieces that ``writer`` lacks. ``progress`` counts cells x windows, those that were there included.
 
-    ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, those of each
-    window's whole grid counted once.
+    ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, of the whole
+    grid of each window.
     """
     left = writer.left
     total = writer.plan.size

@@ -116,5 +116,5 @@ def test_another_checkpoints_pieces_are_not_mixed_in(stdist, run, city, tmp_path
     finished.write_text(finished.read_text().replace('"nrmse": ', '"nrmse": 1'))
     pieces_written.clear()
     again = stdist("forecast", run, city, "--out", out)
-    assert f"{out}.partial holds 5 pieces of other forecasts (training differ), they are discarded\n" in again.err
+    assert f"{out}.partial holds 5 pieces made with another training; they are discarded\n" in again.err
     assert len(pieces_written) == 12 and out.is_dir() and not Path(f"{out}.partial").exists()

@@ -150,7 +150,7 @@ def test_pieces_of_other_work_are_discarded_with_a_line(open_writer, forecasts, 
     plan = (93, 5, 31, 2) if change == "plan" else (93, 5, 25, 2)
     with open_writer(header=header, work=work, plan=plan) as writer:
         assert open_writer.said == [
-            f"{tmp_path / 'made.zarr.partial'} holds 5 pieces of other forecasts ({named} differ), they are discarded"
+            f"{tmp_path / 'made.zarr.partial'} holds 5 pieces made with another {named}; they are discarded"
         ]
         assert writer.left == PiecePlan(*plan).pieces() and not writer.counts
         fill(writer, forecasts)

@@ -88,10 +88,11 @@ def test_parquet_with_a_repeated_row_is_refused(forecasts, tmp_path):
         read_forecasts(path)
 
 
+@pytest.mark.parametrize(("points", "expected"), [(10 * 4 * 6 + 1, [10] * 9 + [3]), (3 * 6, [1] * 93)])
 @pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
-def test_written_a_few_windows_at_a_time(forecasts, suffix, tmp_path, monkeypatch):
-    """93 windows of 4 steps and 6 cells, ten in memory: the same values, never more than ten windows asked for."""
-    monkeypatch.setattr(files, "POINTS_IN_MEMORY", 10 * 4 * 6 + 1)
+def test_written_a_few_windows_at_a_time(forecasts, suffix, points, expected, tmp_path, monkeypatch):
+    """93 windows of 4 steps and 6 cells, ten of them in memory, or less than one: the same values in the same order."""
+    monkeypatch.setattr(files, "POINTS_IN_MEMORY", points)
     asked, whole = (
         [],
         np.concatenate([forecasts.values[None], *([] if forecasts.quantiles is None else [forecasts.quantiles])]),
@@ -105,7 +106,10 @@ def test_written_a_few_windows_at_a_time(forecasts, suffix, tmp_path, monkeypatc
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     files.stream_forecasts(forecasts.header, read, path, scratch)
-    assert asked == [10] * 9 + [3]
+    assert asked == expected
+    if suffix == ".parquet":
+        table = pl.read_parquet(path)
+        assert table.equals(table.sort("origin", "step", "cell"))
     again = read_forecasts(path)
     np.testing.assert_array_equal(again.values, forecasts.values)
     if forecasts.quantiles is not None:
