@@ -134,6 +134,7 @@ class ForecastWriter:
         """Gives the final file its name, replacing an older one, and removes the pieces."""
         assert not self.left, f"{len(self.left)} pieces are missing"
         stream_forecasts(self._header, self._read, self.path, scratch=self.partial)
+        self._forget()
         shutil.rmtree(self.partial)
         return self.path
 
@@ -157,8 +158,7 @@ class ForecastWriter:
         return True
 
     def _begin(self) -> None:
-        # The note goes first: without it, pieces that a kill leaves half removed belong to nobody.
-        (self.partial / "progress.json").unlink(missing_ok=True)
+        self._forget()
         _, horizon, _, _ = self._header.shape
         self._pieces = zarr.create_array(
             self.partial / "pieces.zarr",
@@ -170,6 +170,10 @@ class ForecastWriter:
             overwrite=True,
         )
         self._note()
+
+    def _forget(self) -> None:
+        """To be called before pieces are removed: a kill in between must not leave a note of pieces that are gone."""
+        (self.partial / "progress.json").unlink(missing_ok=True)
 
     def _note(self) -> None:
         progress = {"whole": self._whole, "counts": self.counts, "work": self._work}
@@ -191,4 +195,6 @@ def _lock(path: Path, wanted: Path) -> IO[str]:
     except BlockingIOError:
         file.close()
         raise InputError(f"{wanted} is being written by another process; wait for it or choose another name") from None
+    except OSError:  # some shared file systems know no locks; there, two writers of one name are the user's to avoid
+        pass
     return file

@@ -1,6 +1,9 @@
 """Forecasts written piece by piece are those written at once, however often their writer was killed."""
 
+import errno
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +129,25 @@ def test_killed_while_the_final_file_is_made(open_writer, forecasts, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["at once", "made.zarr"]
 
 
+def test_killed_while_the_pieces_are_removed(open_writer, forecasts, monkeypatch):
+    """The final file is there; what is left of the pieces is never taken for whole ones."""
+
+    def killed(folder):
+        shutil.rmtree(folder / "pieces.zarr" / "c" / "0" / "0")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), open_writer() as writer:
+        patch.setattr(forecast_writer, "shutil", SimpleNamespace(rmtree=killed))
+        fill(writer, forecasts)
+        writer.finish()
+    np.testing.assert_array_equal(read_forecasts(writer.path).values, forecasts.values)
+    with open_writer() as writer:
+        assert len(writer.left) == 12
+        fill(writer, forecasts)
+        writer.finish()
+    np.testing.assert_array_equal(read_forecasts(writer.path).values, forecasts.values)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -174,6 +196,16 @@ def test_two_writers_of_one_name_are_refused(open_writer, forecasts):
             open_writer(work={"seed": 9})
         fill(writer, forecasts)
         writer.finish()
+
+
+def test_a_file_system_without_locks_serves(open_writer, forecasts, monkeypatch):
+    def unsupported(*_arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(forecast_writer.fcntl, "flock", unsupported)
+    with open_writer() as writer:
+        fill(writer, forecasts)
+        assert writer.finish().is_dir()
 
 
 def test_pieces_come_in_their_order_and_all_of_them(open_writer, forecasts):
