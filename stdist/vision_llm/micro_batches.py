@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stdist.vision_llm.prefix import Prefix
 from stdist.vision_llm.prefix_tree import Tree
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ class MicroBatches:
 
 
 def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
-    """Bytes autograd keeps for one window and for one sequence of each level, parameters not counted.
-
-    With gradient checkpointing, also one layer's worth of what it recomputes.
-    """
+    """Bytes kept for one window and for one sequence of each level, by autograd and for their children to read,
+    parameters not counted. With gradient checkpointing, also one layer's worth of what it recomputes."""
     kept = _kept(policy, tree)
     if not policy.spec.gradient_checkpointing:
         return kept
@@ -61,13 +60,13 @@ def _kept(policy: "Policy", tree: Tree) -> list[int]:
         return tensor
 
     sums: list[int] = []
-    graph: list[object] = []
+    nodes: list[Prefix] = []  # kept, since freed memory could be counted as seen
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        node = policy.prefix(tree.shared[:1], tree.grids[:1])
-        sums.append(total)
-        for level in tree.levels:
-            graph.append(node)  # freed memory could be counted as seen
-            hidden, node = policy.branch(node, level.ids[:1])
-            graph.append(hidden)
+        nodes.append(policy.prefix(tree.shared[:1], tree.grids[:1]))
+        for level in (*tree.levels, None):
+            for tensor in nodes[-1].tensors:  # a layer that is recomputed has not saved its keys and values
+                pack(tensor)
             sums.append(total)
+            if level:
+                nodes.append(policy.branch(nodes[-1], level.ids[:1])[1])
     return [max(1, after - before) for before, after in zip([0, *sums[:-1]], sums, strict=True)]
