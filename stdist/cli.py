@@ -155,6 +155,15 @@ def report(
     finish({"report": str(page)}, as_json, str(page))
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine has: devices, attention back ends and why they are chosen, versions."""
+    from stdist.vision_llm.doctor import as_lines, examine
+
+    findings = examine()
+    finish(findings, as_json, as_lines(findings))
+
+
 def main() -> None:
     """Console script: bad input exits 2, a diverged training 3, Ctrl-C 130, each with one line; the rest is a bug."""
     try:

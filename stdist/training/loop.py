@@ -74,12 +74,14 @@ def run_stage(
     log: RunLog,
     write_model: Callable[[Path], None],
     read_model: Callable[[Path], None],
+    facts: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs a stage to its end, from its newest checkpoint if there is one; a finished stage is only loaded.
 
-    Returns the closing summary: metrics ``before``, of the result (``after``) and at the ``last`` step, ``steps``,
-    ``seconds``, ``checkpoint``. The model holds the stage's result when it returns. Raises DivergenceError naming
-    stage and step; Interrupted on Ctrl-C; InputError naming a damaged checkpoint.
+    ``facts`` go into the log: what this process trains with. Returns the closing summary: metrics ``before``, of the
+    result (``after``) and at the ``last`` step, ``steps``, ``seconds``, ``checkpoint``. The model holds the stage's
+    result when it returns. Raises DivergenceError naming stage and step; Interrupted on Ctrl-C; InputError naming a
+    damaged checkpoint.
     """
 
     def read(checkpoint: Path) -> None:
@@ -95,6 +97,8 @@ def run_stage(
         state = checkpoints.load(latest, engine)
         step, progress = state["step"], _Progress(**state["loop"])
     log.rewind(stage.name, -1 if latest is None else step)
+    if facts:
+        log.start(stage.name, step, facts)
     with _bar(stage.name, settings.max_steps, step) as advance, _ctrl_c() as interrupted:
         started = time.monotonic() - progress.seconds
 

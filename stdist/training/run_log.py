@@ -30,6 +30,10 @@ class RunLog:
         self._append({"stage": stage, "step": step, **scalars, "time": time.time()})
         self._scalars(stage, step, scalars)
 
+    def start(self, stage: str, step: int, facts: dict[str, str]) -> None:
+        """What this process trains the stage with, from ``step`` on."""
+        self._append({"stage": stage, "step": step, "event": "start", **facts, "time": time.time()})
+
     def evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self._append({"stage": stage, "step": step, "event": "evaluation", "metrics": metrics, "time": time.time()})
         self._scalars(stage, step, {f"evaluation/{name}": value for name, value in metrics.items()})

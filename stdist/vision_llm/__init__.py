@@ -1,6 +1,11 @@
 """ST-Vision-LLM, in the paper's order: frames, prompts, numeral rows, policy, sampler, reward, and the four stages."""
 
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.reward import reward
+import logging
+
+# On import, and for a kernel that stdist does not use, bitsandbytes would tell every user to install a package.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from stdist.vision_llm.policy import Policy  # noqa: E402
+from stdist.vision_llm.reward import reward  # noqa: E402
 
 __all__ = ["Policy", "reward"]

@@ -49,7 +49,7 @@ class AlignmentStage:
         )
         ids, is_target = tokenise(self.policy, examples)
         hidden, targets = _answers(self.policy, ids, is_target)
-        loss = example_loss(hidden, _rows(self.policy), targets, is_target)
+        loss = example_loss(hidden, self.policy.vocabulary_rows, targets, is_target)
         backward(loss)
         return {"loss": loss.item(), "tokens": float(ids.numel())}
 
@@ -72,7 +72,7 @@ class AlignmentStage:
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)
             hidden, targets = _answers(self.policy, ids, is_target)
-            rows = _rows(self.policy)
+            rows = self.policy.vocabulary_rows
             loss += example_loss(hidden, rows, targets, is_target).item() * len(chunk) / total
             right = torch.zeros_like(is_target[:, 1:])
             right[is_target[:, 1:]] = best_rows(hidden, rows) == targets
@@ -134,11 +134,6 @@ def example_loss(
     count = is_target.sum(1)
     weight = (1 / count).repeat_interleave(count) / len(count)
     return -(token_losses(hidden, rows, targets).log_probs * weight).sum()
-
-
-def _rows(policy: Policy) -> list[Tensor]:
-    """Everything the policy can say, in the order of token ids."""
-    return [policy.text_rows, policy.rows.output]
 
 
 def _answers(policy: Policy, ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# Queries (and outputs, and their gradients) are [batch, heads, q, d], keys and values [batch, heads, k, d], log-sum-exps
-# [batch, heads, q]. Aliases, since mypy takes a jaxtyping shape for a value where it has a name.
+# Queries (and outputs, and their gradients) are [batch, heads, q, d], keys and values [batch, heads, k, d],
+# log-sum-exps [batch, heads, q]. Aliases, since mypy takes a jaxtyping shape for a value where it has a name.
 Q: TypeAlias = Tensor
 K: TypeAlias = Tensor
 LSE: TypeAlias = Tensor

@@ -49,6 +49,32 @@ class Family:
         return cls(parent, rank, table)
 
 
+@dataclass
+class Step:
+    """What one decoding step reads: the token of each sequence, where it stands, and whom it continues.
+
+    ``written`` tokens are behind a sequence; ``extent`` places of the cache are read, those behind ``written`` hidden
+    where ``ragged`` says that sequences differ.
+    """
+
+    ids: Int[Tensor, "sequences"]
+    position: Int[Tensor, "sequences"]
+    written: Int[Tensor, "sequences"]
+    cells: Family
+    windows: Family
+    extent: int
+    ragged: bool
+
+    def copy_(self, other: "Step") -> None:
+        """Fills the front of these tensors with another's; what stays behind writes to places nobody reads."""
+        pairs = [(self.ids, other.ids), (self.position, other.position), (self.written, other.written)]
+        for family, filling in ((self.cells, other.cells), (self.windows, other.windows)):
+            pairs += [(family.parent, filling.parent), (family.rank, filling.rank)]
+            family.table[: filling.table.shape[0], : filling.table.shape[1]] = filling.table
+        for mine, theirs in pairs:
+            mine[: len(theirs)] = theirs
+
+
 class DecodeBatch:
     """See the module docstring; passed down a decoder call as ``tree`` (one token of every sequence).
 
@@ -95,7 +121,10 @@ class DecodeBatch:
         self._cell_lengths = prompts.new_zeros(2 * cells)
         nothing = prompts.new_zeros(0)
         self.number = self.step = self.position = self._cell = self._window = nothing
-        self._families: list[Family] = []
+        self._tokens = max_tokens
+        self._step: Step | None = None
+        # A window's own table has no bound but the batch: with several windows most of a fixed one would be empty.
+        self._recorded = RecordedStep(self) if prompts.is_cuda and prefix.sequences == 1 else None
 
     def __len__(self) -> int:
         return len(self.number)
@@ -162,31 +191,53 @@ class DecodeBatch:
 
     def feed(self, ids: Int[Tensor, "sequences"]) -> Float[Tensor, "sequences d"]:
         """Writes one token to every sequence. Returns the hidden states that predict the next ones."""
-        used = int(self._cell.max()) + 1
-        self._families = [Family.of(self._cell, used), Family.of(self._window, self.prefix.sequences)]
-        self._extent = int(self.step.max()) + 1
-        self._ragged = bool((self.step != self.step[0]).any())
-        hidden = self.policy.decode(ids, self.position, tree=self)
+        step = Step(
+            ids,
+            self.position,
+            self.step,
+            Family.of(self._cell, int(self._cell.max()) + 1),
+            Family.of(self._window, self.prefix.sequences),
+            extent=int(self.step.max()) + 1,
+            ragged=bool((self.step != self.step[0]).any()),
+        )
+        hidden = self._recorded(step) if self._recorded else self.run(step)
         self.step = self.step + 1
         self.position = self.position + 1
         return hidden
 
+    def run(self, step: Step) -> Float[Tensor, "sequences d"]:
+        self._step = step
+        return self.policy.decode(step.ids, step.position, tree=self)
+
+    def blank_step(self) -> Step:
+        """Of the largest size there can be, so that any other fits in."""
+        zeros = self.prompts.new_zeros
+
+        def family(parents: int, most: int) -> Family:
+            return Family(zeros(self.slots), zeros(self.slots), zeros(parents, most))
+
+        cells = family(len(self._cell_lengths), self.num_generations)
+        windows = family(1, self.slots)
+        ids, position, written = zeros(self.slots), zeros(self.slots), zeros(self.slots)
+        return Step(ids, position, written, cells, windows, extent=self._tokens, ragged=True)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Of each sequence's one new token: to its own tokens, its cell's prompt and its window's."""
-        n, heads, _, d = query.shape
+        step, (n, heads, _, d) = self._step, query.shape
+        assert step is not None
         keys, values = self._own_keys[layer][:n], self._own_values[layer][:n]
         rows = torch.arange(n, device=query.device)
-        keys[rows, :, self.step], values[rows, :, self.step] = key[:, :, 0], value[:, :, 0]
+        keys[rows, :, step.written], values[rows, :, step.written] = key[:, :, 0], value[:, :, 0]
         q = query.reshape(n, keys.shape[1], -1, d)  # grouped queries of a key-value head
-        lengths = self.step + 1 if self._ragged else None
-        parts = [MATH.forward(q, keys[:, :, : self._extent], values[:, :, : self._extent], scale, lengths=lengths)]
-        used = len(self._families[0].table)
+        lengths = step.written + 1 if step.ragged else None
+        parts = [MATH.forward(q, keys[:, :, : step.extent], values[:, :, : step.extent], scale, lengths=lengths)]
+        used = len(step.cells.table)
         cells = Segment(
             self._cell_keys[layer][:used],
             self._cell_values[layer][:used],
             None if self.lengths is None else self._cell_lengths[:used].clamp(min=1),
         )
-        for segment, family in zip((cells, *self.prefix.segments(layer)), self._families, strict=True):
+        for segment, family in zip((cells, *self.prefix.segments(layer)), (step.cells, step.windows), strict=True):
             parts.append(self._to_parents(q, segment, family, scale))
         return merge(parts)[0].reshape(n, 1, heads, d)
 
@@ -201,3 +252,35 @@ class DecodeBatch:
             out, lse = MATH.forward(together, segment.keys, segment.values, scale, lengths=segment.lengths)
         out, lse = out.unflatten(2, (most, -1)), lse.unflatten(2, (most, -1))
         return out[family.parent, :, family.rank], lse[family.parent, :, family.rank]
+
+
+class RecordedStep:
+    """A decoding step of fixed size over fixed memory, recorded once as a CUDA graph and replayed.
+
+    Launching the kernels of one token costs a GPU more than running them where few sequences are left.
+    """
+
+    def __init__(self, batch: DecodeBatch):
+        self._batch, self._step = batch, batch.blank_step()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, step: Step) -> Float[Tensor, "sequences d"]:
+        self._step.copy_(step)
+        if self._step.ids.is_cuda:
+            self._replay()
+        else:
+            self._hidden = self._batch.run(self._step)
+        return self._hidden[: len(step.ids)].clone()
+
+    def _replay(self) -> None:
+        if self._graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up; writing a token twice changes nothing
+                for _ in range(2):
+                    self._batch.run(self._step)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._hidden = self._batch.run(self._step)
+        self._graph.replay()

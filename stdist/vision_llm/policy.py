@@ -21,14 +21,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
-from stdist.vision_llm.attention import Attention, choose
+from stdist.vision_llm.attention import Attention, Choice, choose
 from stdist.vision_llm.frames import FrameEncoder, FrameGeometry
 from stdist.vision_llm.numeral_rows import NumeralRows
 from stdist.vision_llm.prefix import Branching, Prefix
 from stdist.vision_llm.prompts import BLANK, END, IMAGE, Prompts
 from stdist.vision_llm.sampler import Decoding, Sampler
 from stdist.vision_llm.spec import FrameSpec, PolicySpec
-from stdist.vision_llm.token_losses import answer_logits, full_logits
+from stdist.vision_llm.token_losses import row_logits
 from stdist.vision_llm.tree_attention import IMPLEMENTATION, NO_MASK, TreeContext
 
 # LoRA goes into the language model's projections only; the vision tower stays as it was pre-trained.
@@ -131,9 +131,13 @@ class Policy(nn.Module):
         return self.rows.input.device
 
     @property
+    def attention_choice(self) -> Choice:
+        """The attention back end of the device and dtype the policy is in, and why it is that one."""
+        return choose(self.device, self.text_rows.dtype)
+
+    @property
     def attention(self) -> Attention:
-        """The back end of the device the policy is on."""
-        return choose(self.device, self.text_rows.dtype).attention
+        return self.attention_choice.attention
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -217,11 +221,11 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "positions d"]) -> Float[Tensor, "positions choices"]:
         """Over everything the model can say, in the order of token ids."""
-        return full_logits(hidden, self.text_rows, self.rows.output)
+        return row_logits(hidden, self.vocabulary_rows)
 
     def answer_logits(self, hidden: Float[Tensor, "positions d"]) -> Float[Tensor, "positions numerals+1"]:
         """Over what a forecast may contain: numeral indices, then the end token as the last column."""
-        return answer_logits(hidden, self.base_model.lm_head.weight[self.end_id], self.rows.output)
+        return row_logits(hidden, self.answer_rows)
 
     # --- what trains -------------------------------------------------------------------------------------------
 

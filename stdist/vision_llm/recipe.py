@@ -51,6 +51,7 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     write_atomically(run_dir / STORE_DIGEST, task.store.digest)
     write_atomically(run_dir / "config.yaml", dump_config(config))
     say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
+    say(f"attention: {policy.attention_choice.reason}")
     if clamped:
         say(clamped)
     summaries = train_stages(config, task, policy, say)
@@ -112,6 +113,7 @@ def train_stages(config: Config, task: Task, policy: Policy, say: Callable[[str]
             log,
             write_model=lambda path: save_policy(policy, path),
             read_model=lambda path: load_weights(policy, path),
+            facts={"device": str(policy.device), "attention": policy.attention_choice.reason},
         )
         say(stage_sentence(summaries[name]))
     log.close()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stdist.vision_llm.decode_batch import PREFILL_TOKENS, DecodeBatch
 from stdist.vision_llm.prefix import Prefix
+from stdist.vision_llm.token_losses import row_logits
 
 if TYPE_CHECKING:
     from stdist.vision_llm.policy import Policy
@@ -59,6 +60,36 @@ def nucleus(p: Float[Tensor, "sequences choices"], top_p: float) -> Float[Tensor
     return p.masked_fill(torch.empty_like(outside).scatter_(-1, order, outside), 0.0)
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """How a token is chosen: head ``rows`` of what may be said, and ``order``, their indices by value, the end last."""
+
+    rows: list[Float[Tensor, "_ d"]]
+    order: Int[Tensor, "choices"]
+    decoding: Decoding
+    temperature: float
+    top_p: float
+
+    def __call__(
+        self, hidden: Float[Tensor, "sequences d"], quantiles: Float[Tensor, "sequences"]
+    ) -> tuple[Int[Tensor, "sequences"], Float[Tensor, "sequences"]]:
+        """The next choice of each sequence and its log-probability at ``temperature`` (among all choices: ``top_p``
+        narrows the draw, not what the learner will compute for it)."""
+        at_once = max(1, LOGIT_BYTES // (4 * len(self.order)))
+        parts = [self._choose(*pair) for pair in zip(hidden.split(at_once), quantiles.split(at_once), strict=True)]
+        choices, log_probs = zip(*parts, strict=True)
+        return torch.cat(choices), torch.cat(log_probs)
+
+    def _choose(self, hidden: Tensor, quantile: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = (row_logits(hidden, self.rows) / self.temperature).log_softmax(-1)
+        if self.decoding == "greedy":
+            choice = log_p.argmax(-1)
+        else:
+            p = log_p.exp() if self.top_p == 1.0 else nucleus(log_p.exp(), self.top_p)
+            choice = self.order[at_quantile(p[:, self.order], quantile)]
+        return choice, log_p.gather(-1, choice[:, None])[:, 0]
+
+
 class Sampler:
     """Draws completions from a policy. Holds the order of numerals by value that inverse sampling needs."""
 
@@ -97,18 +128,19 @@ class Sampler:
         quantiles = torch.full((total, max_tokens), 0.5, device=policy.device)
         if decoding == "sample":
             quantiles = torch.rand(total, max_tokens, generator=generator, device=policy.device)
+        # In the hidden states' dtype once, not at every step; without the end where it may not be chosen.
+        rows = [block.to(prefix.last.dtype) for block in policy.answer_rows[: 2 if may_end else 1]]
+        order = torch.cat([self._by_value, self._by_value.new_tensor([end])]) if may_end else self._by_value
+        choose = _Choice(rows, order, decoding, temperature, top_p)
         batch = DecodeBatch(policy, prefix, cell_prompts, lengths, num_generations, max_tokens)
         hidden = prefix.last[:0]
         while len(batch) or batch.waiting:
             hidden = torch.cat([hidden, batch.admit()])
             at = batch.number, batch.step
-            chosen = self._choose(hidden, quantiles[at], decoding, temperature, top_p, may_end)
-            choices[at], log_probs[at] = chosen
-            mask[at] = True
-            stays = batch.step + 1 < max_tokens
-            if may_end:
-                stays &= chosen[0] != end
-            ids = chosen[0][batch.keep(stays)] + policy.first_numeral_id
+            choice, choices_log_probs = choose(hidden, quantiles[at])
+            choices[at], log_probs[at], mask[at] = choice, choices_log_probs, True
+            stays = (choice != end) & (batch.step + 1 < max_tokens)
+            ids = choice[batch.keep(stays)] + policy.first_numeral_id
             hidden = batch.feed(ids) if len(batch) else hidden[:0]
         longest = int(mask.sum(1).max())
         choices, mask, log_probs = choices[:, :longest], mask[:, :longest], log_probs[:, :longest]
@@ -149,34 +181,6 @@ class Sampler:
         for window in range(prefix.sequences):
             for part in ids[window * per_window : (window + 1) * per_window].split(at_once):
                 hidden, _ = policy.branch(prefix.part(window, window + 1), part)
-                logits = policy.answer_logits(hidden[:, -horizon:].flatten(0, 1)).float()[:, :-1]
+                logits = row_logits(hidden[:, -horizon:].flatten(0, 1), policy.answer_rows[:1])
                 means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
         return torch.cat(means)
-
-    def _choose(
-        self,
-        hidden: Float[Tensor, "sequences d"],
-        quantiles: Float[Tensor, "sequences"],
-        decoding: Decoding,
-        temperature: float,
-        top_p: float,
-        may_end: bool,
-    ) -> tuple[Int[Tensor, "sequences"], Float[Tensor, "sequences"]]:
-        """The next choice of each sequence and its log-probability at ``temperature`` (among all choices: ``top_p``
-        narrows the draw, not what the learner will compute for it)."""
-        numerals = len(self._by_value)
-        order = self._by_value
-        if may_end:  # the end token goes last in the order
-            order = torch.cat([order, order.new_tensor([numerals])])
-        chosen, log_probs = [], []
-        at_once = max(1, LOGIT_BYTES // (4 * len(order)))
-        for states, quantile in zip(hidden.split(at_once), quantiles.split(at_once), strict=True):
-            log_p = (self.policy.answer_logits(states).float()[:, : len(order)] / temperature).log_softmax(-1)
-            if decoding == "greedy":
-                choice = log_p.argmax(-1)
-            else:
-                p = log_p.exp() if top_p == 1.0 else nucleus(log_p.exp(), top_p)
-                choice = order[at_quantile(p[:, order], quantile)]
-            chosen.append(choice)
-            log_probs.append(log_p.gather(-1, choice[:, None])[:, 0])
-        return torch.cat(chosen), torch.cat(log_probs)

@@ -35,9 +35,9 @@ class FrameSpec(BaseModel):
 
 class PolicySpec(BaseModel):
     """``base``: a preset's name, a folder in Qwen2.5-VL's format, or a hub name. ``frames`` None: a policy that sees
-    none. ``base_is_trained``: checkpoints carry the whole model, not an adapter on the named base. ``load_in_4bit``: the
-    decoder of a frozen base is NF4, computing in ``dtype``. ``gradient_checkpointing``: its layers keep their inputs
-    alone and are recomputed in the backward pass; training mode only."""
+    none. ``base_is_trained``: checkpoints carry the whole model, not an adapter on the named base. ``load_in_4bit``:
+    the decoder of a frozen base is NF4, computing in ``dtype``. ``gradient_checkpointing``: its layers keep their
+    inputs alone and are recomputed in the backward pass; training mode only."""
 
     model_config = ConfigDict(frozen=True)
 

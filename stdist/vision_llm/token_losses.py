@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 # The most bytes of a tile of logits, and of the rows behind it: cached on a CPU, worth its kernels' launches on a GPU.
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
@@ -62,30 +61,15 @@ def best_rows(hidden: Float[Tensor, "positions d"], rows: Sequence[Float[Tensor,
     return best
 
 
-def full_logits(
-    hidden: Float[Tensor, "positions d"],
-    text_rows: Float[Tensor, "text d"],
-    numeral_rows: Float[Tensor, "numerals d"],
-) -> Float[Tensor, "positions text+numerals"]:
-    """Logits in the order of token ids: text rows first, numerals from ``first_numeral_id`` on."""
-    return torch.cat([hidden @ text_rows.T, hidden @ numeral_rows.to(hidden.dtype).T], dim=-1)
-
-
-def answer_logits(
-    hidden: Float[Tensor, "positions d"],
-    end_row: Float[Tensor, "d"],
-    numeral_rows: Float[Tensor, "numerals d"],
-) -> Float[Tensor, "positions numerals+1"]:
-    """Logits of what a forecast may contain: numerals, and the end token as the last column."""
-    rows = torch.cat([numeral_rows.to(hidden.dtype), end_row[None]])
-    return hidden @ rows.T
-
-
-def target_cross_entropy(
-    logits: Float[Tensor, "positions choices"], targets: Int[Tensor, "positions"]
-) -> Float[Tensor, "positions"]:
-    """−log P(target) at each target position (summand of Eq. 16), accumulated in float32."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+def row_logits(
+    hidden: Float[Tensor, "positions d"], rows: Sequence[Float[Tensor, "_ d"]]
+) -> Float[Tensor, "positions choices"]:
+    """All logits at once, for those who want each of them (to draw from). Rounded and summed as in the losses."""
+    operand = hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
+    factors = [block.to(hidden.dtype).to(operand).T for block in rows]
+    if operand in (torch.float16, torch.bfloat16):
+        return torch.cat([torch.mm(hidden, factor, out_dtype=torch.float32) for factor in factors], dim=-1)
+    return torch.cat([hidden.to(operand) @ factor for factor in factors], dim=-1)
 
 
 class _Tile(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import xarray
 
-COMMANDS = ("prepare", "train", "demo", "forecast", "evaluate", "report")
+COMMANDS = ("prepare", "train", "demo", "forecast", "evaluate", "report", "doctor")
 
 
 def test_help_needs_no_torch():
@@ -119,3 +119,12 @@ def test_demo(stdist, tmp_path):
     assert alignment["after"]["exact_match"] > alignment["before"]["exact_match"]
     assert sft["after"]["nrmse"] < 0.5 * sft["before"]["nrmse"]
     assert demo["test"]["nrmse"] < demo["baselines"]["persistence"]
+
+
+def test_doctor_says_which_attention_runs_and_why(stdist):
+    result = stdist("doctor", "--json")
+    assert result.code == 0
+    cpu = result.json["devices"][0]
+    assert cpu["device"] == "cpu" and set(cpu["attention"]) == {"float32", "bfloat16"}
+    assert all(choice["back_end"] in choice["reason"] for choice in cpu["attention"].values())
+    assert result.json["packages"]["torch"] and "attention in float32: " in stdist("doctor").out
