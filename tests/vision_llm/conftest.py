@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data_prep import synthetic
@@ -74,6 +76,41 @@ def make_batch(store: GridStore) -> Callable[..., PolicyBatch]:
 def batch(policy: Policy, make_batch: Callable[..., PolicyBatch]) -> PolicyBatch:
     """Two windows of three cells."""
     return make_batch(policy)
+
+
+@pytest.fixture(scope="session")
+def lean_towards_end() -> Callable[[Policy, PolicyBatch, float], None]:
+    """Gives the end token about this logit after the batch's prompts and answers."""
+
+    @torch.no_grad()
+    def lean(policy: Policy, batch: PolicyBatch, logit: float) -> None:
+        ids = torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)
+        hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), ids)
+        mean = hidden[:, batch.prompts.shape[1] - 1 :].mean((0, 1))
+        policy.base_model.lm_head.weight[policy.end_id] = mean * logit / mean.pow(2).sum()
+
+    return lean
+
+
+class LargestMade(TorchDispatchMode):
+    """Elements of the largest memory that an operation made; what it only looks at is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.fixture(scope="session")
+def largest_made() -> type[LargestMade]:
+    return LargestMade
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.city_windows import PolicyBatch
 from stdist.vision_llm.grpo import candidate_tree, completion_log_probs
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.prefix import Prefix
-from stdist.vision_llm.sampler import Completions, Sampler, at_quantile
+from stdist.vision_llm.sampler import Completions, Sampler, at_quantile, nucleus
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +27,11 @@ def talkative(make_policy: Callable[..., Policy]) -> Policy:
     return make_policy().eval()
 
 
+Lean = Callable[[Policy, PolicyBatch, float], None]
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def lean_towards_end(policy: Policy, batch: PolicyBatch, logit: float) -> None:
-    """Gives the end token about this logit after the batch's prompts and answers."""
-    with torch.no_grad():
-        ids = torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)
-        hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), ids)
-        mean = hidden[:, batch.prompts.shape[1] - 1 :].mean((0, 1))
-        policy.base_model.lm_head.weight[policy.end_id] = mean * logit / mean.pow(2).sum()
 
 
 # --- the inverse distribution function ------------------------------------------------------------------------
@@ -76,9 +72,11 @@ def first_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> Tensor:
     return policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
 
 
-def test_only_numerals_and_the_end_are_ever_written(talkative: Policy, batch: PolicyBatch) -> None:
+def test_only_numerals_and_the_end_are_ever_written(
+    talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
+) -> None:
     """Every text row, the image pad's above all, screams along the hidden states; none is heard."""
-    lean_towards_end(talkative, batch, logit=2.0)
+    lean_towards_end(talkative, batch, 2.0)
     with torch.no_grad():
         hidden, _ = talkative.branch(talkative.prefix(batch.shared, batch.grids), batch.prompts)
         loud = hidden[:, -1].mean(0) * 100
@@ -110,6 +108,33 @@ def test_greedy_is_the_chain_of_most_likely_numerals(policy: Policy, batch: Poli
         assert torch.equal(written.choices[:, step], best)
         assert torch.allclose(written.log_probs[:, step], log_p.max(-1).values, atol=1e-4)
         ids = torch.cat([ids, best[:, None] + policy.first_numeral_id], dim=1)
+
+
+@pytest.mark.parametrize("may_end", [False, True])
+def test_greedy_equals_transformers_generate_under_the_same_mask(
+    talkative: Policy,
+    batch: PolicyBatch,
+    lean_towards_end: Lean,
+    plain_model: Callable[[Policy], Qwen2_5_VLForConditionalGeneration],
+    plain_inputs: Callable[..., dict[str, Tensor]],
+    may_end: bool,
+) -> None:
+    """Token for token, each cell a sequence of its own with its window's images; text may not be said."""
+    lean_towards_end(talkative, batch, 3.0)
+    prefix = talkative.prefix(batch.shared, batch.grids)
+    written = Sampler(talkative).complete(prefix, batch.prompts, 6, "greedy", may_end=may_end)
+    lengths = written.mask.sum(1).tolist()
+    assert (len(set(lengths)) > 1 and min(lengths) < 6) if may_end else lengths == [6] * 6
+    model, first, end = plain_model(talkative), talkative.first_numeral_id, talkative.end_id
+    text = [token for token in range(first) if token != end or not may_end]
+    for cell, length in enumerate(lengths):
+        inputs = plain_inputs(talkative, batch, cell, batch.prompts.new_zeros(0))
+        said = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, suppress_tokens=text, eos_token_id=end, pad_token_id=end
+        )[0, inputs["input_ids"].shape[1] :]
+        choices = written.choices[cell, :length]
+        ids = torch.where(choices == len(talkative.vocabulary), end, choices + first)
+        assert said.tolist() == ids.tolist()
 
 
 def test_median_decoding_halves_each_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
@@ -167,8 +192,10 @@ def test_candidates_of_a_cell_are_consecutive_and_continue_its_own_prompt(
 # --- the end -----------------------------------------------------------------------------------------------------
 
 
-def test_without_may_end_exactly_max_tokens_numerals_are_written(talkative: Policy, batch: PolicyBatch) -> None:
-    lean_towards_end(talkative, batch, logit=50.0)
+def test_without_may_end_exactly_max_tokens_numerals_are_written(
+    talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
+) -> None:
+    lean_towards_end(talkative, batch, 50.0)
     prefix = talkative.prefix(batch.shared, batch.grids)
     for decoding in ("greedy", "median", "sample"):
         written = Sampler(talkative).complete(prefix, batch.prompts, 5, decoding, generator=seeded(0))
@@ -176,8 +203,8 @@ def test_without_may_end_exactly_max_tokens_numerals_are_written(talkative: Poli
         assert (written.choices < len(talkative.vocabulary)).all()
 
 
-def test_with_may_end_a_certain_end_comes_first(talkative: Policy, batch: PolicyBatch) -> None:
-    lean_towards_end(talkative, batch, logit=100.0)
+def test_with_may_end_a_certain_end_comes_first(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean) -> None:
+    lean_towards_end(talkative, batch, 100.0)
     written = Sampler(talkative).complete(
         talkative.prefix(batch.shared, batch.grids), batch.prompts, 5, "greedy", may_end=True
     )
@@ -185,22 +212,31 @@ def test_with_may_end_a_certain_end_comes_first(talkative: Policy, batch: Policy
     assert written.mask.all() and (written.lengths == 0).all() and (written.values == 0).all()
 
 
-def some_that_ended(policy: Policy, batch: PolicyBatch, temperature: float = 1.0) -> Completions:
-    lean_towards_end(policy, batch, logit=6.0)
-    return Sampler(policy).complete(
-        policy.prefix(batch.shared, batch.grids),
-        batch.prompts,
-        6,
-        "sample",
-        num_generations=5,
-        temperature=temperature,
-        may_end=True,
-        generator=seeded(3),
-    )
+@pytest.fixture
+def some_that_ended(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean) -> Callable[..., Completions]:
+    """Five candidates of up to six tokens for each of six cells."""
+    lean_towards_end(talkative, batch, 6.0)
+
+    def write(temperature: float = 1.0, top_p: float = 1.0) -> Completions:
+        return Sampler(talkative).complete(
+            talkative.prefix(batch.shared, batch.grids),
+            batch.prompts,
+            6,
+            "sample",
+            num_generations=5,
+            temperature=temperature,
+            top_p=top_p,
+            may_end=True,
+            generator=seeded(3),
+        )
+
+    return write
 
 
-def test_mask_lengths_and_values_of_sequences_that_end(talkative: Policy, batch: PolicyBatch) -> None:
-    written = some_that_ended(talkative, batch)
+def test_mask_lengths_and_values_of_sequences_that_end(
+    talkative: Policy, some_that_ended: Callable[..., Completions]
+) -> None:
+    written = some_that_ended()
     end = len(talkative.vocabulary)
     ended = (written.choices == end).any(1)
     assert 3 < ended.sum() < 27 and len(written.lengths.unique()) > 3, "the seed must give both kinds"
@@ -214,16 +250,71 @@ def test_mask_lengths_and_values_of_sequences_that_end(talkative: Policy, batch:
         assert (written.log_probs[row, : min(length + 1, 6)] < 0).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.3])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.3, 1.0), (0.8, 0.6)])
 def test_log_probs_equal_those_of_one_forward_over_the_finished_text(
-    talkative: Policy, batch: PolicyBatch, temperature: float
+    talkative: Policy,
+    batch: PolicyBatch,
+    some_that_ended: Callable[..., Completions],
+    temperature: float,
+    top_p: float,
 ) -> None:
-    """What was sampled token by token from a cache is what the learner sees: ratio 1 before the first update."""
-    written = some_that_ended(talkative, batch, temperature)
+    """What was sampled token by token from a cache is what the learner sees: ratio 1 before the first update. A
+    nucleus narrows the draw; the log-probability is still that among all choices."""
+    written = some_that_ended(temperature, top_p)
     tree = candidate_tree(talkative, batch, written)
     again = completion_log_probs(talkative, tree, written, temperature, sizes=[2, 4, 7])
     assert torch.allclose(again, written.log_probs, atol=1e-4)
     assert (again[~written.mask] == 0).all()
+
+
+# --- the nucleus -------------------------------------------------------------------------------------------------
+
+
+def naive_nucleus(p: list[float], top_p: float) -> set[int]:
+    """Holtzman et al. 2020: the most likely choices, one after another, until their probabilities reach top_p."""
+    inside, total = set(), 0.0
+    for choice in sorted(range(len(p)), key=lambda i: -p[i]):
+        if total >= top_p:
+            break
+        inside.add(choice)
+        total += p[choice]
+    return inside
+
+
+def test_the_nucleus_is_the_fewest_most_likely_choices() -> None:
+    p = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
+    assert nucleus(p, 0.6).tolist() == [[0.0, 0.5, 0.0, 0.25], [0.25, 0.25, 0.25, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    random = torch.from_numpy(np.random.default_rng(0).dirichlet(np.full(40, 0.3), size=100))
+    for top_p in (1e-9, 0.3, 0.9, 1.0):
+        cut = nucleus(random, top_p)
+        for row, kept in zip(random, cut, strict=True):
+            inside = naive_nucleus(row.tolist(), top_p)
+            assert set(kept.nonzero().flatten().tolist()) == inside
+            assert torch.equal(kept[sorted(inside)], row[sorted(inside)])
+
+
+def test_nothing_outside_the_nucleus_is_ever_drawn(
+    talkative: Policy, batch: PolicyBatch, some_that_ended: Callable[..., Completions]
+) -> None:
+    """Every choice of 30 candidates is in the nucleus of a distribution computed from their text, at the temperature;
+    without the cut some would not be."""
+    outside = {}
+    for top_p in (0.5, 1.0):
+        written = some_that_ended(0.9, top_p)
+        tree = candidate_tree(talkative, batch, written)
+        states = torch.empty(30, written.choices.shape[1], talkative.rows.input.shape[1])
+
+        def visit(rows: slice, of_rows: Tensor, states: Tensor = states) -> Tensor:
+            states[rows] = of_rows
+            return states
+
+        prefix_tree.forward(talkative, tree, visit, [9, 9, 9])
+        p = (talkative.answer_logits(states.flatten(0, 1)) / 0.9).softmax(-1).view(*states.shape[:2], -1)
+        drawn = [(p[i, t].tolist(), int(written.choices[i, t])) for i, t in written.mask.nonzero().tolist()]
+        # A hair wider, since probabilities of another pass differ in their last digits.
+        outside[top_p] = sum(choice not in naive_nucleus(row, 0.5 + 1e-4) for row, choice in drawn)
+        assert len({choice for _, choice in drawn}) > 10
+    assert outside[0.5] == 0 < outside[1.0]
 
 
 # --- all steps in one pass ---------------------------------------------------------------------------------------
