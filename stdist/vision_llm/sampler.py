@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stdist.vision_llm.decode_batch import PREFILL_TOKENS, DecodeBatch
-from stdist.vision_llm.prefix import Prefix
+from stdist.vision_llm.prefix import Prefix, parents_of
+from stdist.vision_llm.prefix_tree import slices
 from stdist.vision_llm.token_losses import row_logits
 
 if TYPE_CHECKING:
@@ -175,12 +176,12 @@ class Sampler:
         policy, cells = self.policy, len(cell_prompts)
         blanks = cell_prompts.new_full((cells, horizon - 1), policy.blank_id)
         ids = torch.cat([cell_prompts, blanks], dim=1)
-        per_window = cells // prefix.sequences
         at_once = max(1, min(PREFILL_TOKENS // ids.shape[1], LOGIT_BYTES // (4 * horizon * len(policy.vocabulary))))
+        per_window = cells // prefix.sequences
         means = []
-        for window in range(prefix.sequences):
-            for part in ids[window * per_window : (window + 1) * per_window].split(at_once):
-                hidden, _ = policy.branch(prefix.part(window, window + 1), part)
-                logits = row_logits(hidden[:, -horizon:].flatten(0, 1), policy.answer_rows[:1])
-                means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
+        for start, stop in slices(cells, at_once, per_window):
+            windows = prefix.part(*parents_of(start, stop, per_window))
+            hidden, _ = policy.branch(windows, ids[start:stop])
+            logits = row_logits(hidden[:, -horizon:].flatten(0, 1), policy.answer_rows[:1])
+            means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
         return torch.cat(means)
