@@ -4,52 +4,66 @@ Time is regular at the cadence, from local midnight of the first day to the end 
 one shard is one local day. Frames that the source lacks are not written: fill values cost nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from stdist.data.parts import Tile
 from stdist.errors import InputError
 
 FORMAT = "stdist grid store"
 FORMAT_VERSION = 1
 MINUTES_PER_DAY = 1440
+CHUNK = 32
+"""Side of a chunk, in cells."""
 TILE = 256
-"""Grids above this many rows or columns are sharded in tiles of this side."""
+"""Grids above this many rows or columns are sharded in tiles of this side, nodes above its square in as many."""
 
 
-@dataclass(frozen=True, eq=False)
-class GridSpec:
-    """Everything about a grid store that is known before the first value is.
-
-    cell_ids: int64 [H, W], the data's own ids. rows, cols: the data's own row and column ids, int64 [H], [W];
-    counted from 0 where None. inside: bool [H, W], False outside a city that is not a rectangle. latitude,
-    longitude: float64 [H, W], cell centres. Raises InputError where cadence and days do not fit.
-    """
+class _Axes:
+    """What grids and node sets share: regular time, and space cut into the tiles of the shards."""
 
     city: str
     channels: tuple[str, ...]
     first_day: np.datetime64
     last_day: np.datetime64
-    cell_ids: np.ndarray
-    cadence_minutes: int = 10
-    utc_offset_minutes: int = 0
-    units: str = "activity"
-    rows: np.ndarray | None = None
-    cols: np.ndarray | None = None
-    inside: np.ndarray | None = None
-    latitude: np.ndarray | None = None
-    longitude: np.ndarray | None = None
+    cadence_minutes: int
+    utc_offset_minutes: int
+    units: str
+    static: Mapping[str, np.ndarray] | None
 
     def __post_init__(self) -> None:
         if self.cadence_minutes <= 0 or MINUTES_PER_DAY % self.cadence_minutes:
             raise InputError(f"cadence {self.cadence_minutes} min does not divide a day; give whole minutes")
         if not self.channels:
             raise InputError(f"city {self.city!r} has no channel; name at least one")
+        for name, values in (self.static or {}).items():
+            self._require_shape(f"static {name!r}", values, self.shape)
+
+    def _require_shape(self, what: str, array: np.ndarray | None, shape: tuple[int, ...]) -> None:
+        if array is not None and array.shape != shape:
+            raise InputError(f"{what} of {self.city} has shape {array.shape}, its {'x'.join(self.dims)} is {shape}")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.cell_ids.shape[0], self.cell_ids.shape[1]
+    def dims(self) -> tuple[str, ...]:
+        """Names of the axes of space."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def tiles(self) -> list[Tile]:
+        """What the shards of one day hold of the space, in order; the whole of it where it is small."""
+        _, shard = chunk_and_shard(self.slots_per_day, self.shape)
+        axes = [
+            [slice(start, min(start + step, side)) for start in range(0, side, step)]
+            for side, step in zip(self.shape, shard[1:], strict=True)
+        ]
+        return list(product(*axes))
 
     @property
     def slots_per_day(self) -> int:
@@ -76,6 +90,7 @@ class GridSpec:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "city": self.city,
+            "dims": list(self.dims),
             "channels": list(self.channels),
             "units": self.units,
             "cadence_minutes": self.cadence_minutes,
@@ -83,6 +98,86 @@ class GridSpec:
             "first_day": str(self.first_day),
             "last_day": str(self.last_day),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class GridSpec(_Axes):
+    """Everything about a store of a grid that is known before the first value is.
+
+    cell_ids: int64 [H, W], the data's own ids. rows, cols: the data's own row and column ids, int64 [H], [W];
+    counted from 0 where None. inside: bool [H, W], False outside a city that is not a rectangle. latitude,
+    longitude: float64 [H, W], cell centres. static: float32 [H, W] by name, what does not change with time
+    (points of interest). Raises InputError where cadence and days do not fit.
+    """
+
+    city: str
+    channels: tuple[str, ...]
+    first_day: np.datetime64
+    last_day: np.datetime64
+    cell_ids: np.ndarray
+    cadence_minutes: int = 10
+    utc_offset_minutes: int = 0
+    units: str = "activity"
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
+    inside: np.ndarray | None = None
+    latitude: np.ndarray | None = None
+    longitude: np.ndarray | None = None
+    static: Mapping[str, np.ndarray] | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return ("row", "col")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.cell_ids.shape[0], self.cell_ids.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class NodeSpec(_Axes):
+    """Everything about a store of N sensors or zones that is known before the first value is.
+
+    node_ids: int64 or str [N], the data's own. latitude, longitude: float64 [N]. adjacency: float32 [N, N],
+    weight from a node (row) to its neighbour. static: float32 [N] by name. since: datetime64[D] [N], first
+    local day a node exists; what lies before is neither observed nor missing. Raises InputError where ids are
+    repeated or shapes differ.
+    """
+
+    city: str
+    channels: tuple[str, ...]
+    first_day: np.datetime64
+    last_day: np.datetime64
+    node_ids: np.ndarray
+    cadence_minutes: int = 10
+    utc_offset_minutes: int = 0
+    units: str = "activity"
+    latitude: np.ndarray | None = None
+    longitude: np.ndarray | None = None
+    adjacency: np.ndarray | None = None
+    static: Mapping[str, np.ndarray] | None = None
+    since: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.node_ids.ndim != 1 or not len(self.node_ids):
+            raise InputError(f"node ids of {self.city} have shape {self.node_ids.shape}; give one id a node")
+        unique, counts = np.unique(self.node_ids, return_counts=True)
+        if (counts > 1).any():
+            raise InputError(f"node id {unique[counts > 1][0]} of {self.city} occurs twice; give each node once")
+        for name in ("latitude", "longitude", "since"):
+            self._require_shape(name, getattr(self, name), self.shape)
+        self._require_shape("adjacency", self.adjacency, (*self.shape, *self.shape))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return ("node",)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(N,)."""
+        return (len(self.node_ids),)
 
 
 def observed_name(channel: str) -> str:
@@ -93,17 +188,18 @@ def train_mean_name(channel: str) -> str:
     return f"train_mean_{channel}"
 
 
-def chunk_and_shard(slots_per_day: int, shape: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Chunk and shard shapes of a (time, row, col) array.
+def chunk_and_shard(slots_per_day: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Chunk and shard shapes of a (time, row, col) or (time, node) array.
 
     A chunk of at most 48 slots x 32 x 32 cells keeps a region's window small on disk, and still reads whole
     days at disk speed: smaller ones cost zarr more per chunk than they save (measured on a 100x100 grid:
     11 ms a day against 60 ms with 24 x 16 x 16). A shard is a whole number of chunks, so its side is rounded
-    up.
+    up. Along nodes both are as large as a grid's, 1024 and 65,536.
     """
     slots = next(n for n in range(min(48, slots_per_day), 0, -1) if slots_per_day % n == 0)
-    sides = [min(32, side) for side in shape]
-    shard = [-(-min(TILE, side) // chunk) * chunk for side, chunk in zip(shape, sides, strict=True)]
+    chunk_side, tile_side = (CHUNK, TILE) if len(shape) == 2 else (CHUNK**2, TILE**2)
+    sides = [min(chunk_side, side) for side in shape]
+    shard = [-(-min(tile_side, side) // chunk) * chunk for side, chunk in zip(shape, sides, strict=True)]
     return (slots, *sides), (slots_per_day, *shard)
 
 

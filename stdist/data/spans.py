@@ -146,8 +146,10 @@ class Region:
             raise InputError(f"region {value!r} is not r0:r1,c0:c1; write it as 44:55,44:55 (end excluded)")
         return cls(*(int(part) for part in parts))
 
-    def within(self, shape: tuple[int, int]) -> "Region":
-        """Itself, or InputError where it leaves a grid of ``shape`` (H, W)."""
+    def within(self, shape: tuple[int, ...]) -> "Region":
+        """Itself, or InputError where it leaves a grid of ``shape`` (H, W), or is asked of nodes (N,)."""
+        if len(shape) != 2:
+            raise InputError(f"region {self} is of a grid, the store has {shape[0]} nodes; write a range, as 0:100")
         if self.r1 > shape[0] or self.c1 > shape[1]:
             raise InputError(f"region {self} leaves the grid of {shape[0]} rows x {shape[1]} columns; stay inside it")
         return self
@@ -162,3 +164,63 @@ class Region:
 
     def __str__(self) -> str:
         return f"{self.r0}:{self.r1},{self.c0}:{self.c1}"
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """Nodes ``n0`` … ``n1 - 1`` in the store's own order: what a region is to a grid."""
+
+    n0: int
+    n1: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n0 < self.n1:
+            raise InputError(f"node range {self} is empty or negative; write it as 0:100 (end excluded)")
+
+    @classmethod
+    def parse(cls, value: "NodeRange | str | Sequence[int]") -> "NodeRange":
+        """From ``"n0:n1"`` or two integers."""
+        if isinstance(value, NodeRange):
+            return value
+        parts: Sequence[Any] = value
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*(\d+):(\d+)\s*", value)
+            parts = match.groups() if match else ()
+        if len(parts) != 2:
+            raise InputError(f"node range {value!r} is not n0:n1; write it as 0:100 (end excluded)")
+        return cls(int(parts[0]), int(parts[1]))
+
+    def within(self, shape: tuple[int, ...]) -> "NodeRange":
+        """Itself, or InputError where it leaves ``shape`` (N,), or is asked of a grid (H, W)."""
+        if len(shape) != 1:
+            grid = " x ".join(map(str, shape))
+            raise InputError(f"node range {self} is of nodes, the store is a grid of {grid}; write r0:r1,c0:c1")
+        if self.n1 > shape[0]:
+            raise InputError(f"node range {self} leaves the {shape[0]} nodes; stay inside them")
+        return self
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.n1 - self.n0,)
+
+    @property
+    def slices(self) -> tuple[slice]:
+        return (slice(self.n0, self.n1),)
+
+    def __str__(self) -> str:
+        return f"{self.n0}:{self.n1}"
+
+
+AnyRegion = Region | NodeRange
+
+
+def parse_region(value: "AnyRegion | str | Sequence[int]") -> AnyRegion:
+    """A ``Region`` from ``"r0:r1,c0:c1"``, a ``NodeRange`` from ``"n0:n1"``."""
+    if isinstance(value, NodeRange) or (isinstance(value, str) and re.fullmatch(r"\s*\d+:\d+\s*", value)):
+        return NodeRange.parse(value)
+    return Region.parse(value)
+
+
+def whole(shape: tuple[int, ...]) -> AnyRegion:
+    """All of a grid (H, W) or of a node set (N,)."""
+    return NodeRange(0, shape[0]) if len(shape) == 1 else Region(0, shape[0], 0, shape[1])

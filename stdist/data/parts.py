@@ -1,0 +1,60 @@
+"""Units of work of a preparation: what a reader hands to the store's writer, and what is noted of it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Tile = tuple[slice, ...]
+"""One slice per axis of space, with start and stop: the cells that one shard of a day holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Day:
+    """One local day, of the whole space or of one tile of it.
+
+    index: days since the store's first. values: per channel float32 [slots_per_day, *shape], NaN = missing;
+    ``shape`` is the tile's where there is one. present: bool [slots_per_day], frames that the source has; all
+    of them by default. tile: one of ``spec.tiles()``, so that a large raster never is in memory as a whole.
+    """
+
+    index: int
+    values: dict[str, np.ndarray]
+    present: np.ndarray | None = None
+    tile: Tile | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Whole shards that no other part touches: a unit of work for one process. Picklable.
+
+    name: unlike any other part's. days: indices of the local days it may yield; one that it does not yield
+    holds no frame. payload: whatever its reader needs to know. tiles: the tiles it writes, all of them by
+    default.
+    """
+
+    name: str
+    days: tuple[int, ...]
+    payload: Any = None
+    tiles: tuple[Tile, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PartResult:
+    """What is known of a finished part.
+
+    name: the part's. files: bytes and sha256 of every file it wrote, by name within the store. result:
+    whatever else it found out.
+    """
+
+    name: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    result: Any = None
+
+
+RunPart = Callable[[Part], PartResult]
+"""Picklable."""
+
+Executor = Callable[[RunPart, list[Part]], Iterator[PartResult]]
+"""Runs every part once, anywhere, and yields the results in order of completion."""
