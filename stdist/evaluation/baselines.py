@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 
 from stdist.data import DaySpan, GridStore, Windows
+from stdist.data.audit import Fitted, data_digest, refuse_leaks
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import read_targets
 
@@ -63,7 +64,13 @@ def forecast_baselines(store: GridStore, train: DaySpan | str, windows: Windows)
 
 
 def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, dict[str, Any]]:
-    """For every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``."""
+    """For every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``.
+
+    Raises InputError where the days of ``windows`` and of ``train`` overlap.
+    """
+    data = data_digest(store, windows.channel)
+    fit = store.default_split.named(train) if isinstance(train, str) else train
+    refuse_leaks([Fitted.on("baselines", fit, data)], windows.span, data)
     truth, observed = read_targets(store, windows.channel, windows.region, windows.K, windows.origins)
     return {
         name: {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from stdist.data.audit import Fitted
+
 MASK_RULE = "observed points only; inputs may be imputed"
 
 
@@ -51,10 +53,14 @@ class EvaluationContract(ForecastContract):
 
 
 class ForecastMetadata(BaseModel):
-    """Where forecasts came from: the run's name, its checkpoint, and the contract they were made under."""
+    """Where forecasts came from: the run's name, its checkpoint, and the contract they were made under.
+
+    ``fitted``: what of the forecaster was fitted on data, and on which days: forecasts of these are never scored.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str
     checkpoint: str
     contract: ForecastContract
+    fitted: tuple[Fitted, ...] = ()

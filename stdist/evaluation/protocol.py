@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from stdist.data import DaySpan, GridStore, Region, Windows, open_store
+from stdist.data.audit import data_digest, refuse_leaks
 from stdist.errors import InputError
 from stdist.evaluation.contract import EvaluationContract, ForecastContract
 from stdist.evaluation.forecasts import Forecasts, read_forecasts
@@ -56,15 +57,18 @@ def evaluate(forecasts: Forecasts | Path | str, store: GridStore | Path | str) -
 
     MAE, RMSE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23),
     pooled and per horizon. Raises InputError where the forecasts were made on other data, reach past it,
-    name cells or times it does not have, repeat a window, or leave the split they claim.
+    name cells or times it does not have, repeat a window, or leave the split they claim, and where their forecaster
+    was fitted on the days to be scored.
     """
     forecasts = forecasts if isinstance(forecasts, Forecasts) else read_forecasts(forecasts)
     store = store if isinstance(store, GridStore) else open_store(Path(store))
     contract = forecasts.metadata.contract
     region = Region(*contract.region)
     origin_index = match_origins(forecasts, store)
+    span = DaySpan.parse([contract.first_day, contract.last_day])
+    refuse_leaks(forecasts.metadata.fitted, span, data_digest(store, contract.channel))
     split = store.windows(
-        DaySpan.parse([contract.first_day, contract.last_day]),
+        span,
         contract.S,
         contract.K,
         channel=contract.channel,

@@ -8,6 +8,7 @@ import torch
 
 from stdist.config import Config, load_config
 from stdist.data import DaySpan, GridStore, Region, Split, open_store
+from stdist.data.audit import data_digest, leak_line, leaks
 from stdist.errors import InputError
 from stdist.evaluation import (
     ForecastHeader,
@@ -101,7 +102,10 @@ def open_writer(
     windows, generations = city.windows, candidates_per_cell(config.forecast)
     header = ForecastHeader(
         metadata=ForecastMetadata(
-            run=config.name, checkpoint=checkpoint_name(config, summary), contract=forecast_contract(windows)
+            run=config.name,
+            checkpoint=checkpoint_name(config, summary),
+            contract=forecast_contract(windows),
+            fitted=city.policy.spec.fitted,
         ),
         origins=windows.origin_times,
         cell_ids=windows.store.cell_ids[windows.region.slices],
@@ -170,6 +174,8 @@ def forecast(
     )
     clamped = find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
     say(windows.contract)
+    if found := leaks(policy.spec.fitted, windows.span, data_digest(store, windows.channel)):
+        say(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
     city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
     with open_writer(config, city, finished, out, say) as writer:
         notes = make_forecasts(config, policy, city, writer)

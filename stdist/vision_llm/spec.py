@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from stdist.data.audit import Fitted
+
 
 class Setting(BaseModel):
     """The forecasting task: names, S (``history``) and K (``horizon``) in frames, ``cadence`` in minutes.
@@ -37,7 +39,8 @@ class PolicySpec(BaseModel):
     """``base``: a preset's name, a folder in Qwen2.5-VL's format, or a hub name. ``frames`` None: a policy that sees
     none. ``base_is_trained``: checkpoints carry the whole model, not an adapter on the named base. ``load_in_4bit``:
     the decoder of a frozen base is NF4, computing in ``dtype``. ``gradient_checkpointing``: its layers keep their
-    inputs alone and are recomputed in the backward pass; training mode only."""
+    inputs alone and are recomputed in the backward pass; training mode only. ``fitted``: what was fitted on which days
+    of which data; empty in a checkpoint older than this field."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,3 +54,4 @@ class PolicySpec(BaseModel):
     base_is_trained: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
+    fitted: tuple[Fitted, ...] = ()

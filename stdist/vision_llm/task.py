@@ -6,6 +6,7 @@ import numpy as np
 
 from stdist.config import Config, StageConfig
 from stdist.data import DaySpan, GridStore, Region, Split, Statistics, Windows, open_store
+from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
 from stdist.vision_llm.frames import pixels_per_cell
 from stdist.vision_llm.presets import SHAPES
@@ -93,7 +94,17 @@ def policy_spec(config: Config, task: Task) -> PolicySpec:
         or any(stage_config(config, name).trainable == "full" for name in config.stages),
         lora_r=config.policy.lora_r,
         lora_alpha=config.policy.lora_alpha,
+        fitted=fitted_on_data(config, task),
     )
+
+
+def fitted_on_data(config: Config, task: Task) -> tuple[Fitted, ...]:
+    """What a run fits on its training days, for the leak audit; the alignment stages read no traffic."""
+    of_stage = {"sft": {"weights"}, "grpo": {"weights", "reward normalizer"}}
+    whats = {"t_max of the frames"} if config.frames.enabled else set()
+    whats = whats.union(*(of_stage.get(name, set()) for name in config.stages))
+    data = data_digest(task.store, config.data.channel)
+    return tuple(Fitted.on(what, task.statistics.span, data) for what in sorted(whats))
 
 
 def cadence_minutes(store: GridStore) -> int:
