@@ -1,0 +1,194 @@
+"""Reader of LargeST: five years of flow at 8,600 detectors of California's highways (Liu et al., 2023; CC BY-NC 4.0).
+
+The data's facts: one file a year, ``ca_his_raw_YYYY.h5`` (2017 … 2021), a data frame that pandas wrote, 5 minutes
+x 8,600 text ids, vehicles in 5 minutes, 105,120 rows (105,408 in 2020), 1.51 % of values missing as NaN;
+``ca_meta.csv``, one row a detector: ID, Lat, Lng, District, County, Fwy, Lanes, Type, Direction, ID2;
+``ca_rn_adj.npy`` (8600, 8600), weights of the road network, whose rows the column ID2 counts. Regions by
+Caltrans district: San Diego (SD) 11, 716 detectors; Bay Area (GBA) 4, 2,352; Los Angeles (GLA) 7, 8 and 12,
+3,834; CA all of them.
+
+What is made of it: the authors' own steps (process_ca_his.ipynb, generate_sd_dataset.ipynb), but for one. The
+three 5-minute values of a quarter of an hour are averaged, those that are there, and rounded to whole vehicles,
+halves to even; where none is there the authors write 0, and here the value is missing. Files that went through
+those steps (``ca_his_YYYY.h5``, ``sd_his_YYYY.h5``: 15 minutes) and ``his.npz`` no longer tell a 0 that was
+measured from one that was filled in: there zeros are missing, which also is how published scores treat them.
+
+Stamps are the clock's local time in California as PeMS gives them: every day has 288, also those on which the
+clock changes (the hour that is skipped in March holds no values, the one that comes twice in November is there
+once). The store has one UTC offset, that of the winter (−8 h): its local times are the file's own stamps, its
+UTC stamps are one hour late in summer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.arrays import require_traffic
+from data_prep.common import city_of, existing, parse_split
+from data_prep.largest_meta import detectors_of
+from data_prep.largest_npz import HisReader, open_his
+from data_prep.pandas_h5 import PandasFrame, open_frame
+from data_prep.plan import Day, Part, Plan
+from data_prep.sensors import rows_of
+from data_prep.stamps import cadence_of, rows_of_days, slots_of
+from stdist.data import NodeSpec
+from stdist.data.schema import MINUTES_PER_DAY
+from stdist.errors import InputError
+
+CADENCE = 15
+RAW_CADENCE = 5
+PACIFIC = -480
+"""Pacific standard time, minutes."""
+
+
+def plan(
+    sources: list[Path],
+    *,
+    city: str | None = None,
+    region: str | None = None,
+    districts: str | None = None,
+    meta: Path | None = None,
+    adjacency: Path | None = None,
+    start: str | None = None,
+    train: str | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+) -> Plan:
+    """Plan of year files, or of all those in a folder, one part a local day; or of one ``his.npz``, one part.
+
+    region: SD, GBA, GLA or CA. districts: Caltrans' numbers, ``11,4``. meta, adjacency: by default the one
+    ``*_meta.csv`` and ``*_rn_adj.npy`` beside the first file; where there is no such file the store goes without.
+    start: first local day of ``his.npz``; by default 1 January of the year that its folder is named after.
+    train, validation, test: local days ``A:B``. Raises InputError where a file is no whole data frame, two hold
+    one day, stamps are irregular, or detectors, metadata and graph do not fit each other.
+    """
+    files = _files(sources)
+    if files[0].suffix == ".npz":
+        his = open_his(files[0], start)
+        detectors = detectors_of(files[0], his.shape[1], region, districts, meta, adjacency)
+        days, zeros = his.days, "missing"
+        parts = [Part(files[0].parent.name, tuple(range(len(days))))]
+        read = HisReader(his).read
+    else:
+        frames = [open_frame(path) for path in files]
+        detectors = detectors_of(files[0], frames[0].ids, region, districts, meta, adjacency)
+        years = YearReader(tuple(Year.of(frame, detectors.ids) for frame in frames))
+        days, parts = _parts(years)
+        zeros, read = ", ".join(sorted({year.zeros for year in years.years})), years.read
+    spec = NodeSpec(
+        city=city or _city(files[0], region, districts),
+        channels=("flow",),
+        first_day=days[0],
+        last_day=days[-1],
+        node_ids=detectors.ids,
+        cadence_minutes=CADENCE,
+        utc_offset_minutes=PACIFIC,
+        units="vehicles in 5 minutes",
+        latitude=detectors.latitude,
+        longitude=detectors.longitude,
+        adjacency=detectors.adjacency,
+        static=detectors.static,
+    )
+    recipe = {
+        "reader": "largest",
+        "region": region and region.upper(),
+        "districts": districts,
+        "zeros": zeros,
+        "clock": "local times are the source's, with daylight saving; UTC stamps are one hour late in summer",
+    }
+    split = parse_split(train, validation, test, spec)
+    return Plan(spec, recipe, [*files, *detectors.files], split, parts, read)
+
+
+@dataclass(frozen=True, eq=False)
+class Year:
+    """One file: its frame, the frame's columns to take, int64 [N], and minutes between its rows."""
+
+    frame: PandasFrame
+    columns: np.ndarray
+    cadence: int
+
+    @classmethod
+    def of(cls, frame: PandasFrame, ids: np.ndarray) -> "Year":
+        """InputError where the rows are not 5 or 15 minutes apart, or the file lacks one of the detectors."""
+        cadence = cadence_of(frame.path, frame.stamps())
+        if cadence not in (RAW_CADENCE, CADENCE):
+            raise InputError(f"{frame.path} has a row every {cadence} minutes; LargeST has 5, or 15 when processed")
+        return cls(frame, rows_of(frame.path, list(map(str, frame.ids.tolist())), ids), cadence)
+
+    @property
+    def zeros(self) -> str:
+        """What a 0 means."""
+        return "measured" if self.cadence == RAW_CADENCE else "missing"
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The day that rows [start, stop) lie in: flow, float32 [96, N], and slots that have a row, bool [96]."""
+        stamps = self.frame.stamps(start, stop)
+        flow = self.frame.values(start, stop)[:, self.columns]
+        require_traffic(flow, f"{self.frame.path}: flow", lambda row: stamps[row])
+        if self.zeros == "missing":
+            flow[flow == 0] = np.nan
+        slots = slots_of(stamps, self.cadence)
+        day = np.full((MINUTES_PER_DAY // self.cadence, len(self.columns)), np.nan)
+        day[slots] = flow
+        present = np.zeros(len(day), bool)
+        present[slots] = True
+        rows = CADENCE // self.cadence
+        return quarter_hours(day, rows), np.any(present.reshape(-1, rows), axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class YearReader:
+    """Reads one local day; a part's payload is the number of its year and its rows [start, stop)."""
+
+    years: tuple[Year, ...]
+
+    def read(self, part: Part) -> Iterator[Day]:
+        year, start, stop = part.payload
+        flow, present = self.years[year].read(start, stop)
+        yield Day(part.days[0], {"flow": flow}, present)
+
+
+def quarter_hours(day: np.ndarray, rows: int) -> np.ndarray:
+    """Mean of the known values of every ``rows`` rows, rounded half to even, float32 [T / rows, N].
+
+    pandas' ``resample("15min").mean().round(0)`` of float64 [T, N]; NaN where no value is known.
+    """
+    quarters = day.reshape(-1, rows, day.shape[1])
+    known = ~np.isnan(quarters)
+    total, count = np.where(known, quarters, 0).sum(axis=1), known.sum(axis=1)
+    return np.rint(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)).astype(np.float32)
+
+
+def _files(sources: Sequence[Path]) -> list[Path]:
+    """Year files, or one his.npz."""
+    files = [file for s in sources for file in (sorted(Path(s).glob("*.h5")) if Path(s).is_dir() else [existing(s)])]
+    if not files:
+        raise InputError("largest needs ca_his_raw_YYYY.h5, a folder of such files, or his.npz; none was found")
+    if len(files) > 1 and any(file.suffix == ".npz" for file in files):
+        raise InputError(f"largest reads year files, or one his.npz alone; {len(files)} files given")
+    return files
+
+
+def _parts(reader: YearReader) -> tuple[np.ndarray, list[Part]]:
+    """All local days from the first to the last, and a part for each that has rows."""
+    owner: dict[np.datetime64, tuple[int, int, int]] = {}
+    for number, year in enumerate(reader.years):
+        for day, start, stop in rows_of_days(year.frame.stamps()):
+            if day in owner:
+                other = reader.years[owner[day][0]].frame.path
+                raise InputError(f"{other} and {year.frame.path} both hold {day}; give each day once")
+            owner[day] = number, start, stop
+    days = np.arange(min(owner), max(owner) + np.timedelta64(1, "D"))
+    return days, [Part(str(day), (index,), owner[day]) for index, day in enumerate(days) if day in owner]
+
+
+def _city(file: Path, region: str | None, districts: str | None) -> str:
+    """``sd``, ``ca-11-4``, or the word that a file (``gba_his_2019.h5``) or folder (gba/2019/his.npz) begins with."""
+    if region:
+        return region.lower()
+    if districts:
+        return f"ca-{districts.replace(',', '-')}"
+    return city_of(file) if file.suffix == ".h5" else city_of(file.parent.parent)
