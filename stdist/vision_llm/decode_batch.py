@@ -100,10 +100,10 @@ class DecodeBatch:
     ):
         self.policy, self.prefix, self.prompts, self.lengths = policy, prefix, prompts, lengths
         self.num_generations = num_generations
-        total = len(prompts) * num_generations
         fits = CACHE_BYTES // (max_tokens * policy.cache_bytes_per_token)
+        most_cells = max(1, min(MOST_SEQUENCES, fits) // num_generations)
         # An even share of the whole: a last handful of candidates would cost almost as much time as a full batch.
-        rounds = -(-total // max(num_generations, min(MOST_SEQUENCES, fits)))
+        rounds = -(-len(prompts) // most_cells)
         cells = -(-len(prompts) // rounds)
         self.slots = cells * num_generations
         self._cells_per_window = len(prompts) // prefix.sequences

@@ -1,0 +1,325 @@
+"""Continuous batching over cells: the same candidates as all at once, no work for finished ones, no copied keys."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stdist.vision_llm import decode_batch
+from stdist.vision_llm.city_windows import PolicyBatch
+from stdist.vision_llm.decode_batch import DecodeBatch, Family, RecordedStep
+from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.sampler import Completions, Sampler
+
+MAX_TOKENS = 6
+
+
+@dataclass
+class Call:
+    """One call of the decoder: how many sequences, and what the batch says of them."""
+
+    sequences: int
+    numbers: list[int]
+    steps: list[int]
+
+
+@pytest.fixture
+def talkative(make_policy: Callable[..., Policy]) -> Policy:
+    """A policy whose rows a test may change."""
+    return make_policy().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def let_end(
+    talkative: Policy,
+    make_batch: Callable[..., PolicyBatch],
+    lean_towards_end: Callable[[Policy, PolicyBatch, float], None],
+) -> Callable[[str], None]:
+    """From here on candidates of a decoding end at different times."""
+    return lambda decoding: lean_towards_end(talkative, make_batch(talkative), 2.8 if decoding == "greedy" else 6.0)
+
+
+@pytest.fixture
+def make_cells(talkative: Policy, make_batch: Callable[..., PolicyBatch]) -> Callable[[int], PolicyBatch]:
+    return lambda windows: make_batch(talkative, windows=(0, 9, 31)[:windows], cells=(1, 3, 7, 10, 18))
+
+
+@pytest.fixture
+def calls(talkative: Policy, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Every call of the decoder from here on."""
+    recorded: list[Call] = []
+    decode = talkative.decode
+
+    def spy(ids: Tensor, positions: Tensor, tree: DecodeBatch) -> Tensor:
+        recorded.append(Call(len(ids), tree.number.tolist(), tree.step.tolist()))
+        return decode(ids, positions, tree)
+
+    monkeypatch.setattr(talkative, "decode", spy)
+    return recorded
+
+
+def ragged(cells: PolicyBatch) -> Tensor:
+    """Real tokens of each prompt: all but none to four of the last ones, which become something to be ignored."""
+    lengths = cells.prompts.shape[1] - torch.arange(len(cells.prompts)) % 5
+    for prompt, length in zip(cells.prompts, lengths.tolist(), strict=True):
+        prompt[length:] = 301
+    return lengths
+
+
+def complete(
+    policy: Policy,
+    cells: PolicyBatch,
+    decoding: str,
+    g: int,
+    lengths: Tensor | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> Completions:
+    return Sampler(policy).complete(
+        policy.prefix(cells.shared, cells.grids),
+        cells.prompts,
+        max_tokens,
+        decoding,
+        num_generations=g,
+        may_end=True,
+        lengths=lengths,
+        generator=torch.Generator().manual_seed(5),
+    )
+
+
+def assert_same(ours: Completions, theirs: Completions) -> None:
+    assert torch.equal(ours.choices, theirs.choices) and torch.equal(ours.mask, theirs.mask)
+    assert torch.equal(ours.values, theirs.values) and torch.equal(ours.lengths, theirs.lengths)
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("windows", "decoding", "g", "has_lengths"),
+    [
+        (1, "sample", 2, True),
+        (2, "greedy", 1, False),
+        (2, "sample", 4, True),
+        (3, "greedy", 1, True),
+        (3, "sample", 2, False),
+        (3, "sample", 4, False),
+    ],
+)
+def test_a_small_batch_writes_what_a_large_one_writes(
+    talkative: Policy,
+    let_end: Callable[[str], None],
+    make_cells: Callable[[int], PolicyBatch],
+    calls: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+    windows: int,
+    decoding: str,
+    g: int,
+    has_lengths: bool,
+) -> None:
+    let_end(decoding)
+    calls.clear()
+    cells = make_cells(windows)
+    lengths = ragged(cells) if has_lengths else None
+    together = complete(talkative, cells, decoding, g, lengths)
+    assert all(0 not in call.steps for call in calls[1:]), "all are let in at once"
+    calls.clear()
+    most = 3 if g == 1 else 6
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", most)
+    monkeypatch.setattr(decode_batch, "PREFILL_TOKENS", 2 * cells.prompts.shape[1])
+    written = complete(talkative, cells, decoding, g, lengths)
+    assert_same(written, together)
+    tokens = written.mask.sum(1).tolist()
+    assert len(set(tokens)) > 1, "candidates end at different times"
+    assert_no_holes(calls, tokens, most)
+
+
+def assert_no_holes(calls: list[Call], tokens: list[int], most: int) -> None:
+    """A call's sequences are the unfinished candidates of the batch, each once. ``tokens``: how many each writes; the
+    last one is never read."""
+    seen: dict[int, list[int]] = {}
+    for index, call in enumerate(calls):
+        assert call.sequences == len(call.numbers) == len(set(call.numbers)) <= most
+        for number, step in zip(call.numbers, call.steps, strict=True):
+            assert step == len(seen.setdefault(number, [])), "from its first token on, one by one"
+            seen[number].append(index)
+    for number, length in enumerate(tokens):
+        at = seen.get(number, [])
+        assert len(at) == length - 1, "none is decoded behind its end"
+        assert at == list(range(at[0], at[0] + len(at))) if at else length == 1, "none waits once it is in the batch"
+
+
+def test_cells_are_let_in_while_others_still_run(
+    talkative: Policy,
+    let_end: Callable[[str], None],
+    make_cells: Callable[[int], PolicyBatch],
+    calls: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fifteen candidates in a batch of five take fewer calls than three batches, each run to its longest one's end."""
+    let_end("sample")
+    calls.clear()
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 5)
+    written = complete(talkative, make_cells(3), "sample", 1, max_tokens=24)
+    assert len([call for call in calls if 0 in call.steps and max(call.steps) > 0]) >= 3
+    assert any(len({number // 5 for number in call.numbers}) > 1 for call in calls), "cells of two windows at a time"
+    reads = written.mask.sum(1) - 1
+    assert int(reads.sum()) / 5 <= len(calls) < int(reads.view(3, 5).amax(1).sum())
+
+
+def test_cells_of_different_prompt_lengths_decode_as_alone(
+    talkative: Policy,
+    let_end: Callable[[str], None],
+    make_cells: Callable[[int], PolicyBatch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each cell's real tokens by themselves below its own window."""
+    let_end("greedy")
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
+    cells = make_cells(2)
+    lengths = ragged(cells)
+    together = complete(talkative, cells, "greedy", 1, lengths)
+    prefix = talkative.prefix(cells.shared, cells.grids)
+    for cell, length in enumerate(lengths.tolist()):
+        prompt = cells.prompts[cell : cell + 1, :length]
+        window = prefix.part(cell // 5, cell // 5 + 1)
+        alone = Sampler(talkative).complete(window, prompt, MAX_TOKENS, "greedy", may_end=True)
+        tokens = int(together.mask[cell].sum())
+        assert torch.equal(together.choices[cell, :tokens], alone.choices[0]) and alone.mask.all()
+        torch.testing.assert_close(together.log_probs[cell, :tokens], alone.log_probs[0], rtol=0, atol=1e-4)
+
+
+def test_a_step_of_fixed_size_writes_the_same(
+    talkative: Policy,
+    let_end: Callable[[str], None],
+    make_cells: Callable[[int], PolicyBatch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it is recorded for GPUs: rows of finished candidates run on, and nobody reads what they write."""
+    let_end("sample")
+    cells = make_cells(1)
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
+    for lengths in (None, ragged(cells)):
+        expected = complete(talkative, cells, "sample", 3, lengths)
+        sizes: list[int] = []
+        with monkeypatch.context() as patch:
+            fixed_size(patch, talkative, sizes)
+            assert_same(complete(talkative, cells, "sample", 3, lengths), expected)
+        assert set(sizes) == {6}
+
+
+def fixed_size(patch: pytest.MonkeyPatch, policy: Policy, sizes: list[int]) -> None:
+    begin, decode = DecodeBatch.__init__, policy.decode
+
+    def begin_recorded(batch: DecodeBatch, *args: Any) -> None:
+        begin(batch, *args)
+        batch._recorded = RecordedStep(batch)
+
+    def spy(ids: Tensor, positions: Tensor, tree: DecodeBatch) -> Tensor:
+        sizes.append(len(ids))
+        return decode(ids, positions, tree)
+
+    patch.setattr(DecodeBatch, "__init__", begin_recorded)
+    patch.setattr(policy, "decode", spy)
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_writes_what_single_steps_write(
+    make_policy: Callable[..., Policy], make_batch: Callable[..., PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where another batch size changes last digits only."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    policy = make_policy().eval().requires_grad_(False).cuda()
+    cells = make_batch(policy, windows=(0,), cells=(1, 3, 7, 10, 18))
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
+    recorded = complete(policy, cells, "greedy", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedStep, "__call__", lambda self, step: self._batch.run(step))
+        assert_same(recorded, complete(policy, cells, "greedy", 1))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_no_shared_key_is_copied_for_a_sequence(
+    talkative: Policy,
+    make_cells: Callable[[int], PolicyBatch],
+    largest_made: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    windows: int,
+) -> None:
+    """While a token of 60 sequences is decoded, nothing is made that could hold the keys of a cell's prompt, let alone
+    of a window's, for each of them."""
+    cells, g = make_cells(windows), 12
+    made: list[tuple[int, int]] = []
+    decode = talkative.decode
+
+    def spy(ids: Tensor, positions: Tensor, tree: DecodeBatch) -> Tensor:
+        with largest_made() as mode:
+            hidden = decode(ids, positions, tree)
+        made.append((len(ids), mode.elements))
+        return hidden
+
+    monkeypatch.setattr(talkative, "decode", spy)
+    Sampler(talkative).complete(
+        talkative.prefix(cells.shared, cells.grids), cells.prompts, 3, "sample", num_generations=g
+    )
+    own = 2 * 32  # keys of one token in one layer
+    fewest_tokens = min(cells.prompts.shape[1], cells.shared.shape[1])
+    assert [sequences for sequences, _ in made] == [windows * 5 * g] * 2
+    assert all(0 < elements < sequences * own * fewest_tokens / 2 for sequences, elements in made)
+
+
+@pytest.mark.parametrize("g", [1, 8])
+def test_a_cells_keys_are_held_once_however_many_candidates_it_has(
+    talkative: Policy, make_cells: Callable[[int], PolicyBatch], g: int
+) -> None:
+    cells = make_cells(2)
+    t = cells.prompts.shape[1]
+    with torch.no_grad():
+        batch = DecodeBatch(
+            talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, None, g, max_tokens=MAX_TOKENS
+        )
+        batch.admit()
+        batch.feed(torch.full((10 * g,), talkative.first_numeral_id))
+    held = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(vars(batch)) if x.ndim == 4
+    }
+    # Places of as many cells again, for those that are let in while a last candidate still runs.
+    own_tokens, cell_tokens = 10 * g * MAX_TOKENS, 2 * 10 * t
+    assert talkative.cache_bytes_per_token == 2 * 4 * 2 * 32 * 4
+    assert sum(held.values()) == (own_tokens + cell_tokens) * talkative.cache_bytes_per_token
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Of the batch's own attributes; the windows belong to the caller."""
+    if isinstance(value, dict):
+        return [x for key, item in value.items() if key not in ("prefix", "policy") for x in tensors_of(item)]
+    if isinstance(value, (list, tuple)):
+        return [x for item in value for x in tensors_of(item)]
+    return [value] if torch.is_tensor(value) else []
+
+
+def test_the_batch_is_as_large_as_its_cache_may_be(
+    talkative: Policy, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An even share of all cells; all candidates of a cell at least."""
+    cells = make_cells(2)
+    prefix = talkative.prefix(cells.shared, cells.grids)
+
+    def slots(sequences: int, g: int) -> int:
+        monkeypatch.setattr(decode_batch, "CACHE_BYTES", sequences * MAX_TOKENS * talkative.cache_bytes_per_token)
+        return DecodeBatch(talkative, prefix, cells.prompts, None, g, MAX_TOKENS).slots
+
+    assert [slots(n, 2) for n in (100, 20, 19, 10, 7, 6, 2, 1)] == [20, 20, 10, 10, 6, 6, 2, 2]
+    assert [slots(n, 4) for n in (19, 11, 1)] == [16, 8, 4]
+
+
+def test_families_by_hand() -> None:
+    """Five sequences of three parents, one of which has none; the table is filled up with sequence 0."""
+    family = Family.of(torch.tensor([2, 0, 2, 2, 0]), parents=3)
+    assert family.rank.tolist() == [0, 0, 1, 2, 1]
+    assert family.table.tolist() == [[1, 4, 0], [0, 0, 0], [0, 2, 3]]
+    assert torch.equal(family.table[family.parent, family.rank], torch.arange(5))
