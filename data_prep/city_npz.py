@@ -1,0 +1,161 @@
+"""Reader of cities as rasters in .npy and .npz files: volumes (T, H, W) or (T, H, W, C), without time stamps.
+
+Several files are either consecutive in time, or one channel each, all of the same frames:
+
+- New York taxi pick-ups, 10 x 20 cells, 30 minutes, January 2015: ``volume_train.npz`` and ``volume_test.npz``,
+  array ``volume`` (1190 and 298, 10, 20, 1), the second from where the first ends, in the middle of a day
+  (``--start 2015-01-01 --cadence 30``). 65 % of the values are zero.
+- The cross-city set of CrossTReS (Jin, Chen and Yang, KDD 2022), which STBaT uses too: folders NY, CHI and DC
+  with ``TaxiNY_pickup.npy``, ``TaxiNY_dropoff.npy``, ``BikeNY_pickup.npy`` and ``BikeNY_dropoff.npy``, each
+  (T, x, y), hourly, and ``NY_poi.npy`` (x, y, 14), counts of places by class. Its first space axis is the
+  LONGITUDE (``lng`` in the published code): ``--transpose`` makes rows of latitude. The files name no date; the
+  papers say the year 2016.
+
+What is made of it: zeros are measured, NaN is missing, integers become float32. Row 0 is that of the file unless
+``--north-first`` says that it is the northern one; then rows are turned, so that row 0 is the south as in Milan.
+POI are turned alike and stored as static features ``poi_0`` ….
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.arrays import ArrayFile, array_file, consecutive_days, parse_channels
+from data_prep.common import city_of, grid_spec, parse_split, parse_start, require_on_grid
+from data_prep.plan import Day, Part, Plan
+from stdist.data.schema import GridSpec
+from stdist.errors import InputError
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How the space axes of a file become rows from the south and columns from the west."""
+
+    transpose: bool
+    north_first: bool
+
+    def turned(self, raster: np.ndarray, axis: int) -> np.ndarray:
+        """A raster whose space axes are ``axis`` and the next, as the store has them; a view."""
+        if self.transpose:
+            raster = raster.swapaxes(axis, axis + 1)
+        return np.flip(raster, axis) if self.north_first else raster
+
+
+@dataclass(frozen=True, eq=False)
+class CityReader:
+    """Days of all files, which may share a day, in one part.
+
+    ``arrays``: one a channel (``stacked``), or one after the other in time.
+    """
+
+    spec: GridSpec
+    arrays: tuple[ArrayFile, ...]
+    stacked: bool
+    orientation: Orientation
+    first: int
+
+    def __call__(self, part: Part) -> Iterator[Day]:
+        volumes = [self.orientation.turned(array.load(), 1) for array in self.arrays]
+        source = ", ".join(str(array.path) for array in self.arrays)
+        if self.stacked:
+            frames = dict(zip(self.spec.channels, volumes, strict=True))
+        else:
+            whole = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+            whole = whole.reshape(*whole.shape[:3], -1)
+            frames = {name: whole[..., index] for index, name in enumerate(self.spec.channels)}
+        return consecutive_days(self.spec, self.first, frames, source)
+
+
+def plan(
+    sources: list[Path],
+    *,
+    city: str | None = None,
+    channels: str | None = None,
+    start: str | None = None,
+    cadence: int = 60,
+    utc_offset: int | None = None,
+    poi: Path | None = None,
+    north_first: bool = False,
+    transpose: bool = False,
+    train: str | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+) -> Plan:
+    """Plan of one city.
+
+    channels: names in order; where there are as many as files without a channel axis, one each, else those of the
+    channel axis, and the files follow one another in time in the order given. start: local ISO time of the first
+    frame, required. cadence and utc_offset in minutes. poi: file (H, W, F). north_first, transpose: see above.
+    train, validation, test: local days ``A:B``. Raises InputError where files or options do not fit.
+    """
+    arrays = tuple(array_file(path, None, "T, H, W", "T, H, W, C") for path in sources)
+    if not arrays:
+        raise InputError("city-npz needs the files of one city; none was given")
+    names, stacked = _channels(arrays, channels)
+    _require_one_raster(arrays, stacked)
+    if start is None:
+        raise InputError(
+            f"{arrays[0].path} has no time stamps; give the local time of its first frame: --start 2015-01-01T00:00"
+        )
+    frames = arrays[0].shape[0] if stacked else sum(array.shape[0] for array in arrays)
+    stamps = parse_start(start) + np.arange(frames) * np.timedelta64(cadence, "m")
+    require_on_grid(arrays[0].path, stamps, cadence)
+    orientation = Orientation(transpose, north_first)
+    height, width = arrays[0].shape[2:0:-1] if transpose else arrays[0].shape[1:3]
+    spec = grid_spec(
+        city or city_of(arrays[0].path),
+        names,
+        (stamps[0].astype("datetime64[D]"), stamps[-1].astype("datetime64[D]")),
+        (height, width),
+        cadence=cadence,
+        utc_offset=utc_offset,
+        units="trips",
+    )
+    if poi:
+        spec = replace(spec, static=_poi(Path(poi), arrays[0], orientation))
+    first = int((stamps[0] - stamps[0].astype("datetime64[D]")).astype(int)) // cadence
+    part = Part(arrays[0].path.name, tuple(range(len(spec.days))))
+    recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
+    files = [*(array.path for array in arrays), *([Path(poi)] if poi else [])]
+    split = parse_split(train, validation, test, spec)
+    return Plan(spec, recipe, files, split, [part], CityReader(spec, arrays, stacked, orientation, first))
+
+
+def _channels(arrays: Sequence[ArrayFile], channels: str | None) -> tuple[tuple[str, ...], bool]:
+    """Names of the channels, and whether each file is one of them."""
+    if len({len(array.shape) for array in arrays}) != 1:
+        raise InputError("some files have a channel axis and others none; give files of one kind")
+    if len(arrays[0].shape) == 4:
+        return parse_channels(channels, arrays[0].shape[3], {1: ("volume",)}, str(arrays[0].path)), False
+    if len(arrays) == 1 or (channels is not None and "," not in channels):
+        return parse_channels(channels, 1, {1: ("volume",)}, str(arrays[0].path)), False
+    if channels is None:
+        raise InputError(
+            f"{len(arrays)} files without a channel axis: name one channel for each, --channels pickup,dropoff, "
+            "or one for all where they follow one another in time, --channels pickup"
+        )
+    return parse_channels(channels, len(arrays), {}, f"{len(arrays)} files"), True
+
+
+def _require_one_raster(arrays: Sequence[ArrayFile], stacked: bool) -> None:
+    same = slice(0 if stacked else 1, None)
+    for array in arrays[1:]:
+        if array.shape[same] != arrays[0].shape[same]:
+            raise InputError(
+                f"{array.path} is {array.shape}, {arrays[0].path} {arrays[0].shape}; "
+                f"files of one city share {'every axis' if stacked else 'all axes but time'}"
+            )
+
+
+def _poi(path: Path, volume: ArrayFile, orientation: Orientation) -> dict[str, np.ndarray]:
+    """Static features float32 [H, W] by name."""
+    array = array_file(path, None, "H, W, F")
+    if array.shape[:2] != volume.shape[1:3]:
+        raise InputError(f"{path} is {array.shape}, the raster {volume.shape[1:3]}; give the POI of this city")
+    features = np.asarray(array.load(), np.float32)
+    if not np.isfinite(features).all():
+        raise InputError(f"{path} holds a feature that is not finite; fill it or leave it out")
+    turned = orientation.turned(features, 0)
+    return {f"poi_{index}": np.ascontiguousarray(turned[..., index]) for index in range(array.shape[2])}

@@ -1,0 +1,66 @@
+"""Reader of PEMS03, PEMS04, PEMS07 and PEMS08: loop detectors of California's highways, one npz file each.
+
+The data's facts: array ``data`` (T, N, C), 5 minutes, no time stamps and no ids. C = 3 is flow (vehicles in 5
+minutes, over all lanes), occupancy (share of time, 0 … 1) and speed (mile/h); C = 1 is flow alone.
+
+| | N | C | T | first day | days |
+|---|---|---|---|---|---|
+| PEMS03 | 358 | 1 | 26,208 | 2018-09-01 | 91 |
+| PEMS04 | 307 | 3 | 16,992 | 2018-01-01 | 59 |
+| PEMS07 | 883 | 1 | 28,224 | 2017-05-01 | 98 (papers say until 31 August, the file ends on 6 August) |
+| PEMS08 | 170 | 3 | 17,856 | 2016-07-01 | 62 |
+
+A CSV of edges (``from,to,cost``; PEMS03: ``from,to,distance``) names nodes by position, counted from 0; that
+of PEMS03 names stations, whose ids in the data's order are the lines of PEMS03.txt (``--node-ids``).
+
+What is made of it: a zero is a measured zero, since a flow of 0 is mostly a real night; the gaps of the
+detectors were filled upstream and cannot be told from measurements any more. NaN is missing.
+"""
+
+from pathlib import Path
+
+from data_prep.node_frames import plan_node_frames
+from data_prep.plan import Plan
+
+CHANNELS = {1: ("flow",), 3: ("flow", "occupancy", "speed")}
+
+
+def plan(
+    sources: list[Path],
+    *,
+    city: str | None = None,
+    channels: str | None = None,
+    start: str | None = None,
+    cadence: int = 5,
+    utc_offset: int | None = None,
+    adjacency: Path | None = None,
+    node_ids: Path | None = None,
+    train: str | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+) -> Plan:
+    """Plan of one file.
+
+    channels: names in order, ``flow,occupancy,speed``; by their number by default. start: local ISO time of the
+    first frame, required. cadence and utc_offset in minutes. adjacency: table of weights or CSV of edges
+    (``graphs.read_adjacency``). node_ids: ids and places (``graphs.read_node_table``), numbers from 0 by
+    default. train, validation, test: local days ``A:B``. Raises InputError where a file or an option does not fit.
+    """
+    return plan_node_frames(
+        "pems-npz",
+        sources,
+        key="data",
+        known_channels=CHANNELS,
+        start_hint="--start 2018-01-01 (PEMS04; 2018-09-01 PEMS03, 2017-05-01 PEMS07, 2016-07-01 PEMS08)",
+        city=city,
+        channels=channels,
+        start=start,
+        cadence=cadence,
+        utc_offset=utc_offset,
+        units="as measured by PeMS",
+        adjacency=adjacency,
+        node_ids=node_ids,
+        train=train,
+        validation=validation,
+        test=test,
+    )
