@@ -10,6 +10,7 @@ import numpy as np
 import xarray
 import zarr
 
+from stdist.data.frame_cache import FrameCache
 from stdist.data.integrity import ROOT_METADATA, combined_digest, damaged_files, require_whole
 from stdist.data.schema import (
     FORMAT,
@@ -19,7 +20,7 @@ from stdist.data.schema import (
     runs_of,
     train_mean_name,
 )
-from stdist.data.spans import DaySpan, Region, Split
+from stdist.data.spans import AnyRegion, DaySpan, Split, whole
 from stdist.data.statistics import Statistics, StatisticsState
 from stdist.data.windows import Windows
 from stdist.errors import InputError
@@ -73,6 +74,15 @@ class GridStore:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
         return array
+
+    @cached_property
+    def frame_cache(self) -> FrameCache:
+        """Decoded frames, shared by all windows of this store; set its ``limit`` where memory is scarce or plenty."""
+        return FrameCache()
+
+    def frames_per_chunk(self, channel: str) -> int:
+        """Frames that are decoded together, and so best read together."""
+        return self._array(self._known(channel)).chunks[0]
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -143,12 +153,12 @@ class GridStore:
         """Per channel, over present frames and inside cells: ``missing`` (imputed) and ``true_zeros``."""
         return self.attributes["coverage"]
 
-    def values(self, channel: str, start: int, stop: int, region: Region | None = None) -> np.ndarray:
+    def values(self, channel: str, start: int, stop: int, region: AnyRegion | None = None) -> np.ndarray:
         """Frames [start, stop) of a channel, imputed, float32 [T, h, w]; NaN where a frame is not present."""
         return self._read(self._known(channel), start, stop, region)
 
     def observed(
-        self, channel: str, start: int | None = None, stop: int | None = None, region: Region | None = None
+        self, channel: str, start: int | None = None, stop: int | None = None, region: AnyRegion | None = None
     ) -> np.ndarray:
         """Which values of frames [start, stop) were measured and not imputed, bool [T, h, w]."""
         last = len(self.present) if stop is None else stop
@@ -159,9 +169,9 @@ class GridStore:
             raise InputError(f"{self.path} has no channel {channel!r}; it has {', '.join(self.channels)}")
         return channel
 
-    def _read(self, name: str, start: int, stop: int, region: Region | None) -> np.ndarray:
-        rows, cols = region.within(self.shape).slices if region else (slice(None), slice(None))
-        return np.asarray(self._array(name)[int(start) : int(stop), rows, cols])
+    def _read(self, name: str, start: int, stop: int, region: AnyRegion | None) -> np.ndarray:
+        where = (region or whole(self.shape)).within(self.shape).slices
+        return np.asarray(self._array(name)[(slice(int(start), int(stop)), *where)])
 
     def frames_of(self, span: DaySpan) -> tuple[int, int]:
         """Half-open frame indices of a span of local days; InputError where it leaves the store's days."""
@@ -197,7 +207,8 @@ class GridStore:
         K: int,
         *,
         channel: str,
-        region: Region | None = None,
+        region: AnyRegion | None = None,
+        history_region: AnyRegion | None = None,
         history_inside: bool | None = None,
         name: str = "span",
     ) -> Windows:
@@ -205,13 +216,14 @@ class GridStore:
 
         history_inside: whether the history must lie inside the span too; by default it must, except for
         ``"validation"`` and ``"test"`` (docs/decisions.md, 12). region: cells of the targets, the whole grid
-        by default. name: what the contract calls a span of days. Raises InputError where no window fits.
+        by default. history_region: cells of the history, the whole grid by default. name: what the contract
+        calls a span of days. Raises InputError where no window fits.
         """
         if history_inside is None:
             history_inside = not (isinstance(span, str) and span in ("validation", "test"))
-        where = Region(0, self.shape[0], 0, self.shape[1]) if region is None else region.within(self.shape)
+        where, seen = (whole(self.shape) if r is None else r.within(self.shape) for r in (region, history_region))
         name, days = (span, self.default_split.named(span)) if isinstance(span, str) else (name, span)
-        return Windows(self, self._known(channel), days, name, S, K, where, history_inside)
+        return Windows(self, self._known(channel), days, name, S, K, where, history_inside, seen)
 
     def verify(self) -> list[str]:
         """Names of files whose bytes are not the recorded ones; reads everything. Empty for a whole store."""

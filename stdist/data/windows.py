@@ -1,27 +1,30 @@
 """Windows: S history frames and K target frames, contiguous in time, never across a gap."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stdist.data.schema import runs_of
-from stdist.data.spans import DaySpan, Region
+from stdist.data.spans import AnyRegion, DaySpan
 from stdist.errors import InputError
 
 if TYPE_CHECKING:
     from stdist.data.store import GridStore
 
-CACHE_BYTES = 2**30
-"""A span whose values take at most this much is held in memory; a larger one is read from disk by window."""
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
+"""Makes an array of a shape and dtype, as ``np.empty`` does; the loader's are pinned."""
 
 
 @dataclass(frozen=True, eq=False)
 class WindowBatch:
-    """B windows. history: float32 [B, S, H, W], the whole grid, imputed. target: float32 [B, K, h, w] of the
-    region, imputed; target_observed: bool, same shape, the points that errors may count (docs/decisions.md,
-    13). origin_index: int64 [B], index of the last history frame on the store's time axis.
+    """B windows of a grid; those of nodes have one axis N, n where a grid has two.
+
+    history: float32 [B, S, H, W] of ``Windows.history_region``, imputed. target: float32 [B, K, h, w] of
+    ``Windows.region``, imputed. target_observed: bool [B, K, h, w], the points that errors may count
+    (docs/decisions.md, 13). origin_index: int64 [B], index of the last history frame on the store's time axis.
     """
 
     history: np.ndarray
@@ -47,7 +50,8 @@ def window_origins(present: np.ndarray, first: int, stop: int, S: int, K: int, *
 class Windows:
     """The windows of one channel in one span, in time order.
 
-    ``origins``: int64 [n]. Made by ``GridStore.windows``; raises InputError where no window fits.
+    ``region``: cells of the targets; ``history_region``: cells of the history. ``origins``: int64 [n]. Made by
+    ``GridStore.windows``; raises InputError where no window fits.
     """
 
     store: "GridStore"
@@ -56,10 +60,10 @@ class Windows:
     span_name: str
     S: int
     K: int
-    region: Region
+    region: AnyRegion
     history_inside: bool
+    history_region: AnyRegion
     origins: np.ndarray = field(init=False)
-    _cache: tuple[int, np.ndarray, np.ndarray] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.S < 1 or self.K < 1:
@@ -81,10 +85,6 @@ class Windows:
     def __len__(self) -> int:
         return len(self.origins)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Up to a GiB of cached values stays behind: whoever gets a copy reads the store itself.
-        return {**self.__dict__, "_cache": None}
-
     @property
     def origin_times(self) -> np.ndarray:
         """UTC stamps of the last history frames, datetime64[ns] [n]."""
@@ -103,28 +103,73 @@ class Windows:
             f"S={self.S}, K={self.K}, channel {self.channel}, region {self.region}: {len(self)} windows"
         )
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> WindowBatch:
-        """The windows number ``indices`` (positions in ``origins``), as one batch."""
-        origins = self.origins[np.asarray(indices, np.int64)]
-        rows, cols = self.region.slices
-        lowest, highest = int(self.origins[0]) - self.S + 1, int(self.origins[-1]) + self.K + 1
-        H, W = self.store.shape
-        if (highest - lowest) * H * W * 5 > CACHE_BYTES:
-            return self._read_from_disk(origins)
-        if self._cache is None:
-            self._cache = (
-                lowest,
-                self.store.values(self.channel, lowest, highest),
-                self.store.observed(self.channel, lowest, highest, self.region),
-            )
-        base, values, observed = self._cache
-        history = (origins - base)[:, None] + np.arange(1 - self.S, 1)
-        target = (origins - base)[:, None] + np.arange(1, self.K + 1)
-        return WindowBatch(values[history], values[:, rows, cols][target], observed[target], origins)
+    def read(self, indices: Sequence[int] | np.ndarray, empty: Empty = np.empty) -> WindowBatch:
+        """The windows number ``indices`` (positions in ``origins``), as one batch, in arrays made by ``empty``.
 
-    def _read_from_disk(self, origins: np.ndarray) -> WindowBatch:
-        store, channel, region = self.store, self.channel, self.region
-        history = [store.values(channel, o - self.S + 1, o + 1) for o in origins]
-        target = [store.values(channel, o + 1, o + 1 + self.K, region) for o in origins]
-        observed = [store.observed(channel, o + 1, o + 1 + self.K, region) for o in origins]
-        return WindowBatch(np.stack(history), np.stack(target), np.stack(observed), origins)
+        Chunks that windows share are decoded once and held in the store's ``frame_cache``; chunks that no window
+        touches are not read. Raises InputError where the store cannot be read.
+        """
+        origins = self.origins[np.asarray(indices, np.int64)]
+        batch = WindowBatch(
+            empty((len(origins), self.S, *self.history_region.shape), np.float32),
+            empty((len(origins), self.K, *self.region.shape), np.float32),
+            empty((len(origins), self.K, *self.region.shape), np.bool_),
+            origins,
+        )
+        history, target = (batch.history, origins - self.S + 1), (batch.target, origins + 1)
+        inner = _within(self.region, self.history_region)
+        if inner is None:
+            self._fill("values", self.history_region, [(*history, ())])
+            self._fill("values", self.region, [(*target, ())])
+        else:
+            self._fill("values", self.history_region, [(*history, ()), (*target, inner)])
+        self._fill("observed", self.region, [(batch.target_observed, origins + 1, ())])
+        return batch
+
+    def _fill(
+        self, what: str, region: AnyRegion, parts: Sequence[tuple[np.ndarray, np.ndarray, tuple[slice, ...]]]
+    ) -> None:
+        """Fills ``out`` [B, L, …] of each part, (out, first frame of its rows int64 [B], cells within ``region``)."""
+        step = self.store.frames_per_chunk(self.channel)
+        chunks: dict[int, list[tuple[int, int, int]]] = {}
+        for number, (out, firsts, _) in enumerate(parts):
+            for row, first in enumerate(firsts.tolist()):
+                for chunk in range(first // step, (first + out.shape[1] - 1) // step + 1):
+                    chunks.setdefault(chunk, []).append((number, row, first))
+        for chunk in sorted(chunks):
+            start, stop = chunk * step, (chunk + 1) * step
+            ends = [first + parts[number][0].shape[1] for number, _, first in chunks[chunk]]
+            needed = max(start, min(first for *_, first in chunks[chunk])), min(stop, max(ends))
+            base, frames = self._frames(what, region, (start, stop), needed)
+            for (number, row, first), end in zip(chunks[chunk], ends, strict=True):
+                out, _, cells = parts[number]
+                low, high = max(start, first), min(stop, end)
+                out[row, low - first : high - first] = frames[(slice(low - base, high - base), *cells)]
+
+    def _frames(
+        self, what: str, region: AnyRegion, chunk: tuple[int, int], needed: tuple[int, int]
+    ) -> tuple[int, np.ndarray]:
+        """Frames of one chunk through the cache, or just the ``needed`` ones where a chunk is beyond its limit."""
+        cache, key = self.store.frame_cache, (what, self.channel, region, chunk)
+        size = (chunk[1] - chunk[0]) * math.prod(region.shape) * (4 if what == "values" else 1)
+        if size > cache.limit:
+            return needed[0], self._decode(what, region, needed)
+        return chunk[0], cache.get(key, lambda: self._decode(what, region, chunk))
+
+    def _decode(self, what: str, region: AnyRegion, frames: tuple[int, int]) -> np.ndarray:
+        read = self.store.values if what == "values" else self.store.observed
+        try:
+            return read(self.channel, *frames, region)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(
+                f"{self.store.path} is damaged: {what} of {self.channel}, frames {frames[0]} to {frames[1] - 1}, "
+                f"cannot be read ({error}); `stdist check` names the file"
+            ) from error
+
+
+def _within(inner: AnyRegion, outer: AnyRegion) -> tuple[slice, ...] | None:
+    """Where ``inner`` lies in an array of ``outer``; None where it is not all in it."""
+    pairs = list(zip(inner.slices, outer.slices, strict=True))
+    if any(i.start < o.start or i.stop > o.stop for i, o in pairs):
+        return None
+    return tuple(slice(i.start - o.start, i.stop - o.start) for i, o in pairs)

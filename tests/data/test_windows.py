@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stdist.data import DaySpan, Region, Split
-from stdist.data import windows as windows_module
 from stdist.data.windows import window_origins
 from stdist.errors import InputError
 
@@ -70,12 +69,12 @@ def test_origins_equal_a_naive_search(present, S, K, data, history_inside):
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["cached", "from disk"])
-def test_batches_hold_the_right_frames(make_store, monkeypatch, cache_bytes):
-    monkeypatch.setattr(windows_module, "CACHE_BYTES", cache_bytes)
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["cached", "from disk"])
+def test_batches_hold_the_right_frames(make_store, limit):
     values = _counting(3)
     values[150, 1, 2] = np.nan
     store = make_store(values, split=SPLIT)
+    store.frame_cache.limit = limit
     region = Region(1, 2, 1, 3)
     windows = store.windows("train", 3, 2, channel="internet", region=region)
     # Windows number 147 and 10 have origins 149 and 12.
