@@ -117,7 +117,7 @@ class DayReader:
         start, stop, present = part.payload
         stamps = self.frame.stamps(start, stop)
         read = self.frame.values(start, stop)
-        require_traffic(read, f"{self.frame.path}: {self.channel}", lambda row: stamps[row])
+        require_traffic(read, f"{self.frame.path}: {self.channel}", stamps)
         values = np.full((len(present), len(self.frame.ids)), np.nan, np.float32)
         values[slots_of(stamps, self.cadence)] = np.where(read == 0, np.nan, read)
         yield Day(part.days[0], {self.channel: values}, np.array(present))

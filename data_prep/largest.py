@@ -127,7 +127,7 @@ class Year:
         """The day that rows [start, stop) lie in: flow, float32 [96, N], and slots that have a row, bool [96]."""
         stamps = self.frame.stamps(start, stop)
         flow = self.frame.values(start, stop)[:, self.columns]
-        require_traffic(flow, f"{self.frame.path}: flow", lambda row: stamps[row])
+        require_traffic(flow, f"{self.frame.path}: flow", stamps)
         if self.zeros == "missing":
             flow[flow == 0] = np.nan
         slots = slots_of(stamps, self.cadence)

@@ -75,7 +75,7 @@ class HisReader:
         # The authors rounded before they standardised, so that rounding undoes it exactly.
         flow = np.rint(standardised * self.his.std + self.his.mean)
         stamps = self.his.days[index] + np.arange(SLOTS) * np.timedelta64(15, "m")
-        require_traffic(flow, f"{self.his.path}: flow", lambda slot: stamps[slot])
+        require_traffic(flow, f"{self.his.path}: flow", stamps)
         values = np.full((SLOTS, flow.shape[1]), np.nan, np.float32)
         values[: len(flow)] = np.where(flow == 0, np.nan, flow)
         return Day(index, {"flow": values}, np.arange(SLOTS) < len(flow))

@@ -1,0 +1,156 @@
+"""Reads what ``xarray_source`` planned: the days of NetCDF files and Zarr stores, in pieces of bounded size."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray
+
+from data_prep.arrays import require_traffic
+from data_prep.plan import Day, Part
+from data_prep.stamps import slots_of
+from data_prep.xarray_axes import Axes
+from stdist.data.parts import Tile
+from stdist.data.schema import MINUTES_PER_DAY
+from stdist.errors import InputError
+
+BUDGET = 192 << 20
+"""Bytes of values held at once, as float32, where a tile does not need more."""
+
+
+@dataclass(frozen=True, eq=False)
+class PieceReader:
+    """Reads the days of a part, piece of space by piece; ``files``: path and frames, in order of time."""
+
+    files: tuple[tuple[Path, int], ...]
+    axes: Axes
+    variables: tuple[str, ...]
+    channels: tuple[str, ...]
+    shape: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    offset: np.timedelta64
+    cadence: int
+
+    def read(self, part: Part) -> Iterator[Day]:
+        start, stop = part.payload[0][0], part.payload[-1][1]
+        whole = len(self.tiles) == 1
+        for tiles in self._pieces(len(part.days)):
+            box = tuple(slice(first.start, last.stop) for first, last in zip(tiles[0], tiles[-1], strict=True))
+            stamps, block = self._read(start, stop, box)
+            for day, (first, last) in zip(part.days, part.payload, strict=True):
+                rows = slice(first - start, last - start)
+                slots = slots_of(stamps[rows], self.cadence)
+                present = np.zeros(MINUTES_PER_DAY // self.cadence, bool)
+                present[slots] = True
+                for tile in tiles:
+                    inner = tuple(slice(t.start - b.start, t.stop - b.start) for t, b in zip(tile, box, strict=True))
+                    values = {}
+                    for channel, read in block.items():
+                        cut = read[(rows, *inner)]
+                        values[channel] = np.full((len(present), *cut.shape[1:]), np.nan, np.float32)
+                        values[channel][slots] = cut
+                    yield Day(day, values, present, None if whole else tile)
+
+    def _pieces(self, days: int) -> Iterator[list[Tile]]:
+        """The tiles, all at once, a band of rows at a time, or one by one: as many as fit the budget."""
+        frame = 4 * len(self.channels) * days * (MINUTES_PER_DAY // self.cadence)
+        if frame * np.prod(self.shape) <= BUDGET:
+            yield list(self.tiles)
+            return
+        bands: dict[int, list[Tile]] = {}
+        for tile in self.tiles:
+            bands.setdefault(tile[0].start, []).append(tile)
+        for band in bands.values():
+            height, width = band[0][0].stop - band[0][0].start, self.shape[-1]
+            if len(band) > 1 and frame * height * width <= BUDGET:
+                yield band
+            else:
+                yield from ([tile] for tile in band)
+
+    def _read(self, start: int, stop: int, box: Tile) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Local stamps, and per channel float32 [stop - start, *box] of rows [start, stop) of all files together."""
+        stamps: list[np.ndarray] = []
+        values: dict[str, list[np.ndarray]] = {channel: [] for channel in self.channels}
+        before = 0
+        for path, frames in self.files:
+            first, last = max(start - before, 0), min(stop - before, frames)
+            before += frames
+            if first >= last:
+                continue
+            with opened(path) as data:
+                here = minutes_of(path, data[self.axes.time].values[first:last]) + self.offset
+                stamps.append(here)
+                for channel, variable in zip(self.channels, self.variables, strict=True):
+                    values[channel].append(self._cut(path, data[variable], slice(first, last), box, here))
+        return np.concatenate(stamps), {c: np.concatenate(v) if len(v) > 1 else v[0] for c, v in values.items()}
+
+    def _cut(self, path: Path, array: xarray.DataArray, time: slice, box: Tile, stamps: np.ndarray) -> np.ndarray:
+        """float32 [n, *box] in the store's order, NaN outside the valid range."""
+        axes = self.axes
+        where = {axes.time: time}
+        for dim, side, piece, flipped in zip(axes.space, self.shape, box, axes.flipped, strict=True):
+            where[dim] = slice(side - piece.stop, side - piece.start) if flipped else piece
+        single = {dim: 0 for dim in array.dims if dim not in axes.dims}
+        try:
+            read = array.isel(where).isel(single).transpose(*axes.dims).values.astype(np.float32)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: {array.name} is damaged ({_first_line(error)}); fetch the file again") from error
+        read = read[(slice(None), *reversal(axes.flipped))]
+        low, high = valid_range(array)
+        read[(read < low) | (read > high)] = np.nan
+        if low >= 0 or np.isneginf(low):
+            require_traffic(read, f"{path}: {array.name}", stamps)
+        return read
+
+
+def minutes_of(path: Path, times: np.ndarray) -> np.ndarray:
+    """datetime64[m]; float stamps (days since …) are exact to the second, not more."""
+    if np.isnat(times).any():
+        raise InputError(f"{path}: stamp {int(np.isnat(times).argmax())} is missing; give every frame its time")
+    seconds = (times.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
+    wrong = seconds != seconds.astype("datetime64[m]")
+    if wrong.any():
+        raise InputError(f"{path}: stamp {seconds[wrong][0]} is no whole minute; give frames at a regular cadence")
+    return seconds.astype("datetime64[m]")
+
+
+def valid_range(array: xarray.DataArray) -> tuple[float, float]:
+    """What lies outside is missing (CF 2.5.1); infinite where not told.
+
+    Of packed variables the attributes are packed too, unless they are fractions where the file has whole numbers.
+    """
+    low, high = array.attrs.get("valid_range", (-np.inf, np.inf))
+    low, high = array.attrs.get("valid_min", low), array.attrs.get("valid_max", high)
+    scale, offset = array.encoding.get("scale_factor", 1), array.encoding.get("add_offset", 0)
+    whole = np.dtype(array.encoding.get("dtype", float)).kind in "iu"
+    bounds = [
+        float(value) if whole and np.asarray(value).dtype.kind == "f" else float(value) * scale + offset
+        for value in (low, high)
+    ]
+    return min(bounds), max(bounds)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[xarray.Dataset]:
+    """A NetCDF 4 file or a Zarr store, lazily; InputError where it is neither, or damaged."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a NetCDF file or a Zarr store")
+    if path.is_file() and path.open("rb").read(3) == b"CDF":
+        raise InputError(f"{path} is NetCDF 3; make it NetCDF 4: nccopy -k nc4 {path.name} new.nc")
+    try:
+        data = xarray.open_dataset(path, engine="zarr" if path.is_dir() else "h5netcdf", chunks=None, cache=False)
+    except (OSError, ValueError, KeyError, RuntimeError, FileNotFoundError) as error:
+        kind = "Zarr store" if path.is_dir() else "NetCDF 4 file"
+        raise InputError(f"{path} is no {kind}, or is damaged ({_first_line(error)}); check it") from error
+    with data:
+        yield data
+
+
+def reversal(flipped: Sequence[bool]) -> tuple[slice, ...]:
+    return tuple(slice(None, None, -1 if back else None) for back in flipped)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

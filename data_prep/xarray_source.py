@@ -1,0 +1,231 @@
+"""Reader of NetCDF 4 files and Zarr stores through xarray: rasters (time, row, col) or sensors (time, node).
+
+What is made of it, by the CF conventions: stamps are UTC; ``_FillValue`` and ``missing_value`` are missing, and so
+is what lies outside ``valid_min``, ``valid_max`` or ``valid_range``; ``scale_factor`` and ``add_offset`` are
+applied; ``units`` go into the store. NaN is missing, 0 is measured. Traffic is never negative: a negative value is
+refused, unless the variable's own valid range says that it may be. A stamp that is absent is a frame that does not
+exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
+rasters do, are reversed (recipe: ``reversed``). Cells are numbered row by row from there, from 1.
+
+Memory is bounded by what a day's tile holds, not by the raster: a day is read in the largest pieces that fit
+``BUDGET``, of which a tile of a shard is the smallest.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray
+
+from data_prep.common import city_of, parse_split
+from data_prep.graphs import numbered
+from data_prep.plan import Part, Plan
+from data_prep.stamps import cadence_of, rows_of_days
+from data_prep.xarray_axes import LATITUDE, LONGITUDE, Axes, find_space, find_time, place, runs_backwards
+from data_prep.xarray_reading import BUDGET, PieceReader, minutes_of, opened, reversal
+from stdist.data import GridSpec, NodeSpec
+from stdist.data.schema import FORMAT
+from stdist.errors import InputError
+
+OWN = {"time", "row", "col", "node", "cell_id", "node_id", "inside", "present", "latitude", "longitude", "adjacency"}
+"""Names of the store's own arrays."""
+
+
+def plan(
+    sources: list[Path],
+    *,
+    city: str | None = None,
+    variable: str | None = None,
+    time_dim: str | None = None,
+    row_dim: str | None = None,
+    col_dim: str | None = None,
+    node_dim: str | None = None,
+    utc_offset: int = 0,
+    train: str | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+) -> Plan:
+    """Plan of one data set, or of several that follow one another in time; reads coordinates only.
+
+    variable: names, ``a,b``; all numeric ones by default. The dims are found where they are not given
+    (``xarray_axes``). utc_offset: minutes from UTC to local time. train, validation, test: local days ``A:B``.
+    Raises InputError where a file is damaged, an axis or variable is not found, files do not fit each other, or
+    stamps are repeated, irregular, or off the grid that begins at local midnight.
+    """
+    if not sources:
+        raise InputError("xarray reads NetCDF files or Zarr stores, none given")
+    pieces = [_inspect(Path(s), variable, (time_dim, row_dim, col_dim, node_dim), utc_offset) for s in sources]
+    pieces.sort(key=lambda piece: piece.stamps[0])
+    first = pieces[0]
+    for piece in pieces[1:]:
+        if not piece.fits(first):
+            raise InputError(f"{piece.path} has not the variables, axes and places of {first.path}; prepare it apart")
+    stamps = np.concatenate([piece.stamps for piece in pieces])
+    cadence = cadence_of(first.path if len(pieces) == 1 else first.path.parent, stamps)
+    spec = _spec(first, city or city_of(first.path), stamps, cadence, utc_offset)
+    recipe = {
+        "reader": "xarray",
+        "variables": list(first.variables),
+        "axes": list(first.axes.dims),
+        "reversed": [dim for dim, flipped in zip(first.axes.space, first.axes.flipped, strict=True) if flipped],
+    }
+    split = parse_split(train, validation, test, spec)
+    reader = PieceReader(
+        files=tuple((piece.path, len(piece.stamps)) for piece in pieces),
+        axes=first.axes,
+        variables=first.variables,
+        channels=spec.channels,
+        shape=spec.shape,
+        tiles=tuple(spec.tiles()),
+        offset=np.timedelta64(utc_offset, "m"),
+        cadence=cadence,
+    )
+    return Plan(spec, recipe, [piece.path for piece in pieces], split, _parts(spec, stamps, first.chunk), reader.read)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What one source tells without its values.
+
+    stamps: local, datetime64[m] [T]. places: latitude and longitude of cells or nodes, or None. ids: of nodes or,
+    per axis, of rows and columns, where they are whole numbers or text. chunk: frames of a chunk on disk.
+    """
+
+    path: Path
+    variables: tuple[str, ...]
+    axes: Axes
+    shape: tuple[int, ...]
+    stamps: np.ndarray
+    units: str
+    places: tuple[np.ndarray | None, np.ndarray | None]
+    ids: tuple[np.ndarray | None, ...]
+    chunk: int
+
+    def fits(self, other: "Piece") -> bool:
+        same = (self.variables, self.axes, self.shape, self.units) == (
+            other.variables,
+            other.axes,
+            other.shape,
+            other.units,
+        )
+        return same and all(map(_equal, (*self.places, *self.ids), (*other.places, *other.ids)))
+
+
+def _equal(mine: np.ndarray | None, theirs: np.ndarray | None) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    return np.array_equal(mine, theirs)
+
+
+def _inspect(path: Path, variable: str | None, dims: tuple[str | None, ...], utc_offset: int) -> Piece:
+    time_dim, row_dim, col_dim, node_dim = dims
+    with opened(path) as data:
+        if data.attrs.get("format") == FORMAT:
+            raise InputError(f"{path} is a grid store already; use it as it is")
+        time = find_time(path, data, time_dim)
+        arrays = _variables(path, data, time, variable)
+        spaces = {find_space(path, array, time, row_dim, col_dim, node_dim): str(array.name) for array in arrays}
+        if len(spaces) != 1:
+            kinds = " and ".join(f"{name} over ({', '.join(space)})" for space, name in spaces.items())
+            raise InputError(f"{path} holds {kinds}; choose those of one store with --variable")
+        (space,) = spaces
+        flipped = (False,)
+        if len(space) == 2:
+            flipped = tuple(runs_backwards(data, dim, way) for dim, way in zip(space, ("Y", "X"), strict=True))
+        axes = Axes(time, space, flipped)
+        units = {str(array.name): str(array.attrs.get("units", "unknown")) for array in arrays}
+        return Piece(
+            path=path,
+            variables=tuple(units),
+            axes=axes,
+            shape=tuple(data.sizes[dim] for dim in space),
+            stamps=minutes_of(path, data[time].values) + np.timedelta64(utc_offset, "m"),
+            units=_units(units),
+            places=(_degrees(data, LATITUDE, axes), _degrees(data, LONGITUDE, axes)),
+            ids=tuple(_ids(data, dim, back) for dim, back in zip(space, flipped, strict=True)),
+            chunk=max(int(array.encoding.get("preferred_chunks", {}).get(time, 1)) for array in arrays),
+        )
+
+
+def _variables(path: Path, data: xarray.Dataset, time: str, variable: str | None) -> list[xarray.DataArray]:
+    """Those named, or all numeric ones along time and space that are no bounds of a coordinate."""
+    bounds = {c.attrs.get("bounds", c.encoding.get("bounds")) for c in data.coords.values()}
+    numeric = [
+        str(name)
+        for name, array in data.data_vars.items()
+        if array.dtype.kind in "fiu" and time in array.dims and array.ndim > 1 and name not in bounds
+    ]
+    names = [name.strip() for name in variable.split(",")] if variable else numeric
+    for name in names:
+        if name not in numeric:
+            raise InputError(f"{path} has no variable {name!r} of numbers over {time}; it has {', '.join(numeric)}")
+    if not names:
+        raise InputError(f"{path} holds no variable of numbers over {time} and space; check the file")
+    return [data[name] for name in names]
+
+
+def _units(units: dict[str, str]) -> str:
+    """The one unit of all variables, else each variable's."""
+    kinds = sorted(set(units.values()))
+    return kinds[0] if len(kinds) == 1 else ", ".join(f"{name}: {unit}" for name, unit in units.items())
+
+
+def _degrees(data: xarray.Dataset, names: tuple[str, ...], axes: Axes) -> np.ndarray | None:
+    """float64 [*shape] in the store's order."""
+    found = place(data, names, axes.space)
+    if found is None:
+        return None
+    whole = xarray.broadcast(found, xarray.DataArray(np.zeros([data.sizes[d] for d in axes.space]), dims=axes.space))[0]
+    degrees = np.asarray(whole.transpose(*axes.space).values, np.float64)
+    return degrees[reversal(axes.flipped)]
+
+
+def _ids(data: xarray.Dataset, dim: str, flipped: bool) -> np.ndarray | None:
+    if dim not in data.coords:
+        return None
+    ids = np.asarray(data[dim].values)
+    if ids.dtype.kind in "OSTU":
+        ids = np.array([name.decode() if isinstance(name, bytes) else str(name) for name in ids.tolist()])
+    elif ids.dtype.kind not in "iu":
+        return None
+    return ids[:: -1 if flipped else 1]
+
+
+def _spec(piece: Piece, city: str, stamps: np.ndarray, cadence: int, utc_offset: int) -> GridSpec | NodeSpec:
+    channels = tuple(re.sub(r"\W+", "_", name) for name in piece.variables)
+    if len(set(channels) - OWN) != len(channels):
+        raise InputError(
+            f"{piece.path}: variables {', '.join(piece.variables)} clash with each other or the store's own"
+        )
+    latitude, longitude = piece.places
+    common = {
+        "city": city,
+        "channels": channels,
+        "first_day": stamps[0].astype("datetime64[D]"),
+        "last_day": stamps[-1].astype("datetime64[D]"),
+        "cadence_minutes": cadence,
+        "utc_offset_minutes": utc_offset,
+        "units": piece.units,
+        "latitude": latitude,
+        "longitude": longitude,
+    }
+    if len(piece.shape) == 1:
+        ids = piece.ids[0]
+        return NodeSpec(**common, node_ids=numbered(piece.shape[0]).ids if ids is None else ids)
+    rows, cols = (None if ids is None or ids.dtype.kind == "U" else ids.astype(np.int64) for ids in piece.ids)
+    cells = 1 + np.arange(np.prod(piece.shape)).reshape(piece.shape)
+    return GridSpec(**common, cell_ids=cells, rows=rows, cols=cols)
+
+
+def _parts(spec: GridSpec | NodeSpec, stamps: np.ndarray, chunk: int) -> list[Part]:
+    """One part a day that has frames; of more days where a chunk on disk holds several and they fit the budget.
+
+    payload: per day, its rows [start, stop) of all sources together.
+    """
+    rows = [(int((day - spec.first_day).astype(int)), start, stop) for day, start, stop in rows_of_days(stamps)]
+    tile = max(int(np.prod([s.stop - s.start for s in tile])) for tile in spec.tiles())
+    most = max(1, BUDGET // (4 * tile * spec.slots_per_day * len(spec.channels)))
+    together = max(1, min(chunk // spec.slots_per_day, most))
+    groups = [rows[start : start + together] for start in range(0, len(rows), together)]
+    return [Part(str(spec.days[g[0][0]]), tuple(day for day, _, _ in g), tuple(r[1:] for r in g)) for g in groups]
