@@ -130,7 +130,7 @@ def _inspect(path: Path, variable: str | None, dims: tuple[str | None, ...], utc
             kinds = " and ".join(f"{name} over ({', '.join(space)})" for space, name in spaces.items())
             raise InputError(f"{path} holds {kinds}; choose those of one store with --variable")
         (space,) = spaces
-        flipped = (False,)
+        flipped: tuple[bool, ...] = (False,)
         if len(space) == 2:
             flipped = tuple(runs_backwards(data, dim, way) for dim, way in zip(space, ("Y", "X"), strict=True))
         axes = Axes(time, space, flipped)

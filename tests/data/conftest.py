@@ -1,5 +1,6 @@
 """Small stores for the tests of the data floor."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +48,13 @@ def make_store(tmp_path: Path) -> Callable[..., GridStore]:
             return open_store(writer.finalise(split))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_frame() -> Callable[..., Path]:
+    """``write_frame`` of pandas_frame.py."""
+    spec = importlib.util.spec_from_file_location("pandas_frame", Path(__file__).with_name("pandas_frame.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write_frame
