@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,10 +64,12 @@ class Windows:
     history_inside: bool
     history_region: AnyRegion
     origins: np.ndarray = field(init=False)
+    _chunk_frames: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.S < 1 or self.K < 1:
             raise InputError(f"S = {self.S}, K = {self.K}: a window needs at least one frame of each")
+        self._chunk_frames = self.store.frames_per_chunk(self.channel)
         first, stop = self.store.frames_of(self.span)
         self.origins = window_origins(
             self.store.present, first, stop, self.S, self.K, history_inside=self.history_inside
@@ -84,6 +86,17 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.origins)
+
+    def fraction(self, share: float) -> "Windows":
+        """The windows of the first ``share`` of the days: few-shot (docs/decisions.md, 12)."""
+        return replace(self, span=self.span.fraction(share))
+
+    def of_region(self, region: AnyRegion, history_region: AnyRegion | None = None) -> "Windows":
+        """The same windows with the targets of ``region``, and the history of ``history_region``: of the same cells
+        by default, so that nothing else is read. Raises InputError where one leaves the store's space."""
+        seen = region if history_region is None else history_region
+        shape = self.store.shape
+        return replace(self, region=region.within(shape), history_region=seen.within(shape))
 
     @property
     def origin_times(self) -> np.ndarray:
@@ -130,7 +143,7 @@ class Windows:
         self, what: str, region: AnyRegion, parts: Sequence[tuple[np.ndarray, np.ndarray, tuple[slice, ...]]]
     ) -> None:
         """Fills ``out`` [B, L, …] of each part, (out, first frame of its rows int64 [B], cells within ``region``)."""
-        step = self.store.frames_per_chunk(self.channel)
+        step = self._chunk_frames
         chunks: dict[int, list[tuple[int, int, int]]] = {}
         for number, (out, firsts, _) in enumerate(parts):
             for row, first in enumerate(firsts.tolist()):

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from stdist.data import DaySpan, GridStore, Region, Windows, open_store
 from stdist.data.audit import data_digest, refuse_leaks
+from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation.contract import EvaluationContract, ForecastContract
 from stdist.evaluation.forecasts import Forecasts, read_forecasts
@@ -32,8 +33,13 @@ class EvaluationResult:
 
 
 def forecast_contract(windows: Windows) -> ForecastContract:
-    """The contract of forecasts that are about to be made of ``windows``, or of some of them."""
+    """The contract of forecasts that are about to be made of ``windows``, or of some of them.
+
+    Raises InputError for a store of nodes.
+    """
     store, region = windows.store, windows.region
+    if not isinstance(region, Region):
+        raise InputError(f"{store.path} holds nodes; forecasts are kept and scored of grids only")
     inside = "targets and history" if windows.history_inside else "targets"
     return ForecastContract(
         city=store.city,
@@ -140,7 +146,7 @@ def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N
 
 
 def read_targets(
-    store: GridStore, channel: str, region: Region, K: int, origins: Int[np.ndarray, " N"]
+    store: GridStore, channel: str, region: AnyRegion, K: int, origins: Int[np.ndarray, " N"]
 ) -> tuple[Float[np.ndarray, "N K h w"], Bool[np.ndarray, "N K h w"]]:
     """The true values of the K frames after each origin (a frame index), and which of them were observed."""
     first, stop = int(origins.min()) + 1, int(origins.max()) + K + 1

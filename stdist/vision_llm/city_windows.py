@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stdist.data import WindowBatch, Windows
+from stdist.data import Region, WindowBatch, Windows
+from stdist.errors import InputError
 from stdist.vision_llm.policy import Policy
 
 
@@ -28,12 +29,14 @@ class CityWindows:
     """Reads windows for a policy. Cells are numbered row by row inside the windows' region.
 
     ``clamp`` limits values to the numerals' range (``numeral_range`` tells how many that are); otherwise a value out of
-    range is an InputError.
+    range is an InputError, and so is a store of nodes.
     """
 
     def __init__(self, policy: Policy, windows: Windows, clamp: bool = False):
         self.policy, self.windows, self._clamp = policy, windows, clamp
         region = windows.region
+        if not isinstance(region, Region):
+            raise InputError(f"{windows.store.path} holds nodes, the vision-LLM reads grids; choose a store of a grid")
         rows, cols = np.mgrid[region.r0 : region.r1, region.c0 : region.c1]
         inside = windows.store.inside[region.slices].ravel()
         self.cells = np.flatnonzero(inside)

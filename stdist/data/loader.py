@@ -1,0 +1,108 @@
+"""Batches of windows, read ahead by threads, as tensors that a device takes without waiting.
+
+Threads and not the processes of ``torch.utils.data.DataLoader``: decoding and copying release the interpreter's
+lock, threads share one cache of decoded frames where every process would fill its own, and a batch is written
+once, where it is used, instead of passing between processes (``benchmarks/windows.py`` has the figures).
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdist.data.sampler import WindowSampler
+from stdist.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBatch:
+    """``WindowBatch`` as tensors, with the ``Samples`` it was read for.
+
+    history: float32 [B, S, H, W]. target: float32 [B, K, h, w]; target_observed: bool, same shape. Of nodes:
+    [B, S, N] and [B, K, n]. origin_index: int64 [B]. indices: int64 [B]. cells: int64 [B, C] or None.
+    """
+
+    history: Tensor
+    target: Tensor
+    target_observed: Tensor
+    origin_index: Tensor
+    indices: Tensor
+    cells: Tensor | None
+
+    def to(self, device: torch.device | str) -> "TensorBatch":
+        """On ``device``; from pinned memory the copy runs beside what the device computes."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in moved.items() if t is not None})
+
+
+class WindowLoader:
+    """Iterates a sampler's batches in its order, whatever the number of threads.
+
+    threads: readers. prefetch: batches beyond the one handed out last that are being read or wait. pin_memory:
+    page-locked tensors, for copies that do not stop the device; by default where CUDA is there. One iteration is the
+    rest of an epoch. A thread's exception is raised where its batch would have been handed out. When an iteration
+    ends, breaks off or fails, its threads end too.
+    """
+
+    def __init__(
+        self, sampler: WindowSampler, *, threads: int = 2, prefetch: int = 4, pin_memory: bool | None = None
+    ) -> None:
+        if threads < 1 or prefetch < 1:
+            raise InputError(f"threads {threads}, prefetch {prefetch}: give at least 1 of each")
+        self.sampler, self.threads, self.prefetch = sampler, threads, prefetch
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[TensorBatch]:
+        epoch, consumed = self.sampler.begin()
+        batches = self.sampler.batches(epoch, consumed)
+        ahead: deque[tuple[Future[TensorBatch], int]] = deque()
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="window-loader")
+
+        def read_one_more() -> None:
+            for indices, after in islice(batches, 1):
+                ahead.append((pool.submit(self._read, epoch, indices), after))
+
+        try:
+            for _ in range(self.prefetch):
+                read_one_more()
+            while ahead:
+                reading, after = ahead.popleft()
+                batch = reading.result()
+                read_one_more()
+                # What was read ahead does not count: a state is of the batches that were handed out.
+                self.sampler.consumed = after
+                yield batch
+            self.sampler.end(epoch)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, epoch: int, indices: np.ndarray) -> TensorBatch:
+        batch, cells = self.sampler.windows.read(indices, self._empty), self.sampler.cells(epoch, indices)
+        return TensorBatch(
+            history=torch.from_numpy(batch.history),
+            target=torch.from_numpy(batch.target),
+            target_observed=torch.from_numpy(batch.target_observed),
+            origin_index=torch.from_numpy(batch.origin_index),
+            indices=torch.from_numpy(indices),
+            cells=None if cells is None else torch.from_numpy(cells),
+        )
+
+    def _empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        kind = {np.dtype(np.float32): torch.float32, np.dtype(np.bool_): torch.bool}[np.dtype(dtype)]
+        return torch.empty(shape, dtype=kind, pin_memory=self.pin_memory).numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's, which counts the batches that were handed out."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
