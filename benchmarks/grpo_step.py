@@ -27,7 +27,7 @@ from _harness import Cost, comparison, figure, parser, peak_bytes, publish, rese
 from _trl_peer import TRL_VERSION, Batches, Peer, Samples, check_same_model
 
 import stdist.vision_llm.grpo
-from data_prep import synthetic
+from data_prep import READERS
 from stdist.config import GRPOConfig
 from stdist.data import open_store
 from stdist.training.engine import TorchEngine, cosine_schedule
@@ -57,7 +57,7 @@ class Task:
         first = [np.datetime64("2013-11-01") + part * days for part in range(3)]
         spans = [f"{day}:{day + days - 1}" for day in first]
         split = dict(zip(("train", "validation", "test"), spans, strict=True))
-        synthetic.prepare([], store_path, height=side, width=side, days=3 * days, cadence=60, **split)
+        READERS["synthetic"].prepare([], store_path, height=side, width=side, days=3 * days, cadence=60, **split)
         self._windows = open_store(store_path).windows("train", FRAMES, horizon, channel="internet")
         self._setting = Setting(city="synthetic", channel="internet", cadence=60, history=FRAMES, horizon=horizon)
         self.cell_mean = self._windows.read(np.array([0])).history[0].mean(0).ravel()

@@ -2,19 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from data_prep import frames_npz, synthetic, telecom_italia, wide_csv
-from data_prep.common import PrepareSummary
+from data_prep.plan import Day, Part, Plan
+from data_prep.preparation import PrepareSummary, prepare
 
-__all__ = ["READERS", "PrepareSummary", "Reader"]
+__all__ = ["READERS", "Day", "Part", "Plan", "PrepareSummary", "Reader", "prepare"]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """``prepare(sources, out, **options)``; ``options``: the keywords that the command line may give."""
+    """``plan(sources, **options)``; ``options``: the keywords that the command line may give."""
 
-    prepare: Callable[..., PrepareSummary]
+    plan: Callable[..., Plan]
     options: frozenset[str]
+
+    def prepare(self, sources: list[Path], out: Path, **options: Any) -> PrepareSummary:
+        """Plan and write the store ``out`` in this process; see ``preparation.prepare`` for more of them."""
+        return prepare(self.plan(sources, **options), out)
 
 
 _SPLIT = frozenset({"city", "train", "validation", "test"})
@@ -22,8 +29,8 @@ _GRID = frozenset({"channel", "cadence", "utc_offset", "row0", "col0", "id_width
 _SHAPE = frozenset({"start", "height", "width"})
 
 READERS: dict[str, Reader] = {
-    "telecom-italia": Reader(telecom_italia.prepare, _SPLIT),
-    "frames-npz": Reader(frames_npz.prepare, _SPLIT | _GRID),
-    "wide-csv": Reader(wide_csv.prepare, _SPLIT | _GRID | _SHAPE),
-    "synthetic": Reader(synthetic.prepare, _SPLIT | _SHAPE | {"channel", "cadence", "utc_offset", "days", "seed"}),
+    "telecom-italia": Reader(telecom_italia.plan, _SPLIT),
+    "frames-npz": Reader(frames_npz.plan, _SPLIT | _GRID),
+    "wide-csv": Reader(wide_csv.plan, _SPLIT | _GRID | _SHAPE),
+    "synthetic": Reader(synthetic.plan, _SPLIT | _SHAPE | {"channel", "cadence", "utc_offset", "days", "seed"}),
 }

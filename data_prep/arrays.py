@@ -45,7 +45,7 @@ def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
     dims: the axes it may have, as ``"T, N, C"``, named in errors. Raises InputError for a file that is no
     .npy or .npz file or was cut short, for another key, for pickled objects, and for another number of axes.
     """
-    headers = _headers(existing(path))
+    headers = array_headers(existing(path))
     axes = " or ".join(f"({each})" for each in dims)
     if key is None and len(headers) != 1:
         raise InputError(f"{path} holds {len(headers)} arrays ({', '.join(headers)}); keep the one of the frames")
@@ -61,8 +61,8 @@ def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
     return ArrayFile(Path(path), name or None, shape)
 
 
-def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of every array by its key; a .npy file has the one key ``""``."""
+def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every array by its key; a .npy file has the one key ``""``. InputError for other files."""
     try:
         if path.suffix != ".npz":
             with path.open("rb") as file:

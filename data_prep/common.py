@@ -1,39 +1,17 @@
-"""What every reader shares: the report of a preparation, cell ids, and checks of text files."""
+"""What every reader shares: sources, spans, cell ids, and the days of frames that are in memory."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from stdist.data import GridSpec, GridWriter, Split, open_store
+from data_prep.plan import Day
+from stdist.data import GridSpec, NodeSpec, Split
 from stdist.errors import InputError
-from stdist.progress import Progress
 
 KNOWN_UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
-
-
-@dataclass(frozen=True)
-class PrepareSummary:
-    """What a preparation wrote. ``missing``: per channel, values of present frames that the source
-    lacks, now imputed; ``true_zeros``: measured zeros; ``runs``: gap-free runs of present frames."""
-
-    path: Path
-    city: str
-    channels: tuple[str, ...]
-    frames: int
-    runs: int
-    cells: int
-    missing: dict[str, int]
-    true_zeros: dict[str, int]
-    digest: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return vars(self) | {"path": str(self.path), "channels": list(self.channels)}
 
 
 def only_source(sources: Sequence[Path], reader: str) -> Path:
@@ -103,7 +81,7 @@ def grid_spec(
     )
 
 
-def parse_split(train: str | None, validation: str | None, test: str | None, spec: GridSpec) -> Split | None:
+def parse_split(train: str | None, validation: str | None, test: str | None, spec: GridSpec | NodeSpec) -> Split | None:
     """Split from local dates ``A:B``; None where none is given, so that the store chooses its default.
 
     Raises InputError where a span leaves the data's days, before any work is done.
@@ -130,23 +108,14 @@ def require_on_grid(path: Path, stamps: np.ndarray, cadence: int) -> None:
         raise InputError(f"{path}: stamp {unique[counts > 1][0]} occurs twice; give each frame once")
 
 
-def write_frames(
-    writer: GridWriter,
-    stamps: np.ndarray,
-    channels: dict[str, np.ndarray],
-    split: Split | None,
-    progress: Progress | None = None,
-) -> PrepareSummary:
-    """Write frames that are all in memory, day by day, and finalise.
+def days_of_frames(spec: GridSpec | NodeSpec, stamps: np.ndarray, channels: dict[str, np.ndarray]) -> Iterator[Day]:
+    """The days of frames that are all in memory; slots without a frame are not present.
 
-    stamps: local, datetime64[m] [n], any order, on the spec's axis. channels: float32 [n, H, W], NaN =
+    stamps: local, datetime64[m] [n], any order, on the spec's axis. channels: float32 [n, *shape], NaN =
     missing.
     """
-    spec = writer.spec
-    midnight = spec.first_day.astype("datetime64[m]")
-    frames = (stamps - midnight).astype(np.int64) // spec.cadence_minutes
-    days = np.unique(frames // spec.slots_per_day)
-    for done, day in enumerate(days.tolist()):
+    frames = (stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes
+    for day in np.unique(frames // spec.slots_per_day).tolist():
         chosen = np.flatnonzero(frames // spec.slots_per_day == day)
         slots = frames[chosen] % spec.slots_per_day
         present = np.zeros(spec.slots_per_day, bool)
@@ -155,23 +124,4 @@ def write_frames(
         for name, data in channels.items():
             values[name] = np.full((spec.slots_per_day, *spec.shape), np.nan, np.float32)
             values[name][slots] = data[chosen]
-        writer.write_day(day, values, present)
-        if progress:
-            progress(done + 1, len(days))
-    return finish(writer, split)
-
-
-def finish(writer: GridWriter, split: Split | None) -> PrepareSummary:
-    """Finalise the store and report what it holds."""
-    store = open_store(writer.finalise(split))
-    return PrepareSummary(
-        path=store.path,
-        city=store.city,
-        channels=store.channels,
-        frames=int(store.present.sum()),
-        runs=len(store.runs),
-        cells=int(store.inside.sum()),
-        missing={name: counts["missing"] for name, counts in store.coverage.items()},
-        true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
-        digest=store.digest,
-    )
+        yield Day(day, values, present)

@@ -8,28 +8,21 @@ An example is the public whole-grid sample of Telecom Italia, Milan: ``internet`
 in three separate runs of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
 """
 
-import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import (
-    PrepareSummary,
-    city_of,
-    grid_spec,
-    only_source,
-    parse_split,
-    require_on_grid,
-    write_frames,
-)
-from stdist.data import GridWriter
+from data_prep.arrays import BROKEN, array_headers, require_traffic
+from data_prep.common import city_of, days_of_frames, grid_spec, only_source, parse_split, require_on_grid
+from data_prep.plan import Day, Part, Plan
+from stdist.data import GridSpec
 from stdist.errors import InputError
-from stdist.progress import Progress
 
 
-def prepare(
+def plan(
     sources: list[Path],
-    out: Path,
     *,
     city: str | None = None,
     channel: str | None = None,
@@ -41,23 +34,22 @@ def prepare(
     train: str | None = None,
     validation: str | None = None,
     test: str | None = None,
-    progress: Progress | None = None,
-) -> PrepareSummary:
-    """Write the grid store ``out`` from one file.
+) -> Plan:
+    """Plan of one file, read in one part.
 
     channel: the one array to read; all of them by default. The other options are those of ``wide_csv``.
-    Raises InputError where an array is absent, has no (T, H, W) shape, holds infinity or a negative value, or
-    where stamps are repeated or off the cadence's grid.
+    Raises InputError where an array is absent or has no (T, H, W) shape, or where stamps are repeated or off
+    the cadence's grid.
     """
     path = only_source(sources, "frames-npz")
-    stamps, channels = _read(path, channel)
-    days = stamps.min().astype("datetime64[D]"), stamps.max().astype("datetime64[D]")
-    shape = next(iter(channels.values())).shape[1:]
+    shapes = _channel_shapes(path, channel)
+    stamps = _stamps(path)
+    shape = next(iter(shapes.values()))
     spec = grid_spec(
         city or city_of(path),
-        list(channels),
-        days,
-        (shape[0], shape[1]),
+        list(shapes),
+        (stamps.min().astype("datetime64[D]"), stamps.max().astype("datetime64[D]")),
+        (shape[1], shape[2]),
         cadence=cadence,
         utc_offset=utc_offset,
         row0=row0,
@@ -67,42 +59,54 @@ def prepare(
     require_on_grid(path, stamps, cadence)
     split = parse_split(train, validation, test, spec)
     recipe = {"reader": "frames-npz", "row0": row0, "col0": col0}
-    with GridWriter(out, spec, recipe, [path]) as writer:
-        return write_frames(writer, stamps, channels, split, progress)
+    days = np.unique((stamps.astype("datetime64[D]") - spec.first_day).astype(int))
+    part = Part(path.name, tuple(days.tolist()))
+    return Plan(spec, recipe, [path], split, [part], _Reader(spec, path))
 
 
-def _read(path: Path, channel: str | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Local stamps datetime64[m] [T], and float32 [T, H, W] per channel."""
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Raises InputError naming channel, time and place of a value that is infinite or negative."""
+
+    spec: GridSpec
+    path: Path
+
+    def __call__(self, part: Part) -> Iterator[Day]:
+        stamps = _stamps(self.path)
+        channels = {name: _load(self.path, name).astype(np.float32) for name in self.spec.channels}
+        for name, frames in channels.items():
+            require_traffic(frames, f"{self.path}: {name}", stamps)
+        return days_of_frames(self.spec, stamps, channels)
+
+
+def _channel_shapes(path: Path, channel: str | None) -> dict[str, tuple[int, ...]]:
+    """Shape (T, H, W) of every channel, from the headers of the file."""
+    headers = array_headers(path)
+    time, dtype = headers.pop("time", ((), np.dtype(object)))
+    if len(time) != 1 or dtype.kind != "M" or time[0] == 0:
+        raise InputError(f"{path} has no array 'time' of datetime64 stamps, one per frame; add it")
+    names = [channel] if channel else [name for name, (shape, _) in headers.items() if len(shape) == 3]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        if name not in headers:
+            raise InputError(f"{path} has no array {name!r}; it has {', '.join(headers)}")
+        shape, dtype = headers[name]
+        if len(shape) != 3 or shape[0] != time[0] or dtype.kind not in "fiu":
+            raise InputError(f"{path}: array {name!r} is {dtype} {shape}; frames are numbers ({time[0]}, H, W)")
+        shapes[name] = shape
+    if len(set(shapes.values())) != 1:
+        raise InputError(f"{path} holds no frames (T, H, W) of one shape beside 'time'; check its arrays")
+    return shapes
+
+
+def _stamps(path: Path) -> np.ndarray:
+    """Local stamps datetime64[m] [T], in the file's order."""
+    return _load(path, "time").astype("datetime64[m]")
+
+
+def _load(path: Path, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise InputError(f"{path} is no npz file of plain arrays, or was cut short; check the file") from error
-    time = arrays.pop("time", None)
-    if time is None or time.ndim != 1 or time.dtype.kind != "M" or len(time) == 0:
-        raise InputError(f"{path} has no array 'time' of datetime64 stamps, one per frame; add it")
-    names = [channel] if channel else [name for name, array in arrays.items() if array.ndim == 3]
-    channels = {}
-    for name in names:
-        if name not in arrays:
-            raise InputError(f"{path} has no array {name!r}; it has {', '.join(arrays)}")
-        array = arrays[name]
-        if array.ndim != 3 or len(array) != len(time) or array.dtype.kind not in "fiu":
-            raise InputError(
-                f"{path}: array {name!r} is {array.dtype} {array.shape}; frames are numbers ({len(time)}, H, W)"
-            )
-        channels[name] = array.astype(np.float32)
-        _require_traffic(path, name, time, channels[name])
-    if len({array.shape for array in channels.values()}) != 1:
-        raise InputError(f"{path} holds no frames (T, H, W) of one shape beside 'time'; check its arrays")
-    return time.astype("datetime64[m]"), channels
-
-
-def _require_traffic(path: Path, name: str, time: np.ndarray, frames: np.ndarray) -> None:
-    wrong = np.argwhere(np.isinf(frames) | (frames < 0))
-    if len(wrong):
-        frame, row, col = wrong[0]
-        raise InputError(
-            f"{path}: {name} is {frames[frame, row, col]} at {time[frame]}, row {row}, column {col}; "
-            "traffic is finite and not negative, NaN means missing"
-        )
+            return archive[name]
+    except BROKEN as error:
+        raise InputError(f"{path} is damaged ({error}); download or write it again") from error

@@ -1,23 +1,23 @@
 """The synthetic city of ``stdist.data.synthetic`` as a store, or as raw Telecom Italia text files."""
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import PrepareSummary, finish, grid_spec, parse_split, parse_start
+from data_prep.common import grid_spec, parse_split, parse_start
+from data_prep.plan import Day, Part, Plan
 from data_prep.telecom_text import CHANNELS, SLOTS_PER_DAY, write_day
-from stdist.data import GridWriter
 from stdist.data.synthetic import SyntheticCity, generate
 from stdist.errors import InputError
-from stdist.progress import Progress
 
 # Mean ratio to the internet activity, roughly as in the public data.
 RATIOS = {"sms_in": 0.06, "sms_out": 0.04, "call_in": 0.05, "call_out": 0.06, "internet": 1.0}
 
 
-def prepare(
+def plan(
     sources: list[Path],
-    out: Path,
     *,
     city: str = "synthetic",
     channel: str = "internet",
@@ -31,10 +31,8 @@ def prepare(
     train: str | None = None,
     validation: str | None = None,
     test: str | None = None,
-    progress: Progress | None = None,
-) -> PrepareSummary:
-    """Write the grid store ``out`` of a generated city; there are no sources (InputError where some are
-    given).
+) -> Plan:
+    """Plan of a generated city, a part for every tile; there are no sources (InputError where some are given).
 
     start: first local day. days, height, width, seed, cadence (minutes): those of ``SyntheticCity``.
     """
@@ -51,14 +49,17 @@ def prepare(
         utc_offset=utc_offset,
     )
     split = parse_split(train, validation, test, spec)
-    recipe = {"reader": "synthetic", "seed": seed}
-    with GridWriter(out, spec, recipe) as writer:
-        for day, values in generate(source):
-            present = ~np.isnan(values).all(axis=(1, 2))
-            writer.write_day(day, {channel: values}, present)
-            if progress:
-                progress(day + 1, days)
-        return finish(writer, split)
+    tiles = spec.tiles()
+    parts = [Part(f"tile-{index}", tuple(range(days)), len(tiles) > 1, (tile,)) for index, tile in enumerate(tiles)]
+    return Plan(spec, {"reader": "synthetic", "seed": seed}, [], split, parts, partial(_read, source, channel))
+
+
+def _read(source: SyntheticCity, channel: str, part: Part) -> Iterator[Day]:
+    """payload: whether the city has more tiles than this one."""
+    assert part.tiles is not None
+    (tile,) = part.tiles
+    for day, values in generate(source, tile if part.payload else None):
+        yield Day(day, {channel: values}, ~np.isnan(values).all(axis=(1, 2)), tile)
 
 
 def write_raw(city: SyntheticCity, folder: Path, cell_ids: np.ndarray) -> list[Path]:

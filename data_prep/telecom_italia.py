@@ -9,37 +9,34 @@ What is made of it: values are summed over country codes. An absent (square, slo
 field in a pair that has a row is a measured zero; a slot without any row is a frame that does not exist.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from data_prep.common import PrepareSummary, existing, finish, grid_spec, parse_split
+from data_prep.common import existing, grid_spec, parse_split
+from data_prep.plan import Day, Part, Plan
 from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, UTC_OFFSET_MINUTES, day_start_ms
 from data_prep.text import explain_failure, require_columns
-from stdist.data import GridWriter
 from stdist.errors import InputError
-from stdist.progress import Progress
 
 SIDE = 100
 COLUMNS = {"cell": pl.Int64, "stamp": pl.Int64, "country": pl.Int64, **dict.fromkeys(CHANNELS, pl.Float64)}
 
 
-def prepare(
+def plan(
     sources: list[Path],
-    out: Path,
     *,
     city: str = "milan",
     train: str | None = None,
     validation: str | None = None,
     test: str | None = None,
-    progress: Progress | None = None,
-) -> PrepareSummary:
-    """Write the grid store ``out`` with all five channels from day files, or from folders that hold them.
+) -> Plan:
+    """Plan of all five channels from day files, or from folders that hold them: a part for every day.
 
     train, validation, test: local days ``A:B``; the paper's spans by default where the data covers them.
-    Raises InputError naming file and line of a broken row, and both files where two hold the same day.
+    Raises InputError for a file of another format, and naming both files where two hold the same day.
     """
     files = _day_files(sources)
     first, last = min(files), max(files)
@@ -53,13 +50,14 @@ def prepare(
         units="rescaled activity",
     )
     split = parse_split(train, validation, test, spec)
-    with GridWriter(out, spec, {"reader": "telecom-italia"}, [files[day] for day in sorted(files)]) as writer:
-        for done, day in enumerate(sorted(files), start=1):
-            values, present = read_day(files[day], day)
-            writer.write_day(int((day - first).astype(int)), values, present)
-            if progress:
-                progress(done, len(files))
-        return finish(writer, split)
+    parts = [Part(str(day), (int((day - first).astype(int)),), (files[day], day)) for day in sorted(files)]
+    sources = [files[day] for day in sorted(files)]
+    return Plan(spec, {"reader": "telecom-italia"}, sources, split, parts, _read)
+
+
+def _read(part: Part) -> Iterator[Day]:
+    """payload: file and local day. Raises InputError naming file and line of a broken row."""
+    yield Day(part.days[0], *read_day(*part.payload))
 
 
 def _day_files(sources: Sequence[Path]) -> dict[np.datetime64, Path]:

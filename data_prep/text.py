@@ -12,8 +12,8 @@ from stdist.errors import InputError
 BLOCK = 1 << 24
 
 
-def require_columns(path: Path, separator: str, columns: int) -> None:
-    """Raise InputError naming the first line of a file that has not ``columns`` fields.
+def require_columns(path: Path, separator: str, columns: int) -> int:
+    """Number of lines; InputError naming the first line of a file that has not ``columns`` fields.
 
     polars pads short rows silently. Whole blocks are counted first (330 MB in well under a second); only
     a file that fails is looked at line by line.
@@ -30,6 +30,7 @@ def require_columns(path: Path, separator: str, columns: int) -> None:
         raise InputError(f"{path} is empty; give a file that holds data")
     if separators != lines * (columns - 1):
         _require_even_lines(path, separator, columns)
+    return lines
 
 
 def _require_even_lines(path: Path, separator: str, columns: int) -> None:

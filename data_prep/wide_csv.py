@@ -8,33 +8,26 @@ An example is the public 5 x 5 block of the Telecom Italia grid of Milan: 4,320 
 from 2013-11-01T00:00 local time, squares r * 100 + c + 1 with r and c in 41 … 45 (row 0 in the south).
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from data_prep.common import (
-    PrepareSummary,
-    city_of,
-    grid_spec,
-    only_source,
-    parse_split,
-    parse_start,
-    require_on_grid,
-    write_frames,
-)
+from data_prep.arrays import consecutive_days
+from data_prep.common import city_of, grid_spec, only_source, parse_split, parse_start, require_on_grid
+from data_prep.plan import Day, Part, Plan
 from data_prep.text import explain_failure, require_columns
-from stdist.data import GridWriter
+from stdist.data import GridSpec
 from stdist.errors import InputError
-from stdist.progress import Progress
 
 BLANKS = ("", "nan", "NaN", "NA")
 
 
-def prepare(
+def plan(
     sources: list[Path],
-    out: Path,
     *,
     city: str | None = None,
     channel: str = "internet",
@@ -49,25 +42,24 @@ def prepare(
     train: str | None = None,
     validation: str | None = None,
     test: str | None = None,
-    progress: Progress | None = None,
-) -> PrepareSummary:
-    """Write the grid store ``out`` from one file.
+) -> Plan:
+    """Plan of one file, read in one part.
 
     start: local ISO time of the first row, required. city: first word of the file name by default. cadence
     and utc_offset in minutes (Milan and Trentino +60, others 0). height, width: a square by default. row0,
     col0, id_width: where the grid lies in the data's own ids. train, validation, test: local days ``A:B``.
-    Raises InputError naming row and column of a bad field.
+    Raises InputError where rows differ in length, naming the first, or options do not fit the file.
     """
     path = only_source(sources, "wide-csv")
     if start is None:
         raise InputError(f"{path} has no time column; give the local time of its first row: --start 2013-11-01T00:00")
-    values = read_values(path)
-    shape = _grid_shape(path, values.shape[1], height, width)
+    columns = _columns(path)
+    rows = require_columns(path, ",", columns)
+    shape = grid_shape(path, columns, height, width)
     first = parse_start(start)
-    stamps = first + np.arange(len(values)) * np.timedelta64(cadence, "m")
-    name = city or city_of(path)
+    stamps = first + np.arange(rows) * np.timedelta64(cadence, "m")
     spec = grid_spec(
-        name,
+        city or city_of(path),
         [channel],
         (first.astype("datetime64[D]"), stamps[-1].astype("datetime64[D]")),
         shape,
@@ -77,17 +69,35 @@ def prepare(
         col0=col0,
         id_width=id_width,
     )
-    recipe = {"reader": "wide-csv", "start": str(first), "row0": row0, "col0": col0}
     require_on_grid(path, stamps, cadence)
+    recipe = {"reader": "wide-csv", "start": str(first), "row0": row0, "col0": col0}
     split = parse_split(train, validation, test, spec)
-    with GridWriter(out, spec, recipe, [path]) as writer:
-        return write_frames(writer, stamps, {channel: values.reshape(-1, *shape)}, split, progress)
+    slot = int((first - spec.first_day).astype("timedelta64[m]").astype(int)) // cadence
+    part = Part(path.name, tuple(range(len(spec.days))))
+    return Plan(spec, recipe, [path], split, [part], _Reader(spec, path, slot))
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """first: frame index of the first row."""
+
+    spec: GridSpec
+    path: Path
+    first: int
+
+    def __call__(self, part: Part) -> Iterator[Day]:
+        values = read_values(self.path).reshape(-1, *self.spec.shape)
+        return consecutive_days(self.spec, self.first, {self.spec.channels[0]: values}, str(self.path))
+
+
+def _columns(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.readline().count(b",") + 1
 
 
 def read_values(path: Path) -> np.ndarray:
     """float32 [rows, columns] of a headerless CSV, NaN = missing; InputError names the first bad field."""
-    with path.open("rb") as file:
-        columns = file.readline().count(b",") + 1
+    columns = _columns(path)
     require_columns(path, ",", columns)
     schema = {f"column_{i + 1}": pl.Float64 for i in range(columns)}
     try:
@@ -107,7 +117,8 @@ def read_values(path: Path) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _grid_shape(path: Path, columns: int, height: int | None, width: int | None) -> tuple[int, int]:
+def grid_shape(path: Path, columns: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """(H, W) of a file with one column a cell, a square by default; InputError where the columns do not fit."""
     if height is None and width is None:
         side = isqrt(columns)
         if side * side != columns:

@@ -33,7 +33,7 @@ from data_prep.common import (
 from data_prep.graphs import ids_of, read_adjacency
 from data_prep.plan import Day, Part, Plan
 from data_prep.stamps import cadence_of, rows_of_days
-from data_prep.wide_csv import _grid_shape as grid_shape
+from data_prep.wide_csv import grid_shape
 from stdist.data.schema import GridSpec, NodeSpec
 from stdist.errors import InputError
 

@@ -57,6 +57,7 @@ def prepare(
 ) -> None:
     """Turn raw files into a grid store."""
     from data_prep import READERS
+    from data_prep.preparation import prepare as write_store
     from stdist.progress import progress_bar
 
     if reader not in READERS:
@@ -68,7 +69,7 @@ def prepare(
         taken = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(READERS[reader].options))
         raise InputError(f"{reader} takes no --{unknown[0].replace('_', '-')}; it takes {taken}")
     with progress_bar("prepare") as progress:
-        summary = READERS[reader].prepare(sources or [], out, progress=progress, **given)
+        summary = write_store(READERS[reader].plan(sources or [], **given), out, progress=progress)
     missing = sum(summary.missing.values())
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
     finish(

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CELLS_AT_ONCE = 8192
+"""Of cells that lack values; interpolation needs some ten times the memory of what it fills."""
+
 
 @dataclass
 class Known:
@@ -22,6 +25,10 @@ class Known:
     @classmethod
     def none(cls, shape: tuple[int, ...]) -> "Known":
         return cls(np.full(shape, -1, np.int64), np.zeros(shape, np.float32))
+
+    def at(self, cells: np.ndarray) -> "Known":
+        """Of some cells, by their numbers; of a known value per cell [n]."""
+        return Known(self.time[cells], self.value[cells])
 
     def updated(self, other: "Known") -> "Known":
         """``other`` where it knows a value, else self."""
@@ -63,18 +70,26 @@ def interpolate(
         return values
     shape = values.shape
     flat, seen = values.reshape(shape[0], -1), observed.reshape(shape[0], -1)
-    cells = np.flatnonzero(~seen.all(axis=0))
     none = Known.none((flat.shape[1],))
     left, right = ((k or none) for k in (_flat(before), _flat(after)))
-    flat, seen = flat[:, cells], seen[:, cells]
+    lacking = np.flatnonzero(~seen.all(axis=0))
+    result = flat.copy()
+    for first in range(0, len(lacking), CELLS_AT_ONCE):
+        cells = lacking[first : first + CELLS_AT_ONCE]
+        result[:, cells] = _interpolate(flat[:, cells], seen[:, cells], start, left.at(cells), right.at(cells))
+    return result.reshape(shape)
 
-    # Positions of the neighbours on an axis widened by one frame at either end: `before` and `after`.
-    frames = np.arange(1, shape[0] + 1)[:, None]
+
+def _interpolate(values: np.ndarray, seen: np.ndarray, start: int, left: Known, right: Known) -> np.ndarray:
+    """values [T, n], with known neighbours [n] on either side."""
+    # Positions of the neighbours on an axis widened by one frame at either end: `left` and `right`.
+    length = len(values)
+    frames = np.arange(1, length + 1)[:, None]
     previous = np.maximum.accumulate(np.where(seen, frames, 0), axis=0)
-    following = np.minimum.accumulate(np.where(seen, frames, shape[0] + 1)[::-1], axis=0)[::-1]
-    wide = np.concatenate((left.value[None, cells], flat, right.value[None, cells])).astype(np.float64)
-    times = np.broadcast_to(np.arange(start - 1, start + shape[0] + 1)[:, None], wide.shape).copy()
-    times[0], times[-1] = left.time[cells], right.time[cells]
+    following = np.minimum.accumulate(np.where(seen, frames, length + 1)[::-1], axis=0)[::-1]
+    wide = np.concatenate((left.value[None], values, right.value[None])).astype(np.float64)
+    times = np.broadcast_to(np.arange(start - 1, start + length + 1)[:, None], wide.shape).copy()
+    times[0], times[-1] = left.time, right.time
 
     t_start, t_end = np.take_along_axis(times, previous, 0), np.take_along_axis(times, following, 0)
     d_start, d_end = np.take_along_axis(wide, previous, 0), np.take_along_axis(wide, following, 0)
@@ -83,10 +98,7 @@ def interpolate(
     linear = d_start + share * (d_end - d_start)
     nearest = np.where(t_start >= 0, d_start, np.where(t_end >= 0, d_end, 0.0))
     filled = np.where((t_start >= 0) & (t_end >= 0), linear, nearest)
-
-    result = values.reshape(shape[0], -1).copy()
-    result[:, cells] = np.where(seen, flat, filled)
-    return result.reshape(shape)
+    return np.where(seen, values, filled)
 
 
 def _flat(known: Known | None) -> Known | None:

@@ -58,12 +58,7 @@ class _Axes:
 
     def tiles(self) -> list[Tile]:
         """What the shards of one day hold of the space, in order; the whole of it where it is small."""
-        _, shard = chunk_and_shard(self.slots_per_day, self.shape)
-        axes = [
-            [slice(start, min(start + step, side)) for start in range(0, side, step)]
-            for side, step in zip(self.shape, shard[1:], strict=True)
-        ]
-        return list(product(*axes))
+        return tiles_of(self.slots_per_day, self.shape)
 
     @property
     def slots_per_day(self) -> int:
@@ -201,6 +196,16 @@ def chunk_and_shard(slots_per_day: int, shape: tuple[int, ...]) -> tuple[tuple[i
     sides = [min(chunk_side, side) for side in shape]
     shard = [-(-min(tile_side, side) // chunk) * chunk for side, chunk in zip(shape, sides, strict=True)]
     return (slots, *sides), (slots_per_day, *shard)
+
+
+def tiles_of(slots_per_day: int, shape: tuple[int, ...]) -> list[Tile]:
+    """The part of the space that each shard of a day holds, cut at the space's edge, in order."""
+    _, shard = chunk_and_shard(slots_per_day, shape)
+    axes = [
+        [slice(start, min(start + step, side)) for start in range(0, side, step)]
+        for side, step in zip(shape, shard[1:], strict=True)
+    ]
+    return list(product(*axes))
 
 
 def fill_short_absences(present: np.ndarray, max_gap: int) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Statistics of one channel over a span of days: mergeable, so that no more than a day is in memory."""
+"""Statistics of one channel over a span of days: mergeable, so that no more than a day of a tile is in memory."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from stdist.data.parts import Tile
 from stdist.data.spans import DaySpan
 
 
@@ -13,7 +14,7 @@ class Statistics:
     """Over the observed values of one channel in ``span``, fitted on nothing else.
 
     mean, std (population), maximum: scalars in the data's units; count: observed values; cell_mean: float32
-    [H, W], 0 for a cell without an observed value in the span.
+    [H, W] or [N], 0 for a cell without an observed value in the span.
     """
 
     mean: float
@@ -33,7 +34,7 @@ class Statistics:
 class StatisticsState:
     """Running count, mean and sum of squared deviations (Chan et al.), and per-cell sums."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
@@ -46,7 +47,7 @@ class StatisticsState:
         self.cell_count = np.zeros(self.shape, np.int64)
 
     def add(self, values: np.ndarray, observed: np.ndarray) -> None:
-        """Take in values float32 [T, H, W], where observed bool [T, H, W]."""
+        """Take in values float32 [T, *shape], where observed (bool, same shape)."""
         count = int(observed.sum())
         if count == 0:
             return
@@ -55,11 +56,21 @@ class StatisticsState:
         self.cell_count += observed.sum(axis=0)
         mean = float(total.sum() / count)
         squares = float(np.where(observed, (total - mean) ** 2, 0).sum())
+        self._merge(count, mean, squares, float(values[observed].max()))
+
+    def merge(self, other: "StatisticsState", tile: Tile) -> None:
+        """Take in what was seen of the cells ``tile``. The order of tiles decides the last bits of the result."""
+        self.cell_sum[tile] += other.cell_sum
+        self.cell_count[tile] += other.cell_count
+        if other.count:
+            self._merge(other.count, other.mean, other.squares, other.maximum)
+
+    def _merge(self, count: int, mean: float, squares: float, maximum: float) -> None:
         delta, merged = mean - self.mean, self.count + count
         self.squares += squares + delta**2 * self.count * count / merged
-        self.mean += delta * count / merged
-        self.count = merged
-        self.maximum = max(self.maximum, float(values[observed].max()))
+        # The first ones are taken as they are: mean * count / count is not always the mean.
+        self.mean = self.mean + delta * count / merged if self.count else mean
+        self.count, self.maximum = merged, max(self.maximum, maximum)
 
     def result(self, span: DaySpan) -> Statistics:
         cell_mean = self.cell_sum / np.maximum(self.cell_count, 1)

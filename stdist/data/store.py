@@ -18,9 +18,10 @@ from stdist.data.schema import (
     MINUTES_PER_DAY,
     observed_name,
     runs_of,
+    tiles_of,
     train_mean_name,
 )
-from stdist.data.spans import AnyRegion, DaySpan, Split, whole
+from stdist.data.spans import AnyRegion, DaySpan, Split, parse_region, whole
 from stdist.data.statistics import Statistics, StatisticsState
 from stdist.data.windows import Windows
 from stdist.errors import InputError
@@ -33,6 +34,13 @@ def open_store(path: str | Path) -> "GridStore":
     names the file that is missing or cut short.
     """
     root = Path(path)
+    attributes = read_attributes(root)
+    require_whole(root, attributes["files"])
+    return GridStore(root, attributes)
+
+
+def read_attributes(root: Path) -> dict[str, Any]:
+    """The attributes of a finished store, looking at nothing else. Raises InputError where there is none."""
     metadata = root / ROOT_METADATA
     if not metadata.is_file():
         what = "holds no zarr.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
@@ -47,13 +55,12 @@ def open_store(path: str | Path) -> "GridStore":
         raise InputError(f"{root} has format version {attributes['format_version']}, this program reads 1")
     if "digest" not in attributes:
         raise InputError(f"{root} was never finished; remove it and prepare it again")
-    require_whole(root, attributes["files"])
-    return GridStore(root, attributes)
+    return attributes
 
 
 @dataclass(eq=False)
 class GridStore:
-    """A city's traffic on a grid of H rows and W columns over T frames. Made by ``open_store``.
+    """A city's traffic over T frames, on a grid of H rows and W columns or at N nodes. Made by ``open_store``.
 
     ``path``; ``attributes``: the store's own (recipe, sources, files, …).
     """
@@ -70,10 +77,13 @@ class GridStore:
     def _group(self) -> zarr.Group:
         return zarr.open_group(self.path, mode="r")
 
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        # Kept, because opening an array again costs as much as reading a small region of it.
+        return dict(self._group.arrays())
+
     def _array(self, name: str) -> zarr.Array[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+        return self._arrays[name]
 
     @cached_property
     def frame_cache(self) -> FrameCache:
@@ -114,9 +124,14 @@ class GridStore:
         return MINUTES_PER_DAY // self.attributes["cadence_minutes"]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(H, W)."""
-        return self.cell_ids.shape[0], self.cell_ids.shape[1]
+    def dims(self) -> tuple[str, ...]:
+        """Names of the axes of space: ``("row", "col")`` or ``("node",)``."""
+        return tuple(self.attributes.get("dims", ("row", "col")))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) of a grid, (N,) of nodes."""
+        return self._array("inside").shape
 
     @cached_property
     def times(self) -> np.ndarray:
@@ -130,13 +145,32 @@ class GridStore:
 
     @cached_property
     def cell_ids(self) -> np.ndarray:
-        """The data's own cell ids, int64 [H, W]."""
-        return np.asarray(self._array("cell_id")[:])
+        """The data's own ids: of cells int64 [H, W], of nodes int64 or str [N]."""
+        if self.dims != ("node",):
+            return np.asarray(self._array("cell_id")[:])
+        ids = np.asarray(self._array("node")[:])
+        return ids if ids.dtype.kind == "i" else np.array(ids.tolist(), str)
 
     @cached_property
     def inside(self) -> np.ndarray:
-        """Cells that belong to the city, bool [H, W]."""
+        """Cells that belong to the city, bool [H, W]; all nodes do, bool [N]."""
         return np.asarray(self._array("inside")[:])
+
+    @cached_property
+    def since(self) -> np.ndarray | None:
+        """First local day of each node, datetime64[D] [N]; None where all are there from the start."""
+        return np.asarray(self._array("since")[:]).astype("datetime64[D]") if "since" in self._group else None
+
+    @property
+    def adjacency(self) -> np.ndarray | None:
+        """Weights of the graph, float32 [N, N], from a node (row) to its neighbour; None where there is none."""
+        return np.asarray(self._array("adjacency")[:]) if "adjacency" in self._group else None
+
+    @property
+    def static(self) -> dict[str, np.ndarray]:
+        """What does not change with time, float32 [H, W] or [N] by name."""
+        names = [name for name in self._group.array_keys() if name.startswith("static_")]
+        return {name.removeprefix("static_"): np.asarray(self._array(name)[...]) for name in sorted(names)}
 
     @cached_property
     def present(self) -> np.ndarray:
@@ -150,17 +184,18 @@ class GridStore:
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
-        """Per channel, over present frames and inside cells: ``missing`` (imputed) and ``true_zeros``."""
+        """Per channel, over present frames and what belongs to the city by then: ``missing`` (imputed) and
+        ``true_zeros``."""
         return self.attributes["coverage"]
 
     def values(self, channel: str, start: int, stop: int, region: AnyRegion | None = None) -> np.ndarray:
-        """Frames [start, stop) of a channel, imputed, float32 [T, h, w]; NaN where a frame is not present."""
+        """Frames [start, stop) of a channel, imputed, float32 [T, h, w] or [T, n]; NaN where one is not present."""
         return self._read(self._known(channel), start, stop, region)
 
     def observed(
         self, channel: str, start: int | None = None, stop: int | None = None, region: AnyRegion | None = None
     ) -> np.ndarray:
-        """Which values of frames [start, stop) were measured and not imputed, bool [T, h, w]."""
+        """Which values of frames [start, stop) were measured and not imputed, bool [T, h, w] or [T, n]."""
         last = len(self.present) if stop is None else stop
         return self._read(observed_name(self._known(channel)), start or 0, last, region)
 
@@ -170,8 +205,12 @@ class GridStore:
         return channel
 
     def _read(self, name: str, start: int, stop: int, region: AnyRegion | None) -> np.ndarray:
-        where = (region or whole(self.shape)).within(self.shape).slices
+        where = self.region(region).slices
         return np.asarray(self._array(name)[(slice(int(start), int(stop)), *where)])
+
+    def region(self, region: AnyRegion | str | None = None) -> AnyRegion:
+        """A region of the store, all of it by default; InputError where it leaves the store's space."""
+        return whole(self.shape) if region is None else parse_region(region).within(self.shape)
 
     def frames_of(self, span: DaySpan) -> tuple[int, int]:
         """Half-open frame indices of a span of local days; InputError where it leaves the store's days."""
@@ -192,10 +231,13 @@ class GridStore:
             return Statistics(**scalars, cell_mean=np.asarray(self._array(train_mean_name(channel))[:]), span=span)
         first, stop = self.frames_of(span)
         state = StatisticsState(self.shape)
-        for start in range(first, stop, self.slots_per_day):
-            day = start, start + self.slots_per_day
-            if self.present[slice(*day)].any():
-                state.add(self.values(channel, *day), self.observed(channel, *day))
+        days = [slice(start, start + self.slots_per_day) for start in range(first, stop, self.slots_per_day)]
+        present = [day for day in days if self.present[day].any()]
+        for tile in tiles_of(self.slots_per_day, self.shape):
+            part = StatisticsState(self.inside[tile].shape)
+            for day in present:
+                part.add(*(np.asarray(self._array(name)[(day, *tile)]) for name in (channel, observed_name(channel))))
+            state.merge(part, tile)
         if state.count == 0:
             raise InputError(f"span {span} of {self.path} holds no observed value of {channel}; choose other days")
         return state.result(span)

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
+from stdist.data.parts import Tile
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
 
@@ -107,26 +108,45 @@ class SyntheticCity:
         return np.stack(curves)
 
 
-def generate(city: SyntheticCity) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (day index, float32 [slots, H, W]); NaN is a missing value, 0 a measured zero."""
+def generate(city: SyntheticCity, tile: Tile | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (day index, float32 [slots, H, W]); NaN is a missing value, 0 a measured zero.
+
+    tile: yield these cells alone, with memory for a day of them. The tiles of a city fit together (neighbours'
+    noise, events and absent frames are common to them) but are not the city that is generated as a whole: what
+    a cell does alone is drawn tile by tile.
+    """
     shared_shape = tuple(max(1, -(-side // 6)) for side in city.shape)
-    rng = np.random.default_rng([city.seed, 3])
-    shared, own = rng.standard_normal(shared_shape), rng.standard_normal(city.shape)
-    calm = (city.level / 30.0) ** -0.07
-    spread = [_spread(n, side) for n, side in zip(shared_shape, city.shape, strict=True)]
+    cells = tile or (slice(0, city.height), slice(0, city.width))
+    shape = tuple(side.stop - side.start for side in cells)
+    common, alone = _streams(city, tile, 3, 6)
+    shared, own = common.standard_normal(shared_shape), alone.standard_normal(shape)
+    calm = (city.level[cells] / 30.0) ** -0.07
+    rows, cols = (_spread(n, side)[at] for n, side, at in zip(shared_shape, city.shape, cells, strict=True))
     for day in range(city.days):
-        rng = np.random.default_rng([city.seed, 4, day])
-        shared_path = _autoregress(rng, shared, SHARED_HOURS, city)
-        own_path = _autoregress(rng, own, OWN_HOURS, city)
+        common, alone = _streams(city, tile, 4, 7, day)
+        shared_path = _autoregress(common, shared, SHARED_HOURS, city)
+        own_path = _autoregress(alone, own, OWN_HOURS, city)
         shared, own = shared_path[-1], own_path[-1]
-        log_noise = SHARED_STD * np.einsum("hi,tij,wj->thw", spread[0], shared_path, spread[1])
-        log_noise += calm * (OWN_STD * own_path + SLOT_STD * rng.standard_normal(own_path.shape))
-        base = np.einsum("us,uhw->shw", city.rhythm(day), city.land_use) * city.level
-        values = base * np.exp(log_noise) * _events(rng, city)
+        log_noise = SHARED_STD * (rows @ shared_path @ cols.T)
+        log_noise += calm * (OWN_STD * own_path + SLOT_STD * alone.standard_normal(own_path.shape))
+        base = np.einsum("us,uhw->shw", city.rhythm(day), city.land_use[:, *cells]) * city.level[cells]
+        values = base * np.exp(log_noise) * _events(common, city, cells)
         # Like the real data's rounding: next to nothing is nothing.
         values[values < 0.05] = 0
-        values[_missing(rng, city)] = np.nan
+        values[_missing(alone, common, city, shape)] = np.nan
         yield day, values.astype(np.float32)
+
+
+def _streams(
+    city: SyntheticCity, tile: Tile | None, whole: int, tiled: int, *rest: int
+) -> tuple[np.random.Generator, np.random.Generator]:
+    """Random numbers that all cells share, and those of the cells alone: one stream where there are no tiles."""
+    if tile is None:
+        both = np.random.default_rng([city.seed, whole, *rest])
+        return both, both
+    place = [side.start for side in tile]
+    common, alone = ([city.seed, tiled, *rest, *which] for which in ([0], [1, *place]))
+    return np.random.default_rng(common), np.random.default_rng(alone)
 
 
 def _autoregress(rng: np.random.Generator, last: np.ndarray, hours: float, city: SyntheticCity) -> np.ndarray:
@@ -153,10 +173,10 @@ def _field(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.n
     return rows @ rng.standard_normal(knots) @ cols.T
 
 
-def _events(rng: np.random.Generator, city: SyntheticCity) -> np.ndarray:
-    """Factor on the traffic, [slots, H, W]: crowds that rise, travel over neighbouring cells and fade."""
-    factor = np.ones((city.slots_per_day, *city.shape))
-    row, col = np.mgrid[: city.height, : city.width]
+def _events(rng: np.random.Generator, city: SyntheticCity, cells: Tile) -> np.ndarray:
+    """Factor on the traffic of ``cells``, [slots, h, w]: crowds that rise, travel over neighbouring cells and fade."""
+    row, col = np.mgrid[cells]
+    factor = np.ones((city.slots_per_day, *row.shape))
     per_hour = 60 / city.cadence_minutes
     for _ in range(rng.poisson(EVENTS_PER_DAY)):
         middle, lasts = rng.uniform(9, 23) * per_hour, rng.uniform(0.5, 1.5) * per_hour
@@ -169,16 +189,18 @@ def _events(rng: np.random.Generator, city: SyntheticCity) -> np.ndarray:
     return factor
 
 
-def _missing(rng: np.random.Generator, city: SyntheticCity) -> np.ndarray:
-    """Lost values, bool [slots, H, W]: spells of one cell, and now and then whole frames."""
-    lost = np.zeros((city.slots_per_day, city.height, city.width), bool)
-    spells = rng.poisson(lost.size * city.missing_share / 4)
-    slot, row, col = (rng.integers(0, side, spells) for side in lost.shape)
-    length = rng.geometric(1 / 4, spells)
+def _missing(
+    alone: np.random.Generator, common: np.random.Generator, city: SyntheticCity, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Lost values, bool [slots, *shape]: spells of one cell, and now and then whole frames."""
+    lost = np.zeros((city.slots_per_day, *shape), bool)
+    spells = alone.poisson(lost.size * city.missing_share / 4)
+    slot, row, col = (alone.integers(0, side, spells) for side in lost.shape)
+    length = alone.geometric(1 / 4, spells)
     for ahead in range(int(length.max(initial=0))):
         reaches = (length > ahead) & (slot + ahead < city.slots_per_day)
         lost[slot[reaches] + ahead, row[reaches], col[reaches]] = True
-    if city.missing_share and rng.random() < ABSENT_FRAMES_PER_DAY:
-        first = rng.integers(0, city.slots_per_day)
-        lost[first : first + rng.integers(1, 4)] = True
+    if city.missing_share and common.random() < ABSENT_FRAMES_PER_DAY:
+        first = common.integers(0, city.slots_per_day)
+        lost[first : first + common.integers(1, 4)] = True
     return lost

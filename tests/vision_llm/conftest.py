@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data_prep import synthetic
+from data_prep import READERS
 from stdist.data import GridStore, open_store
 from stdist.vision_llm.checkpoints import build_policy
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
@@ -32,7 +32,7 @@ def one_thread() -> None:
 def store(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
     """Six hourly days of a 5×4 city: four of training, one of validation, one of test."""
     out = tmp_path_factory.mktemp("city") / "city.zarr"
-    synthetic.prepare([], out, city="toy", height=5, width=4, days=6, cadence=60, seed=3)
+    READERS["synthetic"].prepare([], out, city="toy", height=5, width=4, days=6, cadence=60, seed=3)
     return open_store(out)
 
 

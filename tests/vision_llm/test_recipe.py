@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import xarray
 
-from data_prep import synthetic
+from data_prep import READERS
 from stdist.config import Config, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
@@ -80,7 +80,7 @@ def run(config: Config, result: dict[str, Any]) -> Path:
 def other_city(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another grid, 7×6, of six hourly days."""
     out = tmp_path_factory.mktemp("other") / "other.zarr"
-    synthetic.prepare([], out, city="elsewhere", height=7, width=6, days=6, cadence=60, seed=8)
+    READERS["synthetic"].prepare([], out, city="elsewhere", height=7, width=6, days=6, cadence=60, seed=8)
     return out
 
 
@@ -207,7 +207,7 @@ def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
 ) -> None:
     """t_max, in the data's units, stays the training city's."""
     half_hourly = tmp_path / "half.zarr"
-    synthetic.prepare([], half_hourly, city="half", height=4, width=4, days=6, cadence=30, seed=8)
+    READERS["synthetic"].prepare([], half_hourly, city="half", height=4, width=4, days=6, cadence=30, seed=8)
     seen = []
 
     def spy(config: Config, policy: Any, *rest: Any) -> None:

@@ -1,0 +1,132 @@
+"""From a plan to a store: init, parts in any order and in any process, finalise."""
+
+import errno
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.local_processes import local_processes
+from data_prep.plan import Plan
+from stdist.data import GridStore, GridWriter, open_store
+from stdist.data.parts import Executor, Part
+from stdist.data.writer import serially
+from stdist.errors import InputError, Interrupted
+from stdist.progress import Progress
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a preparation wrote. ``missing``: per channel, values of present frames that the source
+    lacks, now imputed; ``true_zeros``: measured zeros; ``runs``: gap-free runs of present frames;
+    ``absent_days``: local days between the first and the last without any frame."""
+
+    path: Path
+    city: str
+    channels: tuple[str, ...]
+    frames: int
+    runs: int
+    cells: int
+    missing: dict[str, int]
+    true_zeros: dict[str, int]
+    absent_days: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, store: GridStore) -> "PrepareSummary":
+        days = store.present.reshape(-1, store.slots_per_day).any(axis=1)
+        stamps = store.local_times[:: store.slots_per_day].astype("datetime64[D]")
+        return cls(
+            path=store.path,
+            city=store.city,
+            channels=store.channels,
+            frames=int(store.present.sum()),
+            runs=len(store.runs),
+            cells=int(store.inside.sum()),
+            missing={name: counts["missing"] for name, counts in store.coverage.items()},
+            true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
+            absent_days=tuple(map(str, stamps[~days])),
+            digest=store.digest,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        lists = {"channels": list(self.channels), "absent_days": list(self.absent_days)}
+        return vars(self) | {"path": str(self.path)} | lists
+
+
+def prepare(
+    plan: Plan,
+    out: Path,
+    workers: int = 1,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+) -> PrepareSummary:
+    """Write the store ``out``, or finish what an interrupted preparation of the same plan left to do.
+
+    workers: processes of this machine (a script that asks for more than one needs the usual
+    ``if __name__ == "__main__"``). executor: runs the parts elsewhere. progress: called with (days, in all).
+    Raises InputError for bad input, a full disk and a dead worker, the last two leaving what is done;
+    Interrupted on Ctrl-C.
+    """
+    if workers < 1:
+        raise InputError(f"{workers} workers cannot prepare {out}; give at least one")
+    out = Path(out)
+    with _explained(out), GridWriter(out, plan.spec, plan.recipe, plan.sources, plan.parts, workers) as writer:
+        done = writer.done
+        left = [part for part in plan.parts if part.name not in done]
+        count = _Count(progress, sum(map(_size, plan.parts)), sum(_size(p) for p in plan.parts if p.name in done))
+        elsewhere = executor is not None or workers > 1
+        with local_processes(workers) if executor is None and workers > 1 else nullcontext(executor or serially) as run:
+            size = {part.name: _size(part) for part in left}
+            for result in run(writer.part_writer(plan.read, None if elsewhere else count.day), left):
+                count.part(size[result.name])
+            writer.finalise(plan.split, executor=run)
+    return PrepareSummary.of(open_store(out))
+
+
+def _size(part: Part) -> int:
+    return len(part.days) * len(part.tiles or [None])
+
+
+class _Count:
+    """Days that are written: one by one in this process, part by part elsewhere."""
+
+    def __init__(self, progress: Progress | None, total: int, done: int) -> None:
+        self._progress, self._total, self._done, self._of_part = progress, total, done, 0
+        if done:
+            self._tell()
+
+    def day(self) -> None:
+        self._of_part += 1
+        self._tell()
+
+    def part(self, size: int) -> None:
+        told, self._of_part = self._of_part, 0
+        self._done += size
+        if told < size:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress:
+            self._progress(self._done + self._of_part, self._total)
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """What stops a preparation but not its restart, in one line."""
+    again = "what is done is kept, the same command goes on from there"
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"no space is left for {out}.partial; free some: {again}") from error
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"a worker process of {out} died, perhaps killed for want of memory; {again}; give fewer --workers"
+        ) from error
+    except KeyboardInterrupt:
+        raise Interrupted(f"the preparation of {out} was stopped; {again}") from None

@@ -1,0 +1,187 @@
+"""The last phase of a preparation: imputation and statistics by tile and channel, then digests and the name.
+
+A kill anywhere in here costs time alone: imputation reads what was observed and nothing else, so that doing
+it again gives the same values, and the final name is taken last, in one step.
+"""
+
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from stdist.data.coordinates import Coordinate, create_array
+from stdist.data.imputation import Known, first_known, interpolate, last_known
+from stdist.data.integrity import ROOT_METADATA, combined_digest, require_whole, sha256_of
+from stdist.data.notes import FOLDER, Notes
+from stdist.data.parts import Executor, Part, PartResult, Tile
+from stdist.data.schema import fill_short_absences, observed_name, runs_of, train_mean_name
+from stdist.data.shards import Shards, present_of
+from stdist.data.spans import DaySpan, Split, default_split
+from stdist.data.statistics import StatisticsState
+from stdist.errors import InputError
+
+MAX_GAP = 6
+"""Absent stretches of at most this many frames between present ones are imputed; longer ones are gaps."""
+
+Segment = tuple[int, int, bool, bool]
+"""[start, stop) of a run inside one day; whether it comes from the day before, goes on into the next."""
+
+
+def finalise(partial: Path, out: Path, split: Split | None, max_gap: int, executor: Executor) -> None:
+    """Turn a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
+    notes, shards = Notes(partial), Shards(partial)
+    finished = notes.finished()
+    present = fill_short_absences(_present(shards, finished), max_gap)
+    if not present.any():
+        raise InputError(f"{out}: no frame was written; the sources hold nothing for these days")
+    attributes = {"long_name": "frame exists in the source, or fills a short absence"}
+    create_array(shards.group, Coordinate("present", present, ("time",), attributes))
+    days = tuple(sorted(segments_of(present, shards.slots_per_day)))
+    split = split or default_split(shards.days[list(days)])
+
+    parts = [
+        Part(f"impute {channel} {index}", days, channel, (tile,))
+        for channel in shards.names
+        for index, tile in enumerate(shards.tiles)
+    ]
+    results = {result.name: result for result in executor(Imputation(partial, split.train), parts)}
+    coverage, statistics = {}, {}
+    for channel in shards.names:
+        own = [(part, results[part.name].result) for part in parts if part.payload == channel]
+        coverage[channel] = {name: sum(r[name] for _, r in own) for name in ("missing", "true_zeros")}
+        state = StatisticsState(shards.shape)
+        for part, result in own:
+            assert part.tiles is not None
+            state.merge(result["state"], part.tiles[0])
+        if split.train is not None and state.count:
+            fitted = state.result(split.train)
+            statistics[channel] = fitted.as_attribute()
+            dims = tuple(str(name) for name in shards.group.attrs["dims"])  # type: ignore[union-attr]
+            create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, dims))
+
+    files = {name: file for result in (*finished.values(), *results.values()) for name, file in result.files.items()}
+    found = {"train_statistics": statistics, "coverage": coverage, "max_gap": max_gap}
+    _seal(partial, out, files, {"split": split.as_attribute(), **found})
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """Eq. 20 over whole runs of one channel and tile, with one day of it in memory, and its statistics.
+
+    ``Part``: payload the channel, days those that hold frames. Result: ``missing`` and ``true_zeros``, over
+    present frames and inside cells; ``state``, the ``StatisticsState`` of the training span.
+    """
+
+    root: Path
+    train: DaySpan | None
+
+    def __call__(self, part: Part) -> PartResult:
+        notes, shards = Notes(self.root), Shards(self.root)
+        assert part.tiles is not None
+        (tile,), channel = part.tiles, part.payload
+        days = segments_of(np.asarray(shards.array("present")[:]), shards.slots_per_day)
+        scratch = notes.scratch / part.name
+        with notes.working():
+            scratch.mkdir(parents=True, exist_ok=True)
+            _look_ahead(shards, channel, tile, days, scratch)
+            result = self._fill(shards, channel, tile, days, scratch)
+            shutil.rmtree(scratch)
+        return PartResult(part.name, *result)
+
+    def _fill(
+        self, shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[Segment]], scratch: Path
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Forwards over the days, filling; known neighbours are carried across midnight."""
+        inside = np.asarray(shards.array("inside")[tile])
+        nothing = Known.none(inside.shape)
+        state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
+        before, missing, zeros = nothing, 0, 0
+        for day in sorted(days):
+            slots = shards.slots(day)
+            values, observed = shards.read(channel, day, tile), shards.read(observed_name(channel), day, tile)
+            exists = np.broadcast_to(shards.exists(day, tile), inside.shape)
+            filled = values.copy()
+            with np.load(scratch / f"{day}.npz") as table:
+                after = Known(table["time"], table["value"])
+            for start, stop, goes_back, goes_on in days[day]:
+                left, right = before if goes_back else nothing, after if goes_on else nothing
+                part = slice(start - slots.start, stop - slots.start)
+                missing += int((~observed[part] & inside & exists).sum())
+                zeros += int((observed[part] & (values[part] == 0)).sum())
+                filled[part] = interpolate(values[part], observed[part], start, left, right)
+                filled[part][:, ~exists] = 0
+                before = left.updated(last_known(values[part], observed[part], start))
+            if not observed.all():
+                files |= shards.write(channel, day, tile, filled)
+            if self.train and self.train.first_day <= shards.days[day] <= self.train.last_day:
+                state.add(values, observed)
+        return files, {"missing": missing, "true_zeros": zeros, "state": state}
+
+
+def segments_of(present: np.ndarray, slots_per_day: int) -> dict[int, list[Segment]]:
+    """Per day that holds frames: its parts of runs, in global frame indices. present: bool [T]."""
+    days = {}
+    for day in range(len(present) // slots_per_day):
+        first, last = day * slots_per_day, (day + 1) * slots_per_day
+        parts = [(first + a, first + b) for a, b in runs_of(present[first:last])]
+        if parts:
+            days[day] = [
+                (a, b, a == first and a > 0 and bool(present[a - 1]), b == last and bool(present[b : b + 1].any()))
+                for a, b in parts
+            ]
+    return days
+
+
+def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[Segment]], scratch: Path) -> None:
+    """Backwards over the days, leaving on disk what is known after each of them."""
+    nothing = Known.none(tuple(side.stop - side.start for side in tile))
+    following = nothing
+    for day in sorted(days, reverse=True):
+        *_, goes_on = days[day][-1]
+        after = following if goes_on else nothing
+        np.savez(scratch / f"{day}.npz", time=after.time, value=after.value)
+        start, stop, goes_back, _ = days[day][0]
+        if goes_back:
+            where = slice(start - shards.slots(day).start, stop - shards.slots(day).start)
+            values, observed = (shards.read(name, day, tile)[where] for name in (channel, observed_name(channel)))
+            # Only a day-long segment lets the next day's values through to the day before.
+            following = (after if len(days[day]) == 1 else nothing).updated(first_known(values, observed, start))
+
+
+def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
+    """bool [T]: frames that any part's sources have."""
+    present = np.zeros(len(shards.days) * shards.slots_per_day, bool)
+    for result in finished.values():
+        for day, here in present_of(result, shards.slots_per_day).items():
+            present[shards.slots(day)] |= here
+    return present
+
+
+def _seal(partial: Path, out: Path, shard_files: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    require_whole(partial, shard_files)
+    files = dict(shard_files)
+    for path in sorted(partial.rglob("*")):
+        name = path.relative_to(partial)
+        if not path.is_file() or FOLDER in name.parts[:1] or name.as_posix() in (ROOT_METADATA, *files):
+            continue
+        if path.suffix == ".partial":  # zarr was killed while it wrote this
+            path.unlink()
+        else:
+            files[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    files = dict(sorted(files.items()))
+    group = zarr.open_group(partial, mode="r+", use_consolidated=False)
+    attributes = {**dict(group.attrs), **results, "files": files}
+    group.attrs.update({**attributes, "digest": combined_digest(files, attributes)})
+    with warnings.catch_warnings():
+        # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read; the notes are no array.
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
+        warnings.filterwarnings("ignore", message=f"Object at {FOLDER}", category=UserWarning)
+        zarr.consolidate_metadata(partial)
+    if out.exists():
+        raise InputError(f"{out} appeared meanwhile; remove it or choose another name")
+    partial.rename(out)

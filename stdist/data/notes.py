@@ -1,0 +1,110 @@
+"""What a preparation keeps beside its shards while it is under way: whose it is, what is done, and locks.
+
+All of it lies in the folder ``FOLDER`` of the partial store, which is removed once the store has its name.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
+
+from stdist.data.parts import PartResult
+from stdist.errors import InputError
+from stdist.files import write_atomically
+
+FOLDER = "preparation"
+PATIENCE = 30.0
+"""Seconds that a restarted preparation waits for workers of a killed one to end."""
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The notes of the partial store ``root``. A note is written whole, after its shards are on the disk."""
+
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / FOLDER
+
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
+
+    def identity(self) -> dict[str, Any] | None:
+        """What ``begin`` noted; None where init was not finished."""
+        try:
+            return json.loads((self.folder / "identity.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """To be called once everything that init makes is there."""
+        write_atomically(self.folder / "identity.json", json.dumps(identity))
+
+    def add(self, result: PartResult) -> None:
+        note = {"name": result.name, "files": result.files, "result": result.result}
+        write_atomically(self.folder / "parts" / f"{quote(result.name, safe='')}.json", json.dumps(note))
+
+    def finished(self) -> dict[str, PartResult]:
+        """Every finished part's result by its name."""
+        notes = (json.loads(path.read_text()) for path in sorted((self.folder / "parts").glob("*.json")))
+        return {note["name"]: PartResult(**note) for note in notes}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def lock(self, wanted: Path) -> IO[str]:
+        """Hold the store for this process until closed, or until the process ends, however it ends.
+
+        Raises InputError where another process holds it, or where workers of a killed one still write.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / "lock").open("w")
+        busy = f"{wanted} is being written by another process; wait for it or choose another name"
+        if not _locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _is(file, self.folder / "lock"):
+            file.close()
+            raise InputError(busy)
+        with (self.folder / "workers").open("w") as workers:
+            end = time.monotonic() + PATIENCE
+            while not _locked(workers, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if time.monotonic() > end:
+                    file.close()
+                    raise InputError(busy)
+                time.sleep(0.05)
+        return file
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """To be held by whoever writes shards, in any process: a restart waits until nobody does."""
+        with (self.folder / "workers").open("a") as file:
+            _locked(file, fcntl.LOCK_SH)
+            yield
+
+
+def _locked(file: IO[str], how: int) -> bool:
+    """Whether the lock was had; True too on file systems without locks, where it is the user's to keep order."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+            raise
+    return True
+
+
+def _is(file: IO[str], path: Path) -> bool:
+    """False where ``path`` was removed or renamed by whoever held the lock before."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

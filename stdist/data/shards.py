@@ -1,0 +1,175 @@
+"""The shards of a store in the making: whole days of whole tiles, written by one process each.
+
+Concurrent writes to parts of a shard lose data silently, so that nothing less than a shard is ever written.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from stdist.data.integrity import sha256_of
+from stdist.data.notes import Notes
+from stdist.data.parts import Day, Part, PartResult, Tile
+from stdist.data.schema import MINUTES_PER_DAY, observed_name, tiles_of
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """The arrays of the partial store ``root``, by day and tile. Cheap to make: reads metadata only."""
+
+    root: Path
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        return zarr.open_group(self.root, mode="r+", use_consolidated=False)
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        array = self.group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    @cached_property
+    def channels(self) -> dict[str, zarr.Array[Any]]:
+        """The arrays of values and of what was observed, by name."""
+        names = [name for channel in self.names for name in (channel, observed_name(channel))]
+        return {name: self.array(name) for name in names}
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(self.group.attrs["channels"])  # type: ignore[arg-type]
+
+    @cached_property
+    def slots_per_day(self) -> int:
+        return MINUTES_PER_DAY // int(self.group.attrs["cadence_minutes"])  # type: ignore[arg-type]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return self.array("inside").shape
+
+    @cached_property
+    def days(self) -> np.ndarray:
+        """Local calendar days, datetime64[D]."""
+        first, last = (np.datetime64(str(self.group.attrs[name]), "D") for name in ("first_day", "last_day"))
+        return np.arange(first, last + 1)
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        return tiles_of(self.slots_per_day, self.shape)
+
+    @cached_property
+    def since(self) -> np.ndarray | None:
+        """First local day of every node, datetime64[D]; None where there is no such thing."""
+        return np.asarray(self.array("since")[:]).astype("datetime64[D]") if "since" in self.group else None
+
+    def exists(self, day: int, tile: Tile) -> np.ndarray:
+        """bool, the tile's shape (or one that broadcasts to it): the node is there on that day."""
+        return np.ones(1, bool) if self.since is None else self.since[tile] <= self.days[day]
+
+    def slots(self, day: int) -> slice:
+        return slice(day * self.slots_per_day, (day + 1) * self.slots_per_day)
+
+    def read(self, name: str, day: int, tile: Tile) -> np.ndarray:
+        return np.asarray(self.channels[name][(self.slots(day), *tile)])
+
+    def write(self, name: str, day: int, tile: Tile, values: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Write one shard; its bytes and sha256 by its name, or nothing where it holds fill values alone.
+
+        The bytes are on the disk when this returns.
+        """
+        array = self.channels[name]
+        array[(self.slots(day), *tile)] = values
+        assert array.shards is not None
+        place = [part.start // side for part, side in zip(tile, array.shards[1:], strict=True)]
+        file = f"{name}/c/{'/'.join(map(str, (day, *place)))}"
+        path = self.root / file
+        if not path.exists():
+            return {}
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        return {file: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}}
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Reads a part and writes its shards, then leaves a note of it. Picklable where ``read`` is.
+
+    written: called after each day (or tile of it).
+    """
+
+    root: Path
+    read: Callable[[Part], Iterator[Day]]
+    written: Callable[[], None] | None = None
+
+    def __call__(self, part: Part) -> PartResult:
+        """Raises ValueError where a day is not one of the part's own whole shards."""
+        notes, shards = Notes(self.root), Shards(self.root)
+        files: dict[str, dict[str, Any]] = {}
+        present: dict[int, np.ndarray] = {}
+        seen: set[tuple[int, int]] = set()
+        with notes.working():
+            for day in self.read(part):
+                here = _present(shards, day)
+                for index, tile in _tiles(shards, part, day):
+                    if (day.index, index) in seen:
+                        raise ValueError(f"part {part.name} yields day {day.index}, tile {index} twice")
+                    seen.add((day.index, index))
+                    inner = tile if day.tile is None else tuple(slice(None) for _ in tile)
+                    files |= _write(shards, day, tile, inner, here)
+                present[day.index] = present.get(day.index, np.zeros_like(here)) | here
+                if self.written:
+                    self.written()
+            bits = {str(day): np.packbits(here).tobytes().hex() for day, here in sorted(present.items())}
+            result = PartResult(part.name, files, {"present": bits})
+            notes.add(result)
+        return result
+
+
+def present_of(result: PartResult, slots_per_day: int) -> dict[int, np.ndarray]:
+    """bool [slots_per_day] by day: which frames the sources of a part have."""
+    bits = {int(day): np.frombuffer(bytes.fromhex(text), np.uint8) for day, text in result.result["present"].items()}
+    return {day: np.unpackbits(row, count=slots_per_day).astype(bool) for day, row in bits.items()}
+
+
+def _present(shards: Shards, day: Day) -> np.ndarray:
+    slots = shards.slots_per_day
+    here = np.ones(slots, bool) if day.present is None else np.asarray(day.present, bool)
+    if here.shape != (slots,):
+        raise ValueError(f"day {day.index}: present has shape {here.shape}, a day has {slots} slots")
+    return here
+
+
+def _tiles(shards: Shards, part: Part, day: Day) -> list[tuple[int, Tile]]:
+    """Number and slices of the tiles that a day holds; ValueError where they are not the part's own shards."""
+    own = shards.tiles if part.tiles is None else part.tiles
+    wanted = own if day.tile is None else (day.tile,)
+    if day.index not in part.days or not all(tile in own and tile in shards.tiles for tile in wanted):
+        raise ValueError(f"part {part.name} yields day {day.index}, tile {day.tile}: not one of its whole shards")
+    if day.tile is None and len(own) < len(shards.tiles):
+        raise ValueError(f"part {part.name} owns tiles, but yields day {day.index} of the whole space")
+    return [(shards.tiles.index(tile), tile) for tile in wanted]
+
+
+def _write(shards: Shards, day: Day, tile: Tile, inner: Tile, here: np.ndarray) -> dict[str, dict[str, Any]]:
+    """inner: where the tile lies in the day's values."""
+    shape = shards.shape if day.tile is None else tuple(part.stop - part.start for part in tile)
+    keep = here.reshape(-1, *(1 for _ in tile)) & shards.exists(day.index, tile)
+    files: dict[str, dict[str, Any]] = {}
+    for channel in shards.names:
+        given = day.values[channel]
+        if given.shape != (shards.slots_per_day, *shape):
+            raise ValueError(
+                f"day {day.index} of {channel} has shape {given.shape}, the store {(shards.slots_per_day, *shape)}"
+            )
+        values = np.where(keep, given[(slice(None), *inner)], np.float32(np.nan)).astype(np.float32)
+        files |= shards.write(channel, day.index, tile, values)
+        files |= shards.write(observed_name(channel), day.index, tile, ~np.isnan(values))
+    return files
