@@ -85,9 +85,10 @@ def plan(
 ) -> Plan:
     """Plan of one city.
 
-    channels: names in order; where there are as many as files without a channel axis, one each, else those of the
-    channel axis, and the files follow one another in time in the order given. start: local ISO time of the first
-    frame, required. cadence and utc_offset in minutes. poi: file (H, W, F). north_first, transpose: see above.
+    channels: names in order: of the channel axis where there is one; else one a file, or one for all files where
+    they follow one another in time, in the order given. start: local ISO time of the first frame, required.
+    cadence: minutes between frames. poi: file of static features (H, W, F). north_first: row 0 of the files is the
+    northern one. transpose: the files are (T, x, y), longitude before latitude.
     train, validation, test: local days ``A:B``. Raises InputError where files or options do not fit.
     """
     arrays = tuple(array_file(path, None, "T, H, W", "T, H, W, C") for path in sources)

@@ -8,8 +8,8 @@ Cells of a grid: columns named by whole numbers are placed by these ids (``--row
 where the grid lies in them), or counted from 0; other names are taken row by row. Nodes (``--nodes``): the names are
 the ids.
 
-Rows are read in slices of at most ``SLICE_BYTES`` decoded, each some whole days and one part, so that memory is bounded
-by slices and not by the file. A row group is read again by every slice of it: write files with row groups of days.
+Rows are read in slices of whole days, at most ``SLICE_BYTES`` of values, each one part: memory is bounded by a slice
+and the compressed row group it lies in, which every slice reads again, so write files with row groups of days.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ import polars as pl
 from data_prep.arrays import local_times, require_traffic
 from data_prep.common import (
     city_of,
+    days_of_frames,
     grid_spec,
     only_source,
     parse_split,
@@ -30,8 +31,9 @@ from data_prep.common import (
     require_on_grid,
     utc_offset_of,
 )
-from data_prep.graphs import ids_of, read_adjacency
+from data_prep.graphs import ids_of
 from data_prep.plan import Day, Part, Plan
+from data_prep.sensors import read_graph
 from data_prep.stamps import cadence_of, rows_of_days
 from data_prep.wide_csv import grid_shape
 from stdist.data.schema import GridSpec, NodeSpec
@@ -57,15 +59,9 @@ class SliceReader:
         cells = [pl.col(name).cast(pl.Float32) for name in self.columns]
         table = _collect(self.path, pl.scan_parquet(self.path).select(cells).slice(first_row, len(frames)))
         values = table.to_numpy().astype(np.float32, copy=False).reshape(len(frames), *spec.shape)
-        require_traffic(values, f"{self.path}: {spec.channels[0]}", local_times(spec, frames))
-        for day in part.days:
-            chosen = np.flatnonzero(frames // spec.slots_per_day == day)
-            slots = frames[chosen] % spec.slots_per_day
-            whole = np.full((spec.slots_per_day, *spec.shape), np.nan, np.float32)
-            whole[slots] = values[chosen]
-            present = np.zeros(spec.slots_per_day, bool)
-            present[slots] = True
-            yield Day(day, {spec.channels[0]: whole}, present)
+        times = local_times(spec, frames)
+        require_traffic(values, f"{self.path}: {spec.channels[0]}", times)
+        return days_of_frames(spec, times, {spec.channels[0]: values})
 
 
 def plan(
@@ -87,12 +83,12 @@ def plan(
     validation: str | None = None,
     test: str | None = None,
 ) -> Plan:
-    """Plan of one file, a part for every slice of days.
+    """Plan of one file, a part for every slice of days; options that are not said here are those of ``wide_csv.plan``.
 
     start: local ISO time of the first row, only where the file has no column of stamps. cadence: minutes, the
-    shortest step between stamps by default, 10 without stamps. nodes, adjacency: columns are nodes, with the
-    weights that ``graphs.read_adjacency`` reads. The other options are those of ``wide_csv.plan``. Raises InputError
-    where a column holds no numbers, where stamps are off the grid or out of order, or an option does not fit.
+    shortest step between stamps by default, 10 without stamps. nodes: columns are nodes, named by their ids.
+    adjacency: graph of the nodes (``sensors.read_graph``). Raises InputError where a column holds no numbers, where
+    stamps are off the grid or out of order, or an option does not fit.
     """
     path = only_source(sources, "wide-parquet")
     town = city or city_of(path)
@@ -108,7 +104,7 @@ def plan(
     spec: GridSpec | NodeSpec
     if nodes:
         ids = ids_of(names)
-        weights, notes = read_adjacency(adjacency, ids) if adjacency else (None, {})
+        weights, notes = read_graph(adjacency, ids) if adjacency else (None, {})
         recipe |= notes
         spec = NodeSpec(town, (channel,), *days, ids, step, offset, adjacency=weights)
     else:

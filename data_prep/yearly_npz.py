@@ -70,12 +70,11 @@ def plan(
     validation: str | None = None,
     test: str | None = None,
 ) -> Plan:
-    """Plan of the files ``YYYY.npz``, or of folders that hold them.
+    """Plan of the files ``YYYY.npz``, or of folders that hold them; further options are those of ``pems_npz.plan``.
 
     city: required, since the files are named by year. start: local time of the first frame of the first year,
-    required; every other year begins on the same day and time of its own. adjacency: of the last year. node_ids:
-    of the last year's nodes. The other options are those of ``pems_npz.plan``. Raises InputError where years
-    overlap or nodes become fewer.
+    required; every other year begins on the same day and time of its own. adjacency: graph of the last year.
+    node_ids: ids of the last year's nodes. Raises InputError where years overlap or nodes become fewer.
     """
     if city is None:
         raise InputError("yearly-npz cannot tell the city from names as 2011.npz; give --city pems-stream")

@@ -31,7 +31,10 @@ def plan(
     validation: str | None = None,
     test: str | None = None,
 ) -> Plan:
-    """Plan of one file; the options are those of ``pems_npz.plan``, ``flow_in,flow_out`` the channels where C = 2."""
+    """Plan of one file; options that are not said here are those of ``pems_npz.plan``.
+
+    channels: names in order, ``flow_in,flow_out`` by default where there are two.
+    """
     return plan_node_frames(
         "zones-npz",
         sources,

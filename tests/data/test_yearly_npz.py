@@ -1,0 +1,111 @@
+"""yearly-npz: nodes that grow from year to year in one store."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import yearly_npz
+from data_prep.preparation import prepare
+from stdist.data import open_store
+from stdist.errors import InputError
+
+NODES = {2011: 2, 2012: 3, 2013: 3}
+ROWS = 48  # two days of hourly frames
+
+
+def yearly(folder: Path, nodes: dict[int, int] | None = None, rows: int = ROWS) -> Path:
+    """RawData/YYYY.npz and graph/YYYY_adj.npz, array x each, as TrafficStream and EAC publish them."""
+    (folder / "RawData").mkdir()
+    (folder / "graph").mkdir()
+    for year, count in (nodes or NODES).items():
+        values = year - 2000 + np.arange(rows * count, dtype=np.float64).reshape(rows, count) / 16
+        np.savez(folder / "RawData" / f"{year}.npz", x=values)
+        np.savez(folder / "graph" / f"{year}_adj.npz", x=np.full((count, count), year % 100, np.float64))
+    return folder / "RawData"
+
+
+def make_plan(raw: Path, **options: object):
+    return yearly_npz.plan([raw], **{"city": "stream", "start": "2011-07-10", "cadence": 60, **options})
+
+
+def test_nodes_grow_and_years_are_runs(tmp_path):
+    raw = yearly(tmp_path)
+    plan = make_plan(raw, adjacency=tmp_path / "graph" / "2013_adj.npz")
+    assert [part.name for part in plan.parts] == ["2011", "2012", "2013"]
+    store = open_store(prepare(plan, tmp_path / "out.zarr").path)
+    assert store.shape == (3,) and len(store.runs) == 3
+    assert plan.spec.since.tolist() == [np.datetime64(f"{y}-07-10").item() for y in (2011, 2011, 2012)]
+    for year, (start, stop) in zip(NODES, store.runs, strict=True):
+        assert store.local_times[start] == np.datetime64(f"{year}-07-10T00:00") and stop - start == ROWS
+        expected = np.load(raw / f"{year}.npz")["x"]
+        count = NODES[year]
+        np.testing.assert_array_equal(store.values("flow", start, stop)[:, :count], expected)
+        seen = store.observed("flow", start, stop)
+        assert seen[:, :count].all() and not seen[:, count:].any()
+    # Before a node exists its values are not missing ones.
+    assert store.coverage["flow"]["missing"] == 0
+    assert (store.dataset["adjacency"].values == 13).all() and store.verify() == []
+
+
+def test_parts_are_independent(tmp_path):
+    """Each year is read alone, in another process where wanted."""
+    plan = pickle.loads(pickle.dumps(make_plan(yearly(tmp_path))))
+    days = [[day.index for day in plan.read(part)] for part in plan.parts]
+    assert days == [list(part.days) for part in plan.parts]
+    assert not set(days[0]) & set(days[1]) and not set(days[1]) & set(days[2])
+    assert days[1][0] == int((np.datetime64("2012-07-10") - np.datetime64("2011-07-10")).astype(int))
+
+
+def test_full_years_are_one_run(tmp_path):
+    """AIR-Stream: hourly, from midnight to midnight; 2017 and 2018 have 365 days."""
+    raw = yearly(tmp_path, {2017: 1, 2018: 2}, rows=8760)
+    store = open_store(prepare(make_plan(raw, start="2017-01-01"), tmp_path / "out.zarr").path)
+    assert store.runs == [(0, 2 * 8760)]
+    assert store.observed("flow").sum(axis=0).tolist() == [2 * 8760, 8760]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "line"),
+    [
+        ({2011: 3, 2012: 2}, {}, "2012.npz has 2 nodes, 2011 had 3"),
+        (None, {"city": None}, "--city"),
+        (None, {"start": None}, "2011.npz has no time stamps; .*--start 2011-07-10"),
+        (None, {"start": "2012-07-10"}, "is not in 2011"),
+        (None, {"start": "2011-07-10T00:30"}, "off the 60-minute grid"),
+        (None, {"channel": "flow,speed"}, "does not name the 1 channels"),
+        (None, {"train": "2011-07-01:2011-07-11"}, "leaves the data's days"),
+    ],
+)
+def test_plan_refuses(tmp_path, nodes, options, line):
+    raw = yearly(tmp_path, nodes)
+    with pytest.raises(InputError, match=line) as error:
+        make_plan(raw, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_years_that_overlap_are_refused(tmp_path):
+    """400 daily frames from 10 July 2011 end in August 2012: the cadence is wrong."""
+    with pytest.raises(InputError, match=r"2011.npz runs until 2012-08-12T00:00, into 2012; .*--cadence"):
+        make_plan(yearly(tmp_path, rows=400), cadence=1440)
+
+
+def test_graph_of_another_year_is_refused(tmp_path):
+    raw = yearly(tmp_path)
+    with pytest.raises(InputError, match="2 x 2, the data has 3 nodes"):
+        make_plan(raw, adjacency=tmp_path / "graph" / "2011_adj.npz")
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    raw = yearly(tmp_path)
+    with pytest.raises(InputError, match=r"2013_adj.npz is not named by its year"):
+        make_plan(tmp_path / "graph" / "2013_adj.npz")
+    with pytest.raises(InputError, match="both of 2011; give each year once"):
+        yearly_npz.plan([raw, raw / "2011.npz"], city="stream", start="2011-07-10")
+    with pytest.raises(InputError, match="none was found"):
+        make_plan(tmp_path)
+    # The windows that the published code makes of the raw file.
+    np.savez(raw / "2012.npz", train_x=np.ones((5, 12, 3)))
+    with pytest.raises(InputError, match=r"no array 'x' \(T, N\); it has train_x"):
+        make_plan(raw)
