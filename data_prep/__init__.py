@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import frames_npz, synthetic, telecom_italia, wide_csv
+from data_prep import (
+    city_npz,
+    frames_npz,
+    pems_npz,
+    synthetic,
+    telecom_italia,
+    wide_csv,
+    wide_parquet,
+    yearly_npz,
+    zones_npz,
+)
 from data_prep.plan import Day, Part, Plan
 from data_prep.preparation import PrepareSummary, prepare
 
@@ -27,10 +37,17 @@ class Reader:
 _SPLIT = frozenset({"city", "train", "validation", "test"})
 _GRID = frozenset({"channel", "cadence", "utc_offset", "row0", "col0", "id_width"})
 _SHAPE = frozenset({"start", "height", "width"})
+_NODES = frozenset({"start", "cadence", "utc_offset", "adjacency", "node_ids"})
+_CITY = frozenset({"channels", "start", "cadence", "utc_offset", "poi", "north_first", "transpose"})
 
 READERS: dict[str, Reader] = {
     "telecom-italia": Reader(telecom_italia.plan, _SPLIT),
     "frames-npz": Reader(frames_npz.plan, _SPLIT | _GRID),
     "wide-csv": Reader(wide_csv.plan, _SPLIT | _GRID | _SHAPE),
+    "wide-parquet": Reader(wide_parquet.plan, _SPLIT | _GRID | _SHAPE | {"nodes", "adjacency"}),
+    "pems-npz": Reader(pems_npz.plan, _SPLIT | _NODES | {"channels"}),
+    "zones-npz": Reader(zones_npz.plan, _SPLIT | _NODES | {"channels"}),
+    "yearly-npz": Reader(yearly_npz.plan, _SPLIT | _NODES | {"channel"}),
+    "city-npz": Reader(city_npz.plan, _SPLIT | _CITY),
     "synthetic": Reader(synthetic.plan, _SPLIT | _SHAPE | {"channel", "cadence", "utc_offset", "days", "seed"}),
 }
