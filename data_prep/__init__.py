@@ -7,12 +7,15 @@ from typing import Any
 
 from data_prep import (
     city_npz,
+    dcrnn_h5,
     frames_npz,
+    largest,
     pems_npz,
     synthetic,
     telecom_italia,
     wide_csv,
     wide_parquet,
+    xarray_source,
     yearly_npz,
     zones_npz,
 )
@@ -39,12 +42,16 @@ _GRID = frozenset({"channel", "cadence", "utc_offset", "row0", "col0", "id_width
 _SHAPE = frozenset({"start", "height", "width"})
 _NODES = frozenset({"start", "cadence", "utc_offset", "adjacency", "node_ids"})
 _CITY = frozenset({"channels", "start", "cadence", "utc_offset", "poi", "north_first", "transpose"})
+_AXES = frozenset({"variable", "time_dim", "row_dim", "col_dim", "node_dim"})
 
 READERS: dict[str, Reader] = {
     "telecom-italia": Reader(telecom_italia.plan, _SPLIT),
     "frames-npz": Reader(frames_npz.plan, _SPLIT | _GRID),
-    "wide-csv": Reader(wide_csv.plan, _SPLIT | _GRID | _SHAPE),
+    "wide-csv": Reader(wide_csv.plan, _SPLIT | _GRID | _SHAPE | {"nodes", "adjacency", "meta"}),
     "wide-parquet": Reader(wide_parquet.plan, _SPLIT | _GRID | _SHAPE | {"nodes", "adjacency"}),
+    "largest": Reader(largest.plan, _SPLIT | {"region", "districts", "meta", "adjacency", "start"}),
+    "dcrnn-h5": Reader(dcrnn_h5.plan, _SPLIT | {"channel", "utc_offset", "adjacency", "meta"}),
+    "xarray": Reader(xarray_source.plan, _SPLIT | _AXES | {"utc_offset"}),
     "pems-npz": Reader(pems_npz.plan, _SPLIT | _NODES | {"channels"}),
     "zones-npz": Reader(zones_npz.plan, _SPLIT | _NODES | {"channels"}),
     "yearly-npz": Reader(yearly_npz.plan, _SPLIT | _NODES | {"channel"}),

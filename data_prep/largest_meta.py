@@ -122,7 +122,10 @@ def _cut(adjacency: Path, rows: np.ndarray, listed: int) -> np.ndarray:
     array = array_file(adjacency, None, "N, N")
     if array.shape[0] != array.shape[1] or rows.max() >= array.shape[0]:
         raise InputError(f"{adjacency} is {array.shape[0]} x {array.shape[1]}, there are {listed} detectors; check it")
-    weights = np.asarray(array.load()[np.ix_(rows, rows)], np.float32)
+    whole = array.load()
+    weights = np.empty((len(rows), len(rows)), np.float32)
+    for number, row in enumerate(rows):
+        weights[number] = whole[row][rows]
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise InputError(f"{adjacency} holds a weight that is negative or not finite; 0 means no edge")
     return weights

@@ -2,7 +2,8 @@
 
 Columns are the cells row by row (column j is row j // W, column j % W of the grid); rows are consecutive
 frames at the cadence. There is no header and no time column: the local stamp of the first row is given. A
-blank field or NaN is a missing value; 0 is a measured zero; traffic is never negative.
+blank field or NaN is a missing value; 0 is a measured zero; traffic is never negative. With ``--nodes`` columns
+are nodes, which a header names (``wide_nodes``).
 
 An example is the public 5 x 5 block of the Telecom Italia grid of Milan: 4,320 rows x 25 columns, 10 minutes,
 from 2013-11-01T00:00 local time, squares r * 100 + c + 1 with r and c in 41 … 45 (row 0 in the south).
@@ -20,6 +21,7 @@ from data_prep.arrays import consecutive_days
 from data_prep.common import city_of, grid_spec, only_source, parse_split, parse_start, require_on_grid
 from data_prep.plan import Day, Part, Plan
 from data_prep.text import explain_failure, require_columns
+from data_prep.wide_nodes import plan_nodes
 from stdist.data import GridSpec
 from stdist.errors import InputError
 
@@ -39,6 +41,9 @@ def plan(
     row0: int = 0,
     col0: int = 0,
     id_width: int | None = None,
+    nodes: bool = False,
+    adjacency: Path | None = None,
+    meta: Path | None = None,
     train: str | None = None,
     validation: str | None = None,
     test: str | None = None,
@@ -47,12 +52,18 @@ def plan(
 
     start: local ISO time of the first row, required. city: first word of the file name by default. cadence
     and utc_offset in minutes (Milan and Trentino +60, others 0). height, width: a square by default. row0,
-    col0, id_width: where the grid lies in the data's own ids. train, validation, test: local days ``A:B``.
-    Raises InputError where rows differ in length, naming the first, or options do not fit the file.
+    col0, id_width: where the grid lies in the data's own ids. nodes, adjacency, meta: columns are nodes, their
+    weights (``sensors.read_graph``) and places (``sensors.read_locations``). train, validation, test: local days
+    ``A:B``. Raises InputError where rows differ in length, naming the first, or options do not fit the file.
     """
     path = only_source(sources, "wide-csv")
     if start is None:
         raise InputError(f"{path} has no time column; give the local time of its first row: --start 2013-11-01T00:00")
+    if nodes:
+        spans = train, validation, test
+        return plan_nodes(path, city or city_of(path), channel, start, cadence, utc_offset, adjacency, meta, spans)
+    if adjacency or meta:
+        raise InputError("--adjacency and --meta are for nodes; give --nodes too where columns are nodes")
     columns = _columns(path)
     rows = require_columns(path, ",", columns)
     shape = grid_shape(path, columns, height, width)

@@ -94,12 +94,13 @@ class PieceReader:
             where[dim] = slice(side - piece.stop, side - piece.start) if flipped else piece
         single = {dim: 0 for dim in array.dims if dim not in axes.dims}
         try:
-            read = array.isel(where).isel(single).transpose(*axes.dims).values.astype(np.float32)
+            read = array.isel(where).isel(single).transpose(*axes.dims).values.astype(np.float32, copy=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: {array.name} is damaged ({_first_line(error)}); fetch the file again") from error
         read = read[(slice(None), *reversal(axes.flipped))]
         low, high = valid_range(array)
-        read[(read < low) | (read > high)] = np.nan
+        if np.isfinite([low, high]).any():
+            read = np.where((read < low) | (read > high), np.float32(np.nan), read)
         if low >= 0 or np.isneginf(low):
             require_traffic(read, f"{path}: {array.name}", stamps)
         return read

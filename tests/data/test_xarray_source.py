@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import xarray
 
-from data_prep import xarray_reading, xarray_source
+from data_prep import READERS, xarray_reading, xarray_source
+from stdist.data import Region, open_store
 from stdist.errors import InputError
 
 FORMATS = ["raster.nc", "raster.zarr"]
@@ -267,6 +268,27 @@ def test_a_large_raster_is_read_in_pieces_that_fit(tmp_path, monkeypatch, name, 
     np.testing.assert_array_equal(values, data["flow"].values[:, ::-1])
     assert present.all() and (len(plan.parts), len(pieces)) == (parts, reads)
     assert max(pieces) <= max(budget, 4 * 4 * 256 * 256)
+
+
+def test_a_prepared_raster_is_read_region_by_region(tmp_path):
+    """Through the store: values across tiles, what was measured, places, and statistics of true zeros."""
+    data = _raster(height=300, width=600)
+    data["flow"][2, 10, 20] = np.nan
+    path = _write(data, tmp_path / "raster.nc")
+    summary = READERS["xarray"].prepare([path], tmp_path / "out.zarr")
+    store = open_store(summary.path)
+    expected = data["flow"].values[:, ::-1]
+    region = Region(250, 291, 250, 262)
+    read = store.values("flow", 0, 8, region), store.observed("flow", 0, 8, region)
+    known = ~np.isnan(expected[:, 250:291, 250:262])
+    np.testing.assert_array_equal(read[0][known], expected[:, 250:291, 250:262][known])
+    np.testing.assert_array_equal(read[1], known)
+    assert (
+        not store.observed("flow")[2, 289, 20]
+        and store.values("flow", 2, 3)[0, 289, 20] == expected[[1, 3], 289, 20].mean()
+    )
+    assert summary.missing == {"flow": 1} and summary.true_zeros == {"flow": 1} and summary.frames == 8
+    assert store.dataset["latitude"].values[0, 0] == 45 and store.cell_ids[1, 0] == 601
 
 
 @pytest.mark.parametrize(
