@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdist.data import GridSpec, GridStore, GridWriter, Split, open_store
+from stdist.data import GridSpec, GridStore, GridWriter, NodeSpec, Split, open_store
 
 FIRST_DAY = np.datetime64("2013-11-01", "D")
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., GridStore]:
-    """Write values [T, H, W] (NaN = missing, T whole days of 144 slots or ``cadence``) and open the store."""
-    count = 0
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., GridStore]:
+    """Write values [T, H, W] of a grid or [T, N] of nodes and open the store.
+
+    NaN = missing; T is whole days of 144 slots or ``cadence``.
+    """
+    folder, count = tmp_path_factory.mktemp("stores"), 0
 
     def make(
         values: np.ndarray,
@@ -30,17 +33,11 @@ def make_store(tmp_path: Path) -> Callable[..., GridStore]:
         slots = 1440 // cadence
         days = len(values) // slots
         ids = 500 + np.arange(values[0].size).reshape(values[0].shape)
-        spec = GridSpec(
-            city="toy",
-            channels=("internet",),
-            first_day=FIRST_DAY,
-            last_day=FIRST_DAY + np.timedelta64(days - 1, "D"),
-            cell_ids=ids,
-            cadence_minutes=cadence,
-            utc_offset_minutes=60,
+        spec = (GridSpec if ids.ndim == 2 else NodeSpec)(
+            "toy", ("internet",), FIRST_DAY, FIRST_DAY + np.timedelta64(days - 1, "D"), ids, cadence, 60
         )
         here = np.ones(len(values), bool) if present is None else present
-        with GridWriter(out or tmp_path / f"toy{count}.zarr", spec, {"reader": "test"}) as writer:
+        with GridWriter(out or folder / f"toy{count}.zarr", spec, {"reader": "test"}) as writer:
             for day in range(days):
                 where = slice(day * slots, (day + 1) * slots)
                 if here[where].any():

@@ -1,13 +1,17 @@
 """Windows: how many, where, and what they hold (docs/decisions.md, 12 and 13)."""
 
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+import zarr
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.abc.store import SuffixByteRequest
+from zarr.storage import LocalStore, WrapperStore
 
-from stdist.data import DaySpan, Region, Split
+from stdist.data import DaySpan, NodeRange, Region, Split
 from stdist.data.windows import window_origins
 from stdist.errors import InputError
 
@@ -141,3 +145,137 @@ def test_bad_requests_are_one_clear_line(make_store, span, channel, region, line
 def test_windows_need_frames(make_store):
     with pytest.raises(InputError, match="at least one frame"):
         make_store(_counting(1)).windows("train", 0, 6, channel="internet")
+
+
+# Reading: what is decoded, how often, and what is held
+
+
+class CountedReads(WrapperStore[LocalStore]):
+    """Notes which shard every chunk is read from; a whole shard at once counts as ``ALL``."""
+
+    ALL = "all"
+
+    def __init__(self, path) -> None:
+        super().__init__(LocalStore(path, read_only=True))
+        self.reads: list[tuple[str, object]] = []
+
+    async def get(self, key, prototype, byte_range=None):
+        # The index at a shard's end is read as a suffix.
+        if "/c/" in key and not isinstance(byte_range, SuffixByteRequest):
+            self.reads.append((key, self.ALL if byte_range is None else (byte_range.start, byte_range.end)))
+        return await super().get(key, prototype, byte_range)
+
+
+def _counted(store) -> CountedReads:
+    counted = CountedReads(store.path)
+    store.__dict__["_arrays"] = dict(zarr.open_group(counted, mode="r").arrays())
+    # These are read once, whatever the windows.
+    assert store.present.any() and store.inside.any()
+    counted.reads.clear()
+    return counted
+
+
+def test_a_region_reads_only_the_chunks_it_touches(make_store):
+    """Chunks are 48 frames x 32 x 32 cells. Cells 30 ... 40 of 80 lie in two of three chunks along either axis."""
+    store = make_store(np.random.default_rng(0).random((288, 80, 80), np.float32))
+    counted = _counted(store)
+    region = Region(30, 41, 30, 41)
+    windows = store.windows("train", 6, 6, channel="internet", region=region, history_region=region)
+    # Origin 60: frames 55 ... 66 lie in the second chunk of time of the first day.
+    batch = windows.read([55])
+    assert Counter(key for key, _ in counted.reads) == {"internet/c/0/0/0": 4, "observed_internet/c/0/0/0": 4}
+    assert counted.ALL not in dict(counted.reads).values()
+    np.testing.assert_array_equal(batch.history[0], store.values("internet", 55, 61, region))
+    counted.reads.clear()
+    # Held by now: the same frames, other windows. Then over midnight: two more chunks of time.
+    windows.read([56, 57])
+    assert counted.reads == []
+    windows.read([133])
+    assert len(counted.reads) == 2 * 2 * 4 and len(set(counted.reads)) == 16
+
+
+def test_a_tile_of_a_large_grid_touches_no_other_shard(make_store):
+    """300 rows are two shards along them; a region in the second leaves the first alone."""
+    store = make_store(np.random.default_rng(0).random((144, 300, 8), np.float32))
+    counted = _counted(store)
+    tile = Region(260, 300, 0, 8)
+    batch = store.windows("train", 6, 6, channel="internet").of_region(tile).read([0, 40])
+    assert {key for key, _ in counted.reads} == {"internet/c/0/1/0", "observed_internet/c/0/1/0"}
+    np.testing.assert_array_equal(batch.target[1], store.values("internet", 46, 52, tile))
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["cached", "from disk"])
+def test_windows_of_a_batch_that_overlap_read_their_frames_once(make_store, limit):
+    store = make_store(np.random.default_rng(0).random((144, 40, 8), np.float32))
+    store.frame_cache.limit = limit
+    counted = _counted(store)
+    windows = store.windows("train", 12, 36, channel="internet", region=Region(0, 8, 0, 8))
+    windows.read(np.arange(len(windows)))
+    # Every chunk of the day once: three along time, two along rows for the values, one for the targets' mask.
+    assert len(counted.reads) == len(set(counted.reads)) == 3 * 2 + 3
+
+
+@pytest.fixture(scope="module")
+def whole_store(make_store):
+    values = np.random.default_rng(0).random((288, 8, 8), np.float32)
+    values[np.random.default_rng(1).random(values.shape) < 0.1] = np.nan
+    return make_store(values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_batches_equal_a_naive_reading(whole_store, data):
+    """Any S, K, cells and memory: the frames before and after each origin."""
+    store, S, K = whole_store, data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    sides = st.tuples(st.integers(0, 5), st.integers(1, 3)).map(lambda side: (side[0], side[0] + side[1]))
+    region, seen = (Region(*data.draw(sides), *data.draw(sides)) for _ in range(2))
+    store.frame_cache.limit = data.draw(st.sampled_from([0, 48 * 4 * 9, 10_000, 2**30]))
+    windows = store.windows("train", S, K, channel="internet", region=region, history_region=seen)
+    indices = data.draw(st.lists(st.integers(0, len(windows) - 1), min_size=1, max_size=6))
+    batch = windows.read(indices)
+    assert batch.origin_index.tolist() == windows.origins[indices].tolist()
+    for row, origin in enumerate(windows.origins[indices]):
+        np.testing.assert_array_equal(batch.history[row], store.values("internet", origin - S + 1, origin + 1, seen))
+        after = origin + 1, origin + 1 + K, region
+        np.testing.assert_array_equal(batch.target[row], store.values("internet", *after))
+        np.testing.assert_array_equal(batch.target_observed[row], store.observed("internet", *after))
+
+
+def test_windows_of_nodes(make_store):
+    """History [B, S, N] of all nodes, or [B, S, n] of a range alone, which reads no other chunk of 1024 nodes."""
+    values = np.random.default_rng(0).random((144, 1100), np.float32)
+    values[30, 1050] = np.nan
+    store = make_store(values)
+    nodes = NodeRange(1040, 1060)
+    windows = store.windows("train", 4, 3, channel="internet", region=nodes)
+    batch = windows.read([25, 0])
+    assert batch.history.shape == (2, 4, 1100) and batch.target.shape == (2, 3, 20)
+    np.testing.assert_array_equal(batch.history[0], values[25:29])
+    np.testing.assert_array_equal(batch.target[0, 0], values[29, 1040:1060])
+    assert np.argwhere(~batch.target_observed).tolist() == [[0, 1, 10]]
+    assert "region 1040:1060" in windows.contract
+
+    counted = _counted(store)
+    store.frame_cache.limit = 0
+    alone = windows.of_region(nodes).read([25, 0])
+    np.testing.assert_array_equal(alone.history, batch.history[:, :, 1040:1060])
+    np.testing.assert_array_equal(alone.target, batch.target)
+    assert len(counted.reads) == 2
+
+
+def test_windows_outside_the_store_are_refused(make_store):
+    windows = make_store(_counting(1)).windows("train", 6, 6, channel="internet")
+    with pytest.raises(InputError, match="2 rows x 3 columns"):
+        windows.of_region(Region(0, 1, 0, 4))
+
+
+def test_a_damaged_shard_is_one_clear_line(make_store):
+    store = make_store(np.random.default_rng(0).random((144, 8, 8), np.float32))
+    shard = store.path / "internet/c/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[:64] = bytes(64)
+    shard.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"is damaged: values of internet, frames 0 to 47, cannot be read .*stdist check"
+    ):
+        store.windows("train", 6, 6, channel="internet").read([0])

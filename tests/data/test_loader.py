@@ -1,0 +1,146 @@
+"""The loader: the sampler's batches in its order, bounded, and over when they are over."""
+
+import gc
+import json
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from stdist.data.loader import WindowLoader
+from stdist.data.sampler import WindowSampler
+from stdist.errors import InputError
+
+
+@pytest.fixture
+def windows(make_store):
+    values = np.random.default_rng(0).random((144, 6, 5), np.float32)
+    values[np.random.default_rng(1).random(values.shape) < 0.05] = np.nan
+    return make_store(values).windows("train", 6, 3, channel="internet")
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("window-loader")]
+
+
+def _before_reading(windows, monkeypatch, call) -> None:
+    """Calls ``call(indices)`` in the thread before each batch is read."""
+    read = windows.read
+    monkeypatch.setattr(windows, "read", lambda indices, empty: (call(indices), read(indices, empty))[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_batches_are_those_of_the_sampler_in_its_order(windows, monkeypatch, threads):
+    expected = [
+        (samples, windows.read(samples.indices)) for samples in WindowSampler(windows, 8, seed=2, cells_per_window=3)
+    ]
+    late = random.Random(0)
+    _before_reading(windows, monkeypatch, lambda _: time.sleep(late.random() / 100))
+    loader = WindowLoader(WindowSampler(windows, 8, seed=2, cells_per_window=3), threads=threads)
+    batches = list(loader)
+    assert len(batches) == len(expected) == len(loader) == 17
+    for batch, (samples, read) in zip(batches, expected, strict=True):
+        np.testing.assert_array_equal(batch.indices, samples.indices)
+        np.testing.assert_array_equal(batch.cells, samples.cells)
+        for name in ("history", "target", "target_observed", "origin_index"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(read, name))
+    assert batches[0].history.dtype == torch.float32 and batches[0].target_observed.dtype == torch.bool
+
+
+def test_a_threads_failure_is_raised_at_its_batch_with_its_message(windows, monkeypatch):
+    order = WindowSampler(windows, 8).order(0)
+
+    def fail(indices) -> None:
+        if indices[0] == order[24]:
+            raise InputError("shard 3 is cut short")
+
+    _before_reading(windows, monkeypatch, fail)
+    loader, handed = WindowLoader(WindowSampler(windows, 8), threads=3), []
+    with pytest.raises(InputError, match="shard 3 is cut short"):
+        handed.extend(batch.indices for batch in loader)
+    assert np.concatenate(handed).tolist() == order[:24].tolist()
+    assert loader.state_dict()["consumed"] == 24 and not _threads()
+
+
+@pytest.mark.parametrize("how", ["break", "exception", "dropped"])
+def test_no_thread_outlives_an_iteration_that_is_left(windows, how):
+    loader = WindowLoader(WindowSampler(windows, 8), threads=3)
+    if how == "break":
+        for _ in loader:
+            break
+    elif how == "exception":
+        with pytest.raises(ZeroDivisionError):
+            for _ in loader:
+                1 / 0  # noqa: B018
+    else:
+        batches = iter(loader)
+        next(batches)
+        assert _threads()
+        del batches
+    gc.collect()
+    assert not _threads()
+    # What was read ahead was not handed out: the epoch goes on with the second batch.
+    assert loader.state_dict()["consumed"] == 8
+    assert next(iter(loader)).indices.tolist() == loader.sampler.order(0)[8:16].tolist()
+
+
+def test_reading_ahead_is_bounded_and_goes_on_while_the_consumer_works(windows, monkeypatch):
+    started = []
+    _before_reading(windows, monkeypatch, started.append)
+    for handed, _ in enumerate(WindowLoader(WindowSampler(windows, 8), threads=2, prefetch=3), 1):
+        ahead, deadline = min(handed + 3, 17), time.monotonic() + 30
+        while len(started) < ahead and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.005)
+        assert len(started) == ahead
+
+
+def test_a_state_counts_what_was_handed_out_and_resumes_there(windows):
+    whole = WindowLoader(WindowSampler(windows, 8, seed=1))
+    expected = [batch.indices.tolist() for _ in range(2) for batch in whole]
+    first, taken = WindowLoader(WindowSampler(windows, 8, seed=1)), []
+    for batch in first:
+        taken.append(batch.indices.tolist())
+        if len(taken) == 5:
+            break
+    second = WindowLoader(WindowSampler(windows, 8, seed=1), threads=1, prefetch=1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    taken += [batch.indices.tolist() for _ in range(2) for batch in second]
+    assert taken == expected and second.state_dict()["epoch"] == 2
+
+
+def test_a_resumed_loader_at_another_world_size_takes_the_rest(windows):
+    first = WindowLoader(WindowSampler(windows, 8, seed=1))
+    for number, _ in enumerate(first, 1):
+        if number == 6:
+            break
+    rest = []
+    for rank in range(3):
+        loader = WindowLoader(WindowSampler(windows, 5, seed=1, rank=rank, world=3))
+        loader.load_state_dict(first.state_dict())
+        rest.append(np.concatenate([batch.indices for batch in loader]))
+    order = first.sampler.order(0)
+    assert np.stack(rest, axis=1).ravel().tolist() == order[48 : 48 + (len(order) - 48) // 15 * 15].tolist()
+
+
+def test_settings_below_one_are_refused(windows):
+    for settings in ({"threads": 0}, {"prefetch": 0}):
+        with pytest.raises(InputError, match="at least 1"):
+            WindowLoader(WindowSampler(windows, 8), **settings)
+
+
+def test_a_batch_moves_to_a_device(windows):
+    batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
+    moved = batch.to("meta")
+    assert moved.history.device.type == "meta" and moved.history.shape == (8, 6, 6, 5) and moved.cells is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+def test_batches_are_pinned_where_cuda_is(windows):
+    batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
+    assert batch.history.is_pinned() and batch.target.is_pinned() and batch.target_observed.is_pinned()
+    torch.testing.assert_close(batch.to("cuda").history.cpu(), batch.history)
