@@ -7,9 +7,8 @@ The data's facts (Li et al., 2018; speeds in mile/h, 5 minutes, one column a sen
 | metr-la.h5 | ``df``, text ids | 34,272 x 207 | 119 from 2012-03-01 | zeros, 8.11 % |
 | pems-bay.h5 | ``speed``, whole number ids | 52,116 x 325 | 181 from 2017-01-01 | 12 stamps absent; zeros, 0.003 % |
 
-A detector that sees nothing reports 0: zeros are missing, as in every published result on these sets. Stamps
-are the clock's local time in California. Twelve 5-minute stamps are an hour: PEMS-BAY lacks just the one that
-the clock skips when summer time begins, which never was.
+A detector that sees nothing reports 0: zeros are missing, as in the authors' masked scores. Stamps are the clock's
+local time in California; the twelve that PEMS-BAY lacks are an hour, the one that the clock skips in March.
 
 What is made of it: 0 and NaN are missing. Absences of up to an hour between frames are restored as frames
 whose values are all missing, so that PEMS-BAY is one run of 52,128 frames; longer ones are gaps. The store has
@@ -51,7 +50,8 @@ def plan(
 ) -> Plan:
     """Plan of one file, one part a local day; reads its index and labels only.
 
-    city: name of the file by default. utc_offset: minutes. adjacency: ``distances_la_2012.csv`` or a matrix.
+    city: name of the file by default. channel: what the values are. utc_offset: minutes the city is ahead of UTC
+    in winter. adjacency: the roads' distances, ``distances_la_2012.csv``, or a matrix of weights.
     meta: the sensors' places, ``graph_sensor_locations.csv``. train, validation, test: local days ``A:B``.
     Raises InputError where the file is no whole data frame, its stamps are repeated or irregular, or a graph or
     places do not fit its sensors.

@@ -11,12 +11,12 @@ What is made of it: the authors' own steps (process_ca_his.ipynb, generate_sd_da
 three 5-minute values of a quarter of an hour are averaged, those that are there, and rounded to whole vehicles,
 halves to even; where none is there the authors write 0, and here the value is missing. Files that went through
 those steps (``ca_his_YYYY.h5``, ``sd_his_YYYY.h5``: 15 minutes) and ``his.npz`` no longer tell a 0 that was
-measured from one that was filled in: there zeros are missing, which also is how published scores treat them.
+measured from one that was filled in: there zeros are missing, as in the authors' masked scores.
 
 Stamps are the clock's local time in California as PeMS gives them: every day has 288, also those on which the
-clock changes (the hour that is skipped in March holds no values, the one that comes twice in November is there
-once). The store has one UTC offset, that of the winter (−8 h): its local times are the file's own stamps, its
-UTC stamps are one hour late in summer.
+clock changes (the hour that is skipped in March is there, for PeMS without values; the one that comes twice in
+November is there once). The store has one UTC offset, that of the winter (−8 h): its local times are the file's
+own stamps, its UTC stamps are one hour late in summer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,11 +58,13 @@ def plan(
 ) -> Plan:
     """Plan of year files, or of all those in a folder, one part a local day; or of one ``his.npz``, one part.
 
-    region: SD, GBA, GLA or CA. districts: Caltrans' numbers, ``11,4``. meta, adjacency: by default the one
-    ``*_meta.csv`` and ``*_rn_adj.npy`` beside the first file; where there is no such file the store goes without.
-    start: first local day of ``his.npz``; by default 1 January of the year that its folder is named after.
-    train, validation, test: local days ``A:B``. Raises InputError where a file is no whole data frame, two hold
-    one day, stamps are irregular, or detectors, metadata and graph do not fit each other.
+    city: the region's name by default. region: SD, GBA, GLA or CA; all detectors of the files by default.
+    districts: Caltrans' numbers in place of a region, ``11,4``. meta: the detectors' table, by default the one
+    ``*_meta.csv`` beside the first file, none where there is none. adjacency: the road graph, by default the one
+    ``*_rn_adj.npy`` beside the first file, none where there is none. start: first local day of ``his.npz``; by
+    default 1 January of the year that its folder is named after. train, validation, test: local days ``A:B``.
+    Raises InputError where a file is no whole data frame, two hold one day, stamps are irregular, or detectors,
+    metadata and graph do not fit each other.
     """
     files = _files(sources)
     if files[0].suffix == ".npz":

@@ -52,9 +52,10 @@ def plan(
 
     start: local ISO time of the first row, required. city: first word of the file name by default. cadence
     and utc_offset in minutes (Milan and Trentino +60, others 0). height, width: a square by default. row0,
-    col0, id_width: where the grid lies in the data's own ids. nodes, adjacency, meta: columns are nodes, their
-    weights (``sensors.read_graph``) and places (``sensors.read_locations``). train, validation, test: local days
-    ``A:B``. Raises InputError where rows differ in length, naming the first, or options do not fit the file.
+    col0, id_width: where the grid lies in the data's own ids. nodes: columns are nodes, which the first line names.
+    adjacency: weights or road distances between nodes (``sensors.read_graph``). meta: places of the nodes
+    (``sensors.read_locations``). train, validation, test: local days ``A:B``.
+    Raises InputError where rows differ in length, naming the first, or options do not fit the file.
     """
     path = only_source(sources, "wide-csv")
     if start is None:

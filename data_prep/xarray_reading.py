@@ -102,7 +102,8 @@ class PieceReader:
         if np.isfinite([low, high]).any():
             read = np.where((read < low) | (read > high), np.float32(np.nan), read)
         if low >= 0 or np.isneginf(low):
-            require_traffic(read, f"{path}: {array.name}", stamps)
+            corner = ", ".join(str(side.start) for side in box)
+            require_traffic(read, f"{path}: {array.name}, counted from cell {corner} of the store,", stamps)
         return read
 
 

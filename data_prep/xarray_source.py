@@ -48,8 +48,10 @@ def plan(
 ) -> Plan:
     """Plan of one data set, or of several that follow one another in time; reads coordinates only.
 
-    variable: names, ``a,b``; all numeric ones by default. The dims are found where they are not given
-    (``xarray_axes``). utc_offset: minutes from UTC to local time. train, validation, test: local days ``A:B``.
+    city: first word of the file name by default. variable: names, ``a,b``; all numeric ones by default.
+    time_dim, row_dim, col_dim: names of the axes; found by CF attributes and usual names by default. node_dim: axis
+    of sensors, where the data is no grid. utc_offset: minutes the city is ahead of UTC, which the stamps are in.
+    train, validation, test: local days ``A:B``.
     Raises InputError where a file is damaged, an axis or variable is not found, files do not fit each other, or
     stamps are repeated, irregular, or off the grid that begins at local midnight.
     """

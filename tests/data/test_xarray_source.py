@@ -187,7 +187,9 @@ def test_negative_values_need_a_valid_range(tmp_path):
     data = _raster()
     data["flow"][3, 0, 2] = -5
     plan = xarray_source.plan([_write(data, tmp_path / "x.nc")])
-    with pytest.raises(InputError, match=r"x.nc: flow is -5.0 at 2020-05-01T18:00"):
+    with pytest.raises(
+        InputError, match=r"x.nc: flow, counted from cell 0, 0 of the store, is -5.0 at 2020-05-01T18:00, index 2, 2"
+    ):
         _read(plan)
     data["flow"].attrs["valid_min"] = -50.0
     assert _read(xarray_source.plan([_write(data, tmp_path / "y.nc")]))[0].min() == -5
