@@ -51,7 +51,8 @@ class Family:
 
 @dataclass
 class Step:
-    """What one decoding step reads: the token of each sequence, where it stands, and whom it continues.
+    """What one decoding step reads: the token of each sequence, where it stands, and whom it continues: ``cells`` of
+    the batch, ``windows`` of ``prefix``, which are those that any sequence here belongs to.
 
     ``written`` tokens are behind a sequence; ``extent`` places of the cache are read, those behind ``written`` hidden
     where ``ragged`` says that sequences differ.
@@ -62,6 +63,7 @@ class Step:
     written: Int[Tensor, "sequences"]
     cells: Family
     windows: Family
+    prefix: Prefix
     extent: int
     ragged: bool
 
@@ -191,12 +193,14 @@ class DecodeBatch:
 
     def feed(self, ids: Int[Tensor, "sequences"]) -> Float[Tensor, "sequences d"]:
         """Writes one token to every sequence. Returns the hidden states that predict the next ones."""
+        first, last = int(self._window.min()), int(self._window.max()) + 1
         step = Step(
             ids,
             self.position,
             self.step,
             Family.of(self._cell, int(self._cell.max()) + 1),
-            Family.of(self._window, self.prefix.sequences),
+            Family.of(self._window - first, last - first),
+            self.prefix.part(first, last),
             extent=int(self.step.max()) + 1,
             ragged=bool((self.step != self.step[0]).any()),
         )
@@ -219,7 +223,7 @@ class DecodeBatch:
         cells = family(len(self._cell_lengths), self.num_generations)
         windows = family(1, self.slots)
         ids, position, written = zeros(self.slots), zeros(self.slots), zeros(self.slots)
-        return Step(ids, position, written, cells, windows, extent=self._tokens, ragged=True)
+        return Step(ids, position, written, cells, windows, self.prefix, extent=self._tokens, ragged=True)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Of each sequence's one new token: to its own tokens, its cell's prompt and its window's."""
@@ -237,7 +241,7 @@ class DecodeBatch:
             self._cell_values[layer][:used],
             None if self.lengths is None else self._cell_lengths[:used].clamp(min=1),
         )
-        for segment, family in zip((cells, *self.prefix.segments(layer)), (step.cells, step.windows), strict=True):
+        for segment, family in zip((cells, *step.prefix.segments(layer)), (step.cells, step.windows), strict=True):
             parts.append(self._to_parents(q, segment, family, scale))
         return merge(parts)[0].reshape(n, 1, heads, d)
 

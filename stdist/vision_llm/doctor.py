@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,11 +11,12 @@ import torch
 
 from stdist.vision_llm.attention import choose
 
-PACKAGES = ("stdist", "torch", "transformers", "peft", "bitsandbytes", "flash-attn", "xformers", "zarr")
+PACKAGES = ("stdist", "torch", "transformers", "peft", "bitsandbytes", "flash-attn", "xformers", "zarr", "ray")
 
 
 def examine() -> dict[str, Any]:
-    """``machine``, ``devices`` (with ``attention`` by dtype), and ``packages`` (None: not installed), as plain JSON."""
+    """``machine``, ``devices`` (with ``attention`` by dtype), ``packages`` (None: not installed) and ``ray``, whether
+    clusters with token authentication can be joined, as plain JSON."""
     cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return {
         "machine": {
@@ -25,6 +27,7 @@ def examine() -> dict[str, Any]:
         },
         "devices": [_device(device) for device in [torch.device("cpu"), *cuda]],
         "packages": {name: _version(name) for name in PACKAGES},
+        "ray": _ray_token(),
     }
 
 
@@ -40,7 +43,10 @@ def as_lines(findings: dict[str, Any]) -> str:
             lines.append(f"  attention in {dtype}: {choice['reason']}")
             lines += [f"    passed over {reason}" for reason in choice["passed_over"]]
     found = [f"{name} {number or 'absent'}" for name, number in findings["packages"].items()]
-    return "\n".join([*lines, f"packages: {', '.join(found)}"])
+    ray = findings["ray"]
+    token = f"a token in {ray['token']}" if ray["token"] else "no token (`ray get-auth-token --generate` makes one)"
+    mode = f"RAY_AUTH_MODE={ray['mode']}" if ray["mode"] else "RAY_AUTH_MODE not set"
+    return "\n".join([*lines, f"packages: {', '.join(found)}", f"ray: {mode}, {token}"])
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -55,6 +61,13 @@ def _device(device: torch.device) -> dict[str, Any]:
         for dtype, choice in choices.items()
     }
     return {"device": str(device), "name": name, "attention": attention}
+
+
+def _ray_token() -> dict[str, str | None]:
+    """Where Ray would find its token, in its own order; the token itself is nobody's to print."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    place = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(path) if path.is_file() else None
+    return {"mode": os.environ.get("RAY_AUTH_MODE") or None, "token": place}
 
 
 def _version(package: str) -> str | None:

@@ -87,7 +87,7 @@ class Branching:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # Gradient checkpointing comes here a second time; the graph of the first time is the one that is kept.
+        # Gradient checkpointing comes here a second time, when the node has its keys: those are not kept alive.
         self.keys.setdefault(layer, key)
         self.values.setdefault(layer, value)
         ancestors = self.parent.segments(layer) if self.parent else []
