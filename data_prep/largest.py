@@ -71,7 +71,7 @@ def plan(
         his = open_his(files[0], start)
         detectors = detectors_of(files[0], his.shape[1], region, districts, meta, adjacency)
         days, zeros = his.days, "missing"
-        parts = [Part(files[0].parent.name, tuple(range(len(days))))]
+        parts = [Part(files[0].stem, tuple(range(len(days))))]
         read = HisReader(his).read
     else:
         frames = [open_frame(path) for path in files]
@@ -193,4 +193,4 @@ def _city(file: Path, region: str | None, districts: str | None) -> str:
         return region.lower()
     if districts:
         return f"ca-{districts.replace(',', '-')}"
-    return city_of(file) if file.suffix == ".h5" else city_of(file.parent.parent)
+    return city_of(file) if file.suffix == ".h5" else city_of(file.resolve().parent.parent)
