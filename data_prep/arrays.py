@@ -56,7 +56,7 @@ def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
     where = f"{path}, array {name!r}" if name else f"{path}"
     if dtype.hasobject:
         raise InputError(f"{where} holds pickled Python objects, which are never loaded; save it as plain numbers")
-    if dtype.kind not in "fiub" or len(shape) not in [each.count(",") + 1 for each in dims] or 0 in shape:
+    if dtype.kind not in "fiu" or len(shape) not in [each.count(",") + 1 for each in dims] or 0 in shape:
         raise InputError(f"{where} is {dtype} {shape}; it must hold numbers {axes}")
     return ArrayFile(Path(path), name or None, shape)
 

@@ -42,9 +42,10 @@ def plan(
     """Plan of one file.
 
     channels: names in order, ``flow,occupancy,speed``; by their number by default. start: local ISO time of the
-    first frame, required. cadence: minutes between frames. adjacency: table of weights or CSV of edges
-    (``graphs.read_adjacency``). node_ids: ids, and places if known (``graphs.read_node_table``), numbers from 0
-    by default. train, validation, test: local days ``A:B``. Raises InputError where a file or an option does not fit.
+    first frame, required. cadence: minutes between frames. adjacency: square table of weights, or CSV of edges
+    from,to,distance (``graphs.read_adjacency``). node_ids: ids one a line, or CSV with a column of ids and perhaps
+    places (``graphs.read_node_table``); numbered from 0 by default. train, validation, test: local days ``A:B``.
+    Raises InputError where a file or an option does not fit.
     """
     return plan_node_frames(
         "pems-npz",

@@ -80,6 +80,14 @@ def test_absent_rows_are_gaps(tmp_path):
     np.testing.assert_array_equal(store.values("internet", 40, 72)[:, 0], data[40:])
 
 
+def test_whole_numbers_and_nulls(tmp_path):
+    path = tmp_path / "counts.parquet"
+    pl.DataFrame({"a": [1, None, 0], "b": [4, 5, 6]}, schema={"a": pl.Int64, "b": pl.UInt8}).write_parquet(path)
+    plan = wide_parquet.plan([path], start="2013-11-01", cadence=60, nodes=True)
+    (day,) = plan.read(plan.parts[0])
+    np.testing.assert_array_equal(day.values["internet"][:3], [[1, 4], [np.nan, 5], [0, 6]])
+
+
 def test_stamps_with_a_zone_become_local(tmp_path):
     """2013-10-31T23:00Z is midnight in Milan, whose clocks are an hour ahead."""
     first = np.datetime64("2013-10-31T23:00")

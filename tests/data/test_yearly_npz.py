@@ -58,12 +58,15 @@ def test_parts_are_independent(tmp_path):
     assert days[1][0] == int((np.datetime64("2012-07-10") - np.datetime64("2011-07-10")).astype(int))
 
 
-def test_full_years_are_one_run(tmp_path):
-    """AIR-Stream: hourly, from midnight to midnight; 2017 and 2018 have 365 days."""
-    raw = yearly(tmp_path, {2017: 1, 2018: 2}, rows=8760)
-    store = open_store(prepare(make_plan(raw, start="2017-01-01"), tmp_path / "out.zarr").path)
-    assert store.runs == [(0, 2 * 8760)]
-    assert store.observed("flow").sum(axis=0).tolist() == [2 * 8760, 8760]
+def test_full_years_touch(tmp_path):
+    """AIR-Stream: hourly, from midnight to midnight; 2017 and 2018 have 365 days, whose frames have no gap."""
+    plan = make_plan(yearly(tmp_path, {2017: 1, 2018: 2}, rows=8760), start="2017-01-01")
+    days = [day for part in plan.parts for day in plan.read(part)]
+    assert [day.index for day in days] == list(range(730)) and all(day.present.all() for day in days)
+    assert [np.isfinite(day.values["flow"]).all(axis=0).tolist() for day in days[364:366]] == [
+        [True, False],
+        [True] * 2,
+    ]
 
 
 @pytest.mark.parametrize(
