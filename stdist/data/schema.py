@@ -155,9 +155,9 @@ class NodeSpec(_Axes):
     since: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.node_ids.ndim != 1 or not len(self.node_ids):
             raise InputError(f"node ids of {self.city} have shape {self.node_ids.shape}; give one id a node")
+        super().__post_init__()
         unique, counts = np.unique(self.node_ids, return_counts=True)
         if (counts > 1).any():
             raise InputError(f"node id {unique[counts > 1][0]} of {self.city} occurs twice; give each node once")
