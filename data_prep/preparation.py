@@ -74,7 +74,7 @@ def prepare(
     if workers < 1:
         raise InputError(f"{workers} workers cannot prepare {out}; give at least one")
     out = Path(out)
-    with _explained(out), GridWriter(out, plan.spec, plan.recipe, plan.sources, plan.parts, workers) as writer:
+    with _explained(out), GridWriter(out, plan.spec, plan.recipe, plan.sources, plan.parts) as writer:
         done = writer.done
         left = [part for part in plan.parts if part.name not in done]
         count = _Count(progress, sum(map(_size, plan.parts)), sum(_size(p) for p in plan.parts if p.name in done))

@@ -57,7 +57,8 @@ def _of_grid(spec: GridSpec) -> Iterator[Coordinate]:
 
 
 def _of_nodes(spec: NodeSpec) -> Iterator[Coordinate]:
-    yield Coordinate("node", spec.node_ids, spec.dims, {"long_name": "node id of the data"})
+    ids = spec.node_ids if spec.node_ids.dtype.kind == "U" else np.asarray(spec.node_ids, np.int64)
+    yield Coordinate("node", ids, spec.dims, {"long_name": "node id of the data"})
     yield Coordinate("inside", np.ones(spec.shape, bool), spec.dims, {"long_name": "node belongs to the city"})
     if spec.since is not None:
         days = spec.since.astype("datetime64[D]").astype(np.int32)
@@ -70,7 +71,7 @@ def _of_nodes(spec: NodeSpec) -> Iterator[Coordinate]:
 
 def create_array(group: zarr.Group, array: Coordinate) -> None:
     """Write an array into a store in the making, over one of its name."""
-    text = array.data.dtype.kind in "UT"
+    text = array.data.dtype.kind == "U"
     created = group.create_array(
         array.name,
         shape=array.data.shape,

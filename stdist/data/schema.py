@@ -157,6 +157,8 @@ class NodeSpec(_Axes):
     def __post_init__(self) -> None:
         if self.node_ids.ndim != 1 or not len(self.node_ids):
             raise InputError(f"node ids of {self.city} have shape {self.node_ids.shape}; give one id a node")
+        if self.node_ids.dtype.kind not in "iuU":
+            raise ValueError(f"node ids of {self.city} are {self.node_ids.dtype}; make them int64 or str")
         super().__post_init__()
         unique, counts = np.unique(self.node_ids, return_counts=True)
         if (counts > 1).any():

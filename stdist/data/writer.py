@@ -8,6 +8,7 @@ a resumed preparation is, byte for byte, that of an undisturbed one.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ class GridWriter:
     (a kill, Ctrl-C, a full disk) it stays, and the same preparation goes on where it stopped.
 
     out: final path. recipe: what makes the store, JSON. sources: the raw files, whose names, sizes and
-    digests are recorded. parts: all of the work, where it is known. threads: to digest the sources with.
+    digests are recorded. parts: all of the work, where it is known.
     Raises InputError where ``out`` exists, another process writes it, or its partial output is of other
     work; ValueError where two parts touch one shard.
     """
@@ -55,7 +56,6 @@ class GridWriter:
         recipe: Mapping[str, Any],
         sources: Sequence[Path] = (),
         parts: Sequence[Part] = (),
-        threads: int = 1,
     ) -> None:
         self.out, self.spec, self.parts = Path(out), spec, list(parts)
         require_disjoint(spec, self.parts)
@@ -67,7 +67,7 @@ class GridWriter:
         self.notes = Notes(self.out if self._sealed else self.partial)
         self._lock = self.notes.lock(self.out)
         try:
-            self._begin(recipe, [Path(source) for source in sources], threads)
+            self._begin(recipe, [Path(source) for source in sources])
         except BaseException:
             self._lock.close()
             raise
@@ -104,7 +104,8 @@ class GridWriter:
         hold no frame, or one of them changed while it was read; ValueError where a part is missing.
         """
         if not self._sealed:
-            left = [part.name for part in self.parts if part.name not in self.done]
+            done = self.done
+            left = [part.name for part in self.parts if part.name not in done]
             if left:
                 raise ValueError(f"{self.out}: {len(left)} parts are missing, the first of them {left[0]}")
             require_unchanged(self._sources)
@@ -112,9 +113,9 @@ class GridWriter:
         Notes(self.out).remove()
         return self.out
 
-    def _begin(self, recipe: Mapping[str, Any], sources: list[Path], threads: int) -> None:
+    def _begin(self, recipe: Mapping[str, Any], sources: list[Path]) -> None:
         """Make the partial store, or make sure that the one that is there is of the same work."""
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             self._sources = list(pool.map(SourceRecord.of, sources))
         attributes = {
             **self.spec.attributes(),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdist.data import GridSpec, GridWriter, open_store
+from stdist.data import GridSpec, GridWriter, imputation, open_store
 from stdist.data.imputation import Known, first_known, interpolate, last_known
 
 NAN = np.nan
@@ -55,6 +55,16 @@ def test_eq20_equals_numpys_interpolation(series):
     t, known = np.arange(len(series)), observed[:, 0]
     expected = np.interp(t, t[known], values[known, 0]) if known.any() else np.zeros(len(series))
     np.testing.assert_allclose(interpolate(values, observed)[:, 0], expected, rtol=1e-6)
+
+
+def test_eq20_cell_by_cell_equals_all_at_once(monkeypatch):
+    rng = np.random.default_rng(2)
+    values = rng.random((12, 3, 5)).astype(np.float32)
+    values[rng.random(values.shape) < 0.4] = NAN
+    left, right = (Known(np.full((3, 5), t), rng.random((3, 5)).astype(np.float32)) for t in (7, 40))
+    at_once = interpolate(values, ~np.isnan(values), 10, left, right)
+    monkeypatch.setattr(imputation, "CELLS_AT_ONCE", 2)
+    np.testing.assert_array_equal(interpolate(values, ~np.isnan(values), 10, left, right), at_once)
 
 
 @settings(max_examples=8, deadline=None)

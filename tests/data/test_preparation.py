@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ SLOTS, DAYS, H, W = 6, 6, 3, 4
 SYNTHETIC = {"height": 257, "width": 258, "days": 3, "cadence": 240, "seed": 4}
 """Four tiles of three days, for what needs readers that other processes can import."""
 
-spawn = multiprocessing.get_context("spawn")
 fork = multiprocessing.get_context("fork")
 
 
@@ -174,19 +172,26 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
         assert len(again) + len(done) == 4
 
 
-def test_a_preparation_with_workers_is_killed_and_its_workers_end_with_it(tmp_path, synthetic):
+@pytest.mark.parametrize(
+    "reached",
+    [
+        pytest.param(lambda at: any((at / "internet").rglob("c/0/*/*")), id="while parts run"),
+        pytest.param(lambda at: len(list((at / notes.FOLDER / "parts").glob("*.json"))) >= 2, id="between parts"),
+        pytest.param(lambda at: (at / notes.FOLDER / "scratch").exists(), id="in finalise"),
+    ],
+)
+def test_a_preparation_with_workers_is_killed_and_its_workers_end_with_it(tmp_path, synthetic, reached):
     """The coordinating process alone is killed; nobody may write on, or a restart would share shards with it."""
     out = tmp_path / "city.zarr"
-    done = tmp_path / "city.zarr.partial" / notes.FOLDER / "parts"
     plan = READERS["synthetic"].plan([], **SYNTHETIC)
-    process = spawn.Process(target=partial(prepare, plan, out, 2))
+    process = fork.Process(target=prepare, args=(plan, out, 2))
     process.start()
-    _wait_for(lambda: len(list(done.glob("*.json"))) >= 1 or not process.is_alive())
+    _wait_for(lambda: reached(tmp_path / "city.zarr.partial") or not process.is_alive())
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not out.exists()
     assert prepare(plan, out).digest == synthetic
-    assert _names(tmp_path) == ["city.zarr"]
+    assert _names(tmp_path) == ["city.zarr"] and open_store(out).verify() == []
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
