@@ -5,6 +5,8 @@ Every command takes ``--json`` (one JSON object as its last line) and answers ba
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,10 @@ import typer
 from rich.console import Console
 
 from stdist.errors import DivergenceError, InputError, Interrupted
+from stdist.reader_commands import Command, reader_commands
+
+DAMAGED = 4
+"""Exit code of ``stdist check`` on a store that is not as it was written."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Forecast city-wide traffic.",
 )
+command = partial(app.command, cls=Command)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
@@ -32,46 +39,32 @@ def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
     print(json.dumps(result) if as_json else line, flush=True)
 
 
-@app.command()
 def prepare(
-    context: typer.Context,
-    reader: Annotated[str, typer.Argument(help="telecom-italia | frames-npz | wide-csv | synthetic")],
+    reader: str,
+    *,
     sources: Annotated[list[Path] | None, typer.Argument(help="raw files or folders")] = None,
     out: Annotated[Path, typer.Option(help="store to write, as city.zarr")] = ...,  # type: ignore[assignment]
-    city: Annotated[str | None, typer.Option(help="name of the city")] = None,
-    channel: Annotated[str | None, typer.Option(help="what the values are, as internet")] = None,
-    start: Annotated[str | None, typer.Option(help="local time of the first frame, 2013-11-01T00:00")] = None,
-    cadence: Annotated[int | None, typer.Option(help="minutes between frames")] = None,
-    utc_offset: Annotated[int | None, typer.Option(help="minutes the city is ahead of UTC")] = None,
-    height: Annotated[int | None, typer.Option(help="rows of the grid")] = None,
-    width: Annotated[int | None, typer.Option(help="columns of the grid")] = None,
-    row0: Annotated[int | None, typer.Option(help="the data's row id of the first row")] = None,
-    col0: Annotated[int | None, typer.Option(help="the data's column id of the first column")] = None,
-    id_width: Annotated[int | None, typer.Option(help="columns of the grid the cell ids count in")] = None,
-    days: Annotated[int | None, typer.Option(help="days to generate")] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of the generated city")] = None,
-    train: Annotated[str | None, typer.Option(help="training days, 2013-11-01:2013-11-20")] = None,
-    validation: Annotated[str | None, typer.Option(help="validation days")] = None,
-    test: Annotated[str | None, typer.Option(help="test days")] = None,
+    workers: Annotated[int, typer.Option(help="processes of this machine")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
-    """Turn raw files into a grid store."""
     from data_prep import READERS
     from data_prep.preparation import prepare as write_store
     from stdist.progress import progress_bar
 
-    if reader not in READERS:
-        raise InputError(f"no reader {reader!r}; readers: {', '.join(READERS)}")
-    options = {name for each in READERS.values() for name in each.options}
-    given = {name: value for name, value in context.params.items() if name in options and value is not None}
-    unknown = [name for name in given if name not in READERS[reader].options]
-    if unknown:
-        taken = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(READERS[reader].options))
-        raise InputError(f"{reader} takes no --{unknown[0].replace('_', '-')}; it takes {taken}")
-    with progress_bar("prepare") as progress:
-        summary = write_store(READERS[reader].plan(sources or [], **given), out, progress=progress)
-    missing = sum(summary.missing.values())
+    if ray and workers > 1:
+        raise InputError(f"--workers {workers} are of this machine, --ray {ray} has its own; give one of the two")
+    if ray:
+        # Workers stand in folders of their own.
+        out, sources = out.absolute(), [source.absolute() for source in sources or []]
+    plan = READERS[reader].plan(sources or [], **options)
+    with cluster(ray) as executor, progress_bar("prepare") as progress:
+        summary = write_store(plan, out, workers, progress, executor)
+    missing, absent = sum(summary.missing.values()), summary.absent_days
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
+    if absent:
+        line += f", {len(absent)} days absent ({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''})"
     finish(
         summary.as_dict(),
         as_json,
@@ -79,7 +72,49 @@ def prepare(
     )
 
 
-@app.command()
+def cluster(address: str | None) -> AbstractContextManager[Any]:
+    """What runs the parts of a preparation: None for this machine."""
+    if address is None:
+        return nullcontext()
+    from stdist.orchestration.preparation import ray_executor
+
+    return ray_executor(address)
+
+
+app.add_typer(
+    reader_commands(
+        prepare,
+        "Turn raw files into a store: stdist prepare READER SRC... --out STORE. Interrupted, the same command goes on "
+        "where it was. Every reader takes --out, --workers, --ray and --json; stdist prepare READER --help says the "
+        "rest, and what the data is.",
+    ),
+    name="prepare",
+)
+
+
+@command()
+def check(
+    store: Annotated[Path, typer.Argument(help="grid store")],
+    as_json: Json = False,
+) -> None:
+    """Look at everything in a store: schema, digests, gaps, coverage, ranges, orientation, statistics, imputation.
+
+    Exit code 4 where something is damaged or wrong; warnings leave it at 0.
+    """
+    from stdist.data.check import check_store
+    from stdist.data.check_report import as_table
+    from stdist.progress import progress_bar
+
+    with progress_bar("check") as progress:
+        report = check_store(store, progress)
+    if not as_json:
+        Console(highlight=False).print(as_table(report))
+    finish(report.as_dict(), as_json, report.verdict)
+    if not report.ok:
+        raise typer.Exit(DAMAGED)
+
+
+@command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_block.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -93,7 +128,7 @@ def train(
     finish(result, as_json, result["report"])
 
 
-@app.command()
+@command()
 def demo(
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
     data: Annotated[Path | None, typer.Option(help="a store instead of the synthetic city")] = None,
@@ -106,7 +141,7 @@ def demo(
     finish(result, as_json, result["report"])
 
 
-@app.command()
+@command()
 def forecast(
     run: Annotated[Path, typer.Argument(help="run folder")],
     store: Annotated[Path, typer.Argument(help="grid store")],
@@ -124,7 +159,7 @@ def forecast(
     finish(result, as_json, str(out))
 
 
-@app.command()
+@command()
 def evaluate(
     forecasts: Annotated[Path, typer.Argument(help="what stdist forecast wrote")],
     store: Annotated[Path, typer.Argument(help="the store it was made on")],
@@ -141,7 +176,7 @@ def evaluate(
     finish(result, as_json, "\n".join(lines))
 
 
-@app.command()
+@command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder")],
     beside: Annotated[list[Path] | None, typer.Option(help="runs to show as variants")] = None,
@@ -156,7 +191,7 @@ def report(
     finish({"report": str(page)}, as_json, str(page))
 
 
-@app.command()
+@command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine has: devices, attention back ends and why they are chosen, versions."""
     from stdist.vision_llm.doctor import as_lines, examine
@@ -166,7 +201,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Console script: bad input exits 2, a diverged training 3, Ctrl-C 130, each with one line; the rest is a bug."""
+    """Console script: bad input exits 2, a diverged training 3, Ctrl-C 130, each with one line; what ``check`` finds
+    damaged 4, with a table; the rest is a bug."""
     try:
         app()
     except (InputError, DivergenceError, Interrupted) as error:

@@ -56,9 +56,7 @@ def leaks(fitted: Iterable[Fitted], evaluated: DaySpan, data: str) -> list[Fitte
     return [
         each
         for each in fitted
-        if each.data == data
-        and each.span.first_day <= evaluated.last_day
-        and evaluated.first_day <= each.span.last_day
+        if each.data == data and each.span.first_day <= evaluated.last_day and evaluated.first_day <= each.span.last_day
     ]
 
 

@@ -1,6 +1,7 @@
 """What commands print, the JSON of each, and what asking for help costs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,17 @@ from pathlib import Path
 import pytest
 import xarray
 
-COMMANDS = ("prepare", "train", "demo", "forecast", "evaluate", "report", "doctor")
+from .conftest import DAYS, SLOTS
+
+COMMANDS = ("prepare", "check", "train", "demo", "forecast", "evaluate", "report", "doctor")
 
 
 def test_help_needs_no_torch():
     """In a fresh process: nothing heavy is imported before a command needs it."""
     program = (
         "import sys; from stdist.cli import app; app(['--help'], standalone_mode=False); "
-        "heavy = {'torch', 'transformers', 'zarr', 'xarray', 'polars', 'matplotlib', 'pydantic'} & set(sys.modules); "
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        "heavy = {'torch', 'transformers', 'zarr', 'xarray', 'polars', 'matplotlib', 'pydantic', 'ray'}; "
+        "found = heavy & set(sys.modules); sys.exit(f'imported {found}' if found else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -38,6 +41,81 @@ def test_prepare(stdist, csv_command):
     assert (summary["city"], summary["channels"], summary["cells"]) == ("milan", ["internet"], 4)
     assert (summary["frames"], summary["runs"]) == (192, 1)
     assert summary["missing"] == {"internet": 1} and summary["true_zeros"] == {"internet": 1}
+
+
+def test_a_reader_explains_its_data_and_its_own_options(stdist):
+    page = stdist("prepare", "wide-csv", "--help").out
+    assert "one row a frame, one column a cell" in page  # the data's facts
+    assert "--id-width" in page and "--workers" in page and "--days" not in page
+    flat = " ".join(page.replace("│", " ").split())
+    assert "local ISO time of the first row, required" in flat  # of the docstring
+    assert "--days" in stdist("prepare", "synthetic", "--help").out
+
+
+def test_every_reader_has_a_page(stdist):
+    from data_prep import READERS
+
+    listed = stdist("prepare", "--help").out
+    for reader in READERS:
+        assert reader in listed
+        page = stdist("prepare", reader, "--help")
+        assert page.code == 0 and "--train" in page.out, reader
+
+
+def test_prepare_on_two_processes_writes_the_same(stdist, tmp_path):
+    size = ["--days", "3", "--height", "2", "--width", "2", "--cadence", "60", "--json"]
+    one = stdist("prepare", "synthetic", "--out", tmp_path / "one.zarr", *size)
+    two = stdist("prepare", "synthetic", "--out", tmp_path / "two.zarr", *size, "--workers", "2")
+    assert one.json["digest"] == two.json["digest"] and two.code == 0
+
+
+def test_check(stdist, city, csv_command):
+    result = stdist("check", city, "--json")
+    assert result.code == 0 and len(result.out.splitlines()) == 1 and result.err == ""
+    assert result.json["ok"] is True and result.json["channels"]["internet"]["highest"] > 0
+    people = stdist("check", city)
+    assert people.code == 0 and people.out.endswith(f"{city}: sound; errors: 0, warnings: 0\n")
+    command = csv_command("odd", {row: "1,0,3,4" for row in range(DAYS * SLOTS)})
+    assert stdist(*command).code == 0
+    warned = stdist("check", command[4], "--json")
+    assert warned.code == 0 and "cells zero all the time (1)" in [f["what"] for f in warned.json["findings"]]
+
+
+def test_check_names_a_damaged_shard_and_exits_4(stdist, city, tmp_path):
+    store = Path(shutil.copytree(city, tmp_path / "city.zarr"))
+    shard = store / "internet" / "c" / "3" / "0" / "0"
+    damaged = bytearray(shard.read_bytes())
+    damaged[100] ^= 4
+    shard.write_bytes(damaged)
+    result = stdist("check", store, "--json")
+    assert result.code == 4 and len(result.out.splitlines()) == 1 and result.json["ok"] is False
+    assert result.json["findings"][0] == {
+        "severity": "error",
+        "what": "bytes of the file are not the recorded ones",
+        "where": "internet/c/3/0/0",
+    }
+    people = stdist("check", store)
+    assert people.code == 4 and "internet/c/3/0/0" in people.out and "DAMAGED OR WRONG" in people.out
+
+
+def test_forecasts_of_training_days_are_made_and_never_scored(stdist, finished_run, city, tmp_path):
+    """The leak audit from end to end: the run's own training days, on its own store."""
+    out = tmp_path / "f.zarr"
+    made = stdist("forecast", finished_run.run_dir, city, "--out", out, "--split", "train")
+    assert made.code == 0 and "`stdist evaluate` will not score these forecasts" in made.err
+    refused = stdist("evaluate", out, city)
+    assert refused.code == 2 and refused.out == ""
+    whats = "reward normalizer, t_max of the frames, weights"
+    assert refused.err.startswith(f"error: leak: {whats} fitted on 2013-11-01:2013-11-06 of this data, which shares")
+    assert len(refused.err.splitlines()) == 1
+
+
+def test_another_city_is_scored_on_any_day(stdist, finished_run, tmp_path):
+    size = ["--height", "3", "--width", "3", "--days", "8", "--cadence", "60", "--seed", "2"]
+    assert stdist("prepare", "synthetic", "--out", tmp_path / "other.zarr", *size).code == 0
+    command = ["forecast", finished_run.run_dir, tmp_path / "other.zarr", "--out", tmp_path / "f.zarr"]
+    assert stdist(*command, "--split", "2013-11-02:2013-11-02").code == 0
+    assert stdist("evaluate", tmp_path / "f.zarr", tmp_path / "other.zarr", "--json").json["pooled"]["mae"] > 0
 
 
 def test_train(finished_run):
@@ -97,8 +175,6 @@ def test_report_of_an_unfinished_run_says_what_is_missing(stdist, finished_run, 
 
 
 def test_report_with_another_run_beside(stdist, finished_run, tmp_path):
-    import shutil
-
     for name in ("mine", "without_frames"):
         shutil.copytree(finished_run.run_dir, tmp_path / name)
     result = stdist("report", tmp_path / "mine", "--beside", tmp_path / "without_frames")
@@ -128,3 +204,13 @@ def test_doctor_says_which_attention_runs_and_why(stdist):
     assert cpu["device"] == "cpu" and set(cpu["attention"]) == {"float32", "bfloat16"}
     assert all(choice["back_end"] in choice["reason"] for choice in cpu["attention"].values())
     assert result.json["packages"]["torch"] and "attention in float32: " in stdist("doctor").out
+
+
+def test_doctor_says_where_the_token_of_a_cluster_is_and_not_what(stdist, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    assert stdist("doctor", "--json").json["ray"] == {"mode": "token", "token": None}
+    (tmp_path / "token").write_text("secret")
+    people = stdist("doctor").out
+    assert f"ray: RAY_AUTH_MODE=token, a token in {tmp_path / 'token'}" in people and "secret" not in people

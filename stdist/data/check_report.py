@@ -1,0 +1,73 @@
+"""What ``stdist check`` found, for programs and for people."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.table import Table
+
+Severity = Literal["error", "warning", "info"]
+LISTED = 10
+"""Names and places that one finding lists; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``error``: the store is damaged or says something wrong; ``warning``: worth a look; ``info``: declared."""
+
+    severity: Severity
+    what: str
+    where: str
+
+
+@dataclass
+class CheckReport:
+    """What ``check_store`` found. ``gaps``: every stretch without frames; ``channels``: coverage and range of each."""
+
+    store: Path
+    findings: list[Finding] = field(default_factory=list)
+    gaps: list[dict[str, Any]] = field(default_factory=list)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, severity: Severity, what: str, where: str) -> None:
+        self.findings.append(Finding(severity, what, where))
+
+    def count(self, severity: Severity) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def ok(self) -> bool:
+        return not self.count("error")
+
+    @property
+    def verdict(self) -> str:
+        found = f"errors: {self.count('error')}, warnings: {self.count('warning')}"
+        return f"{self.store}: {'sound' if self.ok else 'DAMAGED OR WRONG'}; {found}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"ok": self.ok} | asdict(self) | {"store": str(self.store)}
+
+
+def listed(names: list[str]) -> str:
+    """The first ``LISTED`` of many, for people."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+
+
+def as_table(report: CheckReport) -> Group:
+    """Errors first. Prints on any console of rich."""
+    channels = Table("channel", "missing", "zero", "lowest", "highest", title=str(report.store), title_justify="left")
+    for name, found in report.channels.items():
+        bounds = ["" if found[key] is None else f"{found[key]:.6g}" for key in ("lowest", "highest")]
+        channels.add_row(name, f"{found['missing_share']:.3%}", f"{found['zero_share']:.3%}", *bounds)
+    findings = Table("", "what", "where")
+    for severity, style in STYLES.items():
+        for finding in report.findings:
+            if finding.severity == severity:
+                findings.add_row(severity, finding.what, finding.where, style=style)
+    return Group(*([channels] if report.channels else []), *([findings] if report.findings else []))

@@ -1,0 +1,183 @@
+"""The part of ``stdist check`` that reads every value: ranges, coverage, statistics, imputation."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import isclose
+from typing import Any
+
+import numpy as np
+
+from stdist.data.check_report import CheckReport, Severity, listed
+from stdist.data.imputation import interpolate
+from stdist.data.parts import Tile
+from stdist.data.schema import observed_name, runs_of, tiles_of
+from stdist.data.statistics import StatisticsState
+from stdist.data.store import GridStore
+from stdist.progress import Progress
+
+LARGEST = 999_950.0
+"""Magnitudes from here on have no numeral (docs/decisions.md, 1)."""
+SAMPLED_DAYS = 16
+"""Days of each channel and tile whose imputed values are computed again."""
+MOSTLY = 0.5
+"""Cells that miss more than this share of their values are named."""
+
+
+def check_channels(store: GridStore, report: CheckReport, tell: Progress) -> None:
+    """Read every channel once and add what is found to the report."""
+    tiles = tiles_of(store.slots_per_day, store.shape)
+    slots = store.slots_per_day
+    days = [day for day in range(len(store.present) // slots) if store.present[day * slots : (day + 1) * slots].any()]
+    done, total = 0, len(store.channels) * len(tiles) * len(days)
+    for channel in store.channels:
+        check = _Channel(store, channel)
+        for tile in tiles:
+            sampled = set(days[:: -(-len(days) // SAMPLED_DAYS)])
+            part = StatisticsState(store.inside[tile].shape)
+            for day in days:
+                tell(done, total)
+                check.day(day, tile, part)
+                if day in sampled:
+                    check.imputation(day, tile)
+                done += 1
+            check.state.merge(part, tile)
+        check.conclude(report)
+
+
+@dataclass
+class _Channel:
+    """What is known of a channel so far. Counts are by cell, int64 [H, W] or [N]."""
+
+    store: GridStore
+    channel: str
+    state: StatisticsState = field(init=False)
+    expected: np.ndarray = field(init=False)
+    seen: np.ndarray = field(init=False)
+    zeros: np.ndarray = field(init=False)
+    lowest: float = np.inf
+    highest: float = -np.inf
+    counts: Counter[tuple[Severity, str]] = field(default_factory=Counter)
+    first: dict[tuple[Severity, str], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = StatisticsState(self.store.shape)
+        self.expected, self.seen, self.zeros = np.zeros((3, *self.store.shape), np.int64)
+        self._train = self.store.default_split.train
+
+    def day(self, day: int, tile: Tile, part: StatisticsState) -> None:
+        """Look at one day of a tile; ``part`` takes in what of it lies in the training span."""
+        store, start = self.store, day * self.store.slots_per_day
+        values, observed = self._read(start, start + store.slots_per_day, tile)
+        frames = store.present[start : start + store.slots_per_day].reshape(-1, *(1 for _ in tile))
+        inside, exists = store.inside[tile], self._exists(day, tile)
+        known = observed & frames
+        place = self._place(start, tile)
+        self._note("error", "values are not finite", frames & ~np.isfinite(values), place)
+        self._note("error", "values where there is no frame", ~frames & ~np.isnan(values), place)
+        self._note("error", "observed where there is no frame", observed & ~frames, place)
+        self._note("error", "observed before the node exists", observed & ~exists, place)
+        self._note("warning", "observed outside the city", observed & ~inside, place)
+        self._note("warning", "values are negative", known & (values < 0), place)
+        self._note("warning", f"values from {LARGEST:,.0f} on have no numeral", known & (abs(values) >= LARGEST), place)
+        self.expected[tile] += (frames & inside & exists).sum(axis=0)
+        self.seen[tile] += (known & inside & exists).sum(axis=0)
+        self.zeros[tile] += (known & (values == 0)).sum(axis=0)
+        if known.any():
+            self.lowest = min(self.lowest, float(values[known].min()))
+            self.highest = max(self.highest, float(values[known].max()))
+        if self._train and self._train.first_day <= self._date(day) <= self._train.last_day:
+            part.add(values, observed)
+
+    def imputation(self, day: int, tile: Tile) -> None:
+        """Eq. 20 again on a day and its neighbours, wherever these hold all that it needs."""
+        store, slots = self.store, self.store.slots_per_day
+        low, high = max(0, (day - 1) * slots), min(len(store.present), (day + 2) * slots)
+        values, observed = self._read(low, high, tile)
+        wrong = np.zeros(observed.shape, bool)
+        for start, stop in runs_of(store.present[low:high]):
+            begins = low + start == 0 or not store.present[low + start - 1]
+            ends = low + stop == len(store.present) or not store.present[low + stop]
+            known, given = observed[start:stop], values[start:stop]
+            left = np.logical_or.accumulate(known, axis=0) | begins
+            right = np.logical_or.accumulate(known[::-1], axis=0)[::-1] | ends
+            same = np.isclose(given, interpolate(given, known), rtol=1e-5, atol=1e-6)
+            wrong[start:stop] = ~known & left & right & ~same
+        here = slice(day * slots - low, (day + 1) * slots - low)
+        wrong = wrong[here] & self._exists(day, tile)
+        self._note("error", "imputed values are not those of Eq. 20", wrong, self._place(day * slots, tile))
+
+    def conclude(self, report: CheckReport) -> None:
+        for (severity, what), count in self.counts.items():
+            report.add(severity, f"{what} ({count})", f"{self.channel}, first {self.first[severity, what]}")
+        missing, zeros = int((self.expected - self.seen).sum()), int(self.zeros.sum())
+        found = {"missing": missing, "true_zeros": zeros}
+        if found != self.store.coverage[self.channel]:
+            report.add("error", f"coverage is {found}, recorded {self.store.coverage[self.channel]}", self.channel)
+        self._statistics(report)
+        share = (self.expected - self.seen) / np.maximum(self.expected, 1)
+        never, dead = (self.expected > 0) & (self.seen == 0), (self.seen > 0) & (self.zeros == self.seen)
+        groups = {
+            "never observed": never,
+            f"missing more than {MOSTLY:.0%} of the time": (share > MOSTLY) & ~never,
+            "zero all the time": dead,
+        }
+        for what, cells in groups.items():
+            if cells.any():
+                ids = [str(i) for i in self.store.cell_ids[cells]]
+                report.add("warning", f"cells {what} ({len(ids)})", f"{self.channel}, cells {listed(ids)}")
+        worst = np.argsort(-share, axis=None, kind="stable")[:5]
+        worst_ids, shares = self.store.cell_ids.ravel()[worst], share.ravel()[worst]
+        report.channels[self.channel] = {
+            **found,
+            "missing_share": missing / max(1, int(self.expected.sum())),
+            "zero_share": zeros / max(1, int(self.seen.sum())),
+            "lowest": self.lowest if np.isfinite(self.lowest) else None,
+            "highest": self.highest if np.isfinite(self.highest) else None,
+            "cells": {what: int(cells.sum()) for what, cells in groups.items()},
+            "worst_cells": {str(i): float(s) for i, s in zip(worst_ids, shares, strict=True) if s > 0},
+        }
+
+    def _statistics(self, report: CheckReport) -> None:
+        stored = self.store.attributes["train_statistics"].get(self.channel)
+        if (stored is None) != (self.state.count == 0):
+            report.add("error", f"{self.state.count} observed training values, statistics {stored}", self.channel)
+        if stored is None or self._train is None or self.state.count == 0:
+            return
+        fitted = self.state.result(self._train)
+        kept = self.store.statistics(self.channel, self._train)
+        exact = {name: (getattr(fitted, name), getattr(kept, name)) for name in ("count", "maximum")}
+        close = {name: (getattr(fitted, name), getattr(kept, name)) for name in ("mean", "std")}
+        wrong = {name: pair for name, pair in exact.items() if pair[0] != pair[1]}
+        wrong |= {name: pair for name, pair in close.items() if not isclose(*pair, rel_tol=1e-6, abs_tol=1e-12)}
+        for name, (here, there) in wrong.items():
+            report.add("error", f"{name} of the training span is {here}, stored {there}", self.channel)
+        if not np.allclose(fitted.cell_mean, kept.cell_mean, rtol=1e-5, atol=1e-9):
+            report.add("error", "means of cells are not those of the training span", self.channel)
+
+    def _read(self, start: int, stop: int, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+        names = (self.channel, observed_name(self.channel))
+        values, observed = (self.store.dataset[name][(slice(start, stop), *tile)].values for name in names)
+        return values, observed.astype(bool)
+
+    def _date(self, day: int) -> np.datetime64:
+        return np.datetime64(self.store.attributes["first_day"], "D") + np.timedelta64(day, "D")
+
+    def _exists(self, day: int, tile: Tile) -> np.ndarray:
+        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self._date(day)
+
+    def _place(self, start: int, tile: Tile) -> Callable[[np.ndarray], str]:
+        """Names the frame and cell of an index into a day of a tile."""
+
+        def name(index: np.ndarray) -> str:
+            cell = tuple(int(i) + part.start for i, part in zip(index[1:], tile, strict=True))
+            stamp = self.store.local_times[start + int(index[0])].astype("datetime64[m]")
+            return f"{stamp} local time, cell {self.store.cell_ids[cell]}"
+
+        return name
+
+    def _note(self, severity: Severity, what: str, where: np.ndarray, place: Callable[[np.ndarray], Any]) -> None:
+        count = int(where.sum())
+        if count:
+            self.first.setdefault((severity, what), place(np.argwhere(where)[0]))
+            self.counts[severity, what] += count

@@ -1,0 +1,1 @@
+"""Everything that knows Ray; nothing below this floor imports it."""

@@ -1,0 +1,113 @@
+"""A preparation on a Ray cluster: one task per part.
+
+A part owns whole shards and gives the same bytes whenever it is run, so that the part of a dead worker is simply run
+again. Workers read the sources and write the store under the very paths the command was given: both lie on a file
+system that all machines share, and stdist is installed on all of them.
+"""
+
+import logging
+import socket
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from stdist.data.parts import Executor, Part, PartResult, RunPart
+from stdist.errors import InputError
+
+try:
+    import ray
+    from ray.exceptions import AuthenticationError, RayError, RayTaskError
+except ModuleNotFoundError as error:
+    raise InputError("Ray is not installed; pip install 'stdist[cluster]', or leave out --ray") from error
+
+MAX_RETRIES = 3
+"""How many workers in a row may die of one part."""
+PATIENCE = 10.0
+"""Seconds in which the head has to answer. Ray itself would try for two minutes and then end the process."""
+
+
+@contextmanager
+def ray_executor(address: str) -> Iterator[Executor]:
+    """An ``Executor`` on the cluster at ``address``: HOST:PORT, ray://HOST:PORT, ``auto`` (the one this machine
+    belongs to) or ``local`` (one that is started here and ends with this). A connection that is there already is used.
+
+    Raises InputError where there is no such cluster, or it refuses the token, at once. The executor raises what a part
+    raises, and ``BrokenProcessPool`` where ``MAX_RETRIES + 1`` workers died of a part (or memory ran out: Ray's message
+    says so); parts that still run then are stopped.
+    """
+    mine = not ray.is_initialized()
+    if mine:
+        _connect(address)
+    try:
+        yield _run_parts
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    if address not in ("auto", "local"):
+        _require_listener(address)
+    try:
+        # A dashboard is started with a cluster of one's own only, and there nobody looks at it.
+        dashboard = False if address == "local" else None
+        ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise InputError(
+            f"Ray at {address} wants a token: {_first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
+            "to the token of the cluster (`ray get-auth-token` on its head shows it)"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f"no Ray cluster at {address}: {_first_line(error)}; start one with `ray start`") from error
+    except SystemExit as error:  # Ray's own way out when the head says nothing that it understands
+        raise InputError(
+            f"something listens at {address}, but does not answer as a Ray head; check the port, the version of Ray, "
+            "and that both sides use the same token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)"
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    url = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise InputError(f"{address} is no address of a Ray cluster; write HOST:6379, ray://HOST:10001, auto or local")
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE).close()
+    except OSError as error:
+        raise InputError(
+            f"nothing answers at {address} ({error.strerror or error}); check host and port, `ray status` on the head"
+        ) from error
+
+
+def _run_parts(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
+    shared = ray.put(run_part)
+    waiting = {_run.options(name=part.name, max_retries=MAX_RETRIES).remote(shared, part): part for part in parts}
+    try:
+        while waiting:
+            (reference, *_), _ = ray.wait(list(waiting), num_returns=1)
+            yield _result(reference, waiting.pop(reference))
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+
+
+@ray.remote(num_cpus=1)
+def _run(run_part: RunPart, part: Part) -> PartResult:
+    return run_part(part)
+
+
+def _result(reference: "ray.ObjectRef[PartResult]", part: Part) -> PartResult:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise BrokenProcessPool(f"part {part.name}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,109 @@
+"""``stdist prepare READER``: one command a reader, made of its ``plan`` function when it is asked for.
+
+A reader's options are the keywords of its ``plan``: names, types and defaults from the signature, help from the lines
+``name: what it is.`` of the docstring. Its page begins with the facts of the data, the docstring of its module.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from stdist.errors import InputError
+
+Body = Callable[..., None]
+"""``body(reader, *, <options of every reader>, **options)``; the first keyword is for the sources."""
+
+# What most readers take, for docstrings that do not say it again.
+USUAL = {
+    "city": "name of the city",
+    "channel": "what the values are, as internet",
+    "channels": "what the values are, as flow,speed",
+    "start": "local time of the first frame, as 2013-11-01T00:00",
+    "cadence": "minutes between frames",
+    "utc_offset": "minutes the city is ahead of UTC",
+    "height": "rows of the grid",
+    "width": "columns of the grid",
+    "row0": "the data's row id of the first row",
+    "col0": "the data's column id of the first column",
+    "id_width": "columns of the grid the cell ids count in",
+    "adjacency": "file of the graph",
+    "node_ids": "file of the nodes' ids",
+    "train": "training days, as 2013-11-01:2013-11-20",
+    "validation": "validation days",
+    "test": "test days",
+}
+
+
+class Command(TyperCommand):
+    """A command that answers wrong options as all other bad input: with one line."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, arguments)
+        except typer.TyperException as error:
+            line = " ".join(error.format_message().split()).rstrip(".")
+            raise InputError(f"{line}; see `{context.command_path} --help`") from error
+
+
+def reader_commands(body: Body, help: str) -> typer.Typer:
+    """A group of one command a reader, each of which calls ``body``."""
+
+    class Readers(TyperGroup):
+        def list_commands(self, _context: Any) -> list[str]:
+            from data_prep import READERS
+
+            return list(READERS)
+
+        def get_command(self, _context: Any, name: str) -> Any:
+            from data_prep import READERS
+
+            if name not in READERS:
+                raise InputError(f"no reader {name!r}; readers: {', '.join(READERS)}")
+            return _command(name, READERS[name].plan, body)
+
+    return typer.Typer(cls=Readers, no_args_is_help=True, help=help)
+
+
+def _command(name: str, plan: Callable[..., Any], body: Body) -> Any:
+    def command(**given: Any) -> None:
+        body(name, **given)
+
+    _, sources, *shared, _ = signature(body, eval_str=True).parameters.values()
+    parameters = [sources, *_options(name, plan), *shared]
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
+    )
+    facts = sys.modules[plan.__module__].__doc__
+    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    reader.command(name, cls=Command, help=facts)(command)
+    return typer.main.get_command(reader)
+
+
+def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
+    types, helps = get_type_hints(plan), option_help(plan)
+    _, *options = signature(plan).parameters.values()
+    return [
+        option.replace(
+            annotation=Annotated[
+                types[option.name], typer.Option(help=helps[option.name], rich_help_panel=f"Options of {name}")
+            ]
+        )
+        for option in options
+    ]
+
+
+def option_help(plan: Callable[..., Any]) -> dict[str, str | None]:
+    """What a docstring says of each keyword in ``name: text`` or ``name, other: text``, else what is usual."""
+    names = list(signature(plan).parameters)
+    text = " ".join((plan.__doc__ or "").split()).partition(" Raises ")[0]
+    said = [m for m in re.finditer(r"(?:\w+, )*\w+(?=: )", text) if set(m[0].split(", ")) <= set(names)]
+    helps: dict[str, str | None] = {name: USUAL.get(name) for name in names}
+    for here, following in zip(said, [*said[1:], None], strict=True):
+        what = text[here.end() + 2 : following.start() if following else None].strip().rstrip(".").replace("``", "")
+        helps |= dict.fromkeys(here[0].split(", "), what)
+    return helps

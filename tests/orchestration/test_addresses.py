@@ -1,0 +1,48 @@
+"""A cluster that is not there, or that wants something else, is one line and not Ray's two minutes of trying."""
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
+
+from ray.exceptions import AuthenticationError  # noqa: E402
+
+from stdist.errors import InputError  # noqa: E402
+from stdist.orchestration.preparation import ray_executor  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:1", "nothing answers at 127.0.0.1:1 (Connection refused); check host and port"),
+        ("ray://127.0.0.1:1", "nothing answers at ray://127.0.0.1:1 (Connection refused)"),
+        ("nowhere", "nowhere is no address of a Ray cluster; write HOST:6379, ray://HOST:10001, auto or local"),
+        ("host:port", "host:port is no address of a Ray cluster"),
+    ],
+)
+def test_a_wrong_address_is_one_line_at_once(address, expected):
+    """Ray itself tries for two minutes and then ends the process."""
+    with pytest.raises(InputError) as refused, ray_executor(address):
+        pass
+    assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionError("Could not find any running Ray instance."), "no Ray cluster at auto: Could not find any"),
+        (RuntimeError("Version mismatch: The cluster\nwas started with …"), "Version mismatch: The cluster; start one"),
+        (
+            AuthenticationError("no authentication token was found"),
+            "Ray at auto wants a token: no authentication token",
+        ),
+        (SystemExit(15), "something listens at auto, but does not answer as a Ray head; check the port"),
+    ],
+)
+def test_what_ray_says_becomes_one_line(monkeypatch, error, expected):
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(InputError) as refused, ray_executor("auto"):
+        pass
+    assert expected in str(refused.value) and "\n" not in str(refused.value)
