@@ -2,7 +2,8 @@
 
 Threads and not the processes of ``torch.utils.data.DataLoader``: decoding and copying release the interpreter's
 lock, threads share one cache of decoded frames where every process would fill its own, and a batch is written
-once, where it is used, instead of passing between processes (``benchmarks/windows.py`` has the figures).
+once, where it is used, instead of passing between processes. Measured with two threads against its two processes on
+two cores, in batches of 16 windows of 48 frames of 100 x 100 cells: 920 to 2,000 windows a second against 150.
 """
 
 from collections import deque
@@ -51,7 +52,7 @@ class WindowLoader:
     """
 
     def __init__(
-        self, sampler: WindowSampler, *, threads: int = 2, prefetch: int = 4, pin_memory: bool | None = None
+        self, sampler: WindowSampler, *, threads: int = 2, prefetch: int = 2, pin_memory: bool | None = None
     ) -> None:
         if threads < 1 or prefetch < 1:
             raise InputError(f"threads {threads}, prefetch {prefetch}: give at least 1 of each")
@@ -97,8 +98,11 @@ class WindowLoader:
         )
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if not self.pin_memory:
+            # numpy asks for huge pages, torch does not: a batch is written in half the time.
+            return np.empty(shape, dtype)
         kind = {np.dtype(np.float32): torch.float32, np.dtype(np.bool_): torch.bool}[np.dtype(dtype)]
-        return torch.empty(shape, dtype=kind, pin_memory=self.pin_memory).numpy()
+        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's, which counts the batches that were handed out."""

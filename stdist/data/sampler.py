@@ -30,11 +30,11 @@ class Samples:
 class WindowSampler:
     """Walks all windows epoch by epoch, or one pass in time order where ``shuffle`` is False.
 
-    batch_size: windows of one rank's batch. days_at_once: shuffle the local days, and windows only among as many
-    days; for spans that do not fit ``GridStore.frame_cache``, so that a chunk is decoded about once an epoch. All
-    windows of the span at once by default. cells_per_window: draw this many cells of each window, anew in every
-    epoch, without repetition inside a window. cell_weights: float [h, w] or [n], each draw takes one of the cells
-    that are left with a probability in proportion to these; all cells inside the city alike by default.
+    batch_size: windows of one rank's batch. days_at_once: take the local days in random order, and mix windows of
+    about as many days at a time; for spans that do not fit ``GridStore.frame_cache``, so that a chunk is decoded about
+    once an epoch. All windows of the span are mixed by default. cells_per_window: draw this many cells of each window,
+    anew in every epoch, without repetition inside a window. cell_weights: float [h, w] or [n], each draw takes one of
+    the cells that are left with a probability in proportion to these; all cells inside the city alike by default.
 
     Training (``shuffle``) ends an epoch before an incomplete global batch of ``world * batch_size`` windows: every
     rank has the same number of full batches. Evaluation hands out each window exactly once at any ``world``: none
@@ -98,7 +98,9 @@ class WindowSampler:
             return np.argsort(key, kind="stable")
         days, of_day = np.unique(self.windows.origins // self.windows.store.slots_per_day, return_inverse=True)
         place = np.argsort(np.argsort(_uniform(len(days), self.seed, epoch, DAYS), kind="stable"))
-        return np.lexsort((key, place[of_day] // self.days_at_once))
+        # A day's windows spread over the places of the days after it, so that days come and go one by one: groups
+        # that change all at once would make the reader wait for all of their chunks at once.
+        return np.argsort(place[of_day] + self.days_at_once * key, kind="stable")
 
     def cells(self, epoch: int, indices: np.ndarray) -> np.ndarray | None:
         """The cells drawn of windows in an epoch, int64 [B, C]; None where no number of them was set.
