@@ -27,34 +27,26 @@ __all__ = ["READERS", "Day", "Part", "Plan", "PrepareSummary", "Reader", "prepar
 
 @dataclass(frozen=True)
 class Reader:
-    """``plan(sources, **options)``; ``options``: the keywords that the command line may give."""
+    """``plan(sources, **options)``, whose signature and docstring are the command line's options and their help."""
 
     plan: Callable[..., Plan]
-    options: frozenset[str]
 
     def prepare(self, sources: list[Path], out: Path, **options: Any) -> PrepareSummary:
         """Plan and write the store ``out`` in this process; see ``preparation.prepare`` for more of them."""
         return prepare(self.plan(sources, **options), out)
 
 
-_SPLIT = frozenset({"city", "train", "validation", "test"})
-_GRID = frozenset({"channel", "cadence", "utc_offset", "row0", "col0", "id_width"})
-_SHAPE = frozenset({"start", "height", "width"})
-_NODES = frozenset({"start", "cadence", "utc_offset", "adjacency", "node_ids"})
-_CITY = frozenset({"channels", "start", "cadence", "utc_offset", "poi", "north_first", "transpose"})
-_AXES = frozenset({"variable", "time_dim", "row_dim", "col_dim", "node_dim"})
-
 READERS: dict[str, Reader] = {
-    "telecom-italia": Reader(telecom_italia.plan, _SPLIT),
-    "frames-npz": Reader(frames_npz.plan, _SPLIT | _GRID),
-    "wide-csv": Reader(wide_csv.plan, _SPLIT | _GRID | _SHAPE | {"nodes", "adjacency", "meta"}),
-    "wide-parquet": Reader(wide_parquet.plan, _SPLIT | _GRID | _SHAPE | {"nodes", "adjacency"}),
-    "largest": Reader(largest.plan, _SPLIT | {"region", "districts", "meta", "adjacency", "start"}),
-    "dcrnn-h5": Reader(dcrnn_h5.plan, _SPLIT | {"channel", "utc_offset", "adjacency", "meta"}),
-    "xarray": Reader(xarray_source.plan, _SPLIT | _AXES | {"utc_offset"}),
-    "pems-npz": Reader(pems_npz.plan, _SPLIT | _NODES | {"channels"}),
-    "zones-npz": Reader(zones_npz.plan, _SPLIT | _NODES | {"channels"}),
-    "yearly-npz": Reader(yearly_npz.plan, _SPLIT | _NODES | {"channel"}),
-    "city-npz": Reader(city_npz.plan, _SPLIT | _CITY),
-    "synthetic": Reader(synthetic.plan, _SPLIT | _SHAPE | {"channel", "cadence", "utc_offset", "days", "seed"}),
+    "telecom-italia": Reader(telecom_italia.plan),
+    "frames-npz": Reader(frames_npz.plan),
+    "wide-csv": Reader(wide_csv.plan),
+    "wide-parquet": Reader(wide_parquet.plan),
+    "largest": Reader(largest.plan),
+    "dcrnn-h5": Reader(dcrnn_h5.plan),
+    "xarray": Reader(xarray_source.plan),
+    "pems-npz": Reader(pems_npz.plan),
+    "zones-npz": Reader(zones_npz.plan),
+    "yearly-npz": Reader(yearly_npz.plan),
+    "city-npz": Reader(city_npz.plan),
+    "synthetic": Reader(synthetic.plan),
 }

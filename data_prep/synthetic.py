@@ -34,7 +34,7 @@ def plan(
 ) -> Plan:
     """Plan of a generated city, a part for every tile; there are no sources (InputError where some are given).
 
-    start: first local day. days, height, width, seed, cadence (minutes): those of ``SyntheticCity``.
+    start: first local day. days: how many to generate. seed: the same seed is the same city.
     """
     if sources:
         raise InputError(f"synthetic reads no file, {sources[0]} given; leave it out")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import xarray
 
+from stdist.reader_commands import option_help
+
 from .conftest import DAYS, SLOTS
 
 COMMANDS = ("prepare", "check", "train", "demo", "forecast", "evaluate", "report", "doctor")
@@ -60,6 +62,27 @@ def test_every_reader_has_a_page(stdist):
         assert reader in listed
         page = stdist("prepare", reader, "--help")
         assert page.code == 0 and "--train" in page.out, reader
+
+
+def test_every_option_of_a_reader_says_what_it_is():
+    from data_prep import READERS
+
+    for reader, each in READERS.items():
+        _sources, *options = option_help(each.plan).items()
+        assert not [name for name, text in options if not text], reader
+
+
+def test_help_is_read_from_the_docstring():
+    def plan(sources, *, city=None, row0=0, col0=0, seed=0, width=1):
+        """Plan of one file: read in one part.
+
+        city: by default the
+        file's. row0, col0: the first ``cell``. seed: any number. Raises InputError for width: 0.
+        """
+
+    expected = {"city": "by default the file's", "row0": "the first cell", "col0": "the first cell"}
+    expected |= {"seed": "any number", "width": "columns of the grid", "sources": None}
+    assert option_help(plan) == expected
 
 
 def test_prepare_on_two_processes_writes_the_same(stdist, tmp_path):

@@ -1,6 +1,5 @@
 """wide-csv, frames-npz and synthetic: what they read, and what they refuse."""
 
-import inspect
 import json
 from pathlib import Path
 
@@ -10,12 +9,6 @@ import pytest
 from data_prep import READERS, prepare
 from stdist.data import open_store
 from stdist.errors import InputError
-
-
-def test_declared_options_are_the_functions_own():
-    for name, reader in READERS.items():
-        parameters = inspect.signature(reader.plan).parameters.values()
-        assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == reader.options, name
 
 
 def _csv(folder: Path, text: str, name: str = "milan_block.csv") -> Path:
