@@ -32,7 +32,7 @@ Segment = tuple[int, int, bool, bool]
 """[start, stop) of a run inside one day; whether it comes from the day before, goes on into the next."""
 
 
-def finalise(partial: Path, out: Path, split: Split | None, max_gap: int, executor: Executor) -> None:
+def finalise(partial: Path, out: Path, session: str, split: Split | None, max_gap: int, executor: Executor) -> None:
     """Turn a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
     notes, shards = Notes(partial), Shards(partial)
     finished = notes.finished()
@@ -49,7 +49,7 @@ def finalise(partial: Path, out: Path, split: Split | None, max_gap: int, execut
         for channel in shards.names
         for index, tile in enumerate(shards.tiles)
     ]
-    results = {result.name: result for result in executor(Imputation(partial, split.train), parts)}
+    results = {result.name: result for result in executor(Imputation(partial, session, split.train), parts)}
     coverage, statistics = {}, {}
     for channel in shards.names:
         own = [(part, results[part.name].result) for part in parts if part.payload == channel]
@@ -78,6 +78,7 @@ class Imputation:
     """
 
     root: Path
+    session: str
     train: DaySpan | None
 
     def __call__(self, part: Part) -> PartResult:
@@ -86,7 +87,7 @@ class Imputation:
         (tile,), channel = part.tiles, part.payload
         days = segments_of(np.asarray(shards.array("present")[:]), shards.slots_per_day)
         scratch = notes.scratch / part.name
-        with notes.working():
+        with notes.working(self.session):
             scratch.mkdir(parents=True, exist_ok=True)
             _look_ahead(shards, channel, tile, days, scratch)
             result = self._fill(shards, channel, tile, days, scratch)

@@ -62,17 +62,21 @@ class Notes:
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def lock(self, wanted: Path) -> IO[str]:
+    def lock(self, wanted: Path, session: str) -> IO[str]:
         """Hold the store for this process until closed, or until the process ends, however it ends.
 
-        Raises InputError where another process holds it, or where workers of a killed one still write.
+        From now on ``session`` alone may write shards. Raises InputError where another process holds the
+        store, or where workers of a killed one still write after ``PATIENCE``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "lock").open("w")
+        file = (self.folder / "lock").open("a")
         busy = f"{wanted} is being written by another process; wait for it or choose another name"
         if not _locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _is(file, self.folder / "lock"):
             file.close()
             raise InputError(busy)
+        file.truncate(0)
+        file.write(session)
+        file.flush()
         with (self.folder / "workers").open("w") as workers:
             end = time.monotonic() + PATIENCE
             while not _locked(workers, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -83,10 +87,15 @@ class Notes:
         return file
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """To be held by whoever writes shards, in any process: a restart waits until nobody does."""
+    def working(self, session: str) -> Iterator[None]:
+        """To be held by whoever writes shards, in any process: a restart waits until nobody does.
+
+        Raises RuntimeError where a restart came before: who holds a session that is over must not write on.
+        """
         with (self.folder / "workers").open("a") as file:
             _locked(file, fcntl.LOCK_SH)
+            if (self.folder / "lock").read_text() != session:
+                raise RuntimeError(f"the preparation in {self.root} was restarted; this worker is of the one before")
             yield
 
 

@@ -45,7 +45,7 @@ class _Axes:
 
     def _require_shape(self, what: str, array: np.ndarray | None, shape: tuple[int, ...]) -> None:
         if array is not None and array.shape != shape:
-            raise InputError(f"{what} of {self.city} has shape {array.shape}, its {'x'.join(self.dims)} is {shape}")
+            raise InputError(f"{what} of {self.city} has shape {array.shape}, its {' x '.join(self.dims)} is {shape}")
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -119,6 +119,11 @@ class GridSpec(_Axes):
     latitude: np.ndarray | None = None
     longitude: np.ndarray | None = None
     static: Mapping[str, np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inside", "latitude", "longitude"):
+            self._require_shape(name, getattr(self, name), self.shape)
 
     @property
     def dims(self) -> tuple[str, ...]:

@@ -102,10 +102,11 @@ class Shards:
 class PartWriter:
     """Reads a part and writes its shards, then leaves a note of it. Picklable where ``read`` is.
 
-    written: called after each day (or tile of it).
+    session: whose work it is (``Notes.lock``). written: called after each day (or tile of it).
     """
 
     root: Path
+    session: str
     read: Callable[[Part], Iterator[Day]]
     written: Callable[[], None] | None = None
 
@@ -115,7 +116,7 @@ class PartWriter:
         files: dict[str, dict[str, Any]] = {}
         present: dict[int, np.ndarray] = {}
         seen: set[tuple[int, int]] = set()
-        with notes.working():
+        with notes.working(self.session):
             for day in self.read(part):
                 here = _present(shards, day)
                 for index, tile in _tiles(shards, part, day):

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -65,7 +66,8 @@ class GridWriter:
             raise InputError(f"{self.out} exists already; remove it or choose another name")
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.notes = Notes(self.out if self._sealed else self.partial)
-        self._lock = self.notes.lock(self.out)
+        self._session = uuid4().hex
+        self._lock = self.notes.lock(self.out, self._session)
         try:
             self._begin(recipe, [Path(source) for source in sources])
         except BaseException:
@@ -89,7 +91,7 @@ class GridWriter:
 
     def part_writer(self, read: Callable[[Part], Iterator[Day]], written: Callable[[], None] | None = None) -> RunPart:
         """What any process may call with a part that is not done. written: called after each day."""
-        return PartWriter(self.partial, read, written)
+        return PartWriter(self.partial, self._session, read, written)
 
     def write_day(self, day_index: int, values: Mapping[str, np.ndarray], present: np.ndarray | None = None) -> None:
         """Write one local day, counted from 0, as a part of its own; see ``parts.Day``."""
@@ -109,7 +111,7 @@ class GridWriter:
             if left:
                 raise ValueError(f"{self.out}: {len(left)} parts are missing, the first of them {left[0]}")
             require_unchanged(self._sources)
-            finalise(self.partial, self.out, split, max_gap, executor)
+            finalise(self.partial, self.out, self._session, split, max_gap, executor)
         Notes(self.out).remove()
         return self.out
 

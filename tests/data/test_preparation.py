@@ -270,10 +270,25 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, digest):
 def test_workers_of_a_killed_preparation_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(notes, "PATIENCE", 0.1)
     own = notes.Notes(tmp_path / "toy.zarr.partial")
-    own.folder.mkdir(parents=True)
-    with own.working(), pytest.raises(InputError, match="is being written by another process"):
+    with own.lock(tmp_path / "toy.zarr", "before"):
+        pass
+    with own.working("before"), pytest.raises(InputError, match="is being written by another process"):
         prepare(_plan(), tmp_path / "toy.zarr")
     prepare(_plan(), tmp_path / "toy.zarr")
+
+
+def test_a_worker_of_a_killed_preparation_writes_no_further_part(tmp_path, digest):
+    """Such a worker may have taken a part just when the restart looked for it, and would begin it now."""
+    plan = _plan()
+    with GridWriter(tmp_path / "toy.zarr", plan.spec, plan.recipe, parts=plan.parts) as before:
+        late = before.part_writer(_read)
+
+    def meet(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
+        with pytest.raises(RuntimeError, match="was restarted"):
+            late(parts[0])
+        return map(run_part, parts)
+
+    assert prepare(plan, tmp_path / "toy.zarr", executor=meet).digest == digest
 
 
 def test_a_file_system_without_locks_serves(tmp_path, digest, monkeypatch):

@@ -222,6 +222,12 @@ def test_a_store_without_frames_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arrays_of_another_shape_are_refused():
+    day = np.datetime64("2013-11-01")
+    with pytest.raises(InputError, match=r"inside of toy has shape \(2,\), its row x col is \(2, 2\)"):
+        GridSpec("toy", ("x",), day, day, np.zeros((2, 2), int), inside=np.ones(2, bool))
+
+
 def test_a_cadence_that_does_not_divide_the_day_is_refused():
     day = np.datetime64("2013-11-01")
     for cadence in (7, 0, -10):
