@@ -173,6 +173,8 @@ class Windows:
         read = self.store.values if what == "values" else self.store.observed
         try:
             return read(self.channel, *frames, region)
+        except InputError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(
                 f"{self.store.path} is damaged: {what} of {self.channel}, frames {frames[0]} to {frames[1] - 1}, "
