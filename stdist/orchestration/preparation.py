@@ -53,17 +53,11 @@ def _connect(address: str) -> None:
         # A dashboard is started with a cluster of one's own only, and there nobody looks at it.
         dashboard = False if address == "local" else None
         ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-    except AuthenticationError as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError, SystemExit) as error:
+        # SystemExit is Ray's own way out where the head says nothing that it understands.
         raise InputError(
-            f"Ray at {address} wants a token: {_first_line(error)}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
-            "to the token of the cluster (`ray get-auth-token` on its head shows it)"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"no Ray cluster at {address}: {_first_line(error)}; start one with `ray start`") from error
-    except SystemExit as error:  # Ray's own way out when the head says nothing that it understands
-        raise InputError(
-            f"something listens at {address}, but does not answer as a Ray head; check the port, the version of Ray, "
-            "and that both sides use the same token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)"
+            f"cannot join the Ray cluster at {address}: {_sentence(error)}; see that one runs there (`ray status`), "
+            "with this version of Ray, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are those of its head"
         ) from error
 
 
@@ -106,8 +100,10 @@ def _result(reference: "ray.ObjectRef[PartResult]", part: Part) -> PartResult:
     except RayTaskError as error:
         raise error.cause from error
     except RayError as error:
-        raise BrokenProcessPool(f"part {part.name}: {_first_line(error)}") from error
+        raise BrokenProcessPool(f"part {part.name}: {_sentence(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _sentence(error: BaseException) -> str:
+    """The first one of what may be pages."""
+    text = " ".join(str(error).split())
+    return type(error).__name__ if isinstance(error, SystemExit) or not text else text.split(". ")[0].rstrip(".")

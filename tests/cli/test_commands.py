@@ -124,7 +124,7 @@ def test_check_names_a_damaged_shard_and_exits_4(stdist, city, tmp_path):
 def test_forecasts_of_training_days_are_made_and_never_scored(stdist, finished_run, city, tmp_path):
     """The leak audit from end to end: the run's own training days, on its own store."""
     out = tmp_path / "f.zarr"
-    made = stdist("forecast", finished_run.run_dir, city, "--out", out, "--split", "train")
+    made = stdist("forecast", finished_run.run_dir, city, "--out", out, "--split", "2013-11-06:2013-11-07")
     assert made.code == 0 and "`stdist evaluate` will not score these forecasts" in made.err
     refused = stdist("evaluate", out, city)
     assert refused.code == 2 and refused.out == ""

@@ -29,13 +29,19 @@ def test_a_wrong_address_is_one_line_at_once(address, expected):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (ConnectionError("Could not find any running Ray instance."), "no Ray cluster at auto: Could not find any"),
-        (RuntimeError("Version mismatch: The cluster\nwas started with …"), "Version mismatch: The cluster; start one"),
         (
-            AuthenticationError("no authentication token was found"),
-            "Ray at auto wants a token: no authentication token",
+            ConnectionError("Could not find any running Ray instance. Please"),
+            "Could not find any running Ray instance;",
         ),
-        (SystemExit(15), "something listens at auto, but does not answer as a Ray head; check the port"),
+        (
+            RuntimeError("Version mismatch: The cluster\nwas started with Ray: 2.59"),
+            "The cluster was started with Ray: 2.59;",
+        ),
+        (AuthenticationError("No token was found. Ensure that"), "No token was found; see that one runs there"),
+        (
+            SystemExit(15),
+            "at auto: SystemExit; see that one runs there (`ray status`), with this version of Ray, and that",
+        ),
     ],
 )
 def test_what_ray_says_becomes_one_line(monkeypatch, error, expected):
