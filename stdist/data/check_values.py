@@ -1,7 +1,7 @@
 """The part of ``stdist check`` that reads every value: ranges, coverage, statistics, imputation."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isclose
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from stdist.data.check_report import CheckReport, Severity, listed
 from stdist.data.imputation import interpolate
 from stdist.data.parts import Tile
-from stdist.data.schema import observed_name, runs_of, tiles_of
+from stdist.data.schema import CHUNK, observed_name, runs_of, tiles_of
 from stdist.data.statistics import StatisticsState
 from stdist.data.store import GridStore
 from stdist.progress import Progress
@@ -39,10 +39,19 @@ def check_channels(store: GridStore, report: CheckReport, tell: Progress) -> Non
                 tell(done, total)
                 check.day(day, tile, part)
                 if day in sampled:
-                    check.imputation(day, tile)
+                    for strip in _strips(tile):
+                        check.imputation(day, strip)
                 done += 1
             check.state.merge(part, tile)
         check.conclude(report)
+
+
+def _strips(tile: Tile) -> Iterator[Tile]:
+    """A tile cut along its first axis as its chunks are: of imputation three days are in memory, some of them twice."""
+    first, *rest = tile
+    step = CHUNK if rest else CHUNK**2
+    for start in range(first.start, first.stop, step):
+        yield slice(start, min(start + step, first.stop)), *rest
 
 
 @dataclass

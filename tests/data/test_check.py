@@ -341,7 +341,7 @@ def test_large_grids_are_read_tile_by_tile(tmp_path, monkeypatch):
     assert ("values are negative (1)", "flow, first 2013-11-04T12:00 local time, cell 515") in found(
         check_store(path), "warning"
     )
-    assert {size[1:] for size in read} == {(256, 2), (2, 2)} and max(size[0] for size in read) == 3 * 2
+    assert {size[1:] for size in read} == {(32, 2), (2, 2)} and max(size[0] for size in read) == 3 * 2
 
 
 # --- nodes ---------------------------------------------------------------------------------------------------------
