@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 Severity = Literal["error", "warning", "info"]
@@ -61,13 +62,15 @@ STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 def as_table(report: CheckReport) -> Group:
     """Errors first. Prints on any console of rich."""
-    channels = Table("channel", "missing", "zero", "lowest", "highest", title=str(report.store), title_justify="left")
+    channels = Table(
+        "channel", "missing", "zero", "lowest", "highest", title=escape(str(report.store)), title_justify="left"
+    )
     for name, found in report.channels.items():
         bounds = ["" if found[key] is None else f"{found[key]:.6g}" for key in ("lowest", "highest")]
-        channels.add_row(name, f"{found['missing_share']:.3%}", f"{found['zero_share']:.3%}", *bounds)
+        channels.add_row(escape(name), f"{found['missing_share']:.3%}", f"{found['zero_share']:.3%}", *bounds)
     findings = Table("", "what", "where")
     for severity, style in STYLES.items():
         for finding in report.findings:
             if finding.severity == severity:
-                findings.add_row(severity, finding.what, finding.where, style=style)
+                findings.add_row(severity, escape(finding.what), escape(finding.where), style=style)
     return Group(*([channels] if report.channels else []), *([findings] if report.findings else []))

@@ -13,6 +13,7 @@ import pytest
 import zarr
 from rich.console import Console
 
+from data_prep import READERS
 from stdist.data import GridSpec, GridWriter, NodeSpec, Split
 from stdist.data.check import check_store
 from stdist.data.check_report import CheckReport, as_table
@@ -113,13 +114,18 @@ def test_the_report_for_programs_and_for_people(sound, store):
     assert json.loads(json.dumps(check_store(sound).as_dict()))["ok"] is True
     change(store, "flow", (3, 0, 0), -1)
     report = check_store(store)
+    report.add("info", "a name from a file", "odd [bold]")
     plain = json.loads(json.dumps(report.as_dict()))
     assert plain["ok"] is False and plain["store"] == str(store)
     assert {"severity", "what", "where"} == set(plain["findings"][0])
     page = StringIO()
     Console(file=page, width=200).print(as_table(report))
     text = page.getvalue()
-    assert "flow" in text and text.index("mean of the training span") < text.index("values are negative")
+    assert (
+        "flow" in text
+        and "odd [bold]" in text
+        and text.index("mean of the training span") < text.index("values are negative")
+    )
     assert report.verdict.endswith("DAMAGED OR WRONG; errors: 3, warnings: 1")
 
 
@@ -388,3 +394,21 @@ def test_a_graph_of_other_nodes(write_nodes):
     group.create_array("adjacency", data=np.eye(2, dtype=np.float32), dimension_names=("from", "to"), overwrite=True)
     seal(path)
     assert ("graph has shape (2, 2), the store 3 nodes", "adjacency") in found(check_store(path), "error")
+
+
+# --- real data -----------------------------------------------------------------------------------------------------
+
+
+def test_public_data_through_prepare_and_check(real_data, tmp_path):
+    """196 of the taxi raster's 200 cells ever have a pick-up, and 65 % of its values are zero."""
+    folder = real_data / "nyc_taxi_10x20"
+    sources = [folder / "volume_train.npz", folder / "volume_test.npz"]
+    taxi = READERS["city-npz"].prepare(sources, tmp_path / "taxi.zarr", city="nyc", start="2015-01-01", cadence=30)
+    report = check_store(taxi.path)
+    assert only(report, "warning") == ("cells zero all the time (4)", "volume, cells 121, 195, 198, 200")
+    assert report.ok and round(report.channels["volume"]["zero_share"], 2) == 0.65
+    week = real_data / "metr_la_week"
+    options = {"nodes": True, "adjacency": week / "los_adj.csv", "start": "2012-03-01", "cadence": 5}
+    los = READERS["wide-csv"].prepare([week / "los_speed.csv"], tmp_path / "los.zarr", channel="speed", **options)
+    report = check_store(los.path)
+    assert report.findings == [] and report.channels["speed"]["highest"] == 70
