@@ -58,6 +58,7 @@ def prepare(
     if ray:
         # Workers stand in folders of their own.
         out, sources = out.absolute(), [source.absolute() for source in sources or []]
+        options = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items()}
     plan = READERS[reader].plan(sources or [], **options)
     with cluster(ray) as executor, progress_bar("prepare") as progress:
         summary = write_store(plan, out, workers, progress, executor)
