@@ -18,7 +18,9 @@ UTC_OFFSET_MINUTES = 60
 """Central European Time throughout; a file starts at local midnight."""
 
 COUNTRIES = np.array([39, 0, *range(30, 39), *range(40, 50), 1, 7, 20, 51, 55, 60, 81, 86, 90, 91, 212, 213, 216])
-MEAN_FOREIGN = 2.6
+MEAN_FOREIGN, SHARE_SEEN = 3.9, 0.2
+"""Foreign codes drawn for a (square, slot), and how many of a code's activities are not blank: a file then has 3.6
+rows a pair and 70 bytes a row, half of its activities blank, as the genuine ones."""
 ROWS_AT_ONCE = 10
 """Grid rows held in memory while writing."""
 
@@ -61,7 +63,7 @@ def _rows(rng: np.random.Generator, values: np.ndarray, ids: np.ndarray, start_m
     foreign = np.minimum(rng.poisson(MEAN_FOREIGN, len(totals)), len(COUNTRIES) - 1)
     pair = np.repeat(np.arange(len(totals)), foreign)
     rank = np.arange(len(pair)) - np.repeat(np.cumsum(foreign) - foreign, foreign)
-    share = rng.random((len(pair), len(CHANNELS))) * (rng.random((len(pair), len(CHANNELS))) < 0.4)
+    share = rng.random((len(pair), len(CHANNELS))) * (rng.random((len(pair), len(CHANNELS))) < SHARE_SEEN)
     parts = totals[pair] * share * 0.2 / foreign[pair, None]
     home = totals.copy()
     np.subtract.at(home, pair, parts)

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -47,11 +48,22 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., GridSt
     return make
 
 
-@pytest.fixture(scope="session")
-def write_frame() -> Callable[..., Path]:
-    """``write_frame`` of pandas_frame.py."""
-    spec = importlib.util.spec_from_file_location("pandas_frame", Path(__file__).with_name("pandas_frame.py"))
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.write_frame
+    return module
+
+
+@pytest.fixture(scope="session")
+def write_frame() -> Callable[..., Path]:
+    """``write_frame`` of pandas_frame.py."""
+    return _beside("pandas_frame").write_frame
+
+
+@pytest.fixture(scope="session")
+def geometry_files() -> ModuleType:
+    """geometry_files.py: writes GeoJSON files of squares."""
+    return _beside("geometry_files")

@@ -1,6 +1,7 @@
 """The readers on genuine public data; skipped where it is absent."""
 
 import csv
+import json
 from collections import defaultdict
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from data_prep import READERS
 from data_prep.telecom_text import CHANNELS
 from stdist.data import GridStore, open_store
+from stdist.errors import InputError
 
 
 @pytest.fixture
@@ -82,3 +84,39 @@ def test_raw_sample_sums(real_data, tmp_path):
     # Square 1 at local midnight: rows of countries 0 and 39.
     assert read["sms_in"][0, 0] == pytest.approx(0.08136262351125882 + 0.14186425470242922)
     assert read["internet"][0, 0] == pytest.approx(11.028366381681026)
+
+
+def test_milan_lies_as_its_polygons_say(real_data, tmp_path):
+    """Row 0 south, column 0 west; centres are those of the published squares; flipped ids are refused."""
+    geometry = real_data / "milan_geometry" / "milano-grid.geojson"
+    raw = real_data / "milan_raw" / "sms-call-internet-mi-2013-11-01.sample.txt"
+    store = open_store(READERS["telecom-italia"].prepare([raw], tmp_path / "raw.zarr", geometry=geometry).path)
+    assert store.city == "milan" and store.inside.all()
+    latitude, longitude = (np.asarray(store.dataset[name]) for name in ("latitude", "longitude"))
+    assert (np.diff(latitude, axis=0) > 0).all() and (np.diff(longitude, axis=1) > 0).all()
+    # Square 1 in the south-west corner: the mean of its four published corners.
+    assert latitude[0, 0] == pytest.approx(45.35774, abs=1e-5) and longitude[0, 0] == pytest.approx(9.01299, abs=1e-5)
+    content = json.loads(geometry.read_text())
+    for feature in content["features"]:
+        row, col = divmod(feature["properties"]["cellId"] - 1, 100)
+        feature["properties"]["cellId"] = (99 - row) * 100 + col + 1
+    flipped = tmp_path / "flipped.geojson"
+    flipped.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"flipped\.geojson: row 0 lies in the north"):
+        READERS["telecom-italia"].plan([raw], geometry=flipped)
+
+
+def test_traffic_is_where_the_two_month_totals_are(whole, real_data):
+    """The published totals by square id against the store's cells by row and column: one map, not a flipped one."""
+    path = real_data / "milan_geometry" / "square_totals_2mo.csv"
+    table = np.loadtxt(path, delimiter=",", skiprows=1)
+    totals = np.zeros(10_000)
+    totals[table[:, 0].astype(int) - 1] = table[:, 1]
+    totals = totals.reshape(100, 100)
+    frames = np.stack([whole.values("internet", *run).mean(axis=0) for run in whole.runs]).mean(axis=0)
+    ranks = [np.argsort(np.argsort(values, axis=None)) for values in (frames, totals)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.95
+    for turned in (totals[::-1], totals[:, ::-1], totals.T):
+        assert np.corrcoef(ranks[0], np.argsort(np.argsort(turned, axis=None)))[0, 1] < 0.8
+    busiest = [set(np.argsort(values, axis=None)[-100:].tolist()) for values in (frames, totals)]
+    assert len(busiest[0] & busiest[1]) > 50

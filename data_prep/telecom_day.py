@@ -1,0 +1,119 @@
+"""One raw day file as a day of the store: checked against its day and its squares, summed over countries."""
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.digits import PAD
+from data_prep.telecom_rows import COUNTRY_DIGITS, Rows, blocks, explain, open_raw, read_rows
+from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
+from stdist.errors import InputError
+
+COUNTRIES = 10**COUNTRY_DIGITS
+CELLS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """Where a city's squares lie. Picklable.
+
+    place: int64 [largest id + 2], index of a square among the cells of the grid, -1 for an id that is none, as the
+    last one.
+    cells: cells of the grid. name: what the ids are of, for messages.
+    """
+
+    place: np.ndarray
+    cells: int
+    name: str
+
+
+def read_day(path: Path, day: np.datetime64, squares: Squares) -> tuple[np.ndarray, np.ndarray]:
+    """Values float32 [5, 144, cells], NaN = missing, channels as in ``CHANNELS``; slots with any row, bool [144].
+
+    Sums are taken in float64. Raises InputError naming file and line of a row that breaks the format, lies off
+    the 10-minute grid or outside ``day``, is of no known square, or was given before.
+    """
+    sums, line = _Sums(path, day, squares), 1
+    with open_raw(path) as file:
+        try:
+            for text, stop in blocks(file):
+                rows = read_rows(text, stop)
+                if rows is None:
+                    explain(path, text[PAD:stop].tobytes(), line)
+                sums.add(rows, line)
+                line += len(rows.square)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"{path}, after line {line}: the gzip stream is damaged or cut short ({error}); fetch the file again"
+            ) from error
+    sums.require_unique()
+    return sums.result()
+
+
+class _Sums:
+    def __init__(self, path: Path, day: np.datetime64, squares: Squares) -> None:
+        self.path, self.day, self.squares = path, day, squares
+        self.start = day_start_ms(day)
+        pairs = squares.cells * SLOTS_PER_DAY
+        self.totals = np.zeros((pairs, len(CHANNELS)))
+        self.seen = np.zeros(pairs, bool)
+        self.keys: list[np.ndarray] = []
+
+    def add(self, rows: Rows, first_line: int) -> None:
+        """Pairs are counted square by square, as the files are sorted: a block touches few of them."""
+        since = rows.stamp - self.start
+        slot = since // SLOT_MS
+        # Ids beyond the last are looked up as the last, which is none.
+        place = self.squares.place.take(rows.square, mode="clip")
+        self._require(place >= 0, rows.square, first_line, f"square outside {self.squares.name}")
+        self._require(slot * SLOT_MS == since, rows.stamp, first_line, "stamp off the 10-minute grid")
+        inside = (slot >= 0) & (slot < SLOTS_PER_DAY)
+        self._require(inside, rows.stamp, first_line, f"stamp outside {self.day} local time")
+
+        pair = place * SLOTS_PER_DAY
+        pair += slot
+        self.seen[pair] = True
+        self.keys.append(pair * COUNTRIES + rows.country)
+        if len(rows.row):
+            at = pair[rows.row]
+            at *= len(CHANNELS)
+            at += rows.channel
+            first, last = int(at.min()), int(at.max()) + 1
+            at -= first
+            self.totals.reshape(-1)[first:last] += np.bincount(at, rows.activity, minlength=last - first)
+
+    def _require(self, right: np.ndarray, found: np.ndarray, first_line: int, what: str) -> None:
+        if right.all():
+            return
+        index = int(right.argmin())
+        raise InputError(
+            f"{self.path}, line {first_line + index}: {what} ({found[index]}); "
+            "the file is damaged, or of another city or day"
+        )
+
+    def require_unique(self) -> None:
+        """Raise InputError where two rows have one square, slot and country: their sum would count twice."""
+        keys = np.concatenate(self.keys) if self.keys else np.empty(0, np.int64)
+        ordered = np.sort(keys)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(repeated):
+            first, again = np.flatnonzero(keys == repeated[0])[:2]
+            raise InputError(
+                f"{self.path}, line {again + 1}: square, slot and country {repeated[0] % COUNTRIES} are those of "
+                f"line {first + 1}; give each row once"
+            )
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        cells = self.squares.cells
+        totals = self.totals.reshape(cells, SLOTS_PER_DAY, len(CHANNELS))
+        seen = self.seen.reshape(cells, SLOTS_PER_DAY)
+        values = np.empty((len(CHANNELS), SLOTS_PER_DAY, cells), np.float32)
+        for first in range(0, cells, CELLS_AT_ONCE):
+            some = slice(first, first + CELLS_AT_ONCE)
+            block = totals[some].astype(np.float32)
+            block[~seen[some]] = np.nan
+            values[:, :, some] = block.transpose(2, 1, 0)
+        return values, np.asarray(seen.any(axis=0))
