@@ -129,6 +129,14 @@ def test_forecasts_are_the_final_checkpoints_own(run: Path, config: Config, stor
     assert np.allclose(ours, [forecast.values[5, :, 1, 0], forecast.values[5, :, 2, 1]])
 
 
+def test_the_log_says_what_every_stage_was_trained_with(run: Path) -> None:
+    starts = [entry for entry in logged(run) if entry.get("event") == "start"]
+    assert [(entry["stage"], entry["step"]) for entry in starts] == [(stage, 0) for stage in STAGES]
+    assert all(entry["device"] == "cpu" and entry["attention"].startswith("sdpa: agrees") for entry in starts)
+    trained = [entry for entry in logged(run) if entry["stage"] in ("sft", "grpo") and "loss" in entry]
+    assert all(entry["tokens"] > 0 and entry["tokens_saved"] >= 0 for entry in trained)
+
+
 def test_the_same_command_again_trains_nothing(run: Path, config: Config, result: dict[str, Any]) -> None:
     log = (run / "log.jsonl").read_text()
     forecasts = (run / "forecasts" / "test.zarr" / "zarr.json").stat().st_mtime_ns
