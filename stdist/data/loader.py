@@ -20,6 +20,9 @@ from torch import Tensor
 from stdist.data.sampler import WindowSampler
 from stdist.errors import InputError
 
+# Batches that were handed out and are still held, so that their memory is freed when the consumer has long let go.
+KEPT = 2
+
 
 @dataclass(frozen=True, eq=False)
 class TensorBatch:
@@ -66,6 +69,7 @@ class WindowLoader:
         epoch, consumed = self.sampler.begin()
         batches = self.sampler.batches(epoch, consumed)
         ahead: deque[tuple[Future[TensorBatch], int]] = deque()
+        used: deque[TensorBatch] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="window-loader")
 
         def read_one_more() -> None:
@@ -79,6 +83,10 @@ class WindowLoader:
                 reading, after = ahead.popleft()
                 batch = reading.result()
                 read_one_more()
+                # Giving 30 MB back to the system takes milliseconds that a thread has and the consumer has not.
+                used.append(batch)
+                if len(used) > KEPT:
+                    pool.submit([used.popleft()].clear)
                 # What was read ahead does not count: a state is of the batches that were handed out.
                 self.sampler.consumed = after
                 yield batch
