@@ -28,10 +28,10 @@ def words_from(text: np.ndarray, at: np.ndarray, count: int) -> list[np.ndarray]
     down = ((at & 7) << 3).view(np.uint64)
     # A shift by 64 gives 0 in numpy, which is what an aligned word needs of its neighbour.
     up = _WORD - down
-    words, low = [], aligned[first]
+    words, low = [], aligned.take(first)
     for _ in range(count):
         first += 1
-        high = aligned[first]
+        high = aligned.take(first)
         words.append((low >> down) | (high << up))
         low = high
     return words

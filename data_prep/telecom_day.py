@@ -49,7 +49,6 @@ def read_day(path: Path, day: np.datetime64, squares: Squares) -> tuple[np.ndarr
             raise InputError(
                 f"{path}, after line {line}: the gzip stream is damaged or cut short ({error}); fetch the file again"
             ) from error
-    sums.require_unique()
     return sums.result()
 
 
@@ -61,6 +60,7 @@ class _Sums:
         self.totals = np.zeros((pairs, len(CHANNELS)))
         self.seen = np.zeros(pairs, bool)
         self.keys: list[np.ndarray] = []
+        self.last_pair, self.keys_of_last_pair, self.sorted = -1, np.empty(0, np.int64), True
 
     def add(self, rows: Rows, first_line: int) -> None:
         """Pairs are counted square by square, as the files are sorted: a block touches few of them."""
@@ -76,9 +76,9 @@ class _Sums:
         pair = place * SLOTS_PER_DAY
         pair += slot
         self.seen[pair] = True
-        self.keys.append(pair * COUNTRIES + rows.country)
+        self._note_keys(pair * COUNTRIES + rows.country)
         if len(rows.row):
-            at = pair[rows.row]
+            at = pair.take(rows.row)
             at *= len(CHANNELS)
             at += rows.channel
             first, last = int(at.min()), int(at.max()) + 1
@@ -94,9 +94,22 @@ class _Sums:
             "the file is damaged, or of another city or day"
         )
 
-    def require_unique(self) -> None:
+    def _note_keys(self, keys: np.ndarray) -> None:
+        """Files are sorted by square and slot: but for the pair that two blocks share, each is looked at alone."""
+        self.keys.append(keys)
+        ordered = np.sort(np.concatenate((self.keys_of_last_pair, keys)))
+        pairs = ordered[[0, -1]] // COUNTRIES
+        self.sorted &= bool(pairs[0] >= self.last_pair)
+        if not self.sorted:
+            return
+        if (ordered[1:] == ordered[:-1]).any():
+            self._require_unique()
+        self.last_pair = int(pairs[1])
+        self.keys_of_last_pair = ordered[np.searchsorted(ordered, self.last_pair * COUNTRIES) :]
+
+    def _require_unique(self) -> None:
         """Raise InputError where two rows have one square, slot and country: their sum would count twice."""
-        keys = np.concatenate(self.keys) if self.keys else np.empty(0, np.int64)
+        keys = np.concatenate(self.keys)
         ordered = np.sort(keys)
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(repeated):
@@ -107,6 +120,8 @@ class _Sums:
             )
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.sorted:
+            self._require_unique()
         cells = self.squares.cells
         totals = self.totals.reshape(cells, SLOTS_PER_DAY, len(CHANNELS))
         seen = self.seen.reshape(cells, SLOTS_PER_DAY)

@@ -77,39 +77,46 @@ def read_rows(text: np.ndarray, stop: int) -> Rows | None:
     """Rows of text[PAD:stop], whole lines; None where one of them breaks the format."""
     odd = np.flatnonzero((text[PAD:stop] - np.uint8(ord("0"))) > 9)
     odd += PAD
-    what = text[odd]
-    is_separator = what <= _NEWLINE
-    separators = np.flatnonzero(is_separator)
-    if len(separators) == 0 or len(separators) % COLUMNS or (what[separators].view(np.uint64) != _ROW).any():
+    what = text.take(odd)
+    separators = np.flatnonzero(what <= _NEWLINE)
+    if len(separators) == 0 or len(separators) % COLUMNS or (what.take(separators).view(np.uint64) != _ROW).any():
         return None
     columns = separators.reshape(-1, COLUMNS)
 
+    if columns[0, 2] != 2 or (columns[1:, 2] - columns[:-1, -1] != 3).any():
+        return None
+
     # Square, stamp and country lie around the end of the stamp: three words before it and one from it on.
-    stamp_end, country_end = odd[columns[:, 1]], odd[columns[:, 2]]
+    stamp_end = odd.take(columns[:, 1])
     begin = np.empty_like(stamp_end)
     begin[0] = PAD
-    np.add(odd[columns[:-1, -1]], 1, out=begin[1:])
-    square_length, country_length = stamp_end - begin - STAMP_DIGITS - 1, country_end - stamp_end - 1
+    np.add(odd.take(columns[:-1, -1]), 1, out=begin[1:])
+    square_length, country_length = stamp_end - begin, odd.take(columns[:, 2]) - stamp_end
+    square_length -= STAMP_DIGITS + 1
+    country_length -= 1
     if not (_all_within(square_length, 1, ID_DIGITS) and _all_within(country_length, 1, COUNTRY_DIGITS)):
         return None
     oldest, older, newer, onward = words_from(text, stamp_end - 24, 4)
     # older: two characters of the square, a tab, five digits.
     if (((older >> np.uint64(16)) & np.uint64(0xFF)) != ord("\t")).any():
         return None
-    stamp = last_digits(older.copy(), np.full(1, STAMP_DIGITS - 8)) * 10**8
-    stamp += last_digits(newer, np.full(1, 8))
     square = last_digits((oldest >> np.uint64(16)) | (older << np.uint64(48)), square_length)
+    stamp = last_digits(older, np.full(1, STAMP_DIGITS - 8))
+    stamp *= 10**8
+    stamp += last_digits(newer, np.full(1, 8))
     # onward: the tab, then the country, left of what follows it.
     onward <<= ((7 - country_length) << 3).view(np.uint64)
     country = last_digits(onward, country_length)
 
-    numbers = _activities(text, odd, what, is_separator, separators)
+    # What is left when the three, with the separators, are taken off.
+    characters = stop - PAD - len(columns) * (STAMP_DIGITS + COLUMNS) - int(square_length.sum() + country_length.sum())
+    numbers = _dotted(text, odd, what, separators, characters) or _any_numbers(text, odd, what, separators)
     if numbers is None:
         return None
     field, activity = numbers
-    if not np.isfinite(activity).all() or (activity < 0).any():
+    if len(activity) and not (activity.min() >= 0 and activity.max() < np.inf):
         return None
-    return Rows(square, stamp, country, field // COLUMNS, field % COLUMNS - 3, activity)
+    return Rows(square, stamp, country, row=field >> 3, channel=(field & 7) - 3, activity=activity)
 
 
 def explain(path: Path, block: bytes, first_line: int) -> NoReturn:
@@ -144,52 +151,47 @@ def _all_within(lengths: np.ndarray, least: int, most: int) -> bool:
     return bool(lengths.min() >= least and lengths.max() <= most)
 
 
-def _activities(
-    text: np.ndarray, odd: np.ndarray, what: np.ndarray, is_separator: np.ndarray, separators: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Fields that are not blank, counted over rows and columns, and their numbers; None where one is broken.
+Numbers = tuple[np.ndarray, np.ndarray]
+"""Fields that are not blank, counted over rows and columns, int64 [v], and what they say, float64 [v]."""
 
-    odd: positions of all that is no digit; what: those bytes; separators: which of them are. All but a few
-    fields have one dot and no letter: digits on both sides, between two separators.
+
+def _dotted(
+    text: np.ndarray, odd: np.ndarray, what: np.ndarray, separators: np.ndarray, characters: int
+) -> Numbers | None:
+    """The activities of a block where all are digits around a dot, as they mostly are; None where one is not.
+
+    odd: positions of all that is no digit; what: those bytes; separators: which of them are. characters: of all
+    activities; fields without a dot have some, too.
     """
     dots = np.flatnonzero(what == _DOT)
-    field = dots - np.arange(len(dots))
-    unusual = []
-    if len(dots) + len(separators) != len(odd):
-        letters = np.flatnonzero(~is_separator & (what != _DOT))
-        # A letter is no separator either: a dot's field has one less for every letter before it.
-        sections = np.diff(np.searchsorted(dots, letters), prepend=0, append=len(dots))
-        field -= np.repeat(np.arange(len(sections)), sections)
-        unusual.append(np.searchsorted(separators, letters))
-    unusual.append(field[1:][np.diff(field) == 0])
-
-    start = odd[dots - 1]
-    start += 1
-    length = odd[dots]
-    length -= start
-    unusual.append(field[(length < 1) | (length > WHOLE_DIGITS)])
-
-    # Square, stamp and country have no dot; the first of all has no separator before it either.
-    undotted = (np.diff(odd) > 1) & is_separator[1:] & is_separator[:-1]
-    if np.count_nonzero(undotted) != 3 * (len(separators) // COLUMNS) - 1:
-        whole = np.searchsorted(separators, np.flatnonzero(undotted) + 1)
-        unusual.append(whole[whole % COLUMNS >= 3])
-
-    others = np.unique(np.concatenate(unusual))
-    if len(others):
-        usual = ~np.isin(field, others)
-        field, dots, start = field[usual], dots[usual], start[usual]
-    if any(len(fields) and (fields % COLUMNS).min() < 3 for fields in (field, others)):
+    if len(dots) + len(separators) != len(odd) or (np.diff(dots) == 1).any():
         return None
-    activity = decimals(text, start, odd[dots], odd[dots + 1])
-    if not len(others):
-        return field, activity
+    start, dot, end = odd.take(dots - 1), odd.take(dots), odd.take(dots + 1)
+    start += 1
+    if int(end.sum() - start.sum()) != characters:
+        return None
+    if len(dots) and not _all_within(dot - start, 1, WHOLE_DIGITS):
+        return None
+    # As many separators lie before a dot as marks that are no dots.
+    return dots - np.arange(len(dots)), decimals(text, start, dot, end)
 
+
+def _any_numbers(text: np.ndarray, odd: np.ndarray, what: np.ndarray, separators: np.ndarray) -> Numbers | None:
+    """The activities of any block; whole numbers, exponents and signs one by one. None where one is no number."""
     ends = odd[separators]
-    numbers = []
-    for other in others.tolist():
-        written = text[ends[other - 1] + 1 : ends[other]].tobytes()
+    begins = np.concatenate(([PAD], ends[:-1] + 1))
+    filled = np.flatnonzero(ends > begins)
+    filled = filled[filled % COLUMNS >= 3]
+    marks = np.diff(separators, prepend=-1)[filled] - 1
+    last = separators[filled] - 1
+    whole = odd[last] - begins[filled]
+    dotted = (marks == 1) & (what[last] == _DOT) & (whole >= 1) & (whole <= WHOLE_DIGITS)
+    activity = np.empty(len(filled))
+    plain = filled[dotted]
+    activity[dotted] = decimals(text, begins[plain], odd[last[dotted]], ends[plain])
+    for at in np.flatnonzero(~dotted).tolist():
+        written = text[begins[filled[at]] : ends[filled[at]]].tobytes()
         if not _NUMBER.fullmatch(written):
             return None
-        numbers.append(float(written))
-    return np.concatenate((field, others)), np.concatenate((activity, numbers))
+        activity[at] = float(written)
+    return filled, activity

@@ -52,7 +52,7 @@ def write_day(
             block = np.stack([values[name][:, rows] for name in CHANNELS], axis=-1)
             block = block.reshape(SLOTS_PER_DAY, -1, len(CHANNELS)).swapaxes(0, 1)
             table = _rows(rng, block, cell_ids[rows].reshape(-1), day_start_ms(day))
-            table.write_csv(file, separator="\t", include_header=False)
+            table.write_csv(file, separator="\t", include_header=False, float_scientific=False)
     return path
 
 
