@@ -32,7 +32,9 @@ def words_from(text: np.ndarray, at: np.ndarray, count: int) -> list[np.ndarray]
     for _ in range(count):
         first += 1
         high = aligned.take(first)
-        words.append((low >> down) | (high << up))
+        word = low >> down
+        word |= high << up
+        words.append(word)
         low = high
     return words
 

@@ -19,7 +19,7 @@ from data_prep.digits import PAD, decimals, last_digits, words_from
 from data_prep.telecom_text import CHANNELS
 from stdist.errors import InputError
 
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 """Bytes that are read at once: with the arrays made of them they fit the cache."""
 LONGEST_LINE = 4096
 COLUMNS = 3 + len(CHANNELS)
@@ -79,7 +79,7 @@ def read_rows(text: np.ndarray, stop: int) -> Rows | None:
     odd += PAD
     what = text.take(odd)
     separators = np.flatnonzero(what <= _NEWLINE)
-    if len(separators) == 0 or len(separators) % COLUMNS or (what.take(separators).view(np.uint64) != _ROW).any():
+    if len(separators) == 0 or len(separators) % COLUMNS or (what.take(separators).view("<u8") != _ROW).any():
         return None
     columns = separators.reshape(-1, COLUMNS)
 
