@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
-from data_prep.digits import PAD
-from data_prep.telecom_rows import COUNTRY_DIGITS, Rows, blocks, explain, open_raw, read_rows
+from data_prep.telecom_rows import BELOW, blocks, explain, open_raw, read_rows
 from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
 from stdist.errors import InputError
 
-COUNTRIES = 10**COUNTRY_DIGITS
+COUNTRIES = BELOW["country"]
 CELLS_AT_ONCE = 64
 
 
@@ -39,16 +39,17 @@ def read_day(path: Path, day: np.datetime64, squares: Squares) -> tuple[np.ndarr
     sums, line = _Sums(path, day, squares), 1
     with open_raw(path) as file:
         try:
-            for text, stop in blocks(file):
-                rows = read_rows(text, stop)
+            for block in blocks(file):
+                rows = read_rows(block)
                 if rows is None:
-                    explain(path, text[PAD:stop].tobytes(), line)
+                    explain(path, block, line)
                 sums.add(rows, line)
-                line += len(rows.square)
+                line += len(rows)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(
                 f"{path}, after line {line}: the gzip stream is damaged or cut short ({error}); fetch the file again"
             ) from error
+    sums.require_unique()
     return sums.result()
 
 
@@ -60,30 +61,26 @@ class _Sums:
         self.totals = np.zeros((pairs, len(CHANNELS)))
         self.seen = np.zeros(pairs, bool)
         self.keys: list[np.ndarray] = []
-        self.last_pair, self.keys_of_last_pair, self.sorted = -1, np.empty(0, np.int64), True
 
-    def add(self, rows: Rows, first_line: int) -> None:
+    def add(self, rows: pl.DataFrame, first_line: int) -> None:
         """Pairs are counted square by square, as the files are sorted: a block touches few of them."""
-        since = rows.stamp - self.start
+        square, stamp = rows["square"].to_numpy(), rows["stamp"].to_numpy()
+        since = stamp - self.start
         slot = since // SLOT_MS
         # Ids beyond the last are looked up as the last, which is none.
-        place = self.squares.place.take(rows.square, mode="clip")
-        self._require(place >= 0, rows.square, first_line, f"square outside {self.squares.name}")
-        self._require(slot * SLOT_MS == since, rows.stamp, first_line, "stamp off the 10-minute grid")
+        place = self.squares.place.take(square, mode="clip")
+        self._require(place >= 0, square, first_line, f"square outside {self.squares.name}")
+        self._require(slot * SLOT_MS == since, stamp, first_line, "stamp off the 10-minute grid")
         inside = (slot >= 0) & (slot < SLOTS_PER_DAY)
-        self._require(inside, rows.stamp, first_line, f"stamp outside {self.day} local time")
+        self._require(inside, stamp, first_line, f"stamp outside {self.day} local time")
 
-        pair = place * SLOTS_PER_DAY
-        pair += slot
+        pair = place * SLOTS_PER_DAY + slot
         self.seen[pair] = True
-        self._note_keys(pair * COUNTRIES + rows.country)
-        if len(rows.row):
-            at = pair.take(rows.row)
-            at *= len(CHANNELS)
-            at += rows.channel
-            first, last = int(at.min()), int(at.max()) + 1
-            at -= first
-            self.totals.reshape(-1)[first:last] += np.bincount(at, rows.activity, minlength=last - first)
+        self.keys.append(pair * COUNTRIES + rows["country"].to_numpy())
+        first, last = int(pair.min()), int(pair.max()) + 1
+        for column, name in enumerate(CHANNELS):
+            activity = rows[name].fill_null(0).to_numpy()
+            self.totals[first:last, column] += np.bincount(pair - first, activity, minlength=last - first)
 
     def _require(self, right: np.ndarray, found: np.ndarray, first_line: int, what: str) -> None:
         if right.all():
@@ -94,22 +91,9 @@ class _Sums:
             "the file is damaged, or of another city or day"
         )
 
-    def _note_keys(self, keys: np.ndarray) -> None:
-        """Files are sorted by square and slot: but for the pair that two blocks share, each is looked at alone."""
-        self.keys.append(keys)
-        ordered = np.sort(np.concatenate((self.keys_of_last_pair, keys)))
-        pairs = ordered[[0, -1]] // COUNTRIES
-        self.sorted &= bool(pairs[0] >= self.last_pair)
-        if not self.sorted:
-            return
-        if (ordered[1:] == ordered[:-1]).any():
-            self._require_unique()
-        self.last_pair = int(pairs[1])
-        self.keys_of_last_pair = ordered[np.searchsorted(ordered, self.last_pair * COUNTRIES) :]
-
-    def _require_unique(self) -> None:
+    def require_unique(self) -> None:
         """Raise InputError where two rows have one square, slot and country: their sum would count twice."""
-        keys = np.concatenate(self.keys)
+        keys = np.concatenate(self.keys) if self.keys else np.empty(0, np.int64)
         ordered = np.sort(keys)
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(repeated):
@@ -120,8 +104,6 @@ class _Sums:
             )
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.sorted:
-            self._require_unique()
         cells = self.squares.cells
         totals = self.totals.reshape(cells, SLOTS_PER_DAY, len(CHANNELS))
         seen = self.seen.reshape(cells, SLOTS_PER_DAY)

@@ -89,7 +89,10 @@ def test_generator_to_raw_text_to_store_is_exact(tmp_path):
         ),
         (GOOD + "2\t1383346800000\t39\t1\t1\t1\t1\t1\n", "line 3: stamp outside 2013-11-01"),
         (GOOD + "2\t1383259800000\t39\t1\t1\t1\t1\t1\n", "line 3: stamp outside 2013-11-01"),
-        (GOOD + "123456789\t1383260400000\t39\t1\t1\t1\t1\t1\n", "line 3, column 1: '123456789' has too many digits"),
+        (
+            GOOD + "123456789\t1383260400000\t39\t1\t1\t1\t1\t1\n",
+            "line 3, column 1: '123456789' is negative or has too many digits",
+        ),
         (GOOD + "10001\t1383260400000\t39\t1\t1\t1\t1\t1\n", r"line 3: square outside 1 … 10000 \(10001\)"),
         (GOOD + "0\t1383260400000\t39\t1\t1\t1\t1\t1\n", r"line 3: square outside 1 … 10000 \(0\)"),
         (GOOD + "2\t1383260400000\t39\t1\tx\t1\t1\t1\n", "line 3, column 5: 'x' is not a finite number"),
