@@ -89,9 +89,11 @@ class StageConfig(Strict):
 
 
 class AlignmentConfig(StageConfig):
-    """Both numerical alignment stages. Accuracy is measured on ``eval_examples`` examples of each task."""
+    """Both numerical alignment stages. ``train_batch_size`` examples a step over all learners, each learner's share in
+    ``gradient_accumulation_steps`` parts. Accuracy is measured on ``eval_examples`` examples of each task."""
 
-    per_device_train_batch_size: int = Field(64, ge=1)
+    train_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     values_per_example: int = Field(4, ge=1)
     eval_examples: int = Field(64, ge=1)
 
@@ -142,6 +144,34 @@ class ForecastConfig(Strict):
     windows_per_batch: int = Field(16, ge=1)
 
 
+class LearnersConfig(Strict):
+    """How a run is spread over processes, in Ray Train's and DeepSpeed's names; it may change between a run and its
+    continuation. One learner without Ray unless ``num_workers`` asks for more.
+
+    ``engine``: plain torch (one learner) or DeepSpeed. ``zero_stage``: what is sharded, 1 optimizer state, 2 gradients
+    too, 3 weights too. ``offload_optimizer`` keeps the optimizer in CPU memory. ``deepspeed``: a DeepSpeed JSON of the
+    user's own, merged under what the other keys say. ``resources_per_worker``: as {GPU: 1, CPU: 8}; a GPU each where
+    the cluster has any, if absent. ``max_failures``: lost workers or nodes before the run gives up. ``timeout``:
+    seconds a learner waits for the others before it calls them hung.
+    """
+
+    num_workers: int = Field(1, ge=1)
+    engine: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: Literal[1, 2, 3] = 1
+    offload_optimizer: bool = False
+    deepspeed: Path | None = None
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: int = Field(3, ge=0)
+    timeout: float = Field(1800.0, gt=0)
+
+    @model_validator(mode="after")
+    def _deepspeed_where_it_is_needed(self) -> "LearnersConfig":
+        if self.engine == "torch" and (self.num_workers > 1 or self.offload_optimizer or self.deepspeed):
+            raise ValueError("num_workers, offload_optimizer and deepspeed need engine: deepspeed")
+        return self
+
+
 class Config(Strict):
     """A run: data, policy, and the stages in order."""
 
@@ -157,6 +187,7 @@ class Config(Strict):
     arithmetic: AlignmentConfig = AlignmentConfig()
     sft: SFTConfig = SFTConfig()
     grpo: GRPOConfig = GRPOConfig()
+    learners: LearnersConfig = LearnersConfig()
     forecast: ForecastConfig = ForecastConfig()
 
     @field_validator("name")

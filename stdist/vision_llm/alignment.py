@@ -44,7 +44,7 @@ class AlignmentStage:
             self.policy.vocabulary,
             self.seed,
             step,
-            config.per_device_train_batch_size,
+            config.train_batch_size,
             config.values_per_example,
         )
         ids, is_target = tokenise(self.policy, examples)
@@ -67,7 +67,7 @@ class AlignmentStage:
         exact: dict[str, list[bool]] = defaultdict(list)
         errors: dict[str, list[float]] = defaultdict(list)
         loss = 0.0
-        size = config.per_device_train_batch_size
+        size = config.train_batch_size
         for first in range(0, total, size):
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)

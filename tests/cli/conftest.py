@@ -23,8 +23,8 @@ TINY: dict[str, Any] = {
     "data": {"store": "city.zarr", "history": 3, "horizon": 2, "region": "0:2,0:2"},
     "numerals": {"mantissa_digits": 2},
     "policy": {"base": "tiny"},
-    "alignment": {"trainable": "full", "max_steps": 3, "per_device_train_batch_size": 4, "eval_examples": 1},
-    "arithmetic": {"trainable": "full", "max_steps": 3, "per_device_train_batch_size": 4, "eval_examples": 1},
+    "alignment": {"trainable": "full", "max_steps": 3, "train_batch_size": 4, "eval_examples": 1},
+    "arithmetic": {"trainable": "full", "max_steps": 3, "train_batch_size": 4, "eval_examples": 1},
     "sft": {"trainable": "full", "max_steps": 10, "windows_per_step": 2, "cells_per_window": 2, "eval_windows": 2},
     "grpo": {"max_steps": 8, "windows_per_step": 1, "cells_per_window": 2, "num_generations": 2, "eval_windows": 2},
 }

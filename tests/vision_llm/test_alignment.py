@@ -12,7 +12,7 @@ from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
 from stdist.vision_llm.alignment import AlignmentStage, example_loss, tokenise
 from stdist.vision_llm.policy import Policy
 
-SMALL = AlignmentConfig(trainable="full", per_device_train_batch_size=8, values_per_example=2, eval_examples=3)
+SMALL = AlignmentConfig(trainable="full", train_batch_size=8, values_per_example=2, eval_examples=3)
 
 
 def spelled(policy: Policy, ids: list[int]) -> list[str | float]:
@@ -176,7 +176,7 @@ def test_step_is_the_mean_loss_over_examples(make_policy: Callable[..., Policy],
 
 def test_evaluation_reports_the_loss_that_training_minimises(half_taught: Policy) -> None:
     """Whatever the batches: six examples, four at a time."""
-    four = SMALL.model_copy(update={"per_device_train_batch_size": 4})
+    four = SMALL.model_copy(update={"train_batch_size": 4})
     metrics = AlignmentStage("alignment", half_taught, four, seed=4).evaluate()
     with torch.no_grad():
         assert metrics["loss"] == pytest.approx(

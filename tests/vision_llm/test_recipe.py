@@ -27,7 +27,7 @@ def config_of(store: GridStore, output_dir: Path, **changes: Any) -> Config:
     numbers = {
         **few,
         "trainable": "full",
-        "per_device_train_batch_size": 4,
+        "train_batch_size": 4,
         "values_per_example": 1,
         "eval_examples": 1,
     }
@@ -337,7 +337,7 @@ def test_few_shot_fits_on_the_first_days_alone(store: GridStore, tmp_path: Path)
 def test_lora_on_a_base_that_stays_as_it_is(store: GridStore, base: Path, tmp_path: Path, published: bool) -> None:
     """Rows, then LoRA, then GRPO's second adapter. A published base is named, a preset's carried along; what the final
     checkpoint forecasts is what the run forecast, whatever the seed."""
-    rows = {"trainable": "rows", "max_steps": 1, "per_device_train_batch_size": 2, "values_per_example": 1}
+    rows = {"trainable": "rows", "max_steps": 1, "train_batch_size": 2, "values_per_example": 1}
     few = {"windows_per_step": 1, "cells_per_window": 2, "eval_windows": 1, "max_steps": 1}
     config = config_of(
         store,

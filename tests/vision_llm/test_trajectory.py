@@ -16,7 +16,7 @@ from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.sft import SFTStage
 
-ALIGNMENT = AlignmentConfig(trainable="full", per_device_train_batch_size=8, values_per_example=2, learning_rate=1e-3)
+ALIGNMENT = AlignmentConfig(trainable="full", train_batch_size=8, values_per_example=2, learning_rate=1e-3)
 FEW = {"windows_per_step": 4, "cells_per_window": 4, "eval_windows": 4}
 SFT = SFTConfig(trainable="full", learning_rate=2e-3, warmup_steps=3, blank_share=0.5, **FEW)
 GRPO = GRPOConfig(num_generations=3, learning_rate=1e-3, **FEW)
