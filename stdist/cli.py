@@ -193,6 +193,42 @@ def report(
 
 
 @command()
+def submit(
+    config: Annotated[Path | None, typer.Argument(help="YAML below the working directory")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    address: Annotated[str, typer.Option(help="the cluster's dashboard, http://HOST:8265")] = ...,  # type: ignore[assignment]
+    working_dir: Annotated[Path, typer.Option(help="folder the job gets a copy of")] = Path("."),
+    submission_id: Annotated[str | None, typer.Option(help="name of the job; Ray chooses one if absent")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job's log")] = False,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="end a job instead; it saves its step first")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run stdist train CONFIG on a Ray cluster and follow its log; the exit code is the job's.
+
+    Ctrl-C detaches: the job goes on. Relative paths in CONFIG are made absolute on this machine, so that store and run
+    folder lie where the cluster finds them too (docs/cluster.md).
+    """
+    from stdist.orchestration import jobs
+
+    if stop is not None and config is None:
+        end = jobs.find(address, stop).stop()
+        return finish(vars(end), as_json, f"{end.submission_id}: {end.status}")
+    if stop is not None or config is None:
+        raise InputError("submit takes the CONFIG of a job to run, or --stop ID of one to end")
+    job, parsed = jobs.submit(config, overrides or [], address, working_dir, submission_id)
+    started = {"submission_id": job.submission_id, "run": str(working_dir.absolute() / parsed.run_dir)}
+    say(f"job {job.submission_id} was submitted; {job.how_to_go_on}")
+    if detach:
+        return finish(started, as_json, job.submission_id)
+    end = job.follow(lambda text: print(text, end="", file=sys.stderr, flush=True))
+    if end.exit_code == 0 or as_json:
+        finish(started | vars(end), as_json, f"{end.submission_id}: {end.status}, {started['run']}")
+    if end.exit_code:
+        say(f"error: job {end.submission_id} {end.status.lower()}" + (f": {end.error}" if end.error else ""))
+        raise typer.Exit(end.exit_code)
+
+
+@command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine has: devices, attention back ends and why they are chosen, versions."""
     from stdist.vision_llm.doctor import as_lines, examine
