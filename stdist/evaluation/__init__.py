@@ -2,8 +2,9 @@
 
 from stdist.evaluation.baselines import BaselineForecasts, forecast_baselines, score_baselines
 from stdist.evaluation.contract import EvaluationContract, ForecastContract, ForecastMetadata
+from stdist.evaluation.forecast_header import ForecastHeader
 from stdist.evaluation.forecast_writer import ForecastWriter, Piece, PiecePlan
-from stdist.evaluation.forecasts import ForecastHeader, Forecasts, read_forecasts, write_forecasts
+from stdist.evaluation.forecasts import Forecasts, open_forecasts, read_forecasts, write_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
 from stdist.evaluation.report import build_report
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate",
     "forecast_baselines",
     "forecast_contract",
+    "open_forecasts",
     "read_forecasts",
     "score_baselines",
     "write_forecasts",

@@ -1,12 +1,15 @@
 """Forecasters that a model has to beat: last value, yesterday, last week, weekly profile, ridge.
 
 All of them see what the model sees of the past of a window and of the training span, and nothing else.
-Arrays are [T, C]: every frame of the store, the cells of the region flattened row by row.
+Arrays are [T, C]: every frame of the store, the cells of one tile of the region flattened row by row.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,52 +18,64 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from stdist.data import DaySpan, GridStore, Windows
 from stdist.data.audit import Fitted, data_digest, refuse_leaks
+from stdist.data.spans import AnyRegion
+from stdist.evaluation.blocks import cut, tiles
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import read_targets
 
 DAYS_PER_WEEK = 7
 HARMONICS = 6
 RIDGE_PENALTY = 1.0  # on lags scaled to unit variance; the Milan figures move by < 0.001 between 1 and 100
+VALUES_IN_MEMORY = 2**22
+"""Values (frame, cell) of a tile's series, and (window, step, cell) of a forecast."""
+
+Forecaster = Callable[[Int[np.ndarray, " N"]], Float[np.ndarray, "N K C"]]
+"""Forecasts of windows by their origins; NaN where it has no source."""
 
 
 @dataclass(frozen=True, eq=False)
 class BaselineForecasts:
-    """Forecasts [N, K, h, w] in the data's units; ``fallbacks`` of the city's are persistence."""
+    """Forecasts [n, K, h, w] in the data's units; ``fallbacks`` of the city's are persistence."""
 
-    values: Float[np.ndarray, "N K h w"]
+    values: Float[np.ndarray, "n K h w"]
     fallbacks: int
 
 
-def forecast_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, BaselineForecasts]:
-    """Every baseline's forecasts of ``windows``, fitted on the windows that lie wholly in the days ``train``.
+def forecast_baselines(
+    store: GridStore, train: DaySpan | str, windows: Windows
+) -> Iterator[tuple[slice, AnyRegion, dict[str, BaselineForecasts]]]:
+    """Every baseline's forecasts of some of ``windows`` and a tile of their region, until all are forecast.
 
-    Keys: ``persistence``, ``same time yesterday``, ``same time last week``, ``mean by weekday and slot``
-    and ``ridge``. A value of the others that is missing (before the data's start, in a gap, never seen in
-    training) is replaced by persistence and counted. Raises InputError where no window fits ``train``.
+    Fitted on the windows that lie wholly in the days ``train``, for every cell on its own. Keys: ``persistence``,
+    ``same time yesterday``, ``same time last week``, ``mean by weekday and slot`` and ``ridge``. A value of the
+    others that is missing (before the data's start, in a gap, never seen in training) is replaced by persistence
+    and counted. Raises InputError where no window fits ``train``.
     """
-    S, K, channel, region, origins = windows.S, windows.K, windows.channel, windows.region, windows.origins
-    fit = store.windows(train, S, K, channel=channel, region=region, history_inside=True)
+    S, K, channel, frames = windows.S, windows.K, windows.channel, len(store.times)
+    fit = store.windows(train, S, K, channel=channel, region=windows.region, history_inside=True)
     fit_frames = slice(*store.frames_of(fit.span))
-    grid = store.values(channel, 0, len(store.times), region)
-    series = grid.reshape(len(grid), -1).astype(np.float64)
     slots = week_slots(store)
     features = calendar(slots, store.slots_per_day, fit_frames.stop - fit_frames.start)
-    forecasts = {
-        "persistence": persistence(series, origins, K),
-        "same time yesterday": same_slot_before(series, origins, K, store.slots_per_day),
-        "same time last week": same_slot_before(series, origins, K, DAYS_PER_WEEK * store.slots_per_day),
-        "mean by weekday and slot": weekly_profile(series, slots, fit_frames, origins, K),
-        "ridge": ridge(series, features, fit.origins, origins, S, K),
-    }
-    last = forecasts["persistence"]
-    inside = store.inside[region.slices].ravel()
-    shape = (len(origins), K, *grid.shape[1:])
-    result = {}
-    for name, values in forecasts.items():
-        missing = np.isnan(values)
-        filled = np.where(missing, last, values).astype(np.float32)
-        result[name] = BaselineForecasts(filled.reshape(shape), int(missing[:, :, inside].sum()))
-    return result
+    for tile in tiles(windows.region, VALUES_IN_MEMORY // frames):
+        series = store.values(channel, 0, frames, tile).reshape(frames, -1).astype(np.float64)
+        inside = store.inside[tile.slices].ravel()
+        forecasters: dict[str, Forecaster] = {
+            "same time yesterday": partial(same_slot_before, series, K, store.slots_per_day),
+            "same time last week": partial(same_slot_before, series, K, DAYS_PER_WEEK * store.slots_per_day),
+            "mean by weekday and slot": weekly_profile(series, slots, fit_frames, K),
+            "ridge": ridge(series, features, fit.origins, S, K),
+        }
+        for block in cut(len(windows), max(1, VALUES_IN_MEMORY // (K * inside.size))):
+            last = persistence(series, K, windows.origins[block])
+            shape = (*last.shape[:2], *tile.shape)
+            made = {"persistence": BaselineForecasts(last.reshape(shape).astype(np.float32), 0)}
+            for name, forecaster in forecasters.items():
+                values = forecaster(windows.origins[block])
+                missing = np.isnan(values)
+                values[missing] = last[missing]
+                count = int(missing[:, :, inside].sum())
+                made[name] = BaselineForecasts(values.reshape(shape).astype(np.float32), count)
+            yield block, tile, made
 
 
 def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, dict[str, Any]]:
@@ -71,23 +86,23 @@ def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) ->
     data = data_digest(store, windows.channel)
     fit = store.default_split.named(train) if isinstance(train, str) else train
     refuse_leaks([Fitted.on("baselines", fit, data)], windows.span, data)
-    truth, observed = read_targets(store, windows.channel, windows.region, windows.K, windows.origins)
-    return {
-        name: {
-            **ErrorState.of(baseline.values, truth, observed).summary(),
-            "fallbacks": baseline.fallbacks,
-        }
-        for name, baseline in forecast_baselines(store, train, windows).items()
-    }
+    states: dict[str, ErrorState] = defaultdict(lambda: ErrorState.empty(windows.K))
+    fallbacks: Counter[str] = Counter()
+    for block, tile, made in forecast_baselines(store, train, windows):
+        truth, observed = read_targets(windows, tile, windows.origins[block])
+        for name, baseline in made.items():
+            states[name] = states[name].update(baseline.values, truth, observed)
+            fallbacks[name] += baseline.fallbacks
+    return {name: {**state.summary(), "fallbacks": fallbacks[name]} for name, state in states.items()}
 
 
-def persistence(series: Float[np.ndarray, "T C"], origins: Int[np.ndarray, " N"], K: int) -> Float[np.ndarray, "N K C"]:
+def persistence(series: Float[np.ndarray, "T C"], K: int, origins: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N K C"]:
     """The last history frame, K times."""
     return np.repeat(series[origins][:, None], K, axis=1)
 
 
 def same_slot_before(
-    series: Float[np.ndarray, "T C"], origins: Int[np.ndarray, " N"], K: int, period: int
+    series: Float[np.ndarray, "T C"], K: int, period: int, origins: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, "N K C"]:
     """The value one period (in frames) before each target; more periods where one would lie after the origin.
 
@@ -103,9 +118,8 @@ def weekly_profile(
     series: Float[np.ndarray, "T C"],
     slot_of_week: Int[np.ndarray, " T"],
     fit_frames: slice,
-    origins: Int[np.ndarray, " N"],
     K: int,
-) -> Float[np.ndarray, "N K C"]:
+) -> Forecaster:
     """The mean of the training frames of the same weekday and time of day; NaN where there is none."""
     values, slots = series[fit_frames], slot_of_week[fit_frames]
     known = ~np.isnan(values)
@@ -114,33 +128,38 @@ def weekly_profile(
     np.add.at(counts, slots, known)
     with np.errstate(invalid="ignore"):
         profile = sums / counts
-    return profile[slot_of_week[origins[:, None] + np.arange(1, K + 1)]]
+    return lambda origins: profile[slot_of_week[origins[:, None] + np.arange(1, K + 1)]]
 
 
 def ridge(
     series: Float[np.ndarray, "T C"],
     calendar: Float[np.ndarray, "T F"],
     fit_origins: Int[np.ndarray, " M"],
-    origins: Int[np.ndarray, " N"],
     S: int,
     K: int,
-) -> Float[np.ndarray, "N K C"]:
+) -> Forecaster:
     """Ridge regression of all K targets on S lags and the origin's calendar, in closed form per cell.
 
     Lags and targets are scaled by the mean and deviation of the cell over the training windows.
     """
-    forecasts = np.empty((len(origins), K, series.shape[1]))
-    for cell in range(series.shape[1]):
-        history = sliding_window_view(series[:, cell], S)  # row i: frames i .. i+S-1
-        targets = sliding_window_view(series[:, cell], K)[fit_origins + 1]
-        fit_history = history[fit_origins - S + 1]
-        mean, deviation = fit_history.mean(), fit_history.std() or 1.0
-        x = np.concatenate([(fit_history - mean) / deviation, calendar[fit_origins]], axis=1)
+    fits = []
+    for cell in series.T:
+        history = sliding_window_view(cell, S)[fit_origins - S + 1]  # row i of the view: frames i .. i+S-1
+        targets = sliding_window_view(cell, K)[fit_origins + 1]
+        mean, deviation = history.mean(), history.std() or 1.0
+        x = np.concatenate([(history - mean) / deviation, calendar[fit_origins]], axis=1)
         gram = x.T @ x + RIDGE_PENALTY * np.eye(x.shape[1])
-        weights = np.linalg.solve(gram, x.T @ ((targets - mean) / deviation))
-        x = np.concatenate([(history[origins - S + 1] - mean) / deviation, calendar[origins]], axis=1)
-        forecasts[:, :, cell] = x @ weights * deviation + mean
-    return forecasts
+        fits.append((mean, deviation, np.linalg.solve(gram, x.T @ ((targets - mean) / deviation))))
+
+    def forecast(origins: Int[np.ndarray, " N"]) -> Float[np.ndarray, "N K C"]:
+        forecasts = np.empty((len(origins), K, len(fits)))
+        for i, (mean, deviation, weights) in enumerate(fits):
+            history = sliding_window_view(series[:, i], S)[origins - S + 1]
+            x = np.concatenate([(history - mean) / deviation, calendar[origins]], axis=1)
+            forecasts[:, :, i] = x @ weights * deviation + mean
+        return forecasts
+
+    return forecast
 
 
 def calendar(slot_of_week: Int[np.ndarray, " T"], slots_per_day: int, fit_length: int) -> Float[np.ndarray, "T F"]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stdist.data.audit import Fitted
+from stdist.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 MASK_RULE = "observed points only; inputs may be imputed"
 
@@ -64,3 +69,13 @@ class ForecastMetadata(BaseModel):
     checkpoint: str
     contract: ForecastContract
     fitted: tuple[Fitted, ...] = ()
+
+
+def parsed(model: type[Model], content: Any, what: str, remedy: str) -> Model:
+    """``content`` (of JSON) as a model. Raises InputError that names ``what``, its first wrong key and the remedy."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{what}: '{where}': {first['msg']}; {remedy}") from error

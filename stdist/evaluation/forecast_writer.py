@@ -21,7 +21,9 @@ import zarr
 from jaxtyping import Float, Int
 
 from stdist.errors import InputError
-from stdist.evaluation.forecasts import ForecastHeader, require_suffix, stream_forecasts
+from stdist.evaluation.blocks import cut
+from stdist.evaluation.forecast_header import ForecastHeader
+from stdist.evaluation.forecasts import require_suffix, stream_forecasts
 from stdist.files import write_atomically
 
 
@@ -53,12 +55,8 @@ class PiecePlan:
 
     def pieces(self) -> list[Piece]:
         """In the order they are forecast: all blocks of cells of the first windows, then the next windows."""
-        blocks = _cut(self.cells, self.cells_per_piece)
-        return [Piece(windows, cells) for windows in _cut(self.windows, self.windows_per_piece) for cells in blocks]
-
-
-def _cut(length: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+        blocks = cut(self.cells, self.cells_per_piece)
+        return [Piece(windows, cells) for windows in cut(self.windows, self.windows_per_piece) for cells in blocks]
 
 
 class ForecastWriter:

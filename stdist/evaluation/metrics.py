@@ -99,6 +99,11 @@ class ErrorState:
             raise InputError(f"cannot add states of {self.count.size} and {other.count.size} horizons")
         return ErrorState(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def add_at(self, cells: Int[np.ndarray, " n"], part: ErrorState) -> None:
+        """Add the state of n cells to these, in place."""
+        for f in fields(self):
+            getattr(self, f.name)[cells] += getattr(part, f.name)
+
     def errors(self) -> dict[str, Float[np.ndarray, " K"]]:
         """``mae``, ``rmse``, ``nrmse`` of each entry (Eq. 21, 22, 23); NaN where nothing was observed."""
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -131,15 +136,3 @@ class ErrorState:
             "mean_of_horizons": self.mean_of_horizons(),
             "per_horizon": per_horizon,
         }
-
-    def to_json(self) -> dict[str, list[float]]:
-        """Plain lists, for a file or a message between ranks; ``from_json`` gives the same state back."""
-        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
-
-    @classmethod
-    def from_json(cls, state: dict[str, list[float]]) -> ErrorState:
-        """The state ``to_json`` wrote. Raises InputError where its keys are others."""
-        names = [f.name for f in fields(cls)]
-        if sorted(state) != sorted(names):
-            raise InputError(f"an error state has the keys {', '.join(names)}; got {', '.join(sorted(state))}")
-        return cls(*(np.asarray(state[n], np.int64 if n == "count" else np.float64) for n in names))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from stdist.data.audit import data_digest, refuse_leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation.contract import EvaluationContract, ForecastContract
-from stdist.evaluation.forecasts import Forecasts, read_forecasts
+from stdist.evaluation.forecast_header import ForecastHeader
+from stdist.evaluation.forecasts import Forecasts, open_forecasts
 from stdist.evaluation.metrics import ErrorState
-
-WINDOWS_PER_READ = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,56 +61,47 @@ def evaluate(forecasts: Forecasts | Path | str, store: GridStore | Path | str) -
     """Score forecasts (or a file of them) against the store they were made on, observed points only.
 
     MAE, RMSE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23),
-    pooled and per horizon. Raises InputError where the forecasts were made on other data, reach past it,
-    name cells or times it does not have, repeat a window, or leave the split they claim, and where their forecaster
-    was fitted on the days to be scored.
+    pooled and per horizon. A file is read block by block (``ForecastHeader.blocks``), and the truth through the
+    store's ``frame_cache``: neither the number of windows nor that of cells decides what is in memory. Raises
+    InputError where the forecasts were made on other data, reach past it, name cells or times it does not have,
+    repeat a window, or leave the split they claim, and where their forecaster was fitted on the days to be scored.
     """
-    forecasts = forecasts if isinstance(forecasts, Forecasts) else read_forecasts(forecasts)
+    source = forecasts if isinstance(forecasts, Forecasts) else open_forecasts(forecasts)
     store = store if isinstance(store, GridStore) else open_store(Path(store))
-    contract = forecasts.metadata.contract
-    region = Region(*contract.region)
-    origin_index = match_origins(forecasts, store)
-    span = DaySpan.parse([contract.first_day, contract.last_day])
-    refuse_leaks(forecasts.metadata.fitted, span, data_digest(store, contract.channel))
-    split = store.windows(
-        span,
-        contract.S,
-        contract.K,
-        channel=contract.channel,
-        region=region,
-        history_inside=contract.history_inside,
-    )
-    strangers = ~np.isin(origin_index, split.origins)
-    if strangers.any():
-        stamp = _utc(forecasts.origins[strangers][0])
-        raise InputError(
-            f"{int(strangers.sum())} forecasts, first at origin {stamp}, are no windows of the split "
-            f"'{contract.split}' ({contract.first_day} to {contract.last_day}) that they claim"
-        )
+    header = source.header
+    contract = header.metadata.contract
+    split, origins = match_windows(header, store)
+    refuse_leaks(header.metadata.fitted, split.span, data_digest(store, contract.channel))
     state = ErrorState.empty(contract.K)
-    for start in range(0, len(origin_index), WINDOWS_PER_READ):
-        part = slice(start, start + WINDOWS_PER_READ)
-        truth, observed = read_targets(store, contract.channel, region, contract.K, origin_index[part])
-        state = state.update(forecasts.values[part], truth, observed)
+    for windows, tile in header.blocks():
+        values, first = source.read(windows, tile)[0], header.origins[windows][0]
+        truth, observed = read_targets(split, tile, origins[windows])
+        try:
+            state = state.update(values, truth, observed)
+        except InputError as error:
+            raise InputError(f"windows from origin {_utc(first)} on, cells {tile}: {error}") from error
     steps = np.timedelta64(contract.cadence_seconds, "s")
     return EvaluationResult(
         EvaluationContract(
             **contract.model_dump(),
-            windows=len(origin_index),
+            windows=len(origins),
             windows_in_split=len(split),
-            cells=int(forecasts.cell_ids.size),
+            cells=int(header.cell_ids.size),
             points=int(state.count.sum()),
-            first_target=_utc(forecasts.origins.min() + steps),
-            last_target=_utc(forecasts.origins.max() + contract.K * steps),
+            first_target=_utc(header.origins.min() + steps),
+            last_target=_utc(header.origins.max() + contract.K * steps),
             horizons=list(range(1, contract.K + 1)),
         ),
         state,
     )
 
 
-def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N"]:
-    """The store's frame index of each forecast's origin. Raises InputError as ``evaluate`` does."""
-    contract = forecasts.metadata.contract
+def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, Int[np.ndarray, " N"]]:
+    """The windows that the forecasts claim to be of, and the store's frame index of each forecast's origin.
+
+    Raises InputError as ``evaluate`` does.
+    """
+    contract = header.metadata.contract
     if contract.store_digest != store.digest:
         raise InputError(
             f"forecasts were made on a store of digest {contract.store_digest} ({contract.city}), but "
@@ -119,41 +109,54 @@ def match_origins(forecasts: Forecasts, store: GridStore) -> Int[np.ndarray, " N
         )
     if contract.channel not in store.channels:
         raise InputError(f"forecasts are of channel '{contract.channel}', {store.path} has {', '.join(store.channels)}")
-    foreign = ~np.isin(forecasts.cell_ids, store.cell_ids)
+    foreign = ~np.isin(header.cell_ids, store.cell_ids)
     if foreign.any():
         raise InputError(
             f"{int(foreign.sum())} forecast cells are not in {store.path}, first "
-            f"{forecasts.cell_ids[foreign][0]}: score them on the store they were made on"
+            f"{header.cell_ids[foreign][0]}: score them on the store they were made on"
         )
     r0, r1, c0, c1 = contract.region
-    if not np.array_equal(store.cell_ids[r0:r1, c0:c1], forecasts.cell_ids):
+    if not np.array_equal(store.cell_ids[r0:r1, c0:c1], header.cell_ids):
         raise InputError(f"the forecast cells are not those of region {r0}:{r1},{c0}:{c1} of {store.path}")
-    if not len(forecasts.origins):
+    if not len(header.origins):
         raise InputError("the forecasts hold no window; there is nothing to score")
-    index = np.searchsorted(store.times, forecasts.origins)
-    last_target = forecasts.origins.max() + contract.K * np.timedelta64(contract.cadence_seconds, "s")
+    index = np.searchsorted(store.times, header.origins)
+    last_target = header.origins.max() + contract.K * np.timedelta64(contract.cadence_seconds, "s")
     if last_target > store.times[-1]:
         raise InputError(
             f"forecasts reach to {_utc(last_target)}, past the data of {store.path}, which ends at "
             f"{_utc(store.times[-1])}: there is no truth to score them by"
         )
-    unknown = store.times[index] != forecasts.origins
+    unknown = store.times[index] != header.origins
     if unknown.any():
-        raise InputError(f"origin {_utc(forecasts.origins[unknown][0])} is not a time of {store.path}")
+        raise InputError(f"origin {_utc(header.origins[unknown][0])} is not a time of {store.path}")
     if len(np.unique(index)) != len(index):
         raise InputError("some origins appear more than once in the forecasts; a window counts once")
-    return index
+    split = store.windows(
+        DaySpan.parse([contract.first_day, contract.last_day]),
+        contract.S,
+        contract.K,
+        channel=contract.channel,
+        region=header.region,
+        history_inside=contract.history_inside,
+    )
+    strangers = ~np.isin(index, split.origins)
+    if strangers.any():
+        stamp = _utc(header.origins[strangers][0])
+        raise InputError(
+            f"{int(strangers.sum())} forecasts, first at origin {stamp}, are no windows of the split "
+            f"'{contract.split}' ({contract.first_day} to {contract.last_day}) that they claim"
+        )
+    return split, index
 
 
 def read_targets(
-    store: GridStore, channel: str, region: AnyRegion, K: int, origins: Int[np.ndarray, " N"]
-) -> tuple[Float[np.ndarray, "N K h w"], Bool[np.ndarray, "N K h w"]]:
+    windows: Windows, tile: AnyRegion, origins: Int[np.ndarray, " N"]
+) -> tuple[Float[np.ndarray, "N K *cells"], Bool[np.ndarray, "N K *cells"]]:
     """The true values of the K frames after each origin (a frame index), and which of them were observed."""
-    first, stop = int(origins.min()) + 1, int(origins.max()) + K + 1
-    frames = origins[:, None] + np.arange(1, K + 1) - first
-    values = store.values(channel, first, stop, region)
-    observed = store.observed(channel, first, stop, region)
-    return values[frames], observed[frames]
+    targets = replace(windows, S=1, region=tile, history_region=tile)  # the truth needs no history
+    batch = targets.read(np.searchsorted(targets.origins, origins))
+    return batch.target, batch.target_observed
 
 
 def _utc(stamp: np.datetime64) -> str:

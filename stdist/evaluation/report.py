@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 
 from stdist.data import GridStore, Region, open_store
 from stdist.errors import InputError
-from stdist.evaluation import figures
-from stdist.evaluation.forecasts import Forecasts, read_forecasts
+from stdist.evaluation import figures, forecast_header
+from stdist.evaluation.blocks import tiles
+from stdist.evaluation.forecasts import ForecastFile, open_forecasts
 from stdist.evaluation.metrics import ErrorState
-from stdist.evaluation.protocol import match_origins, read_targets
+from stdist.evaluation.protocol import match_windows, read_targets
 from stdist.evaluation.run_files import RunMetrics, Scores, read_log, read_metrics
 from stdist.files import write_atomically
 
@@ -192,25 +193,29 @@ def _horizon_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
 
 
 def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> ForecastPictures:
-    forecasts = read_forecasts(run_dir / "forecasts" / "test.zarr")
+    forecasts = open_forecasts(run_dir / "forecasts" / "test.zarr")
+    header = forecasts.header
     store = _store_of(run_dir, config_text)
-    origins = match_origins(forecasts, store)
-    contract = forecasts.metadata.contract
-    region = Region(*contract.region)
-    truth, observed = read_targets(store, contract.channel, region, contract.K, origins)
-    cells = ErrorState.of_cells(forecasts.values, truth, observed)
+    windows, origins = match_windows(header, store)
+    grid = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
+    cells = ErrorState.empty(grid.size)
+    for block, tile in header.blocks():
+        batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
+        cells.add_at(grid[header.place(block, tile)[2:]].ravel(), ErrorState.of_cells(*batch))
     mean_truth = np.where(cells.count > 0, cells.sum_truth / np.maximum(cells.count, 1), np.nan)
     traces = [
         _trace(label, int(cell), forecasts, store, origins, gallery)
         for label, cell in representative_cells(mean_truth).items()
     ]
-    day = store.values(contract.channel, int(origins[0]) + 1, int(origins[0]) + 1 + store.slots_per_day)
-    # Cells outside the city are never known; frames of a gap are not either.
-    known = np.maximum((~np.isnan(day)).sum(axis=0), 1)
+    city_mean = np.empty(store.shape)
+    for part in tiles(store.region(), forecast_header.POINTS_IN_MEMORY // store.slots_per_day):
+        day = store.values(windows.channel, origins[0] + 1, origins[0] + 1 + store.slots_per_day, part)
+        # Cells outside the city are never known; frames of a gap are not either.
+        city_mean[part.slices] = np.nansum(day, axis=0) / np.maximum((~np.isnan(day)).sum(axis=0), 1)
     figure = figures.error_map(
-        cells.errors()["nrmse"].reshape(forecasts.cell_ids.shape),
-        contract.region,
-        np.nansum(day, axis=0) / known,
+        cells.errors()["nrmse"].reshape(grid.shape),
+        header.metadata.contract.region,
+        city_mean,
         store.units,
         store.inside,
     )
@@ -238,26 +243,25 @@ def representative_cells(mean_truth: np.ndarray) -> dict[str, int]:
 
 
 def _trace(
-    label: str, cell: int, forecasts: Forecasts, store: GridStore, origins: np.ndarray, gallery: _Gallery
+    label: str, cell: int, forecasts: ForecastFile, store: GridStore, origins: np.ndarray, gallery: _Gallery
 ) -> Image:
-    contract = forecasts.metadata.contract
-    row, col = np.unravel_index(cell, forecasts.cell_ids.shape)
+    header = forecasts.header
+    contract = header.metadata.contract
+    row, col = np.unravel_index(cell, header.cell_ids.shape)
     r, c = contract.region[0] + int(row), contract.region[2] + int(col)
     first, stop = int(origins.min()), int(origins.max()) + contract.K + 1
     only = Region(r, r + 1, c, c + 1)
     seen = store.observed(contract.channel, first, stop, only)[:, 0, 0]
     truth = np.where(seen, store.values(contract.channel, first, stop, only)[:, 0, 0], np.nan)
-    band = None
-    if forecasts.quantiles is not None:
-        band = forecasts.quantiles[[0, -1], :, :, row, col]
+    point, *quantiles = forecasts.read(slice(0, len(origins)), only, quantiles=True)[..., 0, 0]
     figure = figures.cell_traces(
-        f"{label} {forecasts.cell_ids[row, col]} (row {r}, column {c})",
+        f"{label} {header.cell_ids[row, col]} (row {r}, column {c})",
         contract.units,
         store.local_times[first:stop],
         truth,
         origins - first,
-        forecasts.values[:, :, row, col],
-        band,
+        point,
+        np.stack([quantiles[0], quantiles[-1]]) if quantiles else None,
     )
     name = label.lower().replace(" ", "-")
     return gallery.add(f"forecast-{name}", figure, f"{label}: forecasts against what was observed, local time")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from stdist.errors import InputError
+from stdist.evaluation.contract import parsed
 from stdist.files import write_atomically
 
 NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
@@ -81,7 +82,7 @@ class StageLog:
 
 def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
     """Write `report/metrics.json` of a run. Raises InputError, naming the key, for another form."""
-    checked = _checked(metrics, "metrics")
+    checked = parsed(RunMetrics, metrics, "metrics", "evaluate the run again")
     return write_atomically(run_dir / "report" / "metrics.json", checked.model_dump_json(indent=1) + "\n")
 
 
@@ -89,7 +90,7 @@ def read_metrics(run_dir: Path) -> RunMetrics:
     """Read `report/metrics.json` of a run. Raises InputError where it is absent or damaged."""
     path = run_dir / "report" / "metrics.json"
     try:
-        return _checked(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return parsed(RunMetrics, json.loads(path.read_text(encoding="utf-8")), str(path), "evaluate the run again")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; name the folder of a finished `stdist train`") from None
     except json.JSONDecodeError as error:
@@ -102,15 +103,6 @@ def add_variants(run_dir: Path, others: list[Path]) -> None:
     for other in others:
         metrics.variants[other.resolve().name] = read_metrics(other).model
     write_metrics(run_dir, metrics)
-
-
-def _checked(metrics: Any, name: str) -> RunMetrics:
-    try:
-        return RunMetrics.model_validate(metrics)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{name}: '{where}': {first['msg']}; evaluate the run again") from error
 
 
 def read_log(path: Path) -> dict[str, StageLog]:

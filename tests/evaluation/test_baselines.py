@@ -5,16 +5,29 @@ import pytest
 
 from stdist.data import DaySpan, GridSpec, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
-from stdist.evaluation import ErrorState, forecast_baselines, score_baselines
+from stdist.evaluation import BaselineForecasts, ErrorState, baselines, forecast_baselines, score_baselines
 from stdist.evaluation.baselines import RIDGE_PENALTY, calendar, ridge, same_slot_before, week_slots
 
 NAMES = ["persistence", "same time yesterday", "same time last week", "mean by weekday and slot", "ridge"]
 
 
+def forecast_all(store, train, windows):
+    """Every baseline's forecasts, put together of their blocks."""
+    r0, c0 = windows.region.r0, windows.region.c0
+    values = {name: np.full((len(windows), windows.K, *windows.region.shape), np.nan, np.float32) for name in NAMES}
+    fallbacks = dict.fromkeys(NAMES, 0)
+    for block, tile, made in forecast_baselines(store, train, windows):
+        assert list(made) == NAMES
+        for name, part in made.items():
+            values[name][block, :, tile.r0 - r0 : tile.r1 - r0, tile.c0 - c0 : tile.c1 - c0] = part.values
+            fallbacks[name] += part.fallbacks
+    return {name: BaselineForecasts(values[name], fallbacks[name]) for name in NAMES}
+
+
 def test_against_naive_loops(store):
     region = Region(1, 4, 0, 2)
     windows = store.windows("test", 6, 4, channel="flow", region=region)
-    made = forecast_baselines(store, "train", windows)
+    made = forecast_all(store, "train", windows)
     assert list(made) == NAMES
     values = store.values("flow", 0, len(store.times), region).astype(float)
     local, train_days = store.local_times.astype("datetime64[s]").tolist(), range(4, 18)
@@ -46,7 +59,7 @@ def test_against_naive_loops(store):
 def test_missing_sources_fall_back_to_persistence_and_are_counted(store):
     """The day after the 10-hour gap, yesterday is missing; in the first week, so is last week."""
     after = store.windows(DaySpan.parse("2024-03-20:2024-03-20"), 6, 4, channel="flow", history_inside=False)
-    made = forecast_baselines(store, "train", after)["same time yesterday"]
+    made = forecast_all(store, "train", after)["same time yesterday"]
     gap = store.values("flow", 0, len(store.times), Region(0, 1, 0, 1))[:, 0, 0]
     absent = np.isnan(gap[after.origins[:, None] + np.arange(1, 5) - 24])
     assert absent.any()
@@ -57,7 +70,7 @@ def test_missing_sources_fall_back_to_persistence_and_are_counted(store):
     np.testing.assert_array_equal(made.values[absent][:, 1:], last[absent][:, 1:])
 
     first = store.windows(DaySpan.parse("2024-03-05:2024-03-05"), 6, 4, channel="flow")
-    made = forecast_baselines(store, "train", first)
+    made = forecast_all(store, "train", first)
     assert made["same time last week"].fallbacks == len(first) * 4 * cells_in_city
     np.testing.assert_array_equal(made["same time last week"].values, made["persistence"].values)
 
@@ -65,7 +78,7 @@ def test_missing_sources_fall_back_to_persistence_and_are_counted(store):
 def test_yesterday_never_looks_past_the_origin():
     """With K above a day, the value two days before the target stands in."""
     series = np.arange(100.0)[:, None]
-    made = same_slot_before(series, np.array([50]), 30, 24)[0, :, 0]
+    made = same_slot_before(series, 30, 24, np.array([50]))[0, :, 0]
     assert made.tolist() == [51 + k - 24 for k in range(24)] + [51 + k - 48 for k in range(24, 30)]
 
 
@@ -74,7 +87,7 @@ def test_ridge_against_a_naive_solution():
     S, K = 3, 2
     series, features = rng.normal(5, 2, (60, 2)), np.stack([np.ones(60), rng.normal(size=60)], axis=1)
     fit, origins = np.arange(2, 40), np.arange(41, 58)
-    made = ridge(series, features, fit, origins, S, K)
+    made = ridge(series, features, fit, S, K)(origins)
     for cell in range(2):
         s = series[:, cell]
         lags = np.array([[s[o - 2], s[o - 1], s[o]] for o in fit])
@@ -107,7 +120,7 @@ def test_fits_see_the_training_span_only(store, tmp_path):
                 writer.write_day(day, {"flow": grid[slots]}, present[slots])
             other = open_store(writer.finalise(split))
         span = DaySpan.parse("2024-03-18:2024-03-18")
-        made.append(forecast_baselines(other, "train", other.windows(span, 6, 4, channel="flow")))
+        made.append(forecast_all(other, "train", other.windows(span, 6, 4, channel="flow")))
     for name in NAMES:
         np.testing.assert_array_equal(made[0][name].values, made[1][name].values)
 
@@ -129,17 +142,38 @@ def test_scores_carry_their_fallbacks(store):
     windows = store.windows("test", 6, 4, channel="flow")
     scores = score_baselines(store, "train", windows)
     batch = windows.read(np.arange(len(windows)))
-    made = forecast_baselines(store, "train", windows)
+    made = forecast_all(store, "train", windows)
     for name in NAMES:
         expected = ErrorState.of(made[name].values, batch.target, batch.target_observed).summary()
         assert scores[name] == {**expected, "fallbacks": made[name].fallbacks}
     assert scores["ridge"]["pooled"]["nrmse"] < scores["persistence"]["pooled"]["nrmse"]
 
 
+def test_small_blocks_score_as_one(store, monkeypatch):
+    """Tiles of one cell or of a few, and windows one by one or a few: every figure to rounding."""
+    windows = store.windows("test", 6, 4, channel="flow")
+    expected, frames = score_baselines(store, "train", windows), len(store.times)
+    for values in (frames, 4 * frames + 3, 1):
+        monkeypatch.setattr(baselines, "VALUES_IN_MEMORY", values)
+        blocks = [(b.stop - b.start, t.shape) for b, t, _ in forecast_baselines(store, "train", windows)]
+        cells = max(1, values // frames)
+        assert len(blocks) > 1 and all(h * w <= cells and n * 4 * h * w <= max(values, 4) for n, (h, w) in blocks)
+        for name, scores in score_baselines(store, "train", windows).items():
+            assert flat(scores) == pytest.approx(flat(expected[name]), rel=1e-12)
+
+
+def flat(scores):
+    """The figures of a summary in order."""
+    if not isinstance(scores, dict):
+        return [scores]
+    values = [value for each in scores.values() for value in (each if isinstance(each, list) else [each])]
+    return [number for value in values for number in flat(value)]
+
+
 def test_a_span_too_short_is_refused(store):
     windows = store.windows("test", 6, 4, channel="flow")
     with pytest.raises(InputError, match="no window"):
-        forecast_baselines(store, DaySpan.parse("2024-03-19:2024-03-19"), windows_of(windows, 24))
+        forecast_all(store, DaySpan.parse("2024-03-19:2024-03-19"), windows_of(windows, 24))
 
 
 def windows_of(windows, S):

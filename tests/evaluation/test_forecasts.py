@@ -10,8 +10,8 @@ import zarr
 
 from stdist.data import Region
 from stdist.errors import InputError
-from stdist.evaluation import forecasts as files
-from stdist.evaluation import read_forecasts, write_forecasts
+from stdist.evaluation import forecast_header, read_forecasts, write_forecasts
+from stdist.evaluation.forecasts import stream_forecasts
 
 from .conftest import make_forecasts
 
@@ -92,7 +92,7 @@ def test_parquet_with_a_repeated_row_is_refused(forecasts, tmp_path):
 @pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
 def test_written_a_few_windows_at_a_time(forecasts, suffix, points, expected, tmp_path, monkeypatch):
     """93 windows of 4 steps and 6 cells, ten of them in memory, or less than one: the same values in the same order."""
-    monkeypatch.setattr(files, "POINTS_IN_MEMORY", points)
+    monkeypatch.setattr(forecast_header, "POINTS_IN_MEMORY", points)
     asked, whole = (
         [],
         np.concatenate([forecasts.values[None], *([] if forecasts.quantiles is None else [forecasts.quantiles])]),
@@ -105,7 +105,7 @@ def test_written_a_few_windows_at_a_time(forecasts, suffix, points, expected, tm
     path = tmp_path / f"made{suffix}"
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    files.stream_forecasts(forecasts.header, read, path, scratch)
+    stream_forecasts(forecasts.header, read, path, scratch)
     assert asked == expected
     if suffix == ".parquet":
         table = pl.read_parquet(path)

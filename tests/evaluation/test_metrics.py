@@ -1,6 +1,5 @@
 """Eq. 21-23 by hand, and sums and counts against one pass over everything."""
 
-import json
 import math
 from itertools import pairwise
 
@@ -114,14 +113,6 @@ def test_one_entry_per_cell():
     rmse = ErrorState.of_cells(forecast, truth, observed).errors()["rmse"].reshape(2, 3)
     error = (forecast - truth)[:, :, 1, 2][observed[:, :, 1, 2]]
     assert rmse[1, 2] == pytest.approx(np.sqrt(np.mean(error**2)))
-
-
-def test_json_round_trip_is_exact():
-    state = ErrorState.of(*random_batch(np.random.default_rng(2), 5))
-    again = ErrorState.from_json(json.loads(json.dumps(state.to_json())))
-    assert again.summary() == state.summary()
-    with pytest.raises(InputError, match="keys"):
-        ErrorState.from_json({"count": [1]})
 
 
 def test_a_nan_forecast_is_refused_with_its_place():

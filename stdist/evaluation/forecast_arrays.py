@@ -1,0 +1,86 @@
+"""Forecasts as Zarr arrays that plain xarray opens."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from jaxtyping import Float
+
+from stdist.data import Region
+from stdist.evaluation.blocks import cut
+from stdist.evaluation.forecast_header import (
+    METADATA_KEY,
+    QUANTILES,
+    ForecastHeader,
+    ReadBlock,
+    ReadWindows,
+    read_metadata,
+)
+
+
+def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    contract = header.metadata.contract
+    r0, r1, c0, c1 = contract.region
+    dims = ("origin", "step", "row", "col")
+    coords: dict[str, Any] = {
+        "origin": ("origin", header.origins.astype("datetime64[ns]"), {"standard_name": "time"}),
+        "step": ("step", np.arange(1, contract.K + 1)),
+        "row": ("row", np.arange(r0, r1)),
+        "col": ("col", np.arange(c0, c1)),
+        "cell": (("row", "col"), header.cell_ids),
+    }
+    if header.has_quantiles:
+        coords["quantile"] = ("quantile", np.array(QUANTILES))
+    xr.Dataset(coords=coords).to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+    group = zarr.open_group(path, mode="r+")
+    group.attrs.put({METADATA_KEY: header.metadata.model_dump_json()})
+    block = header.block
+
+    def create(name: str, *leading: tuple[str, int]) -> zarr.Array[Any]:
+        return group.create_array(
+            name,
+            shape=(*(size for _, size in leading), *header.shape),
+            chunks=(*(1 for _ in leading), *block),
+            dtype="float32",
+            fill_value=np.nan,
+            dimension_names=(*(dim for dim, _ in leading), *dims),
+            # xarray finds the coordinates that are not dimensions by this attribute alone.
+            attributes={"units": contract.units, "coordinates": "cell"},
+        )
+
+    point = create("point" if header.has_quantiles else "forecast")
+    quantiles = create("forecast", ("quantile", len(QUANTILES))) if header.has_quantiles else None
+    for windows in cut(header.shape[0], block[0]):
+        values = read(windows)
+        point[windows] = values[0]
+        if quantiles is not None:
+            quantiles[:, windows] = values[1:]
+    with warnings.catch_warnings():
+        # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read.
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
+        zarr.consolidate_metadata(path)
+
+
+def open_zarr(path: Path) -> tuple[ForecastHeader, ReadBlock]:
+    with xr.open_zarr(path, chunks=None) as dataset:
+        header = ForecastHeader(
+            read_metadata(dataset.attrs.get(METADATA_KEY), path),
+            dataset["origin"].values.astype("datetime64[ns]"),
+            dataset["cell"].values,
+            has_quantiles="quantile" in dataset["forecast"].dims,
+        )
+    forecast = zarr.open_array(path / "forecast", mode="r")
+    point = zarr.open_array(path / "point", mode="r") if header.has_quantiles else forecast
+    header.require_shape(point.shape)
+
+    def read(windows: slice, tile: Region, quantiles: bool) -> Float[np.ndarray, "quantity n K h w"]:
+        place = header.place(windows, tile)
+        values = np.asarray(point[place])[None]
+        if not (quantiles and header.has_quantiles):
+            return values
+        return np.concatenate([values, np.asarray(forecast[(slice(None), *place)])])
+
+    return header, read

@@ -1,0 +1,84 @@
+"""What a file of forecasts says beside their values, and the blocks that are in memory of them."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from stdist.data import Region
+from stdist.errors import InputError
+from stdist.evaluation.blocks import cut, tile_shape, tiles
+from stdist.evaluation.contract import ForecastMetadata, parsed
+
+QUANTILES = (0.1, 0.5, 0.9)
+METADATA_KEY = "stdist"
+POINTS_IN_MEMORY = 2**20
+"""Values (window, step, cell) that are read together, and written together unless one window has more."""
+
+ReadWindows = Callable[[slice], Float[np.ndarray, "quantity n K h w"]]
+"""Gives n consecutive windows: the point forecast, then the quantiles if there are any."""
+
+ReadBlock = Callable[[slice, Region, bool], Float[np.ndarray, "quantity n K h w"]]
+"""Gives n consecutive windows of a tile of the region: the point forecast, then, if wanted, the quantiles there are."""
+
+
+@dataclass(frozen=True, eq=False)
+class ForecastHeader:
+    """What a file of forecasts says beside their values; see ``Forecasts``."""
+
+    metadata: ForecastMetadata
+    origins: Shaped[np.ndarray, " N"]
+    cell_ids: Shaped[np.ndarray, "h w"]
+    has_quantiles: bool
+
+    @property
+    def region(self) -> Region:
+        return Region(*self.metadata.contract.region)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, K, h, w)."""
+        return len(self.origins), self.metadata.contract.K, *self.region.shape
+
+    @property
+    def quantities(self) -> int:
+        """Values a point in time and space has: the point forecast, and the quantiles."""
+        return 1 + len(QUANTILES) * self.has_quantiles
+
+    @property
+    def block(self) -> tuple[int, int, int, int]:
+        """(n, K, rows, cols) that are in memory together: ``POINTS_IN_MEMORY`` at most, while K is not more."""
+        windows, k, *cells = self.shape
+        together = POINTS_IN_MEMORY // max(1, k * int(np.prod(cells)))
+        rows, cols = tile_shape(tuple(cells), POINTS_IN_MEMORY // k)
+        return max(1, min(windows, together)), k, rows, cols
+
+    def blocks(self) -> Iterator[tuple[slice, Region]]:
+        """All windows and cells, block by block: every window of one tile, then of the next."""
+        size, _, rows, cols = self.block
+        for tile in tiles(self.region, rows * cols):
+            yield from ((windows, tile) for windows in cut(self.shape[0], size))
+
+    def place(self, windows: slice, tile: Region) -> tuple[slice, slice, slice, slice]:
+        """Where a block lies in an array [N, K, h, w]."""
+        r0, _, c0, _ = self.metadata.contract.region
+        return windows, slice(None), slice(tile.r0 - r0, tile.r1 - r0), slice(tile.c0 - c0, tile.c1 - c0)
+
+    def require_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises InputError where an array of point forecasts is not [N, K, h, w]."""
+        if shape != self.shape:
+            raise InputError(
+                f"forecasts have shape {shape}, their origins and contract say {self.shape} (origin, step, row, col)"
+            )
+        if self.cell_ids.shape != self.shape[2:]:
+            raise InputError(f"cell ids have shape {self.cell_ids.shape}, the region is {self.shape[2:]}")
+
+
+def read_metadata(text: str | None, path: Path) -> ForecastMetadata:
+    """The metadata that the file ``path`` carries under ``METADATA_KEY``. Raises InputError where there is none."""
+    if text is None:
+        raise InputError(f"{path}: carries no contract, so it was not written by stdist; it cannot be scored")
+    return parsed(ForecastMetadata, json.loads(text), f"{path}: its contract", "make the forecasts again")

@@ -1,0 +1,111 @@
+"""Forecasts as Parquet tables, one row a value."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from polars.io.plugins import register_io_source
+
+from stdist.data import Region
+from stdist.errors import InputError
+from stdist.evaluation import forecast_header
+from stdist.evaluation.blocks import cut
+from stdist.evaluation.forecast_header import METADATA_KEY, ForecastHeader, ReadBlock, ReadWindows, read_metadata
+
+QUANTILE_COLUMNS = ("q10", "q50", "q90")
+CELL_IDS_KEY = "stdist_cell_ids"
+
+
+def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    _, k, h, w = header.shape
+
+    def tables(*_pushed_down: object) -> Iterator[pl.DataFrame]:
+        for windows in cut(header.shape[0], header.block[0]):
+            values = read(windows)
+            together = forecast_header.POINTS_IN_MEMORY // max(1, values[0, :, 0].size)
+            for steps in cut(k, max(1, together)):  # not all of them at once of a large window only
+                yield _table(header, windows, steps, values[:, :, steps])
+
+    nothing = _table(header, slice(0, 0), slice(0, k), np.empty((header.quantities, 0, k, h, w), np.float32))
+    metadata = {
+        METADATA_KEY: header.metadata.model_dump_json(),
+        CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
+    }
+    register_io_source(tables, schema=nothing.schema).sink_parquet(path, metadata=metadata)
+
+
+def _table(
+    header: ForecastHeader, windows: slice, steps: slice, values: Float[np.ndarray, "quantity n k h w"]
+) -> pl.DataFrame:
+    """The rows of some windows and steps (counted from 0), cells without a forecast left out."""
+    _, n, k, h, w = values.shape
+    origin = np.repeat(header.origins[windows].astype("datetime64[ns]"), k * h * w)
+    step = np.tile(np.repeat(np.arange(steps.start + 1, steps.stop + 1, dtype=np.int32), h * w), n)
+    cadence = np.timedelta64(header.metadata.contract.cadence_seconds, "s")
+    flat = values.reshape(len(values), -1).astype(np.float32)
+    columns = {
+        "origin": origin,
+        "target": origin + step * cadence,
+        "cell": np.tile(header.cell_ids.ravel(), n * k),
+        "step": step,
+        "forecast": flat[0],
+    }
+    if header.has_quantiles:
+        columns |= dict(zip(QUANTILE_COLUMNS, flat[1:], strict=True))
+    table = pl.DataFrame(columns).filter(pl.col("forecast").is_not_nan())
+    return table.with_columns(pl.col("origin", "target").dt.replace_time_zone("UTC"))
+
+
+def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
+    attributes = pl.read_parquet_metadata(path)
+    metadata = read_metadata(attributes.get(METADATA_KEY), path)
+    cell_ids = np.array(json.loads(attributes[CELL_IDS_KEY]))
+    table = pl.scan_parquet(path)
+
+    def column(values: pl.Expr) -> np.ndarray:
+        return table.select(values).collect(engine="streaming").to_series().to_numpy()
+
+    cells = column(pl.col("cell").unique())
+    foreign = cells[~np.isin(cells, cell_ids)]
+    if foreign.size:
+        raise InputError(f"{path}: {foreign.size} cells outside the contract's region, first {foreign[0]}")
+    k, steps = metadata.contract.K, column(pl.col("step").unique())
+    if steps.size and (steps.min() < 1 or steps.max() > k):
+        raise InputError(f"{path}: steps {steps.min()} to {steps.max()}, the contract says 1 to {k}")
+    origins = np.sort(column(_stamp(pl.col("origin")).unique()))
+    header = ForecastHeader(metadata, origins, cell_ids, QUANTILE_COLUMNS[0] in table.collect_schema())
+
+    def read(windows: slice, tile: Region, quantiles: bool) -> Float[np.ndarray, "quantity n K h w"]:
+        columns = ["forecast", *(QUANTILE_COLUMNS if quantiles and header.has_quantiles else ())]
+        chosen, ids = origins[windows], cell_ids[header.place(windows, tile)[2:]]
+        values = np.full((len(columns), len(chosen), k, ids.size), np.nan, np.float32)
+        if not values.size:
+            return values.reshape(*values.shape[:3], *ids.shape)
+        # Row groups outside these bounds are not decoded.
+        first, last = (pl.lit(stamp).dt.replace_time_zone("UTC") for stamp in chosen[[0, -1]])
+        within = pl.col("origin").is_between(first, last)
+        if ids.size < cell_ids.size:
+            within &= pl.col("cell").is_in(pl.lit(pl.Series(ids.ravel())).implode())
+        rows = table.filter(within).collect(engine="streaming")
+        by_id = np.argsort(ids, axis=None)
+        place = (
+            np.searchsorted(chosen, rows.select(_stamp(pl.col("origin"))).to_series().to_numpy()),
+            rows["step"].to_numpy() - 1,
+            by_id[np.searchsorted(ids.ravel(), rows["cell"].to_numpy(), sorter=by_id)],
+        )
+        written = np.zeros(values.shape[1:], bool)
+        written[place] = True
+        if written.sum() != len(rows):
+            raise InputError(f"{path}: some (origin, cell, step) appear more than once")
+        for column, name in zip(values, columns, strict=True):
+            column[place] = rows[name].to_numpy()
+        return values.reshape(*values.shape[:3], *ids.shape)
+
+    return header, read
+
+
+def _stamp(column: pl.Expr) -> pl.Expr:
+    return column.dt.replace_time_zone(None).cast(pl.Datetime("ns"))
