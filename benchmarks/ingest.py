@@ -2,9 +2,10 @@
 
 The text is of a synthetic Milan in the genuine format: 10,000 squares, 144 slots, 3.6 rows of country codes a pair,
 70 bytes a row. Both sides make of it what a store takes, five float32 arrays (144, 10000) with NaN where a pair has
-no row, in turn, in one process, on one thread, and must agree to 1e-6. The peer checks nothing; we check every row.
-Beside it:
+no row, in turn, in one process held to one core (pandas starts threads of its own), and must agree to 1e-6. The peer
+checks nothing; we check every row. Beside it:
 
+``read_csv``   seconds to read the same blocks with polars and do nothing else: what no reader through polars beats
 ``one_pivot``  the peer with one pivot for all five tables, in turn with ours again
 ``fresh``      of both, in a process of its own as a task of a preparation has: seconds of its first day without
                imports, and peak of memory
@@ -29,12 +30,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import polars as pl
 from _harness import comparison, cost_in_fresh_process, figure, in_turn, parser, publish, seconds
 
 from data_prep import telecom_italia
 from data_prep.local_processes import local_processes
 from data_prep.preparation import prepare
 from data_prep.synthetic import write_raw
+from data_prep.telecom_rows import SCHEMA, blocks
 from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
 from stdist.data import GridWriter
 from stdist.data.synthetic import SyntheticCity
@@ -51,6 +54,12 @@ def ours(path: Path) -> Values:
     plan = telecom_italia.plan([path])
     [day] = plan.read(plan.parts[0])
     return {name: values.reshape(SLOTS_PER_DAY, -1) for name, values in day.values.items()}
+
+
+def parse(path: Path) -> None:
+    with path.open("rb") as file:
+        for block in blocks(file):
+            pl.read_csv(block, separator="\t", has_header=False, schema=SCHEMA, quote_char=None)
 
 
 def peer(path: Path) -> Values:
@@ -107,15 +116,19 @@ def require_agreement(path: Path) -> None:
 
 
 def measure(runs: int, rows: int) -> dict[str, Any]:
+    cores = os.sched_getaffinity(0)
     with TemporaryDirectory() as name:
         folder = Path(name)
         city = SyntheticCity(rows, SIDE, FIRST_DAY, days=DAYS, seed=1)
         paths = write_raw(city, folder / "raw", np.arange(1, rows * SIDE + 1).reshape(rows, SIDE))
         path, text = paths[0], paths[0].stat().st_size
         require_agreement(path)
+        os.sched_setaffinity(0, {max(cores)})
         our_seconds, peer_seconds = in_turn(partial(ours, path), partial(peer, path), runs)
         beside_once, once_seconds = in_turn(partial(ours, path), partial(peer_pivoting_once, path), runs)
+        parse_seconds = [seconds(partial(parse, path)) for _ in range(runs)]
         fresh = {side.__name__: cost_in_fresh_process(in_fresh_process, side, path) for side in (ours, peer)}
+        os.sched_setaffinity(0, cores)
         one, two = ([seconds_of_tasks(paths, n, folder / f"{n}-{run}") for run in range(runs)] for n in (1, TASKS))
         stored = store_bytes(path, folder / "day.zarr")
         lines = sum(block.count(b"\n") for block in iter(partial(path.open("rb").read, 1 << 24), b""))
@@ -127,10 +140,11 @@ def measure(runs: int, rows: int) -> dict[str, Any]:
         peer="pandas read_csv, groupby.sum and pivot",
         peer_values=peer_seconds,
         setting=(
-            f"{text:,} bytes, {lines:,} rows, {rows * SIDE} squares, numpy {np.__version__}, pandas {pd.__version__}"
+            f"{text:,} bytes, {lines:,} rows, {rows * SIDE} squares, polars {pl.__version__}, pandas {pd.__version__}"
         ),
         better="less",
         megabytes_per_second=figure(text / 1e6 / statistics.median(our_seconds)),
+        read_csv=figure(statistics.median(parse_seconds)),
         one_pivot={
             "peer_value": figure(statistics.median(once_seconds)),
             "ratio": figure(statistics.median(once_seconds) / statistics.median(beside_once)),

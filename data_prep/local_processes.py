@@ -13,13 +13,16 @@ from stdist.data.parts import Executor, Part, PartResult, RunPart
 
 @contextmanager
 def local_processes(workers: int) -> Iterator[Executor]:
-    """An ``Executor`` on ``workers`` processes, fresh interpreters that end with this one.
+    """An ``Executor`` on ``workers`` processes, fresh interpreters that share the cores and end with this one.
 
     What a part raises is raised here, after the parts in hand were finished and noted. Raises
     ``BrokenProcessPool`` where a process dies.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    given = "POLARS_MAX_THREADS" in os.environ
+    # Read where polars is imported, which in a worker is before any code of ours.
+    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
     def execute(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
         left, running = iter(parts), set[Future[PartResult]]()
@@ -37,6 +40,8 @@ def local_processes(workers: int) -> Iterator[Executor]:
         yield execute
     finally:
         pool.shutdown(cancel_futures=True)
+        if not given:
+            del os.environ["POLARS_MAX_THREADS"]
 
 
 def _follow_parent() -> None:

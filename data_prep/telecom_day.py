@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_prep.telecom_rows import BELOW, blocks, explain, open_raw, read_rows
+from data_prep.telecom_rows import COUNTRIES, blocks, explain, open_raw, read_rows
 from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
 from stdist.errors import InputError
-
-COUNTRIES = BELOW["country"]
-CELLS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,7 @@ class _Sums:
         self.path, self.day, self.squares = path, day, squares
         self.start = day_start_ms(day)
         pairs = squares.cells * SLOTS_PER_DAY
-        self.totals = np.zeros((pairs, len(CHANNELS)))
+        self.totals = np.zeros((len(CHANNELS), pairs))
         self.seen = np.zeros(pairs, bool)
         self.keys: list[np.ndarray] = []
 
@@ -78,9 +75,9 @@ class _Sums:
         self.seen[pair] = True
         self.keys.append(pair * COUNTRIES + rows["country"].to_numpy())
         first, last = int(pair.min()), int(pair.max()) + 1
-        for column, name in enumerate(CHANNELS):
-            activity = rows[name].fill_null(0).to_numpy()
-            self.totals[first:last, column] += np.bincount(pair - first, activity, minlength=last - first)
+        pair -= first
+        for totals, name in zip(self.totals, CHANNELS, strict=True):
+            totals[first:last] += np.bincount(pair, rows[name].fill_null(0).to_numpy(), last - first)
 
     def _require(self, right: np.ndarray, found: np.ndarray, first_line: int, what: str) -> None:
         if right.all():
@@ -94,7 +91,8 @@ class _Sums:
     def require_unique(self) -> None:
         """Raise InputError where two rows have one square, slot and country: their sum would count twice."""
         keys = np.concatenate(self.keys) if self.keys else np.empty(0, np.int64)
-        ordered = np.sort(keys)
+        # The files are nearly sorted, which a stable sort makes use of.
+        ordered = np.sort(keys, kind="stable")
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(repeated):
             first, again = np.flatnonzero(keys == repeated[0])[:2]
@@ -104,13 +102,7 @@ class _Sums:
             )
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        cells = self.squares.cells
-        totals = self.totals.reshape(cells, SLOTS_PER_DAY, len(CHANNELS))
-        seen = self.seen.reshape(cells, SLOTS_PER_DAY)
-        values = np.empty((len(CHANNELS), SLOTS_PER_DAY, cells), np.float32)
-        for first in range(0, cells, CELLS_AT_ONCE):
-            some = slice(first, first + CELLS_AT_ONCE)
-            block = totals[some].astype(np.float32)
-            block[~seen[some]] = np.nan
-            values[:, :, some] = block.transpose(2, 1, 0)
-        return values, np.asarray(seen.any(axis=0))
+        self.totals[:, ~self.seen] = np.nan
+        by_slot = self.totals.reshape(len(CHANNELS), -1, SLOTS_PER_DAY).transpose(0, 2, 1)
+        present = np.asarray(self.seen.reshape(-1, SLOTS_PER_DAY).any(axis=0))
+        return by_slot.astype(np.float32, order="C"), present

@@ -88,10 +88,9 @@ class Imputation:
         days = segments_of(np.asarray(shards.array("present")[:]), shards.slots_per_day)
         scratch = notes.scratch / part.name
         with notes.working(self.session):
-            scratch.mkdir(parents=True, exist_ok=True)
-            _look_ahead(shards, channel, tile, days, scratch)
+            shutil.rmtree(scratch, ignore_errors=True)  # of a killed preparation
             result = self._fill(shards, channel, tile, days, scratch)
-            shutil.rmtree(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
         return PartResult(part.name, *result)
 
     def _fill(
@@ -107,11 +106,14 @@ class Imputation:
             values, observed = shards.read(channel, day, tile), shards.read(observed_name(channel), day, tile)
             exists = np.broadcast_to(shards.exists(day, tile), inside.shape)
             filled = values.copy()
-            with np.load(scratch / f"{day}.npz") as table:
-                after = Known(table["time"], table["value"])
             for start, stop, goes_back, goes_on in days[day]:
-                left, right = before if goes_back else nothing, after if goes_on else nothing
+                left, right = before if goes_back else nothing, nothing
                 part = slice(start - slots.start, stop - slots.start)
+                if goes_on and (inside & exists & ~observed[-1]).any():
+                    if not scratch.exists():
+                        _look_ahead(shards, channel, tile, {d: days[d] for d in days if d >= day}, scratch)
+                    with np.load(scratch / f"{day}.npz") as table:
+                        right = Known(table["time"], table["value"])
                 missing += int((~observed[part] & inside & exists).sum())
                 zeros += int((observed[part] & (values[part] == 0)).sum())
                 filled[part] = interpolate(values[part], observed[part], start, left, right)
@@ -140,6 +142,7 @@ def segments_of(present: np.ndarray, slots_per_day: int) -> dict[int, list[Segme
 
 def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[Segment]], scratch: Path) -> None:
     """Backwards over the days, leaving on disk what is known after each of them."""
+    scratch.mkdir(parents=True)
     nothing = Known.none(tuple(side.stop - side.start for side in tile))
     following = nothing
     for day in sorted(days, reverse=True):

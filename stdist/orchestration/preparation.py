@@ -89,7 +89,7 @@ def _run_parts(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
             ray.cancel(reference, force=True)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, runtime_env={"env_vars": {"POLARS_MAX_THREADS": "1"}})
 def _run(run_part: RunPart, part: Part) -> PartResult:
     return run_part(part)
 

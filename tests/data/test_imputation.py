@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stdist.data import GridSpec, GridWriter, imputation, open_store
 from stdist.data.imputation import Known, first_known, interpolate, last_known
+from stdist.data.shards import Shards
 
 NAN = np.nan
 
@@ -113,6 +114,18 @@ def test_a_day_long_spell_is_carried_over_whole_days(make_store):
     filled = make_store(values).values("internet", 0, 432)[:, 0, 0]
     np.testing.assert_allclose(filled[143:289], np.arange(146), rtol=1e-5)
     assert (filled[:143] == 0).all() and (filled[289:] == 145).all()
+
+
+@pytest.mark.parametrize(("slot", "reads"), [(None, 6), (142, 6), (143, 10), (431, 6)])
+def test_days_ahead_are_read_where_a_cell_lacks_its_last_value_before_midnight(make_store, monkeypatch, slot, reads):
+    """Three days of one run: values and mask of each once, and of the two later ones once more."""
+    days, read = [], Shards.read
+    monkeypatch.setattr(Shards, "read", lambda self, name, day, tile: days.append(day) or read(self, name, day, tile))
+    values = np.ones((432, 1, 2), np.float32)
+    if slot is not None:
+        values[slot, 0, 0] = NAN
+    make_store(values)
+    assert len(days) == reads
 
 
 @pytest.mark.parametrize(("absent", "runs"), [(6, [(0, 288)]), (7, [(0, 140), (147, 288)])])

@@ -15,6 +15,7 @@ import xarray
 import zarr
 
 from data_prep import READERS, Day, Part, Plan, prepare
+from data_prep.local_processes import local_processes
 from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, notes, open_store, shards
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.errors import InputError, Interrupted
@@ -105,6 +106,19 @@ def test_processes_write_the_store_that_one_process_writes(tmp_path, synthetic):
     summary = prepare(plan, tmp_path / "city.zarr", workers=2, progress=lambda *count: seen.append(count))
     assert summary.digest == synthetic
     assert seen == [(3, 12), (6, 12), (9, 12), (12, 12)]
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, 2), ("1", 1)])
+def test_processes_share_the_cores(monkeypatch, given, threads):
+    """Seven cores are two threads of polars for each of three workers, unless the environment says how many."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("POLARS_MAX_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("POLARS_MAX_THREADS", given)
+    with local_processes(3) as execute:
+        # In a worker a part is evaluated: this one as the threads that polars has there.
+        assert list(execute(eval, ["__import__('polars').thread_pool_size()"])) == [threads]
+    assert os.environ.get("POLARS_MAX_THREADS") == given
 
 
 # Killed for real. In a forked process, which ends itself with signal 9 at the n-th call of a function: before the

@@ -97,6 +97,7 @@ def test_generator_to_raw_text_to_store_is_exact(tmp_path):
         (GOOD + "0\t1383260400000\t39\t1\t1\t1\t1\t1\n", r"line 3: square outside 1 … 10000 \(0\)"),
         (GOOD + "2\t1383260400000\t39\t1\tx\t1\t1\t1\n", "line 3, column 5: 'x' is not a finite number"),
         (GOOD + "2\t1383260400000\t39\t1\t1\t1\t1\tinf\n", "line 3, column 8: 'inf'"),
+        (GOOD + "2\t1383260400000\t39\tNaN\t1\t1\t1\t1\n", "line 3, column 4: 'NaN'"),
         (GOOD + "2\t1383260400000\t39\t1\t1\t-4\t1\t1\n", r"line 3: negative activity \(-4.0\)"),
         ("datetime,CellID,countrycode,smsin,smsout,callin,callout,internet\n", "hourly re-release"),
         ("1,1383260400000,39,1,1,1,1,1\n", "not a row of the raw format"),

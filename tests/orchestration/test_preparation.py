@@ -150,3 +150,13 @@ def test_results_come_as_parts_finish(cluster, tmp_path):
         assert next(results).name == "fast"
         seen.touch()
         assert [result.name for result in results] == ["slow"]
+
+
+def test_polars_keeps_to_the_core_of_its_task(cluster):
+    def run(part: Part) -> PartResult:
+        import polars
+
+        return PartResult(part.name, result=polars.thread_pool_size())
+
+    with ray_executor("auto") as executor:
+        assert [result.result for result in executor(run, [Part("day", (0,))])] == [1]
