@@ -1,0 +1,345 @@
+"""``stdist submit`` on a real Ray cluster of this machine: dashboard, job server and a token, as Ray starts them."""
+
+import http.server
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
+
+from stdist.config import LearnersConfig
+from stdist.errors import InputError
+from stdist.orchestration import jobs
+
+PATIENCE = 300
+"""Seconds something may take on a crowded machine."""
+TOKEN = secrets.token_hex(16)
+BIN = Path(sys.executable).parent
+CLOSED = "http://127.0.0.1:1"
+"""Nobody listens here: what is refused with another line was refused before the cluster was asked."""
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "stages": ["sft"],
+    "data": {"store": "city.zarr", "history": 3, "horizon": 2, "region": "0:2,0:2"},
+    "numerals": {"mantissa_digits": 2},
+    "policy": {"base": "tiny"},
+    "sft": {
+        **{"trainable": "full", "max_steps": 2, "windows_per_step": 1, "cells_per_window": 2, "eval_windows": 1},
+        **{"logging_steps": 1, "save_steps": 1000, "eval_steps": 1000, "warmup_steps": 1},
+    },
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Without settings of Ray's other than these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch, tmp_path_factory) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of the dashboard of a head of its own; everything it started ends with it."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # pytest's are too long for Unix sockets
+    dashboard, client = free_ports(2)
+    head = subprocess.Popen(
+        [
+            *[str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={folder}"],
+            *["--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=true", "--port=0"],
+            *[f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"],
+            *["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"],
+        ],
+        env=environment(RAY_AUTH_TOKEN=TOKEN),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(lambda: head.poll() is not None or answers(address), "no dashboard")
+        assert head.poll() is None, head.stdout.read()
+        yield address
+    finally:
+        head.terminate()  # it ends its processes, and they their jobs
+        try:
+            head.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [held.getsockname()[1] for held in sockets]
+    for held in sockets:
+        held.close()
+    return ports
+
+
+def answers(address: str) -> bool:
+    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
+    try:
+        return urllib.request.urlopen(request, timeout=10).status == 200
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], object], otherwise: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A working directory: tiny.yaml, its store, and a run of long ago that is too large for any upload."""
+    folder = tmp_path_factory.mktemp("project")
+    size = ["--height", "3", "--width", "3", "--days", "8", "--cadence", "60", "--seed", "1"]
+    subprocess.run(
+        [str(BIN / "stdist"), "prepare", "synthetic", "--out", "city.zarr", *size],
+        **{"cwd": folder, "env": environment(), "check": True, "capture_output": True},
+    )
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    large_file(folder / "runs" / "old" / "weights")
+    return folder
+
+
+def large_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.truncate(101 * 2**20)
+
+
+def command(folder: Path, *arguments: str, **settings: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments,
+        **{"cwd": folder, "env": environment(RAY_AUTH_TOKEN=TOKEN, **settings), "text": True},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def submit(folder: Path, *arguments: str, **settings: str) -> "subprocess.Popen[str]":
+    return command(folder, str(BIN / "stdist"), "submit", *arguments, **settings)
+
+
+def finished(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, out, err
+
+
+def require_artefacts(run: Path) -> None:
+    assert json.loads((run / "report" / "metrics.json").read_text())
+    assert (run / "report" / "index.html").is_file()
+    stage = run / "checkpoints" / "sft"
+    assert (stage / "finished.json").is_file() and (stage / "latest").read_text().strip() == "step-2"
+    assert [line["step"] for line in log(run) if "loss" in line] == [1, 2]
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_training_as_a_job_leaves_its_run_where_it_was_submitted(cluster, project):
+    """Ray's own variables would send it elsewhere; they do not count beside --address."""
+    code, out, err = finished(submit(project, "tiny.yaml", "--address", cluster, "--json", RAY_ADDRESS=CLOSED))
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["status"] == "SUCCEEDED" and Path(result["run"]) == project / "runs" / "tiny"
+    assert "test NRMSE" in err  # the job's log
+    require_artefacts(project / "runs" / "tiny")
+
+
+def test_plain_ray_job_submit_runs_the_same_program(cluster, project):
+    places = [f"data.store={project / 'city.zarr'}", f"output_dir={project / 'runs'}"]
+    ray = [str(BIN / "ray"), "job", "submit", "--address", cluster, "--working-dir", "."]
+    (project / ".rayignore").write_text("*.zarr\nruns\n")
+    code, out, err = finished(
+        command(project, *ray, "--", "stdist", "train", "tiny.yaml", "name=plain", *places, RAY_AUTH_MODE="token")
+    )
+    assert code == 0, out + err
+    require_artefacts(project / "runs" / "plain")
+
+
+def test_a_failed_job_gives_its_line_and_its_exit_code(cluster, project):
+    code, out, err = finished(submit(project, "tiny.yaml", "data.store=nowhere.zarr", "--address", cluster))
+    assert code == 2 and out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("error: job raysubmit_") and f"failed: {project / 'nowhere.zarr'}" in line
+
+
+def test_ctrl_c_detaches_and_stop_saves_the_step(cluster, project):
+    run = project / "runs" / "long"
+    arguments = ["tiny.yaml", "name=long", "sft.max_steps=100000", "--submission-id", "long", "--address", cluster]
+    process = submit(project, *arguments)
+    wait_for(lambda: process.poll() is not None or len(log(run)) > 2, "no step in time")
+    process.send_signal(signal.SIGINT)
+    code, _, err = finished(process)
+    assert code == 130, err
+    assert f"interrupted: job long goes on; follow it with `ray job logs --follow long --address {cluster}`" in err
+    steps = len(log(run))
+    wait_for(lambda: len(log(run)) > steps + 2, "the job does not go on")
+
+    code, _, err = finished(submit(project, *arguments))
+    assert code == 2 and f"error: there is a job long at {cluster}; choose another --submission-id" in err
+
+    code, out, err = finished(submit(project, "--stop", "long", "--address", cluster))
+    assert (code, out) == (0, "long: STOPPED\n"), err
+    assert (run / "checkpoints" / "sft" / "latest").read_text().strip() == f"step-{log(run)[-1]['step']}"
+    assert jobs.find(cluster, "long").stop().status == "STOPPED"  # again
+
+
+def test_a_detached_job_is_named_at_once(cluster, project):
+    arguments = ["tiny.yaml", "data.store=nowhere.zarr", "--detach", "--submission-id", "quick", "--json"]
+    code, out, err = finished(submit(project, *arguments, "--address", cluster))
+    assert code == 0, err
+    assert json.loads(out) == {"submission_id": "quick", "run": str(project / "runs" / "tiny")}
+
+
+def refusal(*arguments: Any) -> str:
+    with pytest.raises(InputError) as refused:
+        jobs.submit(*arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_tokens_and_ids_a_cluster_does_not_know(cluster, project, monkeypatch):
+    with pytest.raises(InputError, match=f"no job nobody at {cluster}; `ray job list --address {cluster}` names them"):
+        jobs.find(cluster, "nobody").stop()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "guess")
+    assert f"{cluster} refuses the token of RAY_AUTH_TOKEN" in refusal(Path("tiny.yaml"), [], cluster, project)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    assert f"{cluster} asks for a token and there is none" in refusal(Path("tiny.yaml"), [], cluster, project)
+
+
+def test_the_token_is_found_in_the_files_ray_reads(cluster, monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    default = Path.home() / ".ray" / "auth_token"
+    default.parent.mkdir()
+    default.write_text(TOKEN + "\n")
+    assert jobs.find(cluster, "any").submission_id == "any"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(InputError, match=r"RAY_AUTH_TOKEN_PATH: .*none cannot be read"):
+        jobs.find(cluster, "any")
+
+
+# --- refused on this machine, without a cluster ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "expected"),
+    [
+        ("none.yaml", [], "none.yaml does not exist"),
+        ("tiny.yaml", ["sft.max_step=3"], "unknown key 'sft.max_step'; did you mean 'max_steps'?"),
+        ("tiny.yaml", ["sft.max_steps=no"], "sft.max_steps"),
+        ("../tiny.yaml", [], "lies outside the working directory"),
+    ],
+)
+def test_a_configuration_the_job_could_not_run(folder, config, overrides, expected):
+    assert expected in refusal(Path(config), overrides, CLOSED, folder)
+
+
+def test_a_working_directory_without_what_the_job_needs(folder):
+    assert "does not exist; correct --working-dir" in refusal(Path("tiny.yaml"), [], CLOSED, folder / "none")
+    (folder / ".gitignore").write_text("*.yaml\n")
+    assert "tiny.yaml is kept from the job by .gitignore" in refusal(Path("tiny.yaml"), [], CLOSED, folder)
+
+
+def test_a_working_directory_too_large_for_ray_is_named_with_its_largest_parts(folder):
+    for kept in ("runs", "city.zarr", "other.zarr", ".git", "ignored"):
+        large_file(folder / kept / "file")
+    (folder / ".gitignore").write_text("ignored/\n")
+    assert "nothing answers" in refusal(Path("tiny.yaml"), [], CLOSED, folder)
+    large_file(folder / "models" / "deep" / "weights")
+    line = refusal(Path("tiny.yaml"), [], CLOSED, folder)
+    assert "has 101 MiB to upload and Ray takes 100 MiB; largest: models 101 MiB, " in line and ".rayignore" in line
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:8265", "127.0.0.1:8265 is no address of a Ray dashboard; write http://HOST:8265"),
+        ("http://host:port", "http://host:port is no Ray dashboard"),
+        (CLOSED, f"nothing answers at {CLOSED} (Connection refused)"),
+        ("http://no.such.host.invalid:8265", "nothing answers at http://no.such.host.invalid:8265 ("),
+    ],
+)
+def test_a_wrong_address(folder, address, expected):
+    assert expected in refusal(Path("tiny.yaml"), [], address, folder)
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, b"<html>hello"), (404, b""), (200, b"")])
+def test_an_address_of_something_else(folder, status, body):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        line = refusal(Path("tiny.yaml"), [], address, folder)
+        server.shutdown()
+        thread.join()
+    assert line.startswith(f"what answers at {address} is no Ray dashboard")
+
+
+def test_an_address_that_stays_silent(folder, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert f"nothing answers at {address} (timed out)" in refusal(Path("tiny.yaml"), [], address, folder)
+
+
+def test_ray_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.job_submission", None)
+    monkeypatch.delitem(sys.modules, "stdist.orchestration.jobs")
+    with pytest.raises(InputError, match=r"Ray is not installed; pip install 'stdist\[cluster\]'"):
+        from stdist.orchestration.jobs import submit  # noqa: F401
+
+
+def test_a_single_learner_claims_its_resources_and_several_claim_their_own():
+    one = LearnersConfig(resources_per_worker={"GPU": 1, "CPU": 4, "accelerator_type:A100": 0.01})
+    assert jobs._claims(one) == {
+        **{"entrypoint_num_gpus": 1, "entrypoint_num_cpus": 4},
+        "entrypoint_resources": {"accelerator_type:A100": 0.01},
+    }
+    several = LearnersConfig(num_workers=2, engine="deepspeed", resources_per_worker={"GPU": 1})
+    assert jobs._claims(several) == {}
