@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from data_prep import (
@@ -27,9 +28,14 @@ __all__ = ["READERS", "Day", "Part", "Plan", "PrepareSummary", "Reader", "prepar
 
 @dataclass(frozen=True)
 class Reader:
-    """``plan(sources, **options)``, whose signature and docstring are the command line's options and their help."""
+    """A module whose docstring tells the facts of the data, and whose ``plan(sources, **options)`` has a signature and
+    a docstring that are the command line's options and their help."""
 
-    plan: Callable[..., Plan]
+    module: ModuleType
+
+    @property
+    def plan(self) -> Callable[..., Plan]:
+        return self.module.plan
 
     def prepare(self, sources: list[Path], out: Path, **options: Any) -> PrepareSummary:
         """Plan and write the store ``out`` in this process; see ``preparation.prepare`` for more of them."""
@@ -37,16 +43,16 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {
-    "telecom-italia": Reader(telecom_italia.plan),
-    "frames-npz": Reader(frames_npz.plan),
-    "wide-csv": Reader(wide_csv.plan),
-    "wide-parquet": Reader(wide_parquet.plan),
-    "largest": Reader(largest.plan),
-    "dcrnn-h5": Reader(dcrnn_h5.plan),
-    "xarray": Reader(xarray_source.plan),
-    "pems-npz": Reader(pems_npz.plan),
-    "zones-npz": Reader(zones_npz.plan),
-    "yearly-npz": Reader(yearly_npz.plan),
-    "city-npz": Reader(city_npz.plan),
-    "synthetic": Reader(synthetic.plan),
+    "telecom-italia": Reader(telecom_italia),
+    "frames-npz": Reader(frames_npz),
+    "wide-csv": Reader(wide_csv),
+    "wide-parquet": Reader(wide_parquet),
+    "largest": Reader(largest),
+    "dcrnn-h5": Reader(dcrnn_h5),
+    "xarray": Reader(xarray_source),
+    "pems-npz": Reader(pems_npz),
+    "zones-npz": Reader(zones_npz),
+    "yearly-npz": Reader(yearly_npz),
+    "city-npz": Reader(city_npz),
+    "synthetic": Reader(synthetic),
 }

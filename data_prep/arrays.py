@@ -1,11 +1,11 @@
-"""Arrays in .npy and .npz files: headers without the data, and frames that follow one another as days.
+"""Arrays in .npy and .npz files, known by their headers.
 
 Pickled files are never loaded: an array of Python objects is refused by its header.
 """
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -13,11 +13,7 @@ from typing import IO
 import numpy as np
 
 from data_prep.common import existing
-from data_prep.plan import Day
-from stdist.data.schema import GridSpec, NodeSpec
 from stdist.errors import InputError
-
-BROKEN = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -30,13 +26,17 @@ class ArrayFile:
 
     def load(self) -> np.ndarray:
         """The array, mapped and not read where the file is .npy; InputError where the file is damaged."""
-        try:
-            if self.key is None:
-                return np.load(self.path, mmap_mode="r", allow_pickle=False)
-            with np.load(self.path, allow_pickle=False) as archive:
-                return archive[self.key]
-        except BROKEN as error:
-            raise InputError(f"{self.path} is damaged ({error}); download or write it again") from error
+        return load_array(self.path, self.key)
+
+
+def load_array(path: Path, key: str | None) -> np.ndarray:
+    try:
+        if key is None:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[key]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is damaged ({error}); download or write it again") from error
 
 
 def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
@@ -66,21 +66,16 @@ def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     try:
         if path.suffix != ".npz":
             with path.open("rb") as file:
-                header = _header(file)
-                missing = int(np.prod(header[0])) * header[1].itemsize - (path.stat().st_size - file.tell())
-            if missing > 0 and not header[1].hasobject:
-                raise InputError(f"{path} was cut short, {missing} bytes are missing; download or write it again")
-            return {"": header}
-        headers = {}
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as entry:
-                    headers[member.removesuffix(".npy")] = _header(entry)
-        return headers
-    except BROKEN as error:
-        if isinstance(error, InputError):
-            raise
+                shape, dtype = _header(file)
+                missing = int(np.prod(shape)) * dtype.itemsize - (path.stat().st_size - file.tell())
+        else:
+            with zipfile.ZipFile(path) as archive:
+                return {name.removesuffix(".npy"): _header(archive.open(name)) for name in archive.namelist()}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is no .npy or .npz file, or was cut short; download or write it again") from error
+    if missing > 0 and not dtype.hasobject:
+        raise InputError(f"{path} was cut short, {missing} bytes are missing; download or write it again")
+    return {"": (shape, dtype)}
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
@@ -100,45 +95,3 @@ def parse_channels(channels: str | None, count: int, known: Mapping[int, Sequenc
     if len(names) != count or len(set(names)) != count or not all(name.isidentifier() for name in names):
         raise InputError(f"--channels {channels!r} does not name the {count} channels of {what}; write a,b,…")
     return names
-
-
-def consecutive_days(
-    spec: GridSpec | NodeSpec, first: int, frames: Mapping[str, np.ndarray], source: str
-) -> Iterator[Day]:
-    """Days of frames that follow one another at the cadence; the rest of the first and last day is not present.
-
-    first: index of the first frame, counted from midnight of the spec's first day. frames: per channel numbers
-    [n, *shape], NaN = missing; their last axis may be shorter than the spec's: the last nodes are then missing.
-    Raises InputError naming ``source``, time and place of a value that is infinite or negative.
-    """
-    slots = spec.slots_per_day
-    end = first + len(next(iter(frames.values())))
-    for day in range(first // slots, -(-end // slots)):
-        midnight = day * slots
-        start, stop = max(first, midnight), min(end, midnight + slots)
-        here = slice(start - midnight, stop - midnight)
-        present = np.zeros(slots, bool)
-        present[here] = True
-        values = {}
-        for name, numbers in frames.items():
-            part = np.asarray(numbers[start - first : stop - first], np.float32)
-            require_traffic(part, f"{source}: {name}", local_times(spec, np.arange(start, stop)))
-            values[name] = np.full((slots, *spec.shape), np.nan, np.float32)
-            values[name][here, ..., : part.shape[-1]] = part
-        yield Day(day, values, present)
-
-
-def local_times(spec: GridSpec | NodeSpec, frames: np.ndarray) -> np.ndarray:
-    """Local stamps, datetime64[m] [n], of frame indices."""
-    return spec.first_day.astype("datetime64[m]") + frames * np.timedelta64(spec.cadence_minutes, "m")
-
-
-def require_traffic(values: np.ndarray, what: str, times: np.ndarray) -> None:
-    """Raise InputError naming the first value [n, ...] that is infinite or negative, and its time (times [n])."""
-    wrong = np.isinf(values) | (values < 0)
-    if wrong.any():
-        frame, *place = np.argwhere(wrong)[0].tolist()
-        raise InputError(
-            f"{what} is {values[frame, *place]} at {times[frame]}, index {', '.join(map(str, place))} "
-            f"({int(wrong.sum())} such values); traffic is finite and not negative, NaN means missing"
-        )

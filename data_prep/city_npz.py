@@ -16,58 +16,19 @@ What is made of it: zeros are measured, NaN is missing, integers become float32.
 POI are turned alike and stored as static features ``poi_0`` ….
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.arrays import ArrayFile, array_file, consecutive_days, parse_channels
-from data_prep.common import city_of, grid_spec, parse_split, parse_start, require_on_grid
-from data_prep.plan import Day, Part, Plan
-from stdist.data.schema import GridSpec
+from data_prep.arrays import ArrayFile, array_file, parse_channels
+from data_prep.common import city_of, grid_spec, with_spans
+from data_prep.frames import frames_of, part_of, plan_of, stamps_from
+from data_prep.plan import Plan
 from stdist.errors import InputError
 
 
-@dataclass(frozen=True)
-class Orientation:
-    """How the space axes of a file become rows from the south and columns from the west."""
-
-    transpose: bool
-    north_first: bool
-
-    def turned(self, raster: np.ndarray, axis: int) -> np.ndarray:
-        """A raster whose space axes are ``axis`` and the next, as the store has them; a view."""
-        if self.transpose:
-            raster = raster.swapaxes(axis, axis + 1)
-        return np.flip(raster, axis) if self.north_first else raster
-
-
-@dataclass(frozen=True, eq=False)
-class CityReader:
-    """Days of all files, which may share a day, in one part.
-
-    ``arrays``: one a channel (``stacked``), or one after the other in time.
-    """
-
-    spec: GridSpec
-    arrays: tuple[ArrayFile, ...]
-    stacked: bool
-    orientation: Orientation
-    first: int
-
-    def __call__(self, part: Part) -> Iterator[Day]:
-        volumes = [self.orientation.turned(array.load(), 1) for array in self.arrays]
-        source = ", ".join(str(array.path) for array in self.arrays)
-        if self.stacked:
-            frames = dict(zip(self.spec.channels, volumes, strict=True))
-        else:
-            whole = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
-            whole = whole.reshape(*whole.shape[:3], -1)
-            frames = {name: whole[..., index] for index, name in enumerate(self.spec.channels)}
-        return consecutive_days(self.spec, self.first, frames, source)
-
-
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -79,52 +40,59 @@ def plan(
     poi: Path | None = None,
     north_first: bool = False,
     transpose: bool = False,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
-    """Plan of one city.
+    """Plan of one city, in one part.
 
     channels: names in order: of the channel axis where there is one; else one a file, or one for all files where
     they follow one another in time, in the order given. start: local ISO time of the first frame, required.
     cadence: minutes between frames. poi: file of static features (H, W, F). north_first: row 0 of the files is the
     northern one. transpose: the files are (T, x, y), longitude before latitude.
-    train, validation, test: local days ``A:B``. Raises InputError where files or options do not fit.
+    Raises InputError where files or options do not fit.
     """
-    arrays = tuple(array_file(path, None, "T, H, W", "T, H, W, C") for path in sources)
+    arrays = [array_file(path, None, "T, H, W", "T, H, W, C") for path in sources]
     if not arrays:
         raise InputError("city-npz needs the files of one city; none was given")
     names, stacked = _channels(arrays, channels)
     _require_one_raster(arrays, stacked)
-    if start is None:
-        raise InputError(
-            f"{arrays[0].path} has no time stamps; give the local time of its first frame: --start 2015-01-01T00:00"
-        )
-    frames = arrays[0].shape[0] if stacked else sum(array.shape[0] for array in arrays)
-    stamps = parse_start(start) + np.arange(frames) * np.timedelta64(cadence, "m")
-    require_on_grid(arrays[0].path, stamps, cadence)
-    orientation = Orientation(transpose, north_first)
-    height, width = arrays[0].shape[2:0:-1] if transpose else arrays[0].shape[1:3]
+    path, shape = arrays[0].path, arrays[0].shape
+    frames = shape[0] if stacked else sum(array.shape[0] for array in arrays)
+    stamps = stamps_from(path, start, frames, cadence, "2015-01-01T00:00")
     spec = grid_spec(
-        city or city_of(arrays[0].path),
+        city or city_of(path),
         names,
-        (stamps[0].astype("datetime64[D]"), stamps[-1].astype("datetime64[D]")),
-        (height, width),
+        stamps,
+        (shape[2], shape[1]) if transpose else (shape[1], shape[2]),
         cadence=cadence,
         utc_offset=utc_offset,
         units="trips",
+        static=_poi(poi, arrays[0], transpose, north_first) if poi else None,
     )
-    if poi:
-        spec = replace(spec, static=_poi(Path(poi), arrays[0], orientation))
-    first = int((stamps[0] - stamps[0].astype("datetime64[D]")).astype(int)) // cadence
-    part = Part(arrays[0].path.name, tuple(range(len(spec.days))))
+    load = partial(_load, arrays, names, stacked, transpose, north_first)
+    part = part_of(spec, frames_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
     recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
-    files = [*(array.path for array in arrays), *([Path(poi)] if poi else [])]
-    split = parse_split(train, validation, test, spec)
-    return Plan(spec, recipe, files, split, [part], CityReader(spec, arrays, stacked, orientation, first))
+    return plan_of(spec, recipe, [*(array.path for array in arrays), *([Path(poi)] if poi else [])], [part])
 
 
-def _channels(arrays: Sequence[ArrayFile], channels: str | None) -> tuple[tuple[str, ...], bool]:
+def _load(
+    arrays: list[ArrayFile], names: tuple[str, ...], stacked: bool, transpose: bool, north_first: bool
+) -> dict[str, np.ndarray]:
+    """stacked: the files are one channel each, else one after the other in time."""
+    volumes = [_turned(array.load(), 1, transpose, north_first) for array in arrays]
+    if stacked:
+        return dict(zip(names, volumes, strict=True))
+    whole = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+    whole = whole.reshape(*whole.shape[:3], -1)
+    return {name: whole[..., index] for index, name in enumerate(names)}
+
+
+def _turned(raster: np.ndarray, axis: int, transpose: bool, north_first: bool) -> np.ndarray:
+    """A raster whose space axes are ``axis`` and the next, as rows from the south and columns from the west; a view."""
+    if transpose:
+        raster = raster.swapaxes(axis, axis + 1)
+    return np.flip(raster, axis) if north_first else raster
+
+
+def _channels(arrays: list[ArrayFile], channels: str | None) -> tuple[tuple[str, ...], bool]:
     """Names of the channels, and whether each file is one of them."""
     if len({len(array.shape) for array in arrays}) != 1:
         raise InputError("some files have a channel axis and others none; give files of one kind")
@@ -140,7 +108,7 @@ def _channels(arrays: Sequence[ArrayFile], channels: str | None) -> tuple[tuple[
     return parse_channels(channels, len(arrays), {}, f"{len(arrays)} files"), True
 
 
-def _require_one_raster(arrays: Sequence[ArrayFile], stacked: bool) -> None:
+def _require_one_raster(arrays: list[ArrayFile], stacked: bool) -> None:
     same = slice(0 if stacked else 1, None)
     for array in arrays[1:]:
         if array.shape[same] != arrays[0].shape[same]:
@@ -150,7 +118,7 @@ def _require_one_raster(arrays: Sequence[ArrayFile], stacked: bool) -> None:
             )
 
 
-def _poi(path: Path, volume: ArrayFile, orientation: Orientation) -> dict[str, np.ndarray]:
+def _poi(path: Path, volume: ArrayFile, transpose: bool, north_first: bool) -> dict[str, np.ndarray]:
     """Static features float32 [H, W] by name."""
     array = array_file(path, None, "H, W, F")
     if array.shape[:2] != volume.shape[1:3]:
@@ -158,5 +126,5 @@ def _poi(path: Path, volume: ArrayFile, orientation: Orientation) -> dict[str, n
     features = np.asarray(array.load(), np.float32)
     if not np.isfinite(features).all():
         raise InputError(f"{path} holds a feature that is not finite; fill it or leave it out")
-    turned = orientation.turned(features, 0)
+    turned = _turned(features, 0, transpose, north_first)
     return {f"poi_{index}": np.ascontiguousarray(turned[..., index]) for index in range(array.shape[2])}

@@ -1,17 +1,23 @@
-"""What every reader shares: sources, spans, cell ids, and the days of frames that are in memory."""
+"""What every reader shares: sources, the options that most of them take, and the axes of a store."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.plan import Day
+from data_prep.plan import Plan
 from stdist.data import GridSpec, NodeSpec, Split
 from stdist.errors import InputError
 
 KNOWN_UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
+PACIFIC = -480
+"""Pacific standard time, minutes: that of California's detectors in winter."""
+PACIFIC_CLOCK = "local times are the source's, with daylight saving; UTC stamps are one hour late in summer"
 
 
 def only_source(sources: Sequence[Path], reader: str) -> Path:
@@ -27,6 +33,12 @@ def existing(path: Path) -> Path:
     return Path(path)
 
 
+def files_in(sources: Sequence[Path], pattern: str) -> list[Path]:
+    """The files given, and in place of a folder those of it that fit the pattern."""
+    folders = [sorted(Path(s).glob(pattern)) if Path(s).is_dir() else [existing(s)] for s in sources]
+    return [file for folder in folders for file in folder]
+
+
 def city_of(path: Path) -> str:
     """First word of a file name: ``milan`` of milan_grid_data.csv."""
     return re.split(r"[^a-z0-9]+", path.stem.lower())[0] or path.stem
@@ -39,10 +51,9 @@ def utc_offset_of(city: str, utc_offset: int | None) -> int:
 def parse_start(start: str) -> np.datetime64:
     """Local stamp of the first frame, datetime64[m], from ISO text such as 2013-11-01T00:00."""
     try:
-        stamp = np.datetime64(start, "m")
+        return np.datetime64(start, "m")
     except ValueError as error:
         raise InputError(f"--start {start!r} is not a local ISO time; write 2013-11-01T00:00") from error
-    return stamp
 
 
 def cell_ids(height: int, width: int, row0: int, col0: int, id_width: int) -> np.ndarray:
@@ -53,7 +64,7 @@ def cell_ids(height: int, width: int, row0: int, col0: int, id_width: int) -> np
 def grid_spec(
     city: str,
     channels: Sequence[str],
-    days: tuple[np.datetime64, np.datetime64],
+    stamps: np.ndarray,
     shape: tuple[int, int],
     *,
     cadence: int,
@@ -62,22 +73,25 @@ def grid_spec(
     col0: int = 0,
     id_width: int | None = None,
     units: str = "activity",
+    static: dict[str, np.ndarray] | None = None,
 ) -> GridSpec:
-    """Spec of a rectangular grid whose ids follow ``cell_ids``; ``id_width`` defaults to the width."""
+    """Spec of a rectangular grid over the local days of ``stamps``, whose ids follow ``cell_ids``; ``id_width``
+    defaults to the width."""
     height, width = shape
     if id_width is not None and col0 + width > id_width:
         raise InputError(f"columns {col0}:{col0 + width} leave rows of {id_width} ids; check --col0 and --id-width")
     return GridSpec(
         city=city,
         channels=tuple(channels),
-        first_day=days[0],
-        last_day=days[1],
+        first_day=stamps.min().astype("datetime64[D]"),
+        last_day=stamps.max().astype("datetime64[D]"),
         cell_ids=cell_ids(height, width, row0, col0, id_width or width),
         cadence_minutes=cadence,
         utc_offset_minutes=utc_offset_of(city, utc_offset),
         units=units,
         rows=row0 + np.arange(height),
         cols=col0 + np.arange(width),
+        static=static,
     )
 
 
@@ -95,33 +109,22 @@ def parse_split(train: str | None, validation: str | None, test: str | None, spe
     return split
 
 
-def require_on_grid(path: Path, stamps: np.ndarray, cadence: int) -> None:
-    """Raise InputError for a local stamp (datetime64[m] [n]) that is repeated or off the cadence's grid."""
-    since_midnight = (stamps - stamps.astype("datetime64[D]")).astype(np.int64)
-    if (since_midnight % cadence).any():
-        stamp = stamps[(since_midnight % cadence) != 0][0]
-        raise InputError(
-            f"{path}: stamp {stamp} is off the {cadence}-minute grid that begins at midnight; check --cadence"
-        )
-    unique, counts = np.unique(stamps, return_counts=True)
-    if (counts > 1).any():
-        raise InputError(f"{path}: stamp {unique[counts > 1][0]} occurs twice; give each frame once")
+def with_spans(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Gives a reader the options ``train``, ``validation`` and ``test`` of ``parse_split``."""
 
+    @wraps(plan)
+    def planned(
+        sources: list[Path],
+        *,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        **options: object,
+    ) -> Plan:
+        made = plan(sources, **options)
+        return replace(made, split=parse_split(train, validation, test, made.spec))
 
-def days_of_frames(spec: GridSpec | NodeSpec, stamps: np.ndarray, channels: dict[str, np.ndarray]) -> Iterator[Day]:
-    """The days of frames that are all in memory; slots without a frame are not present.
-
-    stamps: local, datetime64[m] [n], any order, on the spec's axis. channels: float32 [n, *shape], NaN =
-    missing.
-    """
-    frames = (stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes
-    for day in np.unique(frames // spec.slots_per_day).tolist():
-        chosen = np.flatnonzero(frames // spec.slots_per_day == day)
-        slots = frames[chosen] % spec.slots_per_day
-        present = np.zeros(spec.slots_per_day, bool)
-        present[slots] = True
-        values = {}
-        for name, data in channels.items():
-            values[name] = np.full((spec.slots_per_day, *spec.shape), np.nan, np.float32)
-            values[name][slots] = data[chosen]
-        yield Day(day, values, present)
+    own, added = signature(plan), signature(planned, follow_wrapped=False).parameters
+    spans = [added[name] for name in ("train", "validation", "test")]
+    planned.__signature__ = own.replace(parameters=[*own.parameters.values(), *spans])  # type: ignore[attr-defined]
+    return planned

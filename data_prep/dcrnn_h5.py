@@ -13,29 +13,25 @@ local time in California; the twelve that PEMS-BAY lacks are an hour, the one th
 What is made of it: 0 and NaN are missing. Absences of up to an hour between frames are restored as frames
 whose values are all missing, so that PEMS-BAY is one run of 52,128 frames; longer ones are gaps. The store has
 one UTC offset, that of the winter (−8 h): its local times are the file's own stamps, its UTC stamps are one
-hour late in summer. The graph comes from the roads' distances or a matrix (``sensors.read_graph``).
+hour late in summer. The graph comes from the roads' distances or a matrix (``graphs.read_graph``).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.arrays import require_traffic
-from data_prep.common import only_source, parse_split
+from data_prep.common import PACIFIC, PACIFIC_CLOCK, only_source, with_spans
+from data_prep.frames import cadence_of, frames_of, part_of, plan_of, slices_of_days
+from data_prep.graphs import sensors
 from data_prep.pandas_h5 import PandasFrame, open_frame
-from data_prep.plan import Day, Part, Plan
-from data_prep.sensors import read_graph, read_locations
-from data_prep.stamps import cadence_of, rows_of_days, slots_of
-from stdist.data import NodeSpec
+from data_prep.plan import Plan
 from stdist.data.schema import fill_short_absences
 
-PACIFIC = -480
-"""Pacific standard time, minutes."""
 RESTORED_MINUTES = 60
 
 
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -44,15 +40,12 @@ def plan(
     utc_offset: int = PACIFIC,
     adjacency: Path | None = None,
     meta: Path | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
     """Plan of one file, one part a local day; reads its index and labels only.
 
     city: name of the file by default. channel: what the values are. utc_offset: minutes the city is ahead of UTC
     in winter. adjacency: the roads' distances, ``distances_la_2012.csv``, or a matrix of weights.
-    meta: the sensors' places, ``graph_sensor_locations.csv``. train, validation, test: local days ``A:B``.
+    meta: the sensors' places, ``graph_sensor_locations.csv``.
     Raises InputError where the file is no whole data frame, its stamps are repeated or irregular, or a graph or
     places do not fit its sensors.
     """
@@ -60,64 +53,32 @@ def plan(
     frame = open_frame(path)
     stamps = frame.stamps()
     cadence = cadence_of(path, stamps)
-    latitude, longitude = read_locations(meta, frame.ids) if meta else (None, None)
-    weights, notes = read_graph(adjacency, frame.ids) if adjacency else (None, {})
-    spec = NodeSpec(
-        city=city or path.stem.lower(),
-        channels=(channel,),
-        first_day=stamps[0].astype("datetime64[D]"),
-        last_day=stamps[-1].astype("datetime64[D]"),
-        node_ids=frame.ids,
-        cadence_minutes=cadence,
-        utc_offset_minutes=utc_offset,
-        units="mile/h",
-        latitude=latitude,
-        longitude=longitude,
-        adjacency=weights,
-    )
+    nodes = sensors(frame.ids, adjacency, meta)
+    spec = nodes.spec(city or path.stem.lower(), [channel], stamps, cadence, utc_offset, "mile/h")
     recipe = {
         "reader": "dcrnn-h5",
         "frame": frame.group,
         "zeros": "missing",
         "restored_minutes": RESTORED_MINUTES,
-        "clock": "local times are the source's, with daylight saving; UTC stamps are one hour late in summer",
-        **notes,
+        "clock": PACIFIC_CLOCK,
+        **nodes.notes,
     }
-    split = parse_split(train, validation, test, spec)
-    files = [path, *(Path(file) for file in (adjacency, meta) if file)]
-    return Plan(spec, recipe, files, split, _parts(spec, stamps), DayReader(frame, channel, cadence).read)
-
-
-def _parts(spec: NodeSpec, stamps: np.ndarray) -> list[Part]:
-    """One part a day that has frames, those restored included: its rows, and which slots are present."""
+    rows = frames_of(path, spec, stamps)
     present = np.zeros(spec.frames, bool)
-    present[(stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes] = True
-    present = fill_short_absences(present, RESTORED_MINUTES // spec.cadence_minutes)
-    rows = {day: (start, stop) for day, start, stop in rows_of_days(stamps)}
+    present[rows] = True
+    frames = np.flatnonzero(fill_short_absences(present, RESTORED_MINUTES // cadence))
     parts = []
-    for index, day in enumerate(spec.days):
-        here = present[index * spec.slots_per_day : (index + 1) * spec.slots_per_day]
-        if here.any():
-            parts.append(Part(str(day), (index,), (*rows.get(day, (0, 0)), tuple(here.tolist()))))
-    return parts
+    for first, last in slices_of_days(frames // spec.slots_per_day):
+        here = frames[first:last]
+        start, stop = np.searchsorted(rows, (here[0], here[-1] + 1)).tolist()
+        known = np.isin(here, rows[start:stop])
+        parts.append(part_of(spec, here, partial(_load, frame, channel, start, stop, known), path))
+    return plan_of(spec, recipe, [path, *nodes.files], parts)
 
 
-@dataclass(frozen=True, eq=False)
-class DayReader:
-    """Reads one local day of a frame; a part's payload is its rows [start, stop) and which slots are present.
-
-    It holds no ``NodeSpec``, whose graph would travel with every part.
-    """
-
-    frame: PandasFrame
-    channel: str
-    cadence: int
-
-    def read(self, part: Part) -> Iterator[Day]:
-        start, stop, present = part.payload
-        stamps = self.frame.stamps(start, stop)
-        read = self.frame.values(start, stop)
-        require_traffic(read, f"{self.frame.path}: {self.channel}", stamps)
-        values = np.full((len(present), len(self.frame.ids)), np.nan, np.float32)
-        values[slots_of(stamps, self.cadence)] = np.where(read == 0, np.nan, read)
-        yield Day(part.days[0], {self.channel: values}, np.array(present))
+def _load(frame: PandasFrame, channel: str, start: int, stop: int, known: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows [start, stop) as the frames that are ``known``, bool [n]; the others are restored ones."""
+    values = np.full((len(known), len(frame.ids)), np.nan)
+    values[known] = frame.values(start, stop)
+    values[values == 0] = np.nan
+    return {channel: values}

@@ -1,31 +1,86 @@
-"""What files say about the nodes of a graph: their ids and places, and who is whose neighbour."""
+"""What files say about the nodes of a graph: their ids and places, and who is whose neighbour.
 
-import csv
-from dataclasses import dataclass
+Tables of whole states or cities list more sensors than the data has, in another order: rows are found by id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 
 from data_prep.arrays import array_file
-from data_prep.common import existing
+from data_prep.common import existing, utc_offset_of
+from stdist.data.schema import NodeSpec
 from stdist.errors import InputError
 
-ID_COLUMNS = ("sensor_id", "zone_id", "node_id", "station_id", "id")
-POSITION_COLUMNS = ("graph_id", "index")
+THRESHOLD = 0.1
+"""DCRNN's: weaker edges are cut."""
+COLUMNS = {
+    "sensor id": ("sensor_id", "zone_id", "node_id", "station_id", "id", "station"),
+    "latitude": ("latitude", "lat"),
+    "longitude": ("longitude", "lng", "lon"),
+    "position": ("graph_id", "index"),
+    "district": ("district",),
+}
 
 
 @dataclass(frozen=True, eq=False)
-class NodeTable:
-    """Ids of the nodes, int64 or str [N], in the data's order; latitude, longitude in degrees [N] or None."""
+class Nodes:
+    """The nodes of a store: fields of ``NodeSpec``, the files that told them, and notes for the recipe."""
 
     ids: np.ndarray
     latitude: np.ndarray | None = None
     longitude: np.ndarray | None = None
+    adjacency: np.ndarray | None = None
+    static: dict[str, np.ndarray] | None = None
+    files: list[Path] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def spec(
+        self,
+        city: str,
+        channels: Sequence[str],
+        stamps: np.ndarray,
+        cadence: int,
+        utc_offset: int | None,
+        units: str = "activity",
+        since: np.ndarray | None = None,
+    ) -> NodeSpec:
+        """Over the local days of ``stamps``."""
+        return NodeSpec(
+            city=city,
+            channels=tuple(channels),
+            first_day=stamps.min().astype("datetime64[D]"),
+            last_day=stamps.max().astype("datetime64[D]"),
+            node_ids=self.ids,
+            cadence_minutes=cadence,
+            utc_offset_minutes=utc_offset_of(city, utc_offset),
+            units=units,
+            latitude=self.latitude,
+            longitude=self.longitude,
+            adjacency=self.adjacency,
+            static=self.static,
+            since=since,
+        )
 
 
-def numbered(count: int) -> NodeTable:
-    """Nodes without ids of their own are numbered from 0."""
-    return NodeTable(np.arange(count))
+def sensors(ids: np.ndarray, adjacency: Path | None, meta: Path | None) -> Nodes:
+    """Nodes whose ids the data tells; adjacency: ``read_graph`` by DCRNN's rule, meta: ``read_locations``."""
+    latitude, longitude = read_locations(meta, ids) if meta else (None, None)
+    weights, notes = read_graph(adjacency, ids, dcrnn=True) if adjacency else (None, {})
+    files = [Path(file) for file in (adjacency, meta) if file]
+    return Nodes(ids, latitude, longitude, weights, files=files, notes=notes)
+
+
+def counted_nodes(count: int, adjacency: Path | None, node_ids: Path | None) -> Nodes:
+    """Nodes of data that tells only how many there are; adjacency: ``read_graph``, node_ids: ``read_ids``."""
+    ids, latitude, longitude = read_ids(node_ids, count) if node_ids else (np.arange(count), None, None)
+    weights, notes = read_graph(adjacency, ids) if adjacency else (None, {})
+    files = [Path(file) for file in (node_ids, adjacency) if file]
+    return Nodes(ids, latitude, longitude, weights, files=files, notes=notes)
 
 
 def ids_of(names: list[str]) -> np.ndarray:
@@ -40,89 +95,173 @@ def ids_of(names: list[str]) -> np.ndarray:
     return whole if [str(number) for number in whole] == names else np.array(names)
 
 
-def read_node_table(path: Path, count: int) -> NodeTable:
-    """Ids from a text of one id a line (as PEMS03.txt), or a CSV with a header.
+def read_ids(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Ids [N] of nodes, latitude and longitude, from a text of one id a line (as PEMS03.txt) or a CSV with header.
 
-    Of a CSV, the column of ``ID_COLUMNS`` holds the ids, one of ``POSITION_COLUMNS`` the node's position in
-    the data where it is there (else rows are in the data's order), ``latitude`` and ``longitude`` degrees.
-    Raises InputError where the table has no such column, or not ``count`` nodes.
+    Of a CSV, one column of ``COLUMNS`` holds the ids, one the node's position in the data where it is there (else
+    rows are in the data's order), others the place. Raises InputError where there are not ``count`` nodes.
     """
-    rows = _rows(path)
-    header = [field.strip().lower() for field in rows[0]]
-    column = next((header.index(name) for name in ID_COLUMNS if name in header), None)
-    if column is None:
-        if len(header) > 1:
-            raise InputError(f"{path} has no column of ids; name one of its columns {', '.join(ID_COLUMNS)}")
-        names = [row[0].strip() for row in rows]
-        _require_count(path, len(names), count)
-        return NodeTable(ids_of(names))
-    rows = rows[1:]
-    _require_count(path, len(rows), count)
-    position = next((header.index(name) for name in POSITION_COLUMNS if name in header), None)
-    if position is not None:
-        rows = sorted(rows, key=lambda row: _number(path, row[position]))
-        if [_number(path, row[position]) for row in rows] != list(range(count)):
-            raise InputError(f"{path}: column {header[position]!r} does not count 0 … {count - 1}; check the table")
-    degrees = [
-        np.array([_number(path, row[header.index(name)]) for row in rows]) if name in header else None
-        for name in ("latitude", "longitude")
-    ]
-    return NodeTable(ids_of([row[column].strip() for row in rows]), *degrees)
+    table = read_table(path, header=False)
+    if not {str(title).lower() for title in table.row(0)} & {*COLUMNS["sensor id"]}:
+        if table.width > 1:
+            raise InputError(f"{path} has no column of ids; name one of its columns {', '.join(COLUMNS['sensor id'])}")
+    else:
+        table = read_table(path)
+    if len(table) != count:
+        raise InputError(f"{path} names {len(table)} nodes, the data has {count}; give the table of these nodes")
+    if position := find_column(table, "position"):
+        positions = numbers(path, table.select(position))[:, 0]
+        if sorted(positions) != list(range(count)):
+            raise InputError(f"{path}: column {position!r} does not count 0 … {count - 1}; check the table")
+        table = table[np.argsort(positions)]
+    latitude, longitude = (
+        numbers(path, table.select(column))[:, 0] if (column := find_column(table, what)) else None
+        for what in ("latitude", "longitude")
+    )
+    return ids_of(table[find_column(table, "sensor id") or table.columns[0]].to_list()), latitude, longitude
 
 
-def read_adjacency(path: Path, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    """Weights of the edges between nodes ``ids`` [N], float32 [N, N], 0 where there is none; notes for the recipe.
+def read_locations(path: Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Latitude and longitude in degrees, float64 [N] each, in the order of ``ids``.
+
+    A CSV with columns of sensor id, latitude and longitude under their usual names, or just these three without
+    header, as graph_sensor_locations_bay.csv. Raises InputError where a sensor is absent.
+    """
+    table = read_table(path)
+    if table.width == 3 and _is_number(table.columns[1]):
+        table = read_table(path, header=False)
+        table.columns = ["sensor_id", "latitude", "longitude"]
+    sensor, *place = (column_of(path, table, what) for what in ("sensor id", "latitude", "longitude"))
+    degrees = numbers(path, table[rows_of(path, table[sensor].to_list(), ids), place])
+    return degrees[:, 0], degrees[:, 1]
+
+
+def read_graph(path: Path, ids: np.ndarray, dcrnn: bool = False) -> tuple[np.ndarray, dict[str, float]]:
+    """Weights of the edges from node (row) to node (column), float32 [N, N], 0 where there is none; recipe notes.
 
     A square table of weights in .csv (with or without a header and a first column that name the nodes), .npy
     or .npz (its only array, as ``YYYY_adj.npz``) is taken as it is. A CSV of edges ``from,to,distance`` becomes
-    exp(−(d / σ)²), σ the deviation of all its distances (Li et al., "Diffusion Convolutional Recurrent Neural
-    Network", section 4.1, without the threshold), in the direction given; the notes hold σ.
-    A table names nodes by id or by position, edges name them by id. Raises InputError where size or names do not fit.
+    the weights of ``gaussian_kernel``. DCRNN's lists may have no header, pairs of other nodes are passed over and
+    weak edges cut; else all names must be known and no edge is cut. A pickled graph (``adj_mx.pkl``) is
+    never loaded, since a pickle can run any program. Raises InputError for one, and where size or names do not fit.
     """
-    if Path(path).suffix in (".npy", ".npz"):
-        return _weights(path, np.asarray(array_file(path, None, "N, N").load()), len(ids)), {}
-    rows = _rows(path)
-    if [field.strip().lower() for field in rows[0][:2]] == ["from", "to"]:
-        return _edges(path, rows[1:], ids)
-    names, body = None, rows
-    if len(rows) == len(ids) + 1:
-        names, body = rows[0], rows[1:]
-    if len(body) and len(body[0]) == len(ids) + 1:
-        names = [row[0] for row in body]
-        body = [row[1:] for row in body]
-    if names is not None:
-        named = [name.strip() for name in names[-len(ids) :]]
-        if named not in ([str(node) for node in ids], [str(position) for position in range(len(ids))]):
-            raise InputError(f"{path} names other nodes than the data, or in another order; sort it as the data")
-    if len(body) != len(ids) or any(len(row) != len(ids) for row in body):
-        raise InputError(f"{path} is {len(body)} x {len(body[0])}, the data has {len(ids)} nodes; give their table")
-    return _weights(path, np.array([[_number(path, field) for field in row] for row in body]), len(ids)), {}
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        raise InputError(
+            f"{path} is a pickle, which could run any program and is never loaded; "
+            "give the distances it was made of (from,to,distance) or a matrix as .csv or .npy"
+        )
+    if path.suffix.lower() in (".npy", ".npz"):
+        return require_weights(path, np.asarray(array_file(path, None, "N, N").load()), len(ids)), {}
+    table = read_table(path, header=False)
+    titled = [str(title).lower() for title in table.row(0)[:2]] == ["from", "to"]
+    if titled or (dcrnn and table.width == 3 and len(ids) != 3):
+        titled = titled or not _is_number(table[0, 2])
+        return _weights_of_edges(path, table[1:] if titled else table, ids, dcrnn, first_line=1 + titled)
+    names = None
+    if len(table) == len(ids) + 1:
+        names, table = list(table.row(0)), table[1:]
+    if table.width == len(ids) + 1:
+        names, table = table[:, 0].to_list(), table[:, 1:]
+    if names and names[-len(ids) :] not in ([*map(str, ids.tolist())], [*map(str, range(len(ids)))]):
+        raise InputError(f"{path} names other nodes than the data, or in another order; sort it as the data")
+    return require_weights(path, numbers(path, table), len(ids)), {}
 
 
-def _edges(path: Path, rows: list[list[str]], ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    by_id = {str(node): position for position, node in enumerate(ids)}
+def gaussian_kernel(distances: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
+    """w = exp(−(d / σ)²), 0 where below ``threshold``; distances [N, N], infinite where there is no road, or [E].
+
+    σ is the standard deviation of the finite distances, each sensor's 0 to itself included; w is not made
+    symmetric: "Diffusion Convolutional Recurrent Neural Network" (Li et al., 2018), section 4.1, and its
+    scripts/gen_adj_mx.py. Where all distances are equal only infinite ones count as far.
+    """
+    sigma = distances[np.isfinite(distances)].std()
+    weights = np.exp(-np.square(distances / sigma)) if sigma else np.isfinite(distances).astype(float)
+    return np.where(weights < threshold, 0, weights)
+
+
+def column_of(path: Path, table: pl.DataFrame, what: str) -> str:
+    """The column of ``COLUMNS``; InputError where there is none."""
+    if (found := find_column(table, what)) is None:
+        raise InputError(f"{path} has no column of the {what}; it has {', '.join(table.columns[:12])}")
+    return found
+
+
+def find_column(table: pl.DataFrame, what: str) -> str | None:
+    return next((column for name in COLUMNS[what] for column in table.columns if column.lower() == name), None)
+
+
+def rows_of(path: Path, found: list[str], ids: np.ndarray) -> np.ndarray:
+    """Row of each sensor in a file that lists the ids ``found``, int64 [N]; InputError where one is absent."""
+    row = {label: number for number, label in enumerate(found)}
+    wanted = [str(label) for label in ids.tolist()]
+    absent = [label for label in wanted if label not in row]
+    if absent:
+        raise InputError(
+            f"{path} lacks sensor {absent[0]} ({len(absent)} of {len(wanted)} absent); give the file of this data"
+        )
+    return np.array([row[label] for label in wanted], np.int64)
+
+
+def read_table(path: Path, header: bool = True) -> pl.DataFrame:
+    """A CSV file as text; InputError where it is none."""
+    try:
+        table = pl.read_csv(existing(path), has_header=header, infer_schema=False)
+    except pl.exceptions.NoDataError as error:
+        raise InputError(f"{path} is empty; give a file that holds data") from error
+    except pl.exceptions.PolarsError as error:
+        raise InputError(f"{path} is no CSV table ({str(error).splitlines()[0]}); check the file") from error
+    if table.is_empty():
+        raise InputError(f"{path} holds no row; give a file that holds data")
+    return table.with_columns(pl.all().str.strip_chars())
+
+
+def numbers(path: Path, table: pl.DataFrame) -> np.ndarray:
+    """Text as float64 [rows, columns]; InputError names the first field that is no finite number."""
+    values = table.cast(pl.Float64, strict=False).to_numpy().astype(np.float64)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise InputError(f"{path}: {table[row, column]!r} is not a number, in column {table.columns[column]}")
+    return values
+
+
+def _weights_of_edges(
+    path: Path, table: pl.DataFrame, ids: np.ndarray, dcrnn: bool, first_line: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    position = {str(label): number for number, label in enumerate(ids.tolist())}
+    source, target, distance = table.columns[:3]
+    known = pl.col(source).is_in([*position]) & pl.col(target).is_in([*position])
+    unknown = table.with_row_index("line", offset=first_line).filter(~known)
+    if table.is_empty() or (len(unknown) == len(table) and dcrnn):
+        lacking = f"names none of the {len(ids)} sensors" if dcrnn else "holds no edges"
+        raise InputError(f"{path} {lacking}; give the distances of this data")
+    if len(unknown) and not dcrnn:
+        line, *edge = unknown.row(0)
+        raise InputError(
+            f"{path}, line {line}: {','.join(map(str, edge))} names a node that the data lacks; "
+            "give the ids of its nodes with --node-ids"
+        )
+    edges = table.filter(known)
+    distances = numbers(path, edges.select(distance))[:, 0]
+    if (distances < 0).any():
+        raise InputError(f"{path}: distance {distances[distances < 0][0]} is negative; check the file")
+    rows, columns = (np.array([position[label] for label in edges[name]]) for name in (source, target))
     weights = np.zeros((len(ids), len(ids)), np.float32)
-    edges, distances = [], []
-    for line, row in enumerate(rows, start=2):
-        try:
-            edges.append((by_id[row[0].strip()], by_id[row[1].strip()]))
-        except (KeyError, IndexError):
-            raise InputError(
-                f"{path}, line {line}: {','.join(row)} names a node that the data lacks; "
-                "give the ids of its nodes with --node-ids"
-            ) from None
-        distances.append(_number(path, row[2] if len(row) > 2 else ""))
-    if not edges or not np.isfinite(distances).all() or min(distances) < 0:
-        raise InputError(f"{path} holds no edges, or a distance that is negative or not finite; check the file")
-    sigma = float(np.std(distances))
-    scaled = np.square(np.array(distances) / sigma) if sigma else np.zeros(len(distances))
-    source, target = np.array(edges).T
+    if dcrnn:
+        # The authors' σ is that of a matrix: of a pair that occurs twice the last counts.
+        matrix = np.full(weights.shape, np.inf)
+        matrix[rows, columns] = distances
+        rows, columns = np.nonzero(np.isfinite(matrix))
+        distances = matrix[rows, columns]
+        weights[rows, columns] = gaussian_kernel(distances)
+        return weights, {"adjacency_sigma": float(distances.std()), "adjacency_threshold": THRESHOLD}
     # An edge stays an edge where its weight is too small for float32.
-    weights[source, target] = np.maximum(np.exp(-scaled), np.finfo(np.float32).tiny)
-    return weights, {"adjacency_sigma": sigma}
+    weights[rows, columns] = np.maximum(gaussian_kernel(distances, 0), np.finfo(np.float32).tiny)
+    return weights, {"adjacency_sigma": float(distances.std())}
 
 
-def _weights(path: Path, table: np.ndarray, count: int) -> np.ndarray:
+def require_weights(path: Path, table: np.ndarray, count: int) -> np.ndarray:
+    """float32 [count, count]; InputError for another shape, and a weight that is negative or not finite."""
     if table.shape != (count, count):
         raise InputError(f"{path} is {table.shape[0]} x {table.shape[1]}, the data has {count} nodes; give their table")
     if not np.isfinite(table).all() or (table < 0).any():
@@ -130,24 +269,9 @@ def _weights(path: Path, table: np.ndarray, count: int) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def _rows(path: Path) -> list[list[str]]:
-    with existing(path).open(newline="") as file:
-        try:
-            rows = [row for row in csv.reader(file) if row]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no text table ({error}); check the file") from error
-    if not rows:
-        raise InputError(f"{path} is empty; give a file that holds data")
-    return rows
-
-
-def _number(path: Path, field: str) -> float:
+def _is_number(text: str | None) -> bool:
     try:
-        return float(field)
+        float(text or "")
     except ValueError:
-        raise InputError(f"{path}: {field[:40]!r} is not a number; check the file") from None
-
-
-def _require_count(path: Path, found: int, count: int) -> None:
-    if found != count:
-        raise InputError(f"{path} names {found} nodes, the data has {count}; give the table of these nodes")
+        return False
+    return True

@@ -10,8 +10,8 @@ Caltrans district: San Diego (SD) 11, 716 detectors; Bay Area (GBA) 4, 2,352; Lo
 What is made of it: the authors' own steps (process_ca_his.ipynb, generate_sd_dataset.ipynb), but for one. The
 three 5-minute values of a quarter of an hour are averaged, those that are there, and rounded to whole vehicles,
 halves to even; where none is there the authors write 0, and here the value is missing. Files that went through
-those steps (``ca_his_YYYY.h5``, ``sd_his_YYYY.h5``: 15 minutes) and ``his.npz`` no longer tell a 0 that was
-measured from one that was filled in: there zeros are missing, as in the authors' masked scores.
+those steps (``ca_his_YYYY.h5``, ``sd_his_YYYY.h5``: 15 minutes) no longer tell a 0 that was measured
+from one that was filled in: there zeros are missing, as in the authors' masked scores.
 
 Stamps are the clock's local time in California as PeMS gives them: every day has 288, also those on which the
 clock changes (the hour that is skipped in March is there, for PeMS without values; the one that comes twice in
@@ -19,30 +19,26 @@ November is there once). The store has one UTC offset, that of the winter (−8 
 own stamps, its UTC stamps are one hour late in summer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.arrays import require_traffic
-from data_prep.common import city_of, existing, parse_split
+from data_prep.common import PACIFIC, PACIFIC_CLOCK, city_of, files_in, with_spans
+from data_prep.frames import cadence_of, minutes_of_day, require_traffic, slices_of_days
+from data_prep.graphs import rows_of
 from data_prep.largest_meta import detectors_of
-from data_prep.largest_npz import HisReader, open_his
 from data_prep.pandas_h5 import PandasFrame, open_frame
 from data_prep.plan import Day, Part, Plan
-from data_prep.sensors import rows_of
-from data_prep.stamps import cadence_of, rows_of_days, slots_of
-from stdist.data import NodeSpec
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
 
 CADENCE = 15
 RAW_CADENCE = 5
-PACIFIC = -480
-"""Pacific standard time, minutes."""
 
 
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -51,57 +47,35 @@ def plan(
     districts: str | None = None,
     meta: Path | None = None,
     adjacency: Path | None = None,
-    start: str | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
-    """Plan of year files, or of all those in a folder, one part a local day; or of one ``his.npz``, one part.
+    """Plan of year files, or of all those in a folder, one part a local day.
 
     city: the region's name by default. region: SD, GBA, GLA or CA; all detectors of the files by default.
     districts: Caltrans' numbers in place of a region, ``11,4``. meta: the detectors' table, by default the one
     ``*_meta.csv`` beside the first file, none where there is none. adjacency: the road graph, by default the one
-    ``*_rn_adj.npy`` beside the first file, none where there is none. start: first local day of ``his.npz``; by
-    default 1 January of the year that its folder is named after. train, validation, test: local days ``A:B``.
+    ``*_rn_adj.npy`` beside the first file, none where there is none.
     Raises InputError where a file is no whole data frame, two hold one day, stamps are irregular, or detectors,
     metadata and graph do not fit each other.
     """
-    files = _files(sources)
-    if files[0].suffix == ".npz":
-        his = open_his(files[0], start)
-        detectors = detectors_of(files[0], his.shape[1], region, districts, meta, adjacency)
-        days, zeros = his.days, "missing"
-        parts = [Part(files[0].stem, tuple(range(len(days))))]
-        read = HisReader(his).read
-    else:
-        frames = [open_frame(path) for path in files]
-        detectors = detectors_of(files[0], frames[0].ids, region, districts, meta, adjacency)
-        years = YearReader(tuple(Year.of(frame, detectors.ids) for frame in frames))
-        days, parts = _parts(years)
-        zeros, read = ", ".join(sorted({year.zeros for year in years.years})), years.read
-    spec = NodeSpec(
-        city=city or _city(files[0], region, districts),
-        channels=("flow",),
-        first_day=days[0],
-        last_day=days[-1],
-        node_ids=detectors.ids,
-        cadence_minutes=CADENCE,
-        utc_offset_minutes=PACIFIC,
-        units="vehicles in 5 minutes",
-        latitude=detectors.latitude,
-        longitude=detectors.longitude,
-        adjacency=detectors.adjacency,
-        static=detectors.static,
+    files = files_in(sources, "*.h5")
+    if not files:
+        raise InputError("largest needs ca_his_raw_YYYY.h5, or a folder of such files; none was found")
+    frames = [open_frame(path) for path in files]
+    detectors = detectors_of(files[0], frames[0].ids, region, districts, meta, adjacency)
+    reader = YearReader(tuple(Year.of(frame, detectors.ids) for frame in frames))
+    days, parts = _parts(reader)
+    name = region.lower() if region else districts and f"ca-{districts.replace(',', '-')}"
+    spec = detectors.spec(
+        city or name or city_of(files[0]), ["flow"], days, CADENCE, PACIFIC, units="vehicles in 5 minutes"
     )
     recipe = {
         "reader": "largest",
         "region": region and region.upper(),
         "districts": districts,
-        "zeros": zeros,
-        "clock": "local times are the source's, with daylight saving; UTC stamps are one hour late in summer",
+        "zeros": ", ".join(sorted({year.zeros for year in reader.years})),
+        "clock": PACIFIC_CLOCK,
     }
-    split = parse_split(train, validation, test, spec)
-    return Plan(spec, recipe, [*files, *detectors.files], split, parts, read)
+    return Plan(spec, recipe, [*files, *detectors.files], None, parts, reader.read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +106,11 @@ class Year:
         require_traffic(flow, f"{self.frame.path}: flow", stamps)
         if self.zeros == "missing":
             flow[flow == 0] = np.nan
-        slots = slots_of(stamps, self.cadence)
+        slots = minutes_of_day(stamps) // self.cadence
         day = np.full((MINUTES_PER_DAY // self.cadence, len(self.columns)), np.nan)
         day[slots] = flow
-        present = np.zeros(len(day), bool)
-        present[slots] = True
         rows = CADENCE // self.cadence
-        return quarter_hours(day, rows), np.any(present.reshape(-1, rows), axis=1)
+        return quarter_hours(day, rows), np.isin(np.arange(MINUTES_PER_DAY // CADENCE), slots // rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,33 +136,15 @@ def quarter_hours(day: np.ndarray, rows: int) -> np.ndarray:
     return np.rint(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)).astype(np.float32)
 
 
-def _files(sources: Sequence[Path]) -> list[Path]:
-    """Year files, or one his.npz."""
-    files = [file for s in sources for file in (sorted(Path(s).glob("*.h5")) if Path(s).is_dir() else [existing(s)])]
-    if not files:
-        raise InputError("largest needs ca_his_raw_YYYY.h5, a folder of such files, or his.npz; none was found")
-    if len(files) > 1 and any(file.suffix == ".npz" for file in files):
-        raise InputError(f"largest reads year files, or one his.npz alone; {len(files)} files given")
-    return files
-
-
 def _parts(reader: YearReader) -> tuple[np.ndarray, list[Part]]:
     """All local days from the first to the last, and a part for each that has rows."""
     owner: dict[np.datetime64, tuple[int, int, int]] = {}
     for number, year in enumerate(reader.years):
-        for day, start, stop in rows_of_days(year.frame.stamps()):
-            if day in owner:
+        dates = year.frame.stamps().astype("datetime64[D]")
+        for start, stop in slices_of_days(dates):
+            if (day := dates[start]) in owner:
                 other = reader.years[owner[day][0]].frame.path
                 raise InputError(f"{other} and {year.frame.path} both hold {day}; give each day once")
             owner[day] = number, start, stop
     days = np.arange(min(owner), max(owner) + np.timedelta64(1, "D"))
     return days, [Part(str(day), (index,), owner[day]) for index, day in enumerate(days) if day in owner]
-
-
-def _city(file: Path, region: str | None, districts: str | None) -> str:
-    """``sd``, ``ca-11-4``, or the word that a file (``gba_his_2019.h5``) or folder (gba/2019/his.npz) begins with."""
-    if region:
-        return region.lower()
-    if districts:
-        return f"ca-{districts.replace(',', '-')}"
-    return city_of(file) if file.suffix == ".h5" else city_of(file.resolve().parent.parent)

@@ -1,74 +1,60 @@
 """The detectors of LargeST: which of them a region holds, where they stand, and their part of the road graph."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from data_prep.arrays import array_file
-from data_prep.graphs import numbered
-from data_prep.sensors import COLUMNS, column_of, numbers, read_table, rows_of
+from data_prep.graphs import Nodes, column_of, numbers, read_table, require_weights, rows_of
 from stdist.errors import InputError
 
 REGIONS = {"SD": (11,), "GBA": (4,), "GLA": (7, 8, 12), "CA": (3, 4, 5, 6, 7, 8, 10, 11, 12)}
 """Caltrans districts of the regions that the authors publish scores for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Detectors:
-    """The detectors of a store, in the metadata's order.
-
-    ids: str [N]. latitude, longitude: float64 [N]. adjacency: float32 [N, N]. static: ``district`` and ``lanes``,
-    float32 [N]. files: where this comes from. What no file tells is None.
-    """
-
-    ids: np.ndarray
-    latitude: np.ndarray | None = None
-    longitude: np.ndarray | None = None
-    adjacency: np.ndarray | None = None
-    static: dict[str, np.ndarray] | None = None
-    files: list[Path] = field(default_factory=list)
-
-
 def detectors_of(
     source: Path,
-    found: np.ndarray | int,
+    found: np.ndarray,
     region: str | None,
     districts: str | None,
     meta: Path | None,
     adjacency: Path | None,
-) -> Detectors:
-    """The detectors to take from ``source``, whose columns are the ids ``found``, or just so many.
+) -> Nodes:
+    """The detectors to take from ``source``, whose columns are the ids ``found``, in the metadata's order.
 
     meta, adjacency: where None, the one ``*_meta.csv`` and ``*_rn_adj.npy`` beside the source, if there are any.
-    Raises InputError where a region is unknown or asked for without metadata, where metadata and columns do not
-    name the same detectors, and where the graph has another size.
+    static: ``district`` and ``lanes``, float32 [N]. Raises InputError where a region is unknown or asked for without
+    metadata, where metadata and columns do not name the same detectors, and where the graph has another size.
     """
     chosen = _districts(region, districts)
     meta = meta or _beside(source, "*_meta.csv")
     adjacency = adjacency or _beside(source, "*_rn_adj.npy")
+    graph = [adjacency] if adjacency else []
     if meta is None:
         if chosen:
             raise InputError(f"{source.parent} holds no *_meta.csv that tells the districts; give it with --meta")
-        ids = numbered(found).ids if isinstance(found, int) else found
-        weights = _cut(adjacency, np.arange(len(ids)), len(ids)) if adjacency else None
-        return Detectors(ids, adjacency=weights, files=[adjacency] if adjacency else [])
+        weights = _cut(adjacency, np.arange(len(found)), len(found)) if adjacency else None
+        return Nodes(found, adjacency=weights, files=graph)
     table = read_table(meta)
-    sensor, latitude, longitude = (column_of(meta, table, what, names) for what, names in COLUMNS.items())
-    district = numbers(meta, table.select(column_of(meta, table, "district", ())))[:, 0]
+    sensor, *place = (column_of(meta, table, what) for what in ("sensor id", "latitude", "longitude"))
+    district = numbers(meta, table.select(column_of(meta, table, "district")))[:, 0]
     rows = np.flatnonzero(np.isin(district, chosen)) if chosen else np.arange(len(table))
     if not len(rows):
         raise InputError(f"{meta} has no detector in district {', '.join(map(str, chosen))}; check --districts")
     ids = np.array(table[sensor].to_list())
-    _require_known(source, found, meta, ids, ids[rows])
-    degrees = numbers(meta, table.select(latitude, longitude))[rows]
+    rows_of(meta, ids.tolist(), found)
+    absent = np.setdiff1d(ids[rows], found)
+    if len(absent):
+        raise InputError(
+            f"{source} lacks detector {absent[0]} ({len(absent)} of {len(rows)} absent); choose its --region"
+        )
+    degrees = numbers(meta, table.select(place))[rows]
     static = {"district": district[rows].astype(np.float32)}
     if "Lanes" in table.columns:
         static["lanes"] = numbers(meta, table.select("Lanes"))[rows, 0].astype(np.float32)
     weights = _cut(adjacency, _positions(table, adjacency)[rows], len(table)) if adjacency else None
-    files = [meta, *([adjacency] if adjacency else [])]
-    return Detectors(ids[rows], degrees[:, 0], degrees[:, 1], weights, static, files)
+    return Nodes(ids[rows], degrees[:, 0], degrees[:, 1], weights, static, [meta, *graph])
 
 
 def _districts(region: str | None, districts: str | None) -> tuple[int, ...]:
@@ -93,21 +79,6 @@ def _beside(source: Path, pattern: str) -> Path | None:
     return files[0] if files else None
 
 
-def _require_known(source: Path, found: np.ndarray | int, meta: Path, listed: np.ndarray, chosen: np.ndarray) -> None:
-    if isinstance(found, int):
-        if found != len(chosen):
-            raise InputError(
-                f"{source} has {found} detectors, {meta} tells {len(chosen)}; choose its --region, or its --meta"
-            )
-        return
-    rows_of(meta, listed.tolist(), found)
-    absent = np.setdiff1d(chosen, found)
-    if len(absent):
-        raise InputError(
-            f"{source} lacks detector {absent[0]} ({len(absent)} of {len(chosen)} absent); choose its --region"
-        )
-
-
 def _positions(table: pl.DataFrame, adjacency: Path) -> np.ndarray:
     """Row of the graph of each detector: the column ID2 where the graph is the whole state's, else its row."""
     own = np.arange(len(table))
@@ -126,6 +97,4 @@ def _cut(adjacency: Path, rows: np.ndarray, listed: int) -> np.ndarray:
     weights = np.empty((len(rows), len(rows)), np.float32)
     for number, row in enumerate(rows):
         weights[number] = whole[row][rows]
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        raise InputError(f"{adjacency} holds a weight that is negative or not finite; 0 means no edge")
-    return weights
+    return require_weights(adjacency, weights, len(rows))

@@ -17,51 +17,13 @@ What is made of it: a zero is a measured zero, since a flow of 0 is mostly a rea
 detectors were filled upstream and cannot be told from measurements any more. NaN is missing.
 """
 
-from pathlib import Path
+from data_prep.npz_nodes import node_reader
 
-from data_prep.node_frames import plan_node_frames
-from data_prep.plan import Plan
-
-CHANNELS = {1: ("flow",), 3: ("flow", "occupancy", "speed")}
-
-
-def plan(
-    sources: list[Path],
-    *,
-    city: str | None = None,
-    channels: str | None = None,
-    start: str | None = None,
-    cadence: int = 5,
-    utc_offset: int | None = None,
-    adjacency: Path | None = None,
-    node_ids: Path | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
-) -> Plan:
-    """Plan of one file.
-
-    channels: names in order, ``flow,occupancy,speed``; by their number by default. start: local ISO time of the
-    first frame, required. cadence: minutes between frames. adjacency: square table of weights, or CSV of edges
-    from,to,distance (``graphs.read_adjacency``). node_ids: ids one a line, or CSV with a column of ids and perhaps
-    places (``graphs.read_node_table``); numbered from 0 by default. train, validation, test: local days ``A:B``.
-    Raises InputError where a file or an option does not fit.
-    """
-    return plan_node_frames(
-        "pems-npz",
-        sources,
-        key="data",
-        known_channels=CHANNELS,
-        start_hint="--start 2018-01-01 (PEMS04; 2018-09-01 PEMS03, 2017-05-01 PEMS07, 2016-07-01 PEMS08)",
-        city=city,
-        channels=channels,
-        start=start,
-        cadence=cadence,
-        utc_offset=utc_offset,
-        units="as measured by PeMS",
-        adjacency=adjacency,
-        node_ids=node_ids,
-        train=train,
-        validation=validation,
-        test=test,
-    )
+plan = node_reader(
+    "pems-npz",
+    "data",
+    {1: ("flow",), 3: ("flow", "occupancy", "speed")},
+    minutes=5,
+    units="as measured by PeMS",
+    example="2018-01-01 (PEMS04; 2018-09-01 PEMS03, 2017-05-01 PEMS07, 2016-07-01 PEMS08)",
+)

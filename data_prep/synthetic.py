@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import grid_spec, parse_split, parse_start
+from data_prep.common import grid_spec, parse_start, with_spans
 from data_prep.plan import Day, Part, Plan
 from data_prep.telecom_text import CHANNELS, SLOTS_PER_DAY, write_day
 from stdist.data.synthetic import SyntheticCity, generate
@@ -16,6 +16,7 @@ from stdist.errors import InputError
 RATIOS = {"sms_in": 0.06, "sms_out": 0.04, "call_in": 0.05, "call_out": 0.06, "internet": 1.0}
 
 
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -28,9 +29,6 @@ def plan(
     width: int = 20,
     days: int = 30,
     seed: int = 0,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
     """Plan of a generated city, a part for every tile; there are no sources (InputError where some are given).
 
@@ -43,15 +41,14 @@ def plan(
     spec = grid_spec(
         city,
         [channel],
-        (first, first + np.timedelta64(days - 1, "D")),
+        first + np.array([0, days - 1]),
         source.shape,
         cadence=cadence,
         utc_offset=utc_offset,
     )
-    split = parse_split(train, validation, test, spec)
     tiles = spec.tiles()
     parts = [Part(f"tile-{index}", tuple(range(days)), len(tiles) > 1, (tile,)) for index, tile in enumerate(tiles)]
-    return Plan(spec, {"reader": "synthetic", "seed": seed}, [], split, parts, partial(_read, source, channel))
+    return Plan(spec, {"reader": "synthetic", "seed": seed}, [], None, parts, partial(_read, source, channel))
 
 
 def _read(source: SyntheticCity, channel: str, part: Part) -> Iterator[Day]:

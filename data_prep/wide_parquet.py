@@ -12,58 +12,25 @@ Rows are read in slices of whole days, at most ``SLICE_BYTES`` of values, each o
 and the compressed row group it lies in, which every slice reads again, so write files with row groups of days.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from data_prep.arrays import local_times, require_traffic
-from data_prep.common import (
-    city_of,
-    days_of_frames,
-    grid_spec,
-    only_source,
-    parse_split,
-    parse_start,
-    require_on_grid,
-    utc_offset_of,
-)
+from data_prep.common import city_of, only_source, utc_offset_of, with_spans
+from data_prep.frames import cadence_of, frames_of, part_of, plan_of, slices_of_days, stamps_from
 from data_prep.graphs import ids_of
-from data_prep.plan import Day, Part, Plan
-from data_prep.sensors import read_graph
-from data_prep.stamps import cadence_of, rows_of_days
-from data_prep.wide_csv import grid_shape
-from stdist.data.schema import GridSpec, NodeSpec
+from data_prep.plan import Plan
+from data_prep.wide_columns import Columns
+from stdist.data.schema import GridSpec
 from stdist.errors import InputError
 
 SLICE_BYTES = 1 << 27
 CADENCE = 10
 
 
-@dataclass(frozen=True, eq=False)
-class SliceReader:
-    """Days of a slice of rows; a part's payload is its first row and the frame index of each of its rows.
-
-    ``columns``: names of the value columns, in the order of the store's space.
-    """
-
-    spec: GridSpec | NodeSpec
-    path: Path
-    columns: tuple[str, ...]
-
-    def __call__(self, part: Part) -> Iterator[Day]:
-        spec, (first_row, frames) = self.spec, part.payload
-        cells = [pl.col(name).cast(pl.Float32) for name in self.columns]
-        table = _collect(self.path, pl.scan_parquet(self.path).select(cells).slice(first_row, len(frames)))
-        values = table.to_numpy().astype(np.float32, copy=False).reshape(len(frames), *spec.shape)
-        times = local_times(spec, frames)
-        require_traffic(values, f"{self.path}: {spec.channels[0]}", times)
-        return days_of_frames(spec, times, {spec.channels[0]: values})
-
-
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -79,15 +46,12 @@ def plan(
     id_width: int | None = None,
     nodes: bool = False,
     adjacency: Path | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
     """Plan of one file, a part for every slice of days; options that are not said here are those of ``wide_csv.plan``.
 
     start: local ISO time of the first row, only where the file has no column of stamps. cadence: minutes, the
     shortest step between stamps by default, 10 without stamps. nodes: columns are nodes, named by their ids.
-    adjacency: graph of the nodes (``sensors.read_graph``). Raises InputError where a column holds no numbers, where
+    adjacency: graph of the nodes (``graphs.read_graph``). Raises InputError where a column holds no numbers, where
     stamps are off the grid or out of order, or an option does not fit.
     """
     path = only_source(sources, "wide-parquet")
@@ -98,34 +62,26 @@ def plan(
     step = cadence_of(path, stamps) if time_column else cadence or CADENCE
     if cadence not in (None, step):
         raise InputError(f"{path}: frames are {step} minutes apart, not {cadence}; check --cadence")
-    require_on_grid(path, stamps, step)
-    days = stamps[0].astype("datetime64[D]"), stamps[-1].astype("datetime64[D]")
-    recipe: dict[str, Any] = {"reader": "wide-parquet", "start": str(stamps[0])}
-    spec: GridSpec | NodeSpec
-    if nodes:
-        ids = ids_of(names)
-        weights, notes = read_graph(adjacency, ids) if adjacency else (None, {})
-        recipe |= notes
-        spec = NodeSpec(town, (channel,), *days, ids, step, offset, adjacency=weights)
-    else:
-        if adjacency:
-            raise InputError("--adjacency is for nodes; give --nodes too where columns are nodes")
-        spec = grid_spec(
-            town,
-            [channel],
-            days,
-            grid_shape(path, len(names), height, width),
-            cadence=step,
-            utc_offset=offset,
-            row0=row0,
-            col0=col0,
-            id_width=id_width,
-        )
+    columns = Columns(height, width, row0, col0, id_width, nodes, adjacency)
+    spec, notes, files = columns.spec(path, names, stamps, town, channel, step, offset)
+    if isinstance(spec, GridSpec):
         names = _row_by_row(path, names, spec.cell_ids.reshape(-1))
-        recipe |= {"row0": row0, "col0": col0}
-    split = parse_split(train, validation, test, spec)
-    files = [path, *([Path(adjacency)] if adjacency else [])]
-    return Plan(spec, recipe, files, split, _parts(spec, stamps, len(names)), SliceReader(spec, path, tuple(names)))
+    frames = frames_of(path, spec, stamps)
+    days_at_once = max(1, SLICE_BYTES // (4 * len(names) * spec.slots_per_day))
+    parts = [
+        part_of(spec, frames[first:stop], partial(_load, path, channel, names, spec.shape, first, stop), path)
+        for first, stop in slices_of_days(frames // spec.slots_per_day, days_at_once)
+    ]
+    return plan_of(spec, {"reader": "wide-parquet", "start": str(stamps[0]), **notes}, [path, *files], parts)
+
+
+def _load(
+    path: Path, channel: str, names: list[str], shape: tuple[int, ...], first: int, stop: int
+) -> dict[str, np.ndarray]:
+    """Rows [first, stop) of the columns, in the order of the store's space."""
+    cells = [pl.col(name).cast(pl.Float32) for name in names]
+    table = _collect(path, pl.scan_parquet(path).select(cells).slice(first, stop - first))
+    return {channel: table.to_numpy().reshape(-1, *shape)}
 
 
 def _columns(path: Path) -> tuple[str | None, list[str]]:
@@ -149,12 +105,10 @@ def _columns(path: Path) -> tuple[str | None, list[str]]:
 def _stamps(path: Path, column: str | None, start: str | None, cadence: int, utc_offset: int) -> np.ndarray:
     """Local stamps of the rows, datetime64[m] [T]."""
     if column is None:
-        if start is None:
-            raise InputError(f"{path} has no column of stamps; give its first row's time: --start 2013-11-01T00:00")
         rows = _collect(path, pl.scan_parquet(path).select(pl.len())).item()
         if rows == 0:
             raise InputError(f"{path} holds no row; give a file that holds data")
-        return parse_start(start) + np.arange(rows) * np.timedelta64(cadence, "m")
+        return stamps_from(path, start, rows, cadence, "2013-11-01T00:00", "column of stamps")
     if start is not None:
         raise InputError(f"{path} has stamps of its own in column {column!r}; leave --start out")
     series = _collect(path, pl.scan_parquet(path).select(column)).to_series()
@@ -182,26 +136,6 @@ def _row_by_row(path: Path, names: list[str], ids: np.ndarray) -> list[str]:
         f"{path}: columns are named {names[0]} … {names[-1]}, the grid's ids are {ids[0]} … {ids[-1]}; "
         "check --row0, --col0, --id-width and --width"
     )
-
-
-def _parts(spec: GridSpec | NodeSpec, stamps: np.ndarray, columns: int) -> list[Part]:
-    """Slices of whole days, as many as ``SLICE_BYTES`` hold, at least one."""
-    frames = (stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes
-    rows_at_once = SLICE_BYTES // (4 * columns)
-    slices: list[list[tuple[int, int, int]]] = []
-    for local_day, first, stop in rows_of_days(stamps):
-        day = int((local_day - spec.first_day).astype(int))
-        if not slices or stop - slices[-1][0][1] > rows_at_once:
-            slices.append([])
-        slices[-1].append((day, first, stop))
-    return [
-        Part(
-            f"{spec.days[rows[0][0]]}",
-            tuple(day for day, _, _ in rows),
-            (rows[0][1], frames[rows[0][1] : rows[-1][2]]),
-        )
-        for rows in slices
-    ]
 
 
 def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:

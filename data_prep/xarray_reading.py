@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import xarray
 
-from data_prep.arrays import require_traffic
+from data_prep.frames import require_traffic, slices_of_days, slots_filled
 from data_prep.plan import Day, Part
-from data_prep.stamps import slots_of
 from data_prep.xarray_axes import Axes
 from stdist.data.parts import Tile
 from stdist.data.schema import MINUTES_PER_DAY
@@ -22,7 +21,11 @@ BUDGET = 192 << 20
 
 @dataclass(frozen=True, eq=False)
 class PieceReader:
-    """Reads the days of a part, piece of space by piece; ``files``: path and frames, in order of time."""
+    """Reads the days of a part, whole where they fit the budget, else tile by tile.
+
+    files: path and frames, in order of time. A part's payload: its first row of all files together, and the local
+    stamps of its rows, datetime64[m] [n].
+    """
 
     files: tuple[tuple[Path, int], ...]
     axes: Axes
@@ -30,71 +33,45 @@ class PieceReader:
     channels: tuple[str, ...]
     shape: tuple[int, ...]
     tiles: tuple[Tile, ...]
-    offset: np.timedelta64
     cadence: int
 
     def read(self, part: Part) -> Iterator[Day]:
-        start, stop = part.payload[0][0], part.payload[-1][1]
-        whole = len(self.tiles) == 1
-        for tiles in self._pieces(len(part.days)):
-            box = tuple(slice(first.start, last.stop) for first, last in zip(tiles[0], tiles[-1], strict=True))
-            stamps, block = self._read(start, stop, box)
-            for day, (first, last) in zip(part.days, part.payload, strict=True):
-                rows = slice(first - start, last - start)
-                slots = slots_of(stamps[rows], self.cadence)
-                present = np.zeros(MINUTES_PER_DAY // self.cadence, bool)
-                present[slots] = True
-                for tile in tiles:
+        start, stamps = part.payload
+        slots = MINUTES_PER_DAY // self.cadence
+        whole = tuple(slice(0, side) for side in self.shape)
+        size = 4 * len(self.channels) * len(part.days) * slots * np.prod(self.shape)
+        for box in [whole] if size <= BUDGET else self.tiles:
+            block = self._read(start, stamps, box)
+            days = slices_of_days(stamps.astype("datetime64[D]"))
+            for day, (first, last) in zip(part.days, days, strict=True):
+                for tile in self.tiles if box == whole else [box]:
                     inner = tuple(slice(t.start - b.start, t.stop - b.start) for t, b in zip(tile, box, strict=True))
-                    values = {}
-                    for channel, read in block.items():
-                        cut = read[(rows, *inner)]
-                        values[channel] = np.full((len(present), *cut.shape[1:]), np.nan, np.float32)
-                        values[channel][slots] = cut
-                    yield Day(day, values, present, None if whole else tile)
+                    cuts = {channel: read[(slice(first, last), *inner)] for channel, read in block.items()}
+                    values, present = slots_filled(cuts, stamps[first:last], slots)
+                    yield Day(day, values, present, tile if len(self.tiles) > 1 else None)
 
-    def _pieces(self, days: int) -> Iterator[list[Tile]]:
-        """The tiles, all at once, a band of rows at a time, or one by one: as many as fit the budget."""
-        frame = 4 * len(self.channels) * days * (MINUTES_PER_DAY // self.cadence)
-        if frame * np.prod(self.shape) <= BUDGET:
-            yield list(self.tiles)
-            return
-        bands: dict[int, list[Tile]] = {}
-        for tile in self.tiles:
-            bands.setdefault(tile[0].start, []).append(tile)
-        for band in bands.values():
-            height, width = band[0][0].stop - band[0][0].start, self.shape[-1]
-            if len(band) > 1 and frame * height * width <= BUDGET:
-                yield band
-            else:
-                yield from ([tile] for tile in band)
-
-    def _read(self, start: int, stop: int, box: Tile) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Local stamps, and per channel float32 [stop - start, *box] of rows [start, stop) of all files together."""
-        stamps: list[np.ndarray] = []
+    def _read(self, start: int, stamps: np.ndarray, box: Tile) -> dict[str, np.ndarray]:
+        """Per channel float32 [n, *box] of the rows from ``start`` on of all files together."""
         values: dict[str, list[np.ndarray]] = {channel: [] for channel in self.channels}
-        before = 0
+        before, stop = 0, start + len(stamps)
         for path, frames in self.files:
             first, last = max(start - before, 0), min(stop - before, frames)
+            if first < last:
+                here = stamps[before + first - start : before + last - start]
+                with opened(path) as data:
+                    for channel, variable in zip(self.channels, self.variables, strict=True):
+                        values[channel].append(self._cut(path, data[variable], slice(first, last), box, here))
             before += frames
-            if first >= last:
-                continue
-            with opened(path) as data:
-                here = minutes_of(path, data[self.axes.time].values[first:last]) + self.offset
-                stamps.append(here)
-                for channel, variable in zip(self.channels, self.variables, strict=True):
-                    values[channel].append(self._cut(path, data[variable], slice(first, last), box, here))
-        return np.concatenate(stamps), {c: np.concatenate(v) if len(v) > 1 else v[0] for c, v in values.items()}
+        return {channel: np.concatenate(each) if len(each) > 1 else each[0] for channel, each in values.items()}
 
     def _cut(self, path: Path, array: xarray.DataArray, time: slice, box: Tile, stamps: np.ndarray) -> np.ndarray:
         """float32 [n, *box] in the store's order, NaN outside the valid range."""
         axes = self.axes
-        where = {axes.time: time}
+        where: dict[str, slice | int] = {str(dim): 0 for dim in array.dims} | {axes.time: time}
         for dim, side, piece, flipped in zip(axes.space, self.shape, box, axes.flipped, strict=True):
             where[dim] = slice(side - piece.stop, side - piece.start) if flipped else piece
-        single = {dim: 0 for dim in array.dims if dim not in axes.dims}
         try:
-            read = array.isel(where).isel(single).transpose(*axes.dims).values.astype(np.float32, copy=False)
+            read = array.isel(where).transpose(*axes.dims).values.astype(np.float32, copy=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: {array.name} is damaged ({_first_line(error)}); fetch the file again") from error
         read = read[(slice(None), *reversal(axes.flipped))]
@@ -143,7 +120,7 @@ def opened(path: Path) -> Iterator[xarray.Dataset]:
         raise InputError(f"{path} is NetCDF 3; make it NetCDF 4: nccopy -k nc4 {path.name} new.nc")
     try:
         data = xarray.open_dataset(path, engine="zarr" if path.is_dir() else "h5netcdf", chunks=None, cache=False)
-    except (OSError, ValueError, KeyError, RuntimeError, FileNotFoundError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = "Zarr store" if path.is_dir() else "NetCDF 4 file"
         raise InputError(f"{path} is no {kind}, or is damaged ({_first_line(error)}); check it") from error
     with data:

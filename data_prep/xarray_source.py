@@ -7,8 +7,8 @@ refused, unless the variable's own valid range says that it may be. A stamp that
 exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
 rasters do, are reversed (recipe: ``reversed``). Cells are numbered row by row from there, from 1.
 
-Memory is bounded by what a day's tile holds, not by the raster: a day is read in the largest pieces that fit
-``BUDGET``, of which a tile of a shard is the smallest.
+Memory is bounded by what a day's tile holds, not by the raster: a day is read whole where it fits ``BUDGET``, else
+tile by tile.
 """
 
 import re
@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import xarray
 
-from data_prep.common import city_of, parse_split
-from data_prep.graphs import numbered
+from data_prep.common import city_of, with_spans
+from data_prep.frames import cadence_of, slices_of_days
+from data_prep.graphs import Nodes
 from data_prep.plan import Part, Plan
-from data_prep.stamps import cadence_of, rows_of_days
 from data_prep.xarray_axes import LATITUDE, LONGITUDE, Axes, find_space, find_time, place, runs_backwards
 from data_prep.xarray_reading import BUDGET, PieceReader, minutes_of, opened, reversal
 from stdist.data import GridSpec, NodeSpec
@@ -32,6 +32,7 @@ OWN = {"time", "row", "col", "node", "cell_id", "node_id", "inside", "present", 
 """Names of the store's own arrays."""
 
 
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -42,28 +43,24 @@ def plan(
     col_dim: str | None = None,
     node_dim: str | None = None,
     utc_offset: int = 0,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
     """Plan of one data set, or of several that follow one another in time; reads coordinates only.
 
     city: first word of the file name by default. variable: names, ``a,b``; all numeric ones by default.
     time_dim, row_dim, col_dim: names of the axes; found by CF attributes and usual names by default. node_dim: axis
     of sensors, where the data is no grid. utc_offset: minutes the city is ahead of UTC, which the stamps are in.
-    train, validation, test: local days ``A:B``.
     Raises InputError where a file is damaged, an axis or variable is not found, files do not fit each other, or
     stamps are repeated, irregular, or off the grid that begins at local midnight.
     """
     if not sources:
         raise InputError("xarray reads NetCDF files or Zarr stores, none given")
-    pieces = [_inspect(Path(s), variable, (time_dim, row_dim, col_dim, node_dim), utc_offset) for s in sources]
+    pieces = [_inspect(Path(s), variable, time_dim, row_dim, col_dim, node_dim) for s in sources]
     pieces.sort(key=lambda piece: piece.stamps[0])
     first = pieces[0]
     for piece in pieces[1:]:
         if not piece.fits(first):
             raise InputError(f"{piece.path} has not the variables, axes and places of {first.path}; prepare it apart")
-    stamps = np.concatenate([piece.stamps for piece in pieces])
+    stamps = np.concatenate([piece.stamps for piece in pieces]) + np.timedelta64(utc_offset, "m")
     cadence = cadence_of(first.path if len(pieces) == 1 else first.path.parent, stamps)
     spec = _spec(first, city or city_of(first.path), stamps, cadence, utc_offset)
     recipe = {
@@ -72,7 +69,6 @@ def plan(
         "axes": list(first.axes.dims),
         "reversed": [dim for dim, flipped in zip(first.axes.space, first.axes.flipped, strict=True) if flipped],
     }
-    split = parse_split(train, validation, test, spec)
     reader = PieceReader(
         files=tuple((piece.path, len(piece.stamps)) for piece in pieces),
         axes=first.axes,
@@ -80,48 +76,47 @@ def plan(
         channels=spec.channels,
         shape=spec.shape,
         tiles=tuple(spec.tiles()),
-        offset=np.timedelta64(utc_offset, "m"),
         cadence=cadence,
     )
-    return Plan(spec, recipe, [piece.path for piece in pieces], split, _parts(spec, stamps, first.chunk), reader.read)
+    return Plan(spec, recipe, [piece.path for piece in pieces], None, _parts(spec, stamps, first.chunk), reader.read)
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
     """What one source tells without its values.
 
-    stamps: local, datetime64[m] [T]. places: latitude and longitude of cells or nodes, or None. ids: of nodes or,
-    per axis, of rows and columns, where they are whole numbers or text. chunk: frames of a chunk on disk.
+    stamps: UTC, datetime64[m] [T]. latitude, longitude: of cells or nodes, or None. ids: of nodes or, per axis, of
+    rows and columns, where they are whole numbers or text. chunk: frames of a chunk on disk.
     """
 
     path: Path
+    stamps: np.ndarray
+    chunk: int
     variables: tuple[str, ...]
     axes: Axes
     shape: tuple[int, ...]
-    stamps: np.ndarray
     units: str
-    places: tuple[np.ndarray | None, np.ndarray | None]
+    latitude: np.ndarray | None
+    longitude: np.ndarray | None
     ids: tuple[np.ndarray | None, ...]
-    chunk: int
 
     def fits(self, other: "Piece") -> bool:
-        same = (self.variables, self.axes, self.shape, self.units) == (
-            other.variables,
-            other.axes,
-            other.shape,
-            other.units,
+        """Whether the two are of one store."""
+        ours, theirs = (
+            (p.variables, p.axes.dims, p.axes.flipped, p.shape, p.units, p.latitude, p.longitude, *p.ids)
+            for p in (self, other)
         )
-        return same and all(map(_equal, (*self.places, *self.ids), (*other.places, *other.ids)))
+        return all(np.array_equal(mine, their) for mine, their in zip(ours, theirs, strict=False))  # type: ignore[arg-type]
 
 
-def _equal(mine: np.ndarray | None, theirs: np.ndarray | None) -> bool:
-    if mine is None or theirs is None:
-        return mine is theirs
-    return np.array_equal(mine, theirs)
-
-
-def _inspect(path: Path, variable: str | None, dims: tuple[str | None, ...], utc_offset: int) -> Piece:
-    time_dim, row_dim, col_dim, node_dim = dims
+def _inspect(
+    path: Path,
+    variable: str | None,
+    time_dim: str | None,
+    row_dim: str | None,
+    col_dim: str | None,
+    node_dim: str | None,
+) -> Piece:
     with opened(path) as data:
         if data.attrs.get("format") == FORMAT:
             raise InputError(f"{path} is a grid store already; use it as it is")
@@ -129,24 +124,26 @@ def _inspect(path: Path, variable: str | None, dims: tuple[str | None, ...], utc
         arrays = _variables(path, data, time, variable)
         spaces = {find_space(path, array, time, row_dim, col_dim, node_dim): str(array.name) for array in arrays}
         if len(spaces) != 1:
-            kinds = " and ".join(f"{name} over ({', '.join(space)})" for space, name in spaces.items())
-            raise InputError(f"{path} holds {kinds}; choose those of one store with --variable")
+            found = " and ".join(f"{name} over ({', '.join(space)})" for space, name in spaces.items())
+            raise InputError(f"{path} holds {found}; choose those of one store with --variable")
         (space,) = spaces
         flipped: tuple[bool, ...] = (False,)
         if len(space) == 2:
             flipped = tuple(runs_backwards(data, dim, way) for dim, way in zip(space, ("Y", "X"), strict=True))
         axes = Axes(time, space, flipped)
         units = {str(array.name): str(array.attrs.get("units", "unknown")) for array in arrays}
+        kinds = [*units.values()] if len({*units.values()}) == 1 else [f"{name}: {u}" for name, u in units.items()]
         return Piece(
             path=path,
+            stamps=minutes_of(path, data[time].values),
+            chunk=max(int(array.encoding.get("preferred_chunks", {}).get(time, 1)) for array in arrays),
             variables=tuple(units),
             axes=axes,
             shape=tuple(data.sizes[dim] for dim in space),
-            stamps=minutes_of(path, data[time].values) + np.timedelta64(utc_offset, "m"),
-            units=_units(units),
-            places=(_degrees(data, LATITUDE, axes), _degrees(data, LONGITUDE, axes)),
+            units=", ".join(dict.fromkeys(kinds)),
+            latitude=_degrees(data, LATITUDE, axes),
+            longitude=_degrees(data, LONGITUDE, axes),
             ids=tuple(_ids(data, dim, back) for dim, back in zip(space, flipped, strict=True)),
-            chunk=max(int(array.encoding.get("preferred_chunks", {}).get(time, 1)) for array in arrays),
         )
 
 
@@ -165,12 +162,6 @@ def _variables(path: Path, data: xarray.Dataset, time: str, variable: str | None
     if not names:
         raise InputError(f"{path} holds no variable of numbers over {time} and space; check the file")
     return [data[name] for name in names]
-
-
-def _units(units: dict[str, str]) -> str:
-    """The one unit of all variables, else each variable's."""
-    kinds = sorted(set(units.values()))
-    return kinds[0] if len(kinds) == 1 else ", ".join(f"{name}: {unit}" for name, unit in units.items())
 
 
 def _degrees(data: xarray.Dataset, names: tuple[str, ...], axes: Axes) -> np.ndarray | None:
@@ -200,34 +191,37 @@ def _spec(piece: Piece, city: str, stamps: np.ndarray, cadence: int, utc_offset:
         raise InputError(
             f"{piece.path}: variables {', '.join(piece.variables)} clash with each other or the store's own"
         )
-    latitude, longitude = piece.places
-    common = {
-        "city": city,
-        "channels": channels,
-        "first_day": stamps[0].astype("datetime64[D]"),
-        "last_day": stamps[-1].astype("datetime64[D]"),
-        "cadence_minutes": cadence,
-        "utc_offset_minutes": utc_offset,
-        "units": piece.units,
-        "latitude": latitude,
-        "longitude": longitude,
-    }
     if len(piece.shape) == 1:
-        ids = piece.ids[0]
-        return NodeSpec(**common, node_ids=numbered(piece.shape[0]).ids if ids is None else ids)
+        ids = np.arange(piece.shape[0]) if piece.ids[0] is None else piece.ids[0]
+        nodes = Nodes(ids, piece.latitude, piece.longitude)
+        return nodes.spec(city, channels, stamps, cadence, utc_offset, piece.units)
     rows, cols = (None if ids is None or ids.dtype.kind == "U" else ids.astype(np.int64) for ids in piece.ids)
-    cells = 1 + np.arange(np.prod(piece.shape)).reshape(piece.shape)
-    return GridSpec(**common, cell_ids=cells, rows=rows, cols=cols)
+    return GridSpec(
+        city=city,
+        channels=channels,
+        first_day=stamps[0].astype("datetime64[D]"),
+        last_day=stamps[-1].astype("datetime64[D]"),
+        cell_ids=1 + np.arange(np.prod(piece.shape)).reshape(piece.shape),
+        cadence_minutes=cadence,
+        utc_offset_minutes=utc_offset,
+        units=piece.units,
+        rows=rows,
+        cols=cols,
+        latitude=piece.latitude,
+        longitude=piece.longitude,
+    )
 
 
 def _parts(spec: GridSpec | NodeSpec, stamps: np.ndarray, chunk: int) -> list[Part]:
     """One part a day that has frames; of more days where a chunk on disk holds several and they fit the budget.
 
-    payload: per day, its rows [start, stop) of all sources together.
+    payload: the first row of all sources together, and the rows' stamps.
     """
-    rows = [(int((day - spec.first_day).astype(int)), start, stop) for day, start, stop in rows_of_days(stamps)]
+    days = (stamps.astype("datetime64[D]") - spec.first_day).astype(int)
     tile = max(int(np.prod([s.stop - s.start for s in tile])) for tile in spec.tiles())
-    most = max(1, BUDGET // (4 * tile * spec.slots_per_day * len(spec.channels)))
+    most = BUDGET // (4 * tile * spec.slots_per_day * len(spec.channels))
     together = max(1, min(chunk // spec.slots_per_day, most))
-    groups = [rows[start : start + together] for start in range(0, len(rows), together)]
-    return [Part(str(spec.days[g[0][0]]), tuple(day for day, _, _ in g), tuple(r[1:] for r in g)) for g in groups]
+    return [
+        Part(str(spec.days[days[start]]), tuple(np.unique(days[start:stop]).tolist()), (start, stamps[start:stop]))
+        for start, stop in slices_of_days(days, together)
+    ]

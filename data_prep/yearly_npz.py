@@ -21,41 +21,20 @@ the papers splits every year by itself, 6 : 2 : 2 in time: give its days as ``--
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.arrays import ArrayFile, array_file, consecutive_days, parse_channels
-from data_prep.common import existing, parse_split, parse_start, require_on_grid, utc_offset_of
-from data_prep.node_frames import graph_of
-from data_prep.plan import Day, Part, Plan
-from stdist.data.schema import MINUTES_PER_DAY, NodeSpec
+from data_prep.arrays import ArrayFile, array_file, parse_channels
+from data_prep.common import files_in, parse_start, with_spans
+from data_prep.frames import frames_of, part_of, plan_of, require_on_grid, stamps_from
+from data_prep.graphs import counted_nodes
+from data_prep.plan import Plan
 from stdist.errors import InputError
 
 
-@dataclass(frozen=True)
-class Year:
-    """One period: its array (T, N_y), the local stamps of its first and last frame."""
-
-    year: int
-    array: ArrayFile
-    first: np.datetime64
-    last: np.datetime64
-
-
-@dataclass(frozen=True, eq=False)
-class YearReader:
-    """Days of one year's file; a part's payload is its array and the index of its first frame."""
-
-    spec: NodeSpec
-
-    def __call__(self, part: Part) -> Iterator[Day]:
-        array, first = part.payload
-        return consecutive_days(self.spec, first, {self.spec.channels[0]: array.load()}, str(array.path))
-
-
+@with_spans
 def plan(
     sources: list[Path],
     *,
@@ -66,11 +45,8 @@ def plan(
     utc_offset: int | None = None,
     adjacency: Path | None = None,
     node_ids: Path | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
 ) -> Plan:
-    """Plan of the files ``YYYY.npz``, or of folders that hold them; further options are those of ``pems_npz.plan``.
+    """Plan of the files ``YYYY.npz``, or of folders that hold them; further options are those of ``pems-npz``.
 
     city: required, since the files are named by year. start: local time of the first frame of the first year,
     required; every other year begins on the same day and time of its own. adjacency: graph of the last year.
@@ -78,38 +54,29 @@ def plan(
     """
     if city is None:
         raise InputError("yearly-npz cannot tell the city from names as 2011.npz; give --city pems-stream")
-    years = _years(_files(sources), start, cadence)
-    count = years[-1].array.shape[1]
-    nodes, weights, files, notes = graph_of(count, adjacency, node_ids)
-    spec = NodeSpec(
-        city=city,
-        channels=parse_channels(channel, 1, {}, "a yearly file"),
-        first_day=years[0].first.astype("datetime64[D]"),
-        last_day=years[-1].last.astype("datetime64[D]"),
-        node_ids=nodes.ids,
-        cadence_minutes=cadence,
-        utc_offset_minutes=utc_offset_of(city, utc_offset),
-        latitude=nodes.latitude,
-        longitude=nodes.longitude,
-        adjacency=weights,
-        since=_since(years),
-    )
-    midnight = spec.first_day.astype("datetime64[m]")
-    parts = []
-    for year in years:
-        first, last = (int((s - midnight).astype(int)) for s in (year.first, year.last))
-        days = tuple(range(first // MINUTES_PER_DAY, last // MINUTES_PER_DAY + 1))
-        parts.append(Part(str(year.year), days, (year.array, first // cadence)))
-    recipe = {"reader": "yearly-npz", "start": str(years[0].first), **notes}
-    paths = [year.array.path for year in years]
-    split = parse_split(train, validation, test, spec)
-    return Plan(spec, recipe, [*paths, *files], split, parts, YearReader(spec))
+    arrays = [array_file(path, "x", "T, N") for path in _files(sources)]
+    years = _stamps(arrays, start, cadence)
+    nodes = counted_nodes(arrays[-1].shape[1], adjacency, node_ids)
+    (name,) = parse_channels(channel, 1, {}, "a yearly file")
+    first_days = [stamps[0].astype("datetime64[D]") for stamps in years]
+    since = np.repeat(first_days, np.diff([0, *(array.shape[1] for array in arrays)]))
+    spec = nodes.spec(city, [name], np.concatenate(years), cadence, utc_offset, since=since)
+    parts = [
+        part_of(spec, frames_of(array.path, spec, stamps), partial(_load, array, name), array.path)
+        for array, stamps in zip(arrays, years, strict=True)
+    ]
+    recipe = {"reader": "yearly-npz", "start": str(years[0][0]), **nodes.notes}
+    return plan_of(spec, recipe, [*(array.path for array in arrays), *nodes.files], parts)
 
 
-def _files(sources: Sequence[Path]) -> dict[int, Path]:
-    paths = [p for s in sources for p in (sorted(Path(s).glob("*.npz")) if Path(s).is_dir() else [existing(s)])]
+def _load(array: ArrayFile, name: str) -> dict[str, np.ndarray]:
+    return {name: array.load()}
+
+
+def _files(sources: list[Path]) -> list[Path]:
+    """In order of their years."""
     files: dict[int, Path] = {}
-    for path in paths:
+    for path in files_in(sources, "*.npz"):
         if not re.fullmatch(r"\d{4}", path.stem):
             raise InputError(f"{path} is not named by its year, as 2011.npz; give the yearly files alone")
         if int(path.stem) in files:
@@ -117,41 +84,30 @@ def _files(sources: Sequence[Path]) -> dict[int, Path]:
         files[int(path.stem)] = path
     if not files:
         raise InputError("yearly-npz needs the files YYYY.npz, or a folder that holds them; none was found")
-    return dict(sorted(files.items()))
+    return [path for _, path in sorted(files.items())]
 
 
-def _years(files: dict[int, Path], start: str | None, cadence: int) -> list[Year]:
-    opening = min(files)
-    if start is None:
-        raise InputError(f"{files[opening]} has no time stamps; give its first frame's: --start {opening}-07-10")
-    begin = parse_start(start)
-    if begin.astype("datetime64[Y]").astype(int) + 1970 != opening:
-        raise InputError(
-            f"--start {start} is not in {opening}, the year of the first file; give its first frame's time"
-        )
-    years: list[Year] = []
-    for year, path in files.items():
-        array = array_file(path, "x", "T, N")
-        first = parse_start(str(begin).replace(str(opening), str(year), 1))
-        stamps = first + np.arange(array.shape[0]) * np.timedelta64(cadence, "m")
-        require_on_grid(path, stamps, cadence)
-        if years:
-            before = years[-1]
-            if array.shape[1] < before.array.shape[1]:
-                raise InputError(
-                    f"{path} has {array.shape[1]} nodes, {before.year} had {before.array.shape[1]}; "
-                    "nodes only grow here, check the files"
-                )
-            if first.astype("datetime64[D]") <= before.last.astype("datetime64[D]"):
-                raise InputError(
-                    f"{before.array.path} runs until {before.last}, into {year}; check --start and --cadence"
-                )
-        years.append(Year(year, array, first, stamps[-1]))
-    return years
-
-
-def _since(years: Sequence[Year]) -> np.ndarray:
-    """First local day of the period in which each node appears, datetime64[D] [N]."""
-    known = [0, *(year.array.shape[1] for year in years)]
-    days = [year.first.astype("datetime64[D]") for year in years]
-    return np.repeat(days, np.diff(known))
+def _stamps(arrays: list[ArrayFile], start: str | None, cadence: int) -> list[np.ndarray]:
+    """Local stamps of every year's frames, datetime64[m]."""
+    opening = arrays[0].path.stem
+    stamps: list[np.ndarray] = []
+    for number, array in enumerate(arrays):
+        path, year = array.path, array.path.stem
+        begin = start and str(parse_start(start)).replace(opening, year, 1)
+        stamps.append(stamps_from(path, begin, array.shape[0], cadence, f"{opening}-07-10"))
+        if not str(stamps[-1][0]).startswith(year):
+            raise InputError(
+                f"--start {start} is not in {opening}, the year of the first file; give its first frame's time"
+            )
+        require_on_grid(path, stamps[-1], cadence)
+        if number == 0:
+            continue
+        before, last = arrays[number - 1], stamps[number - 1][-1]
+        if array.shape[1] < before.shape[1]:
+            raise InputError(
+                f"{path} has {array.shape[1]} nodes, {before.path.stem} had {before.shape[1]}; "
+                "nodes only grow here, check the files"
+            )
+        if stamps[-1][0].astype("datetime64[D]") <= last.astype("datetime64[D]"):
+            raise InputError(f"{before.path} runs until {last}, into {year}; check --start and --cadence")
+    return stamps

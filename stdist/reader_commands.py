@@ -5,10 +5,10 @@ A reader's options are the keywords of its ``plan``: names, types and defaults f
 """
 
 import re
-import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_type_hints
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -64,33 +64,32 @@ def reader_commands(body: Body, help: str) -> typer.Typer:
 
             if name not in READERS:
                 raise InputError(f"no reader {name!r}; readers: {', '.join(READERS)}")
-            return _command(name, READERS[name].plan, body)
+            return _command(name, READERS[name].module, body)
 
     return typer.Typer(cls=Readers, no_args_is_help=True, help=help)
 
 
-def _command(name: str, plan: Callable[..., Any], body: Body) -> Any:
+def _command(name: str, module: ModuleType, body: Body) -> Any:
     def command(**given: Any) -> None:
         body(name, **given)
 
     _, sources, *shared, _ = signature(body, eval_str=True).parameters.values()
-    parameters = [sources, *_options(name, plan), *shared]
+    parameters = [sources, *_options(name, module.plan), *shared]
     command.__signature__ = Signature(  # type: ignore[attr-defined]
         [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
     )
-    facts = sys.modules[plan.__module__].__doc__
     reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    reader.command(name, cls=Command, help=facts)(command)
+    reader.command(name, cls=Command, help=module.__doc__)(command)
     return typer.main.get_command(reader)
 
 
 def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
-    types, helps = get_type_hints(plan), option_help(plan)
+    helps = option_help(plan)
     _, *options = signature(plan).parameters.values()
     return [
         option.replace(
             annotation=Annotated[
-                types[option.name], typer.Option(help=helps[option.name], rich_help_panel=f"Options of {name}")
+                option.annotation, typer.Option(help=helps[option.name], rich_help_panel=f"Options of {name}")
             ]
         )
         for option in options

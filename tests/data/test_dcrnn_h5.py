@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep import dcrnn_h5
+from data_prep.graphs import gaussian_kernel, read_graph
 from data_prep.pandas_h5 import open_frame
-from data_prep.sensors import gaussian_kernel, read_graph
 from stdist.errors import InputError
 
 METR_LA = ["773869", "767541", "767542"]
@@ -171,7 +171,7 @@ def test_graph_from_the_roads_distances(tmp_path, header):
     rows = ["400030,400030,0.0", "400001,400017,1000", "999999,400001,5", "400017,400017,0.0", "400001,400001,0.0"]
     path = tmp_path / "distances_bay_2017.csv"
     path.write_text(header + "\n".join([*rows, "400040,400001,9000.5", "400040,400040,0"]) + "\n")
-    weights, notes = read_graph(path, np.array(PEMS_BAY))
+    weights, notes = read_graph(path, np.array(PEMS_BAY), dcrnn=True)
     sigma = np.std([0, 0, 0, 0, 1000, 9000.5])
     expected = np.eye(4)
     expected[0, 1] = np.exp(-((1000 / sigma) ** 2))

@@ -1,4 +1,4 @@
-"""LargeST: year files as pandas wrote them, regions, the road graph, his.npz; and what is refused."""
+"""LargeST: year files as pandas wrote them, regions, the road graph; and what is refused."""
 
 import pickle
 from pathlib import Path
@@ -53,7 +53,7 @@ def _read(plan) -> np.ndarray:
     flow = np.full((plan.spec.frames, *plan.spec.shape), np.nan, np.float32)
     for part in plan.parts:
         for day in plan.read(part):
-            assert part.days == (day.index,) or len(plan.parts) == 1
+            assert part.days == (day.index,)
             flow[day.index * 96 : (day.index + 1) * 96] = day.values["flow"]
     return flow
 
@@ -174,7 +174,7 @@ def test_metadata_and_graph_must_fit(folder, tmp_path_factory):
         (META.replace("312134", "312135"), "lacks sensor 312134 .1 of 5 absent"),
         (META + "999999,0,0,4,X,I1,1,Mainline,N,5\n", "lacks detector 999999 .1 of 6"),
         (META.replace("District", "Region"), "has no column of the district; it has ID, Lat, Lng"),
-        (META.replace("37.36", "north"), "'north' in column Lat is not a finite number"),
+        (META.replace("37.36", "north"), "'north' is not a number, in column Lat"),
     ]
     for text, line in cases:
         meta.write_text(text)
@@ -234,69 +234,3 @@ def test_files_must_fit_each_other(folder, write_frame):
         (folder / "empty").mkdir(exist_ok=True)
         with pytest.raises(InputError, match="none was found"):
             largest.plan(sources)
-
-
-# his.npz
-
-
-def _his(folder: Path, flow: np.ndarray, first: str, **changes: np.ndarray) -> Path:
-    """generate_data_for_training.py on a frame of 15 minutes, with its own lines."""
-    frame = pd.DataFrame(np.nan_to_num(flow), index=pd.DatetimeIndex(_stamps(first, len(flow), 15)))
-    nodes = frame.shape[1]
-    clock = (frame.index.values - frame.index.values.astype("datetime64[D]")) / np.timedelta64(1, "D")
-    features = [
-        np.expand_dims(frame.values, axis=-1),
-        np.tile(clock, [1, nodes, 1]).transpose((2, 1, 0)),
-        np.tile(frame.index.day_of_week, [1, nodes, 1]).transpose((2, 1, 0)) / 7,
-    ]
-    data = np.concatenate(features, axis=-1)
-    mean, std = data[:100, :, 0].mean(), data[:100, :, 0].std()
-    data[..., 0] = (data[..., 0] - mean) / std
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "his.npz", **{"data": data, "mean": mean, "std": std, **changes})
-    return folder / "his.npz"
-
-
-def test_his_npz_holds_the_same_flow(folder):
-    """Scaled and unscaled, zeros missing; the folder's name is the year, its parent's the region."""
-    flow = quarter_hours(_raw(2), 3)[:150]
-    path = _his(folder / "ca" / "2019", flow, "2019-01-01")
-    plan = largest.plan([path], meta=folder / "ca_meta.csv")
-    assert (plan.spec.city, str(plan.spec.first_day), plan.spec.shape) == ("ca", "2019-01-01", (5,))
-    days = list(plan.read(plan.parts[0]))
-    assert [day.index for day in days] == [0, 1] and days[1].present.sum() == 150 - 96
-    np.testing.assert_array_equal(_read(plan)[:150], np.where(flow == 0, np.nan, flow))
-
-
-def test_his_npz_must_begin_when_it_says(folder):
-    path = _his(folder / "his", quarter_hours(_raw(2), 3), "2019-01-01")
-    with pytest.raises(InputError, match="its folder is named after no year; give --start"):
-        largest.plan([path])
-    plan = largest.plan([path], start="2020-01-01")
-    with pytest.raises(InputError, match="frames of day 0 are not of 2020-01-01 by their weekday"):
-        list(plan.read(plan.parts[0]))
-    assert len(list(largest.plan([path], start="2019-01-01").read(plan.parts[0]))) == 2
-
-
-def test_his_npz_is_checked(folder):
-    flow = quarter_hours(_raw(1), 3)
-    path = _his(folder / "2019", flow, "2019-01-01")
-    with pytest.raises(InputError, match=r"has 5 detectors, .*ca_meta.csv tells 1"):
-        largest.plan([path], meta=folder / "ca_meta.csv", region="GBA")
-    with pytest.raises(InputError, match=r"or one his.npz alone"):
-        largest.plan([path, path])
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cut short"):
-        largest.plan([path])
-    damaged = bytearray(whole)
-    damaged[2000] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(InputError, match="is damaged"):
-        _read(largest.plan([path]))
-    _his(folder / "2019", flow, "2019-01-01", mean=np.array([1, 2]))
-    with pytest.raises(InputError, match="lacks the numbers 'mean' and 'std'"):
-        largest.plan([path])
-    _his(folder / "2019", flow, "2019-01-01", data=np.ones((96, 5, 2)))
-    with pytest.raises(InputError, match="has 2 features"):
-        largest.plan([path])

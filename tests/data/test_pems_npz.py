@@ -179,7 +179,7 @@ def test_cut_short_or_damaged_files_are_refused(tmp_path):
         ("a.csv", "0,0,0,0\n" * 3 + "0,0,-1,0\n", "negative or not finite"),
         ("a.csv", "0,0,0,0\n" * 3 + "0,0,x,0\n", "'x' is not a number"),
         ("a.csv", "from,to,cost\n", "holds no edges"),
-        ("a.csv", "from,to,cost\n0,1,-2\n", "a distance that is negative"),
+        ("a.csv", "from,to,cost\n0,1,-2\n", "distance -2.0 is negative"),
         ("a.csv", "from,to,cost\n0,4,2\n", "line 2: 0,4,2 names a node that the data lacks"),
         ("a.csv", "", "is empty"),
     ],

@@ -246,14 +246,12 @@ def test_several_files_are_one_span_even_within_a_day(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("budget", "chunk", "parts", "reads"),
-    [(1 << 30, 8, 1, 1), (2_870_000, 8, 1, 4), (2_870_000, 4, 2, 4), (1, 8, 2, 12)],
+    ("budget", "chunk", "parts", "reads"), [(1 << 30, 8, 1, 1), (1 << 30, 4, 2, 2), (2_870_000, 8, 1, 6), (1, 8, 2, 12)]
 )
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_large_raster_is_read_in_pieces_that_fit(tmp_path, monkeypatch, name, budget, chunk, parts, reads):
-    """300 x 600 in 2 x 3 tiles, two days of 2.88 MB: all at once; tiles and the low northern band of both days, which
-    share a chunk on disk;
-    bands of a day; tiles of a day. The same days each time, and no piece above the budget or a tile of a day.
+    """300 x 600 in 2 x 3 tiles, two days of 2.88 MB: all at once; day by day, a chunk on disk each; tiles of both days,
+    which share a chunk; tiles of a day. The same days each time, and no piece above the budget or a tile of a day.
     """
     monkeypatch.setattr(xarray_reading, "BUDGET", budget)
     monkeypatch.setattr(xarray_source, "BUDGET", budget)

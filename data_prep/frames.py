@@ -1,0 +1,139 @@
+"""Frames with a time: their stamps, the parts and days they make, and what is refused in them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.common import parse_start
+from data_prep.plan import Day, Part, Plan
+from stdist.data.schema import MINUTES_PER_DAY, GridSpec, NodeSpec
+from stdist.errors import InputError
+
+Load = Callable[[], Mapping[str, np.ndarray]]
+"""Per channel numbers [n, *shape], NaN = missing; where their last axis is shorter, the last nodes are missing."""
+
+
+def stamps_from(
+    path: Path, start: str | None, frames: int, cadence: int, example: str, lacking: str = "time stamps"
+) -> np.ndarray:
+    """Local stamps, datetime64[m] [frames], of frames that follow one another; InputError without a start."""
+    if start is None:
+        raise InputError(f"{path} has no {lacking}; give the local time of its first frame: --start {example}")
+    return parse_start(start) + np.arange(frames) * np.timedelta64(cadence, "m")
+
+
+def cadence_of(path: Path, stamps: np.ndarray) -> int:
+    """Minutes between frames: the shortest step of stamps, datetime64[m] [T], in local time.
+
+    Raises InputError where stamps are repeated, run backwards, or do not lie on a regular grid from midnight
+    whose step divides a day. Absent stamps are no error.
+    """
+    if len(stamps) < 2:
+        raise InputError(f"{path} holds {len(stamps)} frames, too few to tell the cadence; give at least two")
+    steps = np.diff(stamps).astype(np.int64)
+    wrong = np.flatnonzero(steps <= 0)
+    if len(wrong):
+        at = stamps[wrong[0] + 1]
+        what = f"stamp {at} occurs twice" if steps[wrong[0]] == 0 else f"stamps run backwards at {at}"
+        raise InputError(f"{path}: {what}; give each frame once, in order of time")
+    cadence = int(steps.min())
+    if MINUTES_PER_DAY % cadence:
+        before = stamps[int(steps.argmin())]
+        raise InputError(
+            f"{path}: {cadence} minutes pass between {before} and the next stamp, which does not divide a day; "
+            "resample to a regular cadence"
+        )
+    require_on_grid(path, stamps, cadence)
+    return cadence
+
+
+def require_on_grid(path: Path, stamps: np.ndarray, cadence: int) -> None:
+    """Raise InputError for a local stamp (datetime64[m] [n]) that is repeated or off the cadence's grid."""
+    off = stamps[minutes_of_day(stamps) % cadence != 0]
+    if len(off):
+        raise InputError(
+            f"{path}: stamp {off[0]} is off the {cadence}-minute grid that begins at midnight; check --cadence"
+        )
+    unique, counts = np.unique(stamps, return_counts=True)
+    if (counts > 1).any():
+        raise InputError(f"{path}: stamp {unique[counts > 1][0]} occurs twice; give each frame once")
+
+
+def minutes_of_day(stamps: np.ndarray) -> np.ndarray:
+    """Since local midnight, int64 [n]."""
+    return (stamps - stamps.astype("datetime64[D]")).astype("timedelta64[m]").astype(np.int64)
+
+
+def frames_of(path: Path, spec: GridSpec | NodeSpec, stamps: np.ndarray) -> np.ndarray:
+    """Index of each local stamp on the spec's axis of time, int64 [n]; InputError where one is not on it."""
+    require_on_grid(path, stamps, spec.cadence_minutes)
+    return (stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes
+
+
+def slices_of_days(days: np.ndarray, together: int = 1) -> list[tuple[int, int]]:
+    """Rows [start, stop) of every ``together`` days that have rows; days: of each row, ascending [n]."""
+    starts = np.flatnonzero(np.append(True, days[1:] != days[:-1]))[::together].tolist()
+    return list(zip(starts, [*starts[1:], len(days)], strict=True))
+
+
+def part_of(spec: GridSpec | NodeSpec, frames: np.ndarray, load: Load, source: Path | str) -> Part:
+    """The days of frames that ``load`` gives, by their indices, int64 [n] in any order."""
+    days = np.unique(frames // spec.slots_per_day)
+    return Part(str(spec.days[days[0]]), tuple(days.tolist()), (frames, load, str(source)))
+
+
+def plan_of(spec: GridSpec | NodeSpec, recipe: dict[str, Any], files: list[Path], parts: list[Part]) -> Plan:
+    """Plan of parts that ``part_of`` made."""
+    # The graph would travel with every part.
+    axes = replace(spec, adjacency=None) if isinstance(spec, NodeSpec) else spec
+    return Plan(spec, recipe, files, None, parts, partial(read_frames, axes))
+
+
+def read_frames(spec: GridSpec | NodeSpec, part: Part) -> Iterator[Day]:
+    """The days of a part of ``part_of``; slots without a frame are not present.
+
+    Raises InputError naming source, channel, time and place of a value that is infinite or negative.
+    """
+    frames, load, source = part.payload
+    channels, slots = load(), spec.slots_per_day
+    stamps = spec.first_day.astype("datetime64[m]") + frames * np.timedelta64(spec.cadence_minutes, "m")
+    order = np.argsort(frames, kind="stable")
+    for start, stop in slices_of_days(frames[order] // slots):
+        rows = order[start:stop]
+        taken = {name: np.asarray(numbers[rows], np.float32) for name, numbers in channels.items()}
+        for name, values in taken.items():
+            require_traffic(values, f"{source}: {name}", stamps[rows])
+        yield Day(int(frames[rows[0]] // slots), *slots_filled(taken, stamps[rows], slots, spec.shape[-1]))
+
+
+def slots_filled(
+    channels: Mapping[str, np.ndarray], stamps: np.ndarray, slots: int, side: int | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Values [n, ...] of frames of one local day as those of all its slots, float32, and which of them are present.
+
+    side: how long the last axis becomes, filled up as missing.
+    """
+    here = minutes_of_day(stamps) * slots // MINUTES_PER_DAY
+    present = np.zeros(slots, bool)
+    present[here] = True
+    filled = {}
+    for name, values in channels.items():
+        *shape, last = values.shape[1:]
+        filled[name] = np.full((slots, *shape, side or last), np.nan, np.float32)
+        filled[name][here, ..., :last] = values
+    return filled, present
+
+
+def require_traffic(values: np.ndarray, what: str, times: np.ndarray) -> None:
+    """Raise InputError naming the first value [n, ...] that is infinite or negative, and its time (times [n])."""
+    wrong = np.isinf(values) | (values < 0)
+    if wrong.any():
+        frame, *place = np.argwhere(wrong)[0].tolist()
+        raise InputError(
+            f"{what} is {values[frame, *place]} at {times[frame]}, index {', '.join(map(str, place))} "
+            f"({int(wrong.sum())} such values); traffic is finite and not negative, NaN means missing"
+        )
