@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from stdist.data import DaySpan, GridStore, Windows
 from stdist.data.audit import Fitted, data_digest, refuse_leaks
 from stdist.data.spans import AnyRegion
+from stdist.evaluation import forecast_header
 from stdist.evaluation.blocks import cut, tiles
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import read_targets
@@ -26,8 +27,8 @@ from stdist.evaluation.protocol import read_targets
 DAYS_PER_WEEK = 7
 HARMONICS = 6
 RIDGE_PENALTY = 1.0  # on lags scaled to unit variance; the Milan figures move by < 0.001 between 1 and 100
-VALUES_IN_MEMORY = 2**22
-"""Values (frame, cell) of a tile's series, and (window, step, cell) of a forecast."""
+SERIES_IN_MEMORY = 2**22
+"""Values (frame, cell) of a tile; one cell may have more."""
 
 Forecaster = Callable[[Int[np.ndarray, " N"]], Float[np.ndarray, "N K C"]]
 """Forecasts of windows by their origins; NaN where it has no source."""
@@ -56,7 +57,7 @@ def forecast_baselines(
     fit_frames = slice(*store.frames_of(fit.span))
     slots = week_slots(store)
     features = calendar(slots, store.slots_per_day, fit_frames.stop - fit_frames.start)
-    for tile in tiles(windows.region, VALUES_IN_MEMORY // frames):
+    for tile in tiles(windows.region, SERIES_IN_MEMORY // frames):
         series = store.values(channel, 0, frames, tile).reshape(frames, -1).astype(np.float64)
         inside = store.inside[tile.slices].ravel()
         forecasters: dict[str, Forecaster] = {
@@ -65,7 +66,7 @@ def forecast_baselines(
             "mean by weekday and slot": weekly_profile(series, slots, fit_frames, K),
             "ridge": ridge(series, features, fit.origins, S, K),
         }
-        for block in cut(len(windows), max(1, VALUES_IN_MEMORY // (K * inside.size))):
+        for block in cut(len(windows), max(1, forecast_header.POINTS_IN_MEMORY // (K * inside.size))):
             last = persistence(series, K, windows.origins[block])
             shape = (*last.shape[:2], *tile.shape)
             made = {"persistence": BaselineForecasts(last.reshape(shape).astype(np.float32), 0)}

@@ -17,6 +17,7 @@ from stdist.evaluation.forecast_header import METADATA_KEY, ForecastHeader, Read
 
 QUANTILE_COLUMNS = ("q10", "q50", "q90")
 CELL_IDS_KEY = "stdist_cell_ids"
+STAMP = pl.col("origin").dt.replace_time_zone(None).cast(pl.Datetime("ns"))
 
 
 def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
@@ -65,17 +66,16 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
     cell_ids = np.array(json.loads(attributes[CELL_IDS_KEY]))
     table = pl.scan_parquet(path)
 
-    def column(values: pl.Expr) -> np.ndarray:
-        return table.select(values).collect(engine="streaming").to_series().to_numpy()
+    def unique(column: pl.Expr) -> np.ndarray:
+        return table.select(column.unique()).collect(engine="streaming").to_series().sort().to_numpy()
 
-    cells = column(pl.col("cell").unique())
+    cells, steps, origins = unique(pl.col("cell")), unique(pl.col("step")), unique(STAMP)
     foreign = cells[~np.isin(cells, cell_ids)]
     if foreign.size:
         raise InputError(f"{path}: {foreign.size} cells outside the contract's region, first {foreign[0]}")
-    k, steps = metadata.contract.K, column(pl.col("step").unique())
-    if steps.size and (steps.min() < 1 or steps.max() > k):
-        raise InputError(f"{path}: steps {steps.min()} to {steps.max()}, the contract says 1 to {k}")
-    origins = np.sort(column(_stamp(pl.col("origin")).unique()))
+    k = metadata.contract.K
+    if steps.size and (steps[0] < 1 or steps[-1] > k):
+        raise InputError(f"{path}: steps {steps[0]} to {steps[-1]}, the contract says 1 to {k}")
     header = ForecastHeader(metadata, origins, cell_ids, QUANTILE_COLUMNS[0] in table.collect_schema())
 
     def read(windows: slice, tile: Region, quantiles: bool) -> Float[np.ndarray, "quantity n K h w"]:
@@ -89,10 +89,10 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         within = pl.col("origin").is_between(first, last)
         if ids.size < cell_ids.size:
             within &= pl.col("cell").is_in(pl.lit(pl.Series(ids.ravel())).implode())
-        rows = table.filter(within).collect(engine="streaming")
+        rows = table.filter(within).select(STAMP, "step", "cell", *columns).collect(engine="streaming")
         by_id = np.argsort(ids, axis=None)
         place = (
-            np.searchsorted(chosen, rows.select(_stamp(pl.col("origin"))).to_series().to_numpy()),
+            np.searchsorted(chosen, rows["origin"].to_numpy()),
             rows["step"].to_numpy() - 1,
             by_id[np.searchsorted(ids.ravel(), rows["cell"].to_numpy(), sorter=by_id)],
         )
@@ -100,12 +100,7 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         written[place] = True
         if written.sum() != len(rows):
             raise InputError(f"{path}: some (origin, cell, step) appear more than once")
-        for column, name in zip(values, columns, strict=True):
-            column[place] = rows[name].to_numpy()
+        values[:, *place] = rows.select(columns).to_numpy().T
         return values.reshape(*values.shape[:3], *ids.shape)
 
     return header, read
-
-
-def _stamp(column: pl.Expr) -> pl.Expr:
-    return column.dt.replace_time_zone(None).cast(pl.Datetime("ns"))

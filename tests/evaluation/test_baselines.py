@@ -5,7 +5,14 @@ import pytest
 
 from stdist.data import DaySpan, GridSpec, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
-from stdist.evaluation import BaselineForecasts, ErrorState, baselines, forecast_baselines, score_baselines
+from stdist.evaluation import (
+    BaselineForecasts,
+    ErrorState,
+    baselines,
+    forecast_baselines,
+    forecast_header,
+    score_baselines,
+)
 from stdist.evaluation.baselines import RIDGE_PENALTY, calendar, ridge, same_slot_before, week_slots
 
 NAMES = ["persistence", "same time yesterday", "same time last week", "mean by weekday and slot", "ridge"]
@@ -154,10 +161,11 @@ def test_small_blocks_score_as_one(store, monkeypatch):
     windows = store.windows("test", 6, 4, channel="flow")
     expected, frames = score_baselines(store, "train", windows), len(store.times)
     for values in (frames, 4 * frames + 3, 1):
-        monkeypatch.setattr(baselines, "VALUES_IN_MEMORY", values)
+        monkeypatch.setattr(baselines, "SERIES_IN_MEMORY", values)
+        monkeypatch.setattr(forecast_header, "POINTS_IN_MEMORY", values // 4)
         blocks = [(b.stop - b.start, t.shape) for b, t, _ in forecast_baselines(store, "train", windows)]
         cells = max(1, values // frames)
-        assert len(blocks) > 1 and all(h * w <= cells and n * 4 * h * w <= max(values, 4) for n, (h, w) in blocks)
+        assert len(blocks) > 1 and all(h * w <= cells and n * 4 * h * w <= max(values // 4, 4) for n, (h, w) in blocks)
         for name, scores in score_baselines(store, "train", windows).items():
             assert flat(scores) == pytest.approx(flat(expected[name]), rel=1e-12)
 
