@@ -17,10 +17,8 @@ from stdist.errors import InputError
 
 DECIMALS = 7
 """Corners that agree to these decimals of a degree, a centimetre, are one."""
-CORNERS = np.array([(0, 0), (0, 1), (1, 1), (1, 0)])
+CORNERS = ((0, 0), (0, 1), (1, 1), (1, 0))
 """(row, col) of the corners of a square at (0, 0): south-west, south-east, north-east, north-west."""
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,29 +75,24 @@ def require_orientation(geometry: Geometry, ids: np.ndarray) -> None:
     drawn = geometry.on_grid(geometry.ids, -1)
     if np.array_equal(drawn, ids):
         return
+    if not np.array_equal(geometry.ids, np.sort(ids, axis=None)):
+        raise InputError(
+            f"{geometry.path} has {len(geometry.ids)} squares, ids {geometry.ids[0]} … {geometry.ids[-1]}, not the "
+            f"{ids.size} squares {ids.min()} … {ids.max()}; give the city's own geometry"
+        )
     turned = {
         "row 0 lies in the north": ids[::-1],
         "column 0 lies in the east": ids[:, ::-1],
         "row 0 lies in the north and column 0 in the east": ids[::-1, ::-1],
         "rows and columns are exchanged": ids.T,
     }
-    for what, flipped in turned.items():
-        if np.array_equal(drawn, flipped):
-            raise InputError(
-                f"{geometry.path}: {what}, while ids run from the south-west eastward; give the city's own geometry"
-            )
-    if not np.array_equal(geometry.ids, np.sort(ids, axis=None)):
-        raise InputError(
-            f"{geometry.path} has {len(geometry.ids)} squares, ids {geometry.ids[0]} … {geometry.ids[-1]}, not the "
-            f"{ids.size} squares {ids.min()} … {ids.max()}; give the city's own geometry"
-        )
-    height, width = ids.shape
-    wrong = np.flatnonzero(
-        ids[np.minimum(geometry.rows, height - 1), np.minimum(geometry.cols, width - 1)] != geometry.ids
-    )
+    what = next((what for what, flipped in turned.items() if np.array_equal(drawn, flipped)), None)
+    if what is None:
+        rows, cols = np.unravel_index(np.argsort(ids, axis=None), ids.shape)
+        wrong = np.flatnonzero((geometry.rows != rows) | (geometry.cols != cols))[0]
+        what = f"square {geometry.ids[wrong]} lies in row {geometry.rows[wrong]}, column {geometry.cols[wrong]}"
     raise InputError(
-        f"{geometry.path}: square {geometry.ids[wrong[0]]} lies in row {geometry.rows[wrong[0]]}, column "
-        f"{geometry.cols[wrong[0]]} from the south-west, where its id does not belong; give the city's own geometry"
+        f"{geometry.path}: {what}, while ids run from the south-west eastward; give the city's own geometry"
     )
 
 
@@ -151,32 +144,28 @@ def _corners(path: Path, number: int, geometry: Any) -> np.ndarray:
 
 def _places(path: Path, ids: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """(row, col) of every square relative to the first, int64 [N, 2], from square to square by shared corners."""
-    points: list[list[Point]] = [[(x, y) for x, y in square] for square in np.round(corners, DECIMALS).tolist()]
-    holders: dict[Point, list[tuple[int, int]]] = {}
+    points = [[(x, y) for x, y in square] for square in np.round(corners, DECIMALS).tolist()]
+    holders: dict[tuple[float, float], list[tuple[int, int]]] = {}
     for square, around in enumerate(points):
         for corner, point in enumerate(around):
             holders.setdefault(point, []).append((square, corner))
-    steps = {(a, b): tuple(CORNERS[a] - CORNERS[b]) for a in range(4) for b in range(4)}
-    place: dict[int, tuple[int, int]] = {0: (0, 0)}
+    place = {0: (0, 0)}
     left = [0]
     while left:
         square = left.pop()
-        row, col = place[square]
-        for corner, point in enumerate(points[square]):
-            for other, its_corner in holders[point]:
-                down, right = steps[corner, its_corner]
-                there = row + down, col + right
+        for point, here in zip(points[square], CORNERS, strict=True):
+            for other, corner in holders[point]:
+                there = place[square][0] + here[0] - CORNERS[corner][0], place[square][1] + here[1] - CORNERS[corner][1]
                 if other not in place:
-                    place[other] = there
                     left.append(other)
-                elif place[other] != there:
+                if place.setdefault(other, there) != there:
                     raise InputError(
                         f"{path}: squares {ids[square]} and {ids[other]} do not fit one grid; the file is damaged"
                     )
-    if len(place) < len(ids):
-        lost = next(number for number in range(len(ids)) if number not in place)
+    lost = np.setdiff1d(np.arange(len(ids)), list(place))
+    if len(lost):
         raise InputError(
-            f"{path}: squares {ids[0]} and {ids[lost]} are not joined by squares that share corners, so their rows "
+            f"{path}: squares {ids[0]} and {ids[lost[0]]} are not joined by squares that share corners, so their rows "
             "and columns are unknown; give the file of the whole city"
         )
     return np.array([place[square] for square in range(len(ids))], np.int64)

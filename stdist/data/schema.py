@@ -7,7 +7,7 @@ one shard is one local day. Frames that the source lacks are not written: fill v
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,23 +34,22 @@ class _Axes:
     utc_offset_minutes: int
     units: str
     static: Mapping[str, np.ndarray] | None
+    dims: ClassVar[tuple[str, ...]]
+    """Names of the axes of space."""
 
     def __post_init__(self) -> None:
         if self.cadence_minutes <= 0 or MINUTES_PER_DAY % self.cadence_minutes:
             raise InputError(f"cadence {self.cadence_minutes} min does not divide a day; give whole minutes")
         if not self.channels:
             raise InputError(f"city {self.city!r} has no channel; name at least one")
+        for name in ("inside", "since", "latitude", "longitude"):
+            self._require_shape(name, getattr(self, name, None), self.shape)
         for name, values in (self.static or {}).items():
             self._require_shape(f"static {name!r}", values, self.shape)
 
     def _require_shape(self, what: str, array: np.ndarray | None, shape: tuple[int, ...]) -> None:
         if array is not None and array.shape != shape:
             raise InputError(f"{what} of {self.city} has shape {array.shape}, its {' x '.join(self.dims)} is {shape}")
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """Names of the axes of space."""
-        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,14 +119,7 @@ class GridSpec(_Axes):
     longitude: np.ndarray | None = None
     static: Mapping[str, np.ndarray] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("inside", "latitude", "longitude"):
-            self._require_shape(name, getattr(self, name), self.shape)
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        return ("row", "col")
+    dims = ("row", "col")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,13 +160,9 @@ class NodeSpec(_Axes):
         unique, counts = np.unique(self.node_ids, return_counts=True)
         if (counts > 1).any():
             raise InputError(f"node id {unique[counts > 1][0]} of {self.city} occurs twice; give each node once")
-        for name in ("latitude", "longitude", "since"):
-            self._require_shape(name, getattr(self, name), self.shape)
         self._require_shape("adjacency", self.adjacency, (*self.shape, *self.shape))
 
-    @property
-    def dims(self) -> tuple[str, ...]:
-        return ("node",)
+    dims = ("node",)
 
     @property
     def shape(self) -> tuple[int]:
