@@ -62,8 +62,8 @@ def plan(
         raise InputError("largest needs ca_his_raw_YYYY.h5, or a folder of such files; none was found")
     frames = [open_frame(path) for path in files]
     detectors = detectors_of(files[0], frames[0].ids, region, districts, meta, adjacency)
-    reader = YearReader(tuple(Year.of(frame, detectors.ids) for frame in frames))
-    days, parts = _parts(reader)
+    years = [Year.of(frame, detectors.ids) for frame in frames]
+    days, parts = _parts(years)
     name = region.lower() if region else districts and f"ca-{districts.replace(',', '-')}"
     spec = detectors.spec(
         city or name or city_of(files[0]), ["flow"], days, CADENCE, PACIFIC, units="vehicles in 5 minutes"
@@ -72,10 +72,10 @@ def plan(
         "reader": "largest",
         "region": region and region.upper(),
         "districts": districts,
-        "zeros": ", ".join(sorted({year.zeros for year in reader.years})),
+        "zeros": ", ".join(sorted({year.zeros for year in years})),
         "clock": PACIFIC_CLOCK,
     }
-    return Plan(spec, recipe, [*files, *detectors.files], None, parts, reader.read)
+    return Plan(spec, recipe, [*files, *detectors.files], None, parts, _read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,30 +99,20 @@ class Year:
         """What a 0 means."""
         return "measured" if self.cadence == RAW_CADENCE else "missing"
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The day that rows [start, stop) lie in: flow, float32 [96, N], and slots that have a row, bool [96]."""
-        stamps = self.frame.stamps(start, stop)
-        flow = self.frame.values(start, stop)[:, self.columns]
-        require_traffic(flow, f"{self.frame.path}: flow", stamps)
-        if self.zeros == "missing":
-            flow[flow == 0] = np.nan
-        slots = minutes_of_day(stamps) // self.cadence
-        day = np.full((MINUTES_PER_DAY // self.cadence, len(self.columns)), np.nan)
-        day[slots] = flow
-        rows = CADENCE // self.cadence
-        return quarter_hours(day, rows), np.isin(np.arange(MINUTES_PER_DAY // CADENCE), slots // rows)
 
-
-@dataclass(frozen=True, eq=False)
-class YearReader:
-    """Reads one local day; a part's payload is the number of its year and its rows [start, stop)."""
-
-    years: tuple[Year, ...]
-
-    def read(self, part: Part) -> Iterator[Day]:
-        year, start, stop = part.payload
-        flow, present = self.years[year].read(start, stop)
-        yield Day(part.days[0], {"flow": flow}, present)
+def _read(part: Part) -> Iterator[Day]:
+    """payload: the year, and its rows [start, stop) that are the day's."""
+    year, start, stop = part.payload
+    stamps = year.frame.stamps(start, stop)
+    flow = year.frame.values(start, stop)[:, year.columns]
+    require_traffic(flow, f"{year.frame.path}: flow", stamps)
+    if year.zeros == "missing":
+        flow[flow == 0] = np.nan
+    slots, rows = minutes_of_day(stamps) // year.cadence, CADENCE // year.cadence
+    day = np.full((MINUTES_PER_DAY // year.cadence, flow.shape[1]), np.nan)
+    day[slots] = flow
+    present = np.isin(np.arange(MINUTES_PER_DAY // CADENCE), slots // rows)
+    yield Day(part.days[0], {"flow": quarter_hours(day, rows)}, present)
 
 
 def quarter_hours(day: np.ndarray, rows: int) -> np.ndarray:
@@ -136,15 +126,15 @@ def quarter_hours(day: np.ndarray, rows: int) -> np.ndarray:
     return np.rint(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)).astype(np.float32)
 
 
-def _parts(reader: YearReader) -> tuple[np.ndarray, list[Part]]:
+def _parts(years: list[Year]) -> tuple[np.ndarray, list[Part]]:
     """All local days from the first to the last, and a part for each that has rows."""
-    owner: dict[np.datetime64, tuple[int, int, int]] = {}
-    for number, year in enumerate(reader.years):
+    owner: dict[np.datetime64, tuple[Year, int, int]] = {}
+    for year in years:
         dates = year.frame.stamps().astype("datetime64[D]")
         for start, stop in slices_of_days(dates):
             if (day := dates[start]) in owner:
-                other = reader.years[owner[day][0]].frame.path
+                other = owner[day][0].frame.path
                 raise InputError(f"{other} and {year.frame.path} both hold {day}; give each day once")
-            owner[day] = number, start, stop
+            owner[day] = year, start, stop
     days = np.arange(min(owner), max(owner) + np.timedelta64(1, "D"))
     return days, [Part(str(day), (index,), owner[day]) for index, day in enumerate(days) if day in owner]

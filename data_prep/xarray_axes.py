@@ -78,25 +78,23 @@ def find_space(
         _require_dim(path, array, option, dim)
     if node_dim and (row_dim or col_dim):
         raise InputError("--node-dim is for sensors, --row-dim and --col-dim for a grid; give one kind")
-    named = {dim for dim in (row_dim, col_dim, node_dim) if dim}
     axes = {str(dim): axis_of(array, dim) for dim in array.dims if dim != time}
-    dims = [dim for dim in axes if array.sizes[dim] > 1 or dim in named or axes[dim] in ("Y", "X")]
+    dims = [d for d in axes if array.sizes[d] > 1 or d in (row_dim, col_dim, node_dim) or axes[d] in ("Y", "X")]
+    space: tuple[str, ...]
     where = f"{path}: {array.name} has axes {', '.join(map(str, array.dims))}"
     if node_dim or (len(dims) == 1 and not (row_dim or col_dim)):
-        others = [dim for dim in dims if dim != node_dim]
-        if node_dim and others:
-            raise InputError(f"{where}; choose one {others[0]} first, a node has one series")
-        return (node_dim or dims[0],)
-    row = row_dim or _one(dims, axes, "Y", {col_dim})
-    col = col_dim or _one(dims, axes, "X", {row_dim})
-    if len(dims) == 2 and (row is None) != (col is None):
-        row, col = row or next(d for d in dims if d != col), col or next(d for d in dims if d != row)
-    if row is None or col is None or row == col:
-        raise InputError(f"{where}; say which are rows and columns with --row-dim and --col-dim, or --node-dim")
-    others = [dim for dim in dims if dim not in (row, col)]
-    if others:
-        raise InputError(f"{where}; choose one {others[0]} first, a grid has rows and columns only")
-    return row, col
+        space, what = (node_dim or dims[0],), "a node has one series"
+    else:
+        row = row_dim or _one(dims, axes, "Y", col_dim)
+        col = col_dim or _one(dims, axes, "X", row_dim)
+        if len(dims) == 2:
+            row, col = row or _one(dims, {}, None, col), col or _one(dims, {}, None, row)
+        if row is None or col is None or row == col:
+            raise InputError(f"{where}; say which are rows and columns with --row-dim and --col-dim, or --node-dim")
+        space, what = (row, col), "a grid has rows and columns only"
+    if others := [dim for dim in dims if dim not in space]:
+        raise InputError(f"{where}; choose one {others[0]} first, {what}")
+    return space
 
 
 def runs_backwards(data: xarray.Dataset, dim: str, axis: str) -> bool:
@@ -128,8 +126,9 @@ def place(data: xarray.Dataset, names: tuple[str, ...], dims: tuple[str, ...] | 
     return None
 
 
-def _one(dims: list[str], axes: dict[str, str | None], axis: str, taken: set[str | None]) -> str | None:
-    found = [dim for dim in dims if axes[dim] == axis and dim not in taken]
+def _one(dims: list[str], axes: dict[str, str | None], axis: str | None, taken: str | None) -> str | None:
+    """The only dimension along an axis that is not taken."""
+    found = [dim for dim in dims if axes.get(dim) == axis and dim != taken]
     return found[0] if len(found) == 1 else None
 
 
