@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stdist.errors import DivergenceError, InputError, Interrupted
+from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError
 from stdist.reader_commands import Command, reader_commands
+from stdist.training.memory_plan import PEAK_FLOPS
 
 DAMAGED = 4
 """Exit code of ``stdist check`` on a store that is not as it was written."""
@@ -229,6 +230,25 @@ def submit(
 
 
 @command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_7b.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="of one learner's device, as 32GiB")] = None,
+    device_flops: Annotated[float, typer.Option(help="its peak in bfloat16, operations a second")] = PEAK_FLOPS,
+    as_json: Json = False,
+) -> None:
+    """Say what every stage of a run will hold, compute and send, before anything starts; nothing is loaded."""
+    from stdist.config import load_config
+    from stdist.vision_llm.plan import parse_memory, plan_run
+
+    memory = None if device_memory is None else parse_memory(device_memory)
+    result = plan_run(load_config(config, overrides), memory, device_flops)
+    if not as_json:
+        Console(highlight=False).print(result.as_tables())
+    finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))
+
+
+@command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine has: devices, attention back ends and why they are chosen, versions."""
     from stdist.vision_llm.doctor import as_lines, examine
@@ -238,11 +258,11 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Console script: bad input exits 2, a diverged training 3, Ctrl-C 130, each with one line; what ``check`` finds
-    damaged 4, with a table; the rest is a bug."""
+    """Console script: bad input exits 2, a diverged training 3, a machine that gave out 5, Ctrl-C 130, each with one
+    line; what ``check`` finds damaged 4, with a table; the rest is a bug."""
     try:
         app()
-    except (InputError, DivergenceError, Interrupted) as error:
-        codes = {InputError: 2, DivergenceError: 3, Interrupted: 130}
+    except (InputError, DivergenceError, ResourceError, Interrupted) as error:
+        codes = {InputError: 2, DivergenceError: 3, ResourceError: 5, Interrupted: 130}
         say(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
         sys.exit(codes[type(error)])

@@ -9,5 +9,9 @@ class DivergenceError(RuntimeError):
     """Training lost its way: the loss is no longer a finite number. Exit code 3."""
 
 
+class ResourceError(RuntimeError):
+    """The machine gave out: disk full, out of memory, a learner that no longer answers. Exit code 5."""
+
+
 class Interrupted(RuntimeError):
     """Ctrl-C, after the step in hand was finished and saved. Exit code 130."""

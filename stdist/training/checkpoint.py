@@ -1,25 +1,36 @@
 """Checkpoints of a stage: ``checkpoints/STAGE/step-N/`` written whole or not at all, with an atomic ``latest``.
 
-A checkpoint is the model in Hugging Face layout (written by the caller) plus ``trainer_state/`` for exact resume:
-optimizer tensors as safetensors, everything else as JSON. No pickle is ever read.
+A checkpoint is the model in Hugging Face layout (written by its first learner) plus ``trainer_state/`` for exact
+resume: every learner writes its share of the optimizer's tensors, whole ones under names that know no engine, stage of
+ZeRO or number of learners, so that any of them goes on from it. Training waits while tensors are copied; files are
+written beside it, and the checkpoint counts once all learners have written theirs. No pickle is ever read.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from stdist.errors import InputError
+from stdist.errors import InputError, ResourceError
 from stdist.files import write_atomically
 from stdist.training.engine import Engine
+from stdist.training.group import Group
+
+STATE = Path("trainer_state") / "state.json"
+KEPT = 2
+"""The newest checkpoints that are kept: where the last one is damaged, the one before serves."""
 
 
 @contextmanager
@@ -34,61 +45,189 @@ def naming_damage(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
 
 
+def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sum of a tensor's bits, as integers, for each: equal for equal weights, cheap on any device."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64))
+        for name, tensor in parameters.items()
+    }
+
+
 @dataclass
+class _Pending:
+    """A checkpoint whose files this learner is writing."""
+
+    step: int
+    keep: set[int]
+    state: dict[str, Any]
+    thread: Thread
+    files: dict[str, int] = field(default_factory=dict)
+    error: Exception | None = None
+
+
 class StageCheckpoints:
-    """The checkpoints of one stage under ``folder``; the caller says which to keep."""
+    """The checkpoints of one stage under ``folder``, a file system that all learners share. ``save``, ``settle`` and
+    ``newest`` are collectives of ``group``."""
 
-    folder: Path
+    def __init__(self, folder: Path, group: Group = Group()):
+        self.folder, self.group = folder, group
+        self._pending: _Pending | None = None
 
-    def save(self, step: int, write_model: Callable[[Path], None], engine: Engine, values: dict[str, Any]) -> None:
-        """Writes step-N and points ``latest`` at it. ``values``: JSON-able trainer state of the loop."""
-        final = self.at(step)
-        partial = self.folder / f"step-{step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "trainer_state").mkdir(parents=True)
-        write_model(partial)
-        tensors, engine_values = engine.state()
+    def save(
+        self,
+        step: int,
+        snapshot: Callable[[], Callable[[Path], None]],
+        engine: Engine,
+        values: dict[str, Any],
+        keep: Iterable[int] = (),
+    ) -> None:
+        """Begins to write step-N. ``snapshot`` copies the model and returns what writes the copy into a folder;
+        ``values``: JSON-able trainer state of the loop; ``keep``: other steps not to delete for it. ``settle`` ends it.
+
+        Raises ResourceError where the checkpoint before could not be written.
+        """
+        self.settle()
+        with engine.whole():
+            write_model = snapshot() if self.group.leads else None
+            weights = checksums(engine.parameters)
+        tensors = self._share_of(engine)
         tensors["torch_rng"] = torch.get_rng_state()
-        save_file(tensors, partial / "trainer_state" / "state.safetensors")
-        (partial / "trainer_state" / "state.json").write_text(
-            json.dumps({"step": step, "engine": engine_values, "loop": values})
+        state = {"step": step, "engine": {"steps": engine.steps}, "loop": values, "weights": weights}
+        partial = self._partial(step)
+        if self.group.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / STATE.parent).mkdir(parents=True)
+        self.group.gather(None)  # nobody writes before the folder is there
+        pending = _Pending(step, {step, *keep}, state, Thread())
+        pending.thread = Thread(target=self._write, args=(pending, partial, tensors, write_model), daemon=True)
+        self._pending = pending
+        pending.thread.start()
+
+    def _share_of(self, engine: Engine) -> dict[str, Tensor]:
+        """Copies of this learner's share of the optimizer's tensors: dealt by size, about the same bytes for each."""
+        share: dict[str, Tensor] = {}
+        loads = [0] * self.group.size
+        for name, tensor in engine.state():
+            owner = loads.index(min(loads))
+            loads[owner] += tensor.nbytes
+            if owner == self.group.rank:
+                share[name] = tensor.to("cpu", copy=True).contiguous()
+        return share
+
+    def _write(
+        self,
+        pending: _Pending,
+        partial: Path,
+        tensors: dict[str, Tensor],
+        write_model: Callable[[Path], None] | None,
+    ) -> None:
+        try:
+            shard = partial / STATE.parent / f"shard-{self.group.rank:05}-of-{self.group.size:05}.safetensors"
+            save_file(tensors, shard)
+            written = [shard]
+            if write_model:
+                write_model(partial)
+                written += [p for p in sorted(partial.rglob("*")) if p.is_file() and STATE.parent.name not in p.parts]
+            pending.files = {str(path.relative_to(partial)): _crc32(path) for path in written}
+        except Exception as error:  # told to all learners when they settle
+            pending.error = error
+
+    def settle(self, wait: bool = True) -> None:
+        """Makes the checkpoint that is being written the latest, once all learners have written their part.
+
+        ``wait=False``: only if they have. Raises ResourceError, on every learner, where one could not write.
+        """
+        if (pending := self._pending) is None:
+            return
+        if wait:
+            pending.thread.join()
+        if not all(self.group.gather(not pending.thread.is_alive())):
+            return
+        self._pending = None
+        pending.thread.join()
+        problem = f"{type(pending.error).__name__}: {pending.error}" if pending.error else None
+        if isinstance(pending.error, OSError) and pending.error.errno == errno.ENOSPC:
+            problem = "no space left on the device"
+        results = self.group.gather((pending.files, problem))
+        if any(error for _, error in results):
+            self._give_up(pending.step, [error for _, error in results])
+        if self.group.leads:
+            files = {name: crc for part, _ in results for name, crc in part.items()}
+            self._publish(pending, files)
+        self.group.gather(None)  # nobody goes on before it is there
+
+    def _give_up(self, step: int, errors: list[str | None]) -> None:
+        if self.group.leads:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
+        raise ResourceError(
+            f"{self.at(step)} could not be written (learner {rank}: {error}); "
+            "make room and run the same command to go on from the checkpoint before"
         )
+
+    def _publish(self, pending: _Pending, files: dict[str, int]) -> None:
+        partial, final = self._partial(pending.step), self.at(pending.step)
+        write_atomically(partial / STATE, json.dumps(pending.state | {"files": files}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         write_atomically(self.folder / "latest", final.name)
+        kept = {self.at(step) for step in pending.keep} | set(self._newest_first()[:KEPT])
+        for path in self.folder.glob("step-*"):
+            if path not in kept:
+                shutil.rmtree(path)
 
-    def load(self, path: Path, engine: Engine) -> dict[str, Any]:
-        """Restores the engine and the random state from a checkpoint; returns ``{"step", "loop"}``. Raises InputError
-        where it is damaged."""
-        with naming_damage(path):
-            tensors = load_file(path / "trainer_state" / "state.safetensors")
-            state = json.loads((path / "trainer_state" / "state.json").read_text())
-            torch.set_rng_state(tensors.pop("torch_rng"))
-            engine.load_state(tensors, state["engine"])
-        return state
+    def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The newest undamaged checkpoint, its state, and what is wrong with newer ones; None before the first.
 
-    @property
-    def latest(self) -> Path | None:
-        """The checkpoint to resume from, None before the first. Raises InputError where it is damaged."""
-        pointer = self.folder / "latest"
-        if not pointer.exists():
+        Every byte is read. Raises InputError, on every learner, where there are checkpoints and all are damaged.
+        """
+        found: tuple[Path | None, list[str]] = (None, [])
+        if self.group.leads:
+            found = self._newest_undamaged()
+        path, damage = self.group.lead(found)
+        if path is None and not damage:
             return None
-        path = self.folder / pointer.read_text().strip()
-        if not (path / "trainer_state" / "state.json").exists():
+        if path is None:
+            raise InputError(f"{damage[0]}; delete {self.folder} to redo the stage")
+        return path, json.loads((path / STATE).read_text()), damage
+
+    def _newest_undamaged(self) -> tuple[Path | None, list[str]]:
+        damage: list[str] = []
+        for path in self._newest_first():
+            problem = _damage(path)
+            if problem is None:
+                return path, damage
+            damage.append(f"{path} is damaged ({problem})")
+        return None, damage
+
+    def _newest_first(self) -> list[Path]:
+        steps = [int(name) for p in self.folder.glob("step-*") if (name := p.name.removeprefix("step-")).isdigit()]
+        return [self.at(step) for step in sorted(steps, reverse=True)]
+
+    def load(self, path: Path, engine: Engine, state: dict[str, Any]) -> None:
+        """Restores optimizer and random state, and sees that the weights in the model are those that were saved.
+
+        The model is to have read its own files before. Raises InputError where they are other weights.
+        """
+        with naming_damage(path):
+            shards = sorted((path / STATE.parent).glob("shard-*.safetensors"))
+            tensors = _Shards(shards)
+            engine.load_state(tensors, state["engine"]["steps"])
+            torch.set_rng_state(_Shards([shards[self.group.rank % len(shards)]])["torch_rng"])
+        with engine.whole():
+            here = checksums(engine.parameters)
+        if wrong := [name for name, saved in state["weights"].items() if here.get(name) != saved]:
             raise InputError(
-                f"{path} is damaged (it has no trainer state, yet {pointer} names it); "
-                f"delete {self.folder} to redo the stage"
+                f"{path}: {len(wrong)} of {len(here)} weights did not arrive in the model as saved, first {wrong[0]}; "
+                "the checkpoint belongs to another model, or was trained in another precision"
             )
-        return path
 
     def at(self, step: int) -> Path:
         return self.folder / f"step-{step}"
 
-    def prune(self, keep: set[int]) -> None:
-        """Deletes the checkpoints of every other step."""
-        for path in self.folder.glob("step-*"):
-            if path not in {self.at(step) for step in keep}:
-                shutil.rmtree(path)
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"step-{step}.partial"
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -100,4 +239,45 @@ class StageCheckpoints:
             return json.loads(path.read_text())
 
     def finish(self, summary: dict[str, Any]) -> None:
-        write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))
+        if self.group.leads:
+            write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))
+        self.group.gather(None)
+
+
+class _Shards(Mapping[str, Tensor]):
+    """Tensors of several safetensors files, each read when it is asked for."""
+
+    def __init__(self, paths: list[Path]):
+        files = [safe_open(path, framework="pt") for path in paths]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None where every file is as it was written."""
+    try:
+        files = json.loads((path / STATE).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has no trainer state"
+    for name, crc in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _crc32(path / name) != crc:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc

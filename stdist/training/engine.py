@@ -1,20 +1,40 @@
-"""One interface between a stage and whatever optimises it. Here: plain torch on one device."""
+"""One interface between a stage and whatever optimises it. Here: plain torch on one device.
+
+:mod:`stdist.training.deepspeed_engine` has the other one.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, as torch calls them."""
+
 
 class Engine(Protocol):
-    """A stage calls ``backward`` any number of times, then ``step`` once; gradients of the calls add up."""
+    """A stage calls ``backward`` any number of times, then ``step`` once; gradients of the calls add up.
+
+    Each learner's losses are means over its equal share of the batch; gradients are averaged over learners.
+    """
 
     @property
     def learning_rate(self) -> float:
         """Of the step to come."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far."""
+        ...
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What trains, by names that do not depend on engine, stage of ZeRO or number of learners."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
@@ -23,16 +43,26 @@ class Engine(Protocol):
         """Clips, updates, advances the schedule, clears gradients. Returns the gradient norm before clipping."""
         ...
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that continue the optimisation exactly."""
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, every learner has all weights, and calling the model communicates nothing."""
         ...
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the optimizer, whole, as NAME/exp_avg and the like; a collective, one tensor at a time."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Goes on from what ``state`` of any engine gave after ``steps`` steps."""
+        ...
+
+    def close(self) -> None:
+        """Gives the model back as the plain module that it was, with the trained weights."""
+        ...
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    parameters: list[torch.nn.Parameter]
+    parameters: dict[str, torch.nn.Parameter]
     learning_rate: float
     weight_decay: float
 
@@ -49,15 +79,23 @@ def cosine_schedule(warmup_steps: int, max_steps: int) -> Callable[[int], float]
     return scale
 
 
+def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
+    """The optimizer of every engine."""
+    return torch.optim.AdamW(
+        [
+            {"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay}
+            for g in groups
+        ],
+        betas=(0.9, 0.95),
+    )
+
+
 class TorchEngine:
-    """AdamW with gradient clipping by global norm."""
+    """AdamW with gradient clipping by global norm, for one learner."""
 
     def __init__(self, groups: Iterable[ParameterGroup], schedule: Callable[[int], float], max_grad_norm: float):
         self._groups = [group for group in groups if group.parameters]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": g.parameters, "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in self._groups],
-            betas=(0.9, 0.95),
-        )
+        self._optimizer = adamw(self._groups)
         self._schedule, self._max_grad_norm, self._steps = schedule, max_grad_norm, 0
 
     @property
@@ -65,12 +103,19 @@ class TorchEngine:
         """Of the first group, for the step to come."""
         return self._groups[0].learning_rate * self._schedule(self._steps)
 
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for group in self._groups for name, parameter in group.parameters.items()}
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> float:
-        parameters = [parameter for group in self._groups for parameter in group.parameters]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._max_grad_norm)
         for torch_group, group in zip(self._optimizer.param_groups, self._groups, strict=True):
             torch_group["lr"] = group.learning_rate * self._schedule(self._steps)
         self._optimizer.step()
@@ -78,16 +123,23 @@ class TorchEngine:
         self._steps += 1
         return float(norm)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        state = self._optimizer.state_dict()["state"]
-        tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-        return tensors, {"steps": self._steps}
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._steps = values["steps"]
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                yield f"{name}/{key}", value
+
+    def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        for name, parameter in self.parameters.items():
+            if f"{name}/{MOMENTS[0]}" not in tensors:
+                continue  # it has not had a gradient yet
+            # A parameter counts the steps in which it had a gradient; DeepSpeed counts all.
+            count = tensors.get(f"{name}/step", torch.tensor(float(steps)))
+            moments = {key: tensors[f"{name}/{key}"].to(parameter) for key in MOMENTS}
+            self._optimizer.state[parameter] = {"step": count.clone(), **moments}
+        self._steps = steps
+
+    def close(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The loop every stage runs in: step, log, evaluate, checkpoint, resume, stop.
+"""The loop every stage runs in: step, log, evaluate, checkpoint, resume, stop; on one learner or on many alike.
 
 Knows no model: a :class:`Stage` computes losses, an :class:`~stdist.training.engine.Engine` optimises.
 """
@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,17 @@ from torch import Tensor
 from stdist.errors import DivergenceError, Interrupted
 from stdist.training.checkpoint import StageCheckpoints, naming_damage
 from stdist.training.engine import Engine
+from stdist.training.guards import EXPLOSION, FIRST_STEPS, naming_exhaustion, require_sane
 from stdist.training.run_log import RunLog
+
+SUMMED = ("tokens", "tokens_saved")
+"""Scalars of a step that add up over learners; of all others the mean is taken."""
 
 
 class Stage(Protocol):
     """What the loop needs of a stage. ``step`` must depend on nothing but the weights and the step's number, so that
-    a resumed run repeats the steps an uninterrupted one would have made."""
+    a resumed run repeats the steps an uninterrupted one would have made; and learners must share a step's work
+    equally, so that it does not depend on their number either."""
 
     @property
     def name(self) -> str: ...
@@ -35,11 +40,29 @@ class Stage(Protocol):
         ...
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        """Losses of step number ``step`` (from 0), each passed to ``backward``. Returns scalars, ``loss`` among
-        them."""
+        """Losses of this learner's share of step number ``step`` (from 0), each passed to ``backward``. Returns
+        scalars, ``loss`` among them."""
         ...
 
-    def evaluate(self) -> dict[str, float]: ...
+    def examples(self, step: int) -> str:
+        """What this learner's share of a step learns from, for people."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """The same metrics on every learner."""
+        ...
+
+
+class Model(Protocol):
+    """What a checkpoint needs of the model that a stage trains."""
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies the weights; what it returns writes the copy into an existing folder."""
+        ...
+
+    def read(self, path: Path) -> None:
+        """Loads what a snapshot wrote."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,109 +87,186 @@ class _Progress:
     last_metrics: dict[str, float] = field(default_factory=dict)
     stale: int = 0
     seconds: float = 0.0
+    first_losses: list[float] = field(default_factory=list)
+
+    @property
+    def ceiling(self) -> float:
+        """Above it a loss is lost."""
+        if len(self.first_losses) < FIRST_STEPS:
+            return math.inf
+        return EXPLOSION * max(1.0, sum(map(abs, self.first_losses)) / FIRST_STEPS)
 
 
 def run_stage(
     stage: Stage,
-    engine: Engine,
+    model: Model,
+    make_engine: Callable[[], Engine],
     settings: LoopSettings,
     checkpoints: StageCheckpoints,
-    log: RunLog,
-    write_model: Callable[[Path], None],
-    read_model: Callable[[Path], None],
+    log: RunLog | None,
+    say: Callable[[str], None],
     facts: dict[str, str] | None = None,
+    report: Callable[[dict[str, float]], None] = lambda scalars: None,
 ) -> dict[str, Any]:
     """Runs a stage to its end, from its newest checkpoint if there is one; a finished stage is only loaded.
 
-    ``facts`` go into the log: what this process trains with. Returns the closing summary: metrics ``before``, of the
-    result (``after``) and at the ``last`` step, ``steps``, ``seconds``, ``checkpoint``. The model holds the stage's
-    result when it returns. Raises DivergenceError naming stage and step; Interrupted on Ctrl-C; InputError naming a
-    damaged checkpoint.
+    Args:
+        make_engine: called once ``model`` has the weights to go on from.
+        log: of the first learner; None on the others. say: is given a line for people.
+        facts: go into the log, what this process trains with. report: is given every logged step's scalars, on every
+            learner.
+
+    Returns the closing summary: metrics ``before``, of the result (``after``) and at the ``last`` step, ``steps``,
+    ``seconds``, ``checkpoint``. The model holds the stage's result when it returns. Raises DivergenceError naming
+    stage, step, learner and examples; ResourceError; Interrupted on Ctrl-C; InputError naming a damaged checkpoint.
     """
 
     def read(checkpoint: Path) -> None:
         with naming_damage(checkpoint):
-            read_model(checkpoint)
+            model.read(checkpoint)
 
     if (finished := checkpoints.finished) is not None:
         read(checkpoints.folder / finished["checkpoint"])
         return finished
-    step, progress = 0, _Progress()
-    if (latest := checkpoints.latest) is not None:
-        read(latest)
-        state = checkpoints.load(latest, engine)
-        step, progress = state["step"], _Progress(**state["loop"])
-    log.rewind(stage.name, -1 if latest is None else step)
-    if facts:
-        log.start(stage.name, step, facts)
-    with _bar(stage.name, settings.max_steps, step) as advance, _ctrl_c() as interrupted:
+    run = _Run(stage, model, settings, checkpoints, log, report)
+    if (newest := checkpoints.newest()) is not None:
+        path, state, damage = newest
+        for line in damage:
+            say(f"{line}; going on from {path.name}")
+        read(path)
+        run.step, run.progress = state["step"], _Progress(**state["loop"])
+    run.engine = make_engine()
+    try:
+        if newest is not None:
+            checkpoints.load(path, run.engine, state)
+        if log:
+            log.rewind(stage.name, run.step if newest else -1)
+            if facts:
+                log.start(stage.name, run.step, facts)
+        with _bar(stage.name, settings.max_steps, run.step, hidden=log is None) as advance, _ctrl_c() as interrupted:
+            run.all_steps(resumed=newest is not None, advance=advance, interrupted=interrupted)
+    finally:
+        run.engine.close()
+    if run.result != run.step:
+        read(checkpoints.at(run.result))
+    checkpoints.finish(run.summary)
+    return run.summary
+
+
+class _Run:
+    """A stage on its way: where it is, and what every step does."""
+
+    engine: Engine
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: Model,
+        settings: LoopSettings,
+        checkpoints: StageCheckpoints,
+        log: RunLog | None,
+        report: Callable[[dict[str, float]], None],
+    ):
+        self.stage, self.model, self.settings, self.checkpoints = stage, model, settings, checkpoints
+        self.log, self.report, self.group = log, report, checkpoints.group
+        self.step, self.progress = 0, _Progress()
+
+    def all_steps(self, resumed: bool, advance: Callable[[float], None], interrupted: Callable[[], bool]) -> None:
+        settings, progress = self.settings, self.progress
         started = time.monotonic() - progress.seconds
-
-        def save() -> None:
-            progress.seconds = time.monotonic() - started
-            checkpoints.save(step, write_model, engine, vars(progress))
-            checkpoints.prune({step, progress.best_step} if stage.watched else {step})
-
-        if latest is None:
-            _evaluate(stage, step, progress, log)
-            save()
-        while step < settings.max_steps and not (settings.patience and progress.stale >= settings.patience):
-            scalars = stage.step(step, engine.backward)
-            _require_finite("loss", scalars["loss"], stage, step)
-            scalars["learning_rate"] = engine.learning_rate
-            scalars["grad_norm"] = engine.step()
-            _require_finite("gradient norm", scalars["grad_norm"], stage, step)
-            step += 1
+        if not resumed:
+            self._evaluate()
+            self._save(started)
+        while self.step < settings.max_steps and not (settings.patience and progress.stale >= settings.patience):
+            stop, scalars = self._one_step(interrupted)
             advance(scalars["loss"])
-            if step % settings.logging_steps == 0 or step == settings.max_steps:
-                log.write(stage.name, step, scalars)
-            evaluated = step % settings.eval_steps == 0 or step == settings.max_steps
+            if self.step % settings.logging_steps == 0 or self.step == settings.max_steps:
+                if self.log:
+                    self.log.write(self.stage.name, self.step, scalars)
+                self.report({"step": self.step, **scalars})
+            evaluated = self.step % settings.eval_steps == 0 or self.step == settings.max_steps
             if evaluated:
-                _evaluate(stage, step, progress, log)
-            if evaluated or interrupted() or step % settings.save_steps == 0:
-                save()
-            if interrupted():
-                raise Interrupted(f"{stage.name}: stopped at step {step} and saved; run the same command to resume")
-    result = progress.best_step if stage.watched else step
-    if result != step:
-        read(checkpoints.at(result))
-    summary = {
-        "stage": stage.name,
-        "before": progress.first,
-        "after": progress.best_metrics,
-        "last": progress.last_metrics,
-        "steps": step,
-        "seconds": round(progress.seconds, 1),
-        "checkpoint": checkpoints.at(result).name,
-    }
-    checkpoints.finish(summary)
-    return summary
+                self._evaluate()
+            if evaluated or stop or self.step % settings.save_steps == 0:
+                self._save(started)
+            else:
+                self.checkpoints.settle(wait=False)
+            if stop:
+                self.checkpoints.settle()
+                raise Interrupted(
+                    f"{self.stage.name}: stopped at step {self.step} and saved; run the same command to resume"
+                )
+        self.checkpoints.settle()
+
+    def _one_step(self, interrupted: Callable[[], bool]) -> tuple[bool, dict[str, float]]:
+        """Makes a step. Returns whether a learner was told to stop, and the step's scalars over all learners."""
+        name, group, number = self.stage.name, self.group, self.step + 1
+        with naming_exhaustion(name, "forward and backward", number, group):
+            mine = self.stage.step(self.step, self.engine.backward)
+            scalars_of, stops = zip(*group.gather((mine, interrupted())), strict=True)
+        losses = [scalars["loss"] for scalars in scalars_of]
+        require_sane(losses, self.progress.ceiling, name, number, group, lambda: self.stage.examples(self.step))
+        scalars = {key: _over_learners(key, [each[key] for each in scalars_of]) for key in mine}
+        scalars["learning_rate"] = self.engine.learning_rate
+        with naming_exhaustion(name, "update", number, group):
+            scalars["grad_norm"] = self.engine.step()
+        if not math.isfinite(scalars["grad_norm"]):
+            raise DivergenceError(
+                f"{name}: gradient norm is {scalars['grad_norm']} at step {number}, learner {group.rank} on "
+                f"{self.stage.examples(self.step)}; its weights were not saved, lower {name}.learning_rate and train "
+                "under another name="
+            )
+        if len(self.progress.first_losses) < FIRST_STEPS:
+            self.progress.first_losses.append(scalars["loss"])
+        self.step += 1
+        return any(stops), scalars
+
+    def _save(self, started: float) -> None:
+        self.progress.seconds = time.monotonic() - started
+        keep = [self.progress.best_step] if self.stage.watched else []
+        with naming_exhaustion(self.stage.name, "copying a checkpoint", self.step, self.group):
+            self.checkpoints.save(self.step, self.model.snapshot, self.engine, asdict(self.progress), keep)
+
+    def _evaluate(self) -> None:
+        """Scores the model; ``best`` moves only where the watched metric fell (or always, when none is watched)."""
+        stage, progress = self.stage, self.progress
+        with naming_exhaustion(stage.name, "evaluation", self.step, self.group), self.engine.whole():
+            metrics = stage.evaluate()
+        if self.log:
+            self.log.evaluation(stage.name, self.step, metrics)
+        progress.last_metrics = metrics
+        if self.step == 0:
+            progress.first = metrics
+        if stage.watched is None or metrics[stage.watched] < progress.best:
+            progress.best = metrics[stage.watched] if stage.watched else progress.best
+            progress.best_step, progress.best_metrics, progress.stale = self.step, metrics, 0
+        else:
+            progress.stale += 1
+
+    @property
+    def result(self) -> int:
+        """The step whose weights are the stage's result."""
+        return self.progress.best_step if self.stage.watched else self.step
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage.name,
+            "before": self.progress.first,
+            "after": self.progress.best_metrics,
+            "last": self.progress.last_metrics,
+            "steps": self.step,
+            "seconds": round(self.progress.seconds, 1),
+            "checkpoint": self.checkpoints.at(self.result).name,
+        }
 
 
-def _require_finite(what: str, value: float, stage: Stage, step: int) -> None:
-    if not math.isfinite(value):
-        raise DivergenceError(
-            f"{stage.name}: {what} is {value} at step {step + 1}; its weights were not saved, "
-            f"lower {stage.name}.learning_rate and train under another name="
-        )
-
-
-def _evaluate(stage: Stage, step: int, progress: _Progress, log: RunLog) -> None:
-    """Scores the model; ``best`` moves only where the watched metric fell (or always, when none is watched)."""
-    metrics = stage.evaluate()
-    log.evaluation(stage.name, step, metrics)
-    progress.last_metrics = metrics
-    if step == 0:
-        progress.first = metrics
-    if stage.watched is None or metrics[stage.watched] < progress.best:
-        progress.best = metrics[stage.watched] if stage.watched else progress.best
-        progress.best_step, progress.best_metrics, progress.stale = step, metrics, 0
-    else:
-        progress.stale += 1
+def _over_learners(key: str, values: list[float]) -> float:
+    return sum(values) if key in SUMMED else sum(values) / len(values)
 
 
 @contextmanager
-def _bar(name: str, total: int, done: int) -> Iterator[Callable[[float], None]]:
+def _bar(name: str, total: int, done: int, hidden: bool) -> Iterator[Callable[[float], None]]:
     columns = (
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -175,7 +275,7 @@ def _bar(name: str, total: int, done: int) -> Iterator[Callable[[float], None]]:
         TimeRemainingColumn(),
     )
     # Standard output is for results.
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
         task = progress.add_task(name, total=total, completed=done, loss=math.nan)
         yield lambda loss: progress.update(task, advance=1, loss=loss)
 

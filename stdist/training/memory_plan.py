@@ -18,8 +18,8 @@ MFU = 0.4
 """Share of the peak that is assumed. Published: torchtitan's 8B on eight H100 0.33–0.39; here it is not measured."""
 ADAMW_MOMENTS = 2
 MIXED_PRECISION_STATE = 12
-"""K of ZeRO's Section 3.1: a float32 copy of the weight and AdamW's two moments. DeepSpeed keeps the copy of float32
-weights too."""
+"""K of ZeRO's Section 3.1: a float32 copy of the weight and AdamW's two moments. DeepSpeed's stages 1 and 2 copy float32
+weights too, its stage 3 does not."""
 REDUCE_BUCKET = 500_000_000
 """Elements of DeepSpeed's ``reduce_bucket_size``, allocated whole whatever is trained."""
 LIVE_WEIGHTS = 1_000_000_000
@@ -74,7 +74,9 @@ def state_bytes(weights: Weights, ranks: Ranks) -> StateBytes:
     held = weights.bytes if weights.whole else ranks.shard(weights.bytes, 3)
     if not weights.trainable:
         return StateBytes(held)
-    each = MIXED_PRECISION_STATE if ranks.zero_stage else ADAMW_MOMENTS * weights.bytes_each
+    moments = ADAMW_MOMENTS * weights.bytes_each
+    copied = ranks.zero_stage in (1, 2) or (ranks.zero_stage == 3 and weights.bytes_each < 4)
+    each = MIXED_PRECISION_STATE if copied else moments
     gradients, optimizer = ranks.shard(weights.bytes, 2), ranks.shard(weights.count * each, 1)
     if not ranks.offload_optimizer:
         return StateBytes(held, gradients, optimizer)
@@ -83,17 +85,19 @@ def state_bytes(weights: Weights, ranks: Ranks) -> StateBytes:
     return StateBytes(held, host=gradients + optimizer)
 
 
-def buffer_bytes(weights: Sequence[Weights], ranks: Ranks) -> dict[str, float]:
-    """DeepSpeed's own buffers at its default sizes; with ZeRO-3 also the weights that are gathered at a time."""
-    trained = [w.bytes_each for w in weights if w.trainable]
-    if ranks.zero_stage == 0 or not trained:
-        return {}
-    buffers = {"gradient bucket": REDUCE_BUCKET * max(trained)}
-    if ranks.zero_stage == 3 and ranks.world_size > 1:
-        sharded = [w for w in weights if not w.whole]
-        live = LIVE_WEIGHTS * max((w.bytes_each for w in sharded), default=0)
-        buffers["gathered weights"] = min(live, sum(w.bytes for w in sharded))
-    return buffers
+def bucket_bytes(weights: Sequence[Weights], ranks: Ranks) -> float:
+    """DeepSpeed's buffer for gradients on their way, at its default size."""
+    return REDUCE_BUCKET * max((w.bytes_each for w in weights if w.trainable), default=0) if ranks.zero_stage else 0
+
+
+def gathered_bytes(weights: Sequence[Weights], ranks: Ranks) -> tuple[float, float]:
+    """Beside its shards, what a rank of ZeRO-3 holds gathered while it trains, and where all weights are whole at
+    once, as for generation. ``(0, 0)`` where nothing is sharded."""
+    sharded = [w for w in weights if not w.whole]
+    if ranks.zero_stage < 3 or ranks.world_size == 1 or not sharded:
+        return 0, 0
+    everything, count = sum(w.bytes for w in sharded), sum(w.count for w in sharded)
+    return everything * min(1, LIVE_WEIGHTS / count), everything
 
 
 def traffic(weights: Sequence[Weights], ranks: Ranks, walks: Mapping[str, int]) -> dict[str, float]:

@@ -7,6 +7,7 @@ too (``alignment.trainable: full``); with a pre-trained base only the numeral ro
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stdist.config import AlignmentConfig
+from stdist.errors import InputError
 from stdist.numerals.alignment_tasks import (
     Example,
     Piece,
@@ -21,11 +23,13 @@ from stdist.numerals.alignment_tasks import (
     relative_error,
     transcription_batch,
 )
+from stdist.training.group import Group
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.prompts import END
 from stdist.vision_llm.token_losses import best_rows, token_losses
 
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
+T = TypeVar("T")
 _EVALUATION_SEED = 7_000_001  # added to the run's seed
 
 
@@ -34,9 +38,16 @@ class AlignmentStage:
 
     watched = None
 
-    def __init__(self, name: str, policy: Policy, config: AlignmentConfig, seed: int):
-        self.name, self.policy, self.config, self.seed = name, policy, config, seed
+    def __init__(self, name: str, policy: Policy, config: AlignmentConfig, seed: int, group: Group = Group()):
+        self.name, self.policy, self.config, self.seed, self.group = name, policy, config, seed, group
         self._batch = BATCHES[name]
+        share = group.share(config.train_batch_size, f"{name}.train_batch_size")
+        self._share, each = share, share.stop - share.start
+        if each % config.gradient_accumulation_steps:
+            raise InputError(
+                f"{name}.gradient_accumulation_steps {config.gradient_accumulation_steps} does not divide the {each} "
+                f"examples of a learner; change it or {name}.train_batch_size"
+            )
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         config = self.config
@@ -47,11 +58,18 @@ class AlignmentStage:
             config.train_batch_size,
             config.values_per_example,
         )
-        ids, is_target = tokenise(self.policy, examples)
-        hidden, targets = _answers(self.policy, ids, is_target)
-        loss = example_loss(hidden, self.policy.vocabulary_rows, targets, is_target)
-        backward(loss)
-        return {"loss": loss.item(), "tokens": float(ids.numel())}
+        total = tokens = 0.0
+        for part in np.split(np.arange(config.train_batch_size)[self._share], config.gradient_accumulation_steps):
+            ids, is_target = tokenise(self.policy, [examples[i] for i in part])
+            hidden, targets = _answers(self.policy, ids, is_target)
+            loss = example_loss(hidden, self.policy.vocabulary_rows, targets, is_target)
+            loss = loss / config.gradient_accumulation_steps
+            backward(loss)
+            total, tokens = total + loss.item(), tokens + ids.numel()
+        return {"loss": total, "tokens": tokens}
+
+    def examples(self, step: int) -> str:
+        return f"examples {self._share.start} to {self._share.stop - 1} of step {step + 1} of seed {self.seed}"
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -68,7 +86,7 @@ class AlignmentStage:
         errors: dict[str, list[float]] = defaultdict(list)
         loss = 0.0
         size = config.train_batch_size
-        for first in range(0, total, size):
+        for first in self.group.deal(range(0, total, size)):
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)
             hidden, targets = _answers(self.policy, ids, is_target)
@@ -88,12 +106,23 @@ class AlignmentStage:
                     errors[example.task].extend(
                         relative_error(predicted, vocabulary.decode(example.answer[0])).tolist()
                     )
+        losses, all_exact, all_errors = zip(*self.group.gather((loss, exact, errors)), strict=True)
+        loss, exact, errors = sum(losses), _joined(all_exact), _joined(all_errors)
         metrics = {f"exact_match/{task}": float(np.mean(hits)) for task, hits in exact.items()}
         metrics["loss"] = loss
         metrics["exact_match"] = float(np.mean([hit for hits in exact.values() for hit in hits]))
         if errors:
             metrics["median_relative_error"] = float(np.median([e for values in errors.values() for e in values]))
         return metrics
+
+
+def _joined(parts: Sequence[dict[str, list[T]]]) -> dict[str, list[T]]:
+    """Lists of the same name one behind the other."""
+    joined: dict[str, list[T]] = defaultdict(list)
+    for part in parts:
+        for name, values in part.items():
+            joined[name] += values
+    return joined
 
 
 def tokenise(

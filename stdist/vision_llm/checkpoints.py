@@ -12,6 +12,7 @@ A checkpoint holds ``policy.json`` (what stdist must know), the tokenizer with i
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -97,13 +98,23 @@ def load_policy(path: Path) -> Policy:
 
 def save_policy(policy: Policy, path: Path) -> None:
     """Writes the checkpoint into the existing folder ``path``."""
-    (path / "policy.json").write_text(policy.spec.model_dump_json(indent=1))
-    full_tokenizer(policy).save_pretrained(path)
-    policy.image_processor.save_pretrained(path)
-    if policy.spec.base_is_trained:
-        _save_base(policy, path)
-    if policy.adapters:
-        _save_adapter(policy, path / ADAPTER)
+    snapshot_policy(policy)(path)
+
+
+def snapshot_policy(policy: Policy) -> Callable[[Path], None]:
+    """Copies what a checkpoint holds; what it returns writes the copy into an existing folder, at any time."""
+    spec = policy.spec.model_dump_json(indent=1)
+    parts = [_snapshot_base(policy)] if policy.spec.base_is_trained else []
+    parts += [_snapshot_adapter(policy)] if policy.adapters else []
+
+    def write(path: Path) -> None:
+        (path / "policy.json").write_text(spec)
+        full_tokenizer(policy).save_pretrained(path)
+        policy.image_processor.save_pretrained(path)
+        for part in parts:
+            part(path)
+
+    return write
 
 
 def load_weights(policy: Policy, path: Path) -> None:
@@ -207,29 +218,33 @@ def _base_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _save_base(policy: Policy, path: Path) -> None:
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _snapshot_base(policy: Policy) -> Callable[[Path], None]:
     first, n = policy.first_numeral_id, len(policy.vocabulary)
     weights = {name: parameter.data for name, parameter in _base_parameters(policy).items()}
     for key, rows in ((EMBEDDING, policy.rows.input), (HEAD, policy.rows.output)):
         # In the rows' own float32: rounded to a bfloat16 base, a resumed run would go on from other weights.
         weights[key] = torch.cat([weights[key][:first].to(rows.dtype), rows.data])
-    save_file(
-        {key: value.contiguous() for key, value in weights.items()},
-        path / "model.safetensors",
-        {"format": "pt"},
-    )
+    weights = {key: _copy(value) for key, value in weights.items()}
     config = copy.deepcopy(policy.base_model.config)
     config.get_text_config().vocab_size = first + n
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.architectures = [type(policy.base_model).__name__]
-    config.save_pretrained(path)
+
+    def write(path: Path) -> None:
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        config.save_pretrained(path)
+
+    return write
 
 
-def _save_adapter(policy: Policy, path: Path) -> None:
-    path.mkdir()
+def _snapshot_adapter(policy: Policy) -> Callable[[Path], None]:
     name = policy.active_adapter
     weights = {
-        key: value.contiguous()
+        key: _copy(value)
         for key, value in get_peft_model_state_dict(
             policy.backbone, adapter_name=name, save_embedding_layers=False
         ).items()
@@ -246,10 +261,16 @@ def _save_adapter(policy: Policy, path: Path) -> None:
         first, n = policy.first_numeral_id, len(policy.vocabulary)
         ids = list(range(first, first + n))
         config.trainable_token_indices = {"embed_tokens": ids, "lm_head": ids}
-        weights[_PEFT_ROWS[EMBEDDING]] = policy.rows.input.data.contiguous()
-        weights[_PEFT_ROWS[HEAD]] = policy.rows.output.data.contiguous()
-    save_file(weights, path / "adapter_model.safetensors", {"format": "pt"})
-    config.save_pretrained(str(path))
+        weights[_PEFT_ROWS[EMBEDDING]] = _copy(policy.rows.input)
+        weights[_PEFT_ROWS[HEAD]] = _copy(policy.rows.output)
+
+    def write(path: Path) -> None:
+        folder = path / ADAPTER
+        folder.mkdir()
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+        config.save_pretrained(str(folder))
+
+    return write
 
 
 def _overwrite(target: Float[Tensor, "*shape"], saved: Float[Tensor, "*shape"], what: str, path: Path) -> None:

@@ -89,6 +89,11 @@ class CityWindows:
         chosen = rng.choice(len(self.windows), min(windows, len(self.windows)), replace=False)
         return chosen, np.sort(rng.choice(self.cells, min(cells, len(self.cells)), replace=False))
 
+    def describe(self, indices: np.ndarray) -> str:
+        """Windows number ``indices`` by the local times of their last history frames."""
+        times = np.sort(self._local[self.windows.origins[indices]])
+        return "windows at " + ", ".join(str(time.astype("datetime64[m]")) for time in times)
+
     def evenly(self, count: int) -> np.ndarray:
         """At most ``count`` windows, evenly spaced: the same ones at every validation."""
         return np.unique(np.linspace(0, len(self.windows) - 1, min(count, len(self.windows))).round().astype(int))

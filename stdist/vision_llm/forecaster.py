@@ -11,6 +11,7 @@ from stdist.config import ForecastConfig
 from stdist.evaluation import ErrorState, ForecastWriter, Piece, PiecePlan
 from stdist.evaluation.forecasts import QUANTILES
 from stdist.progress import Progress
+from stdist.training.group import Group
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.frames import clipped
 from stdist.vision_llm.policy import Policy
@@ -100,16 +101,22 @@ def forecast_windows(
 
 
 def validation_errors(
-    policy: Policy, city: CityWindows, indices: np.ndarray, windows_per_batch: int, decoding: Decoding
+    policy: Policy,
+    city: CityWindows,
+    indices: np.ndarray,
+    windows_per_batch: int,
+    decoding: Decoding,
+    group: Group = Group(),
 ) -> dict[str, float]:
-    """Pooled MAE, RMSE and NRMSE (Eq. 21–23) of point forecasts on observed points of the windows ``indices``."""
+    """Pooled MAE, RMSE and NRMSE (Eq. 21–23) of point forecasts on observed points of the windows ``indices``, which
+    the learners of ``group`` forecast together."""
     state = ErrorState.empty(policy.spec.setting.horizon)
     pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).pieces()
-    for _, batch, values in forecast_pieces(policy, city, indices, pieces, decoding):
+    for _, batch, values in forecast_pieces(policy, city, indices, group.deal(list(pieces)), decoding):
         horizon_first = (0, 2, 1)
         state = state.update(
             values[:, :, 0].transpose(horizon_first),
             batch.truth.transpose(horizon_first),
             batch.observed.transpose(horizon_first),
         )
-    return state.pooled()
+    return sum(group.gather(state), ErrorState.empty(policy.spec.setting.horizon)).pooled()

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stdist.config import GRPOConfig
+from stdist.training.group import Group
 from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.forecaster import validation_errors
@@ -48,17 +49,18 @@ class GRPOStage:
         config: GRPOConfig,
         seed: int,
         decoding: Decoding,
+        group: Group = Group(),
     ):
         self.policy, self.train, self.validation = policy, train, validation
         self.cell_mean, self.config, self.seed, self.decoding = cell_mean, config, seed, decoding
+        self.group = group
         self.sampler = Sampler(policy)
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         config, policy = self.config, self.policy
-        rng = np.random.default_rng([self.seed, 4, step])
-        batch = self.train.batch(*self.train.draw(rng, config.windows_per_step, config.cells_per_window))
-        written = self._write(batch, self._generator(step))
+        batch = self.train.batch(*self._draw(step))
+        written = self._write(batch, self._generator(step), self.group)
         rewards = self._reward(batch, written).view(-1, config.num_generations)
         tree = candidate_tree(policy, batch, written)
         sizes = self.micro_batches.sizes(tree)
@@ -90,19 +92,31 @@ class GRPOStage:
         """Validation errors of the run's own decoding, and the mean reward of sampled candidates."""
         config = self.config
         indices = self.validation.evenly(config.eval_windows)
-        errors = validation_errors(self.policy, self.validation, indices, config.windows_per_step, self.decoding)
-        generator = self._generator(2**31)  # the same draws at every evaluation
-        rewards = []
-        for first in range(0, len(indices), config.windows_per_step):
+        errors = validation_errors(
+            self.policy, self.validation, indices, config.windows_per_step, self.decoding, self.group
+        )
+        rewards = [torch.zeros(0)]
+        for first in self.group.deal(range(0, len(indices), config.windows_per_step)):
             batch = self.validation.batch(indices[first : first + config.windows_per_step], self.validation.cells)
-            rewards.append(self._reward(batch, self._write(batch, generator)))
-        return errors | {"reward": float(torch.cat(rewards).mean())}
+            written = self._write(batch, self._generator(2**31 + first))  # the same draws at every evaluation
+            rewards.append(self._reward(batch, written).cpu())
+        return errors | {"reward": float(torch.cat(self.group.gather(torch.cat(rewards))).mean())}
+
+    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of this learner, and cells of all."""
+        rng = np.random.default_rng([self.seed, 4, step])
+        windows, cells = self.train.draw(rng, self.config.windows_per_step, self.config.cells_per_window)
+        return windows[self.group.share(len(windows), "grpo.windows_per_step")], cells
+
+    def examples(self, step: int) -> str:
+        return self.train.describe(self._draw(step)[0])
 
     # --- rollouts ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _write(self, batch: PolicyBatch, generator: torch.Generator) -> Completions:
-        return self.sampler.complete(
+    def _write(self, batch: PolicyBatch, generator: torch.Generator, among: Group = Group()) -> Completions:
+        """Candidates of this learner's batch, drawn as they would be were all learners' batches one."""
+        written = self.sampler.complete(
             self.policy.prefix(batch.shared, batch.grids),
             batch.prompts,
             self.policy.spec.setting.horizon + EXTRA_TOKENS,
@@ -112,7 +126,10 @@ class GRPOStage:
             top_p=self.config.top_p,
             may_end=True,
             generator=generator,
+            share=(among.rank, among.size),
         )
+        # All learners' trees have one shape, and so as many backward passes: each of them may be a collective.
+        return written.widened(max(among.gather(written.mask.shape[1])))
 
     def _reward(self, batch: PolicyBatch, written: Completions) -> Float[Tensor, "candidates"]:
         g, device = self.config.num_generations, written.values.device

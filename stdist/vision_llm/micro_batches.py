@@ -48,13 +48,17 @@ def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
 
 
 def _kept(policy: "Policy", tree: Tree) -> list[int]:
-    seen = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+    seen: set[int] = set()
     total = 0
+
+    def is_weight(storage: torch.UntypedStorage) -> bool:
+        """Asked now: sharded weights have their storage only while their module is at work."""
+        return any(parameter.untyped_storage().data_ptr() == storage.data_ptr() for parameter in policy.parameters())
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
+        if storage.data_ptr() not in seen and not is_weight(storage):
             seen.add(storage.data_ptr())
             total += storage.nbytes()
         return tensor

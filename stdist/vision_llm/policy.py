@@ -219,6 +219,11 @@ class Policy(nn.Module):
         """Head rows of what a forecast may contain: numerals, then the end token as the last one."""
         return self.rows.output, self.base_model.lm_head.weight[self.end_id : self.end_id + 1]
 
+    @property
+    def read_in_place(self) -> list[nn.Parameter]:
+        """Parameters that are read here and not in their own modules: the numerals' rows and the base's head."""
+        return [*self.rows.parameters(), self.base_model.lm_head.weight]
+
     def logits(self, hidden: Float[Tensor, "positions d"]) -> Float[Tensor, "positions choices"]:
         """Over everything the model can say, in the order of token ids."""
         return row_logits(hidden, self.vocabulary_rows)
@@ -254,14 +259,20 @@ class Policy(nn.Module):
     def adapters(self) -> list[str]:
         return list(self.backbone.peft_config) if isinstance(self.backbone, PeftModel) else []
 
-    def train_only(self, part: str) -> None:
-        """Chooses the trainable parameters: ``rows`` (numerals), ``lora`` (active adapter + rows), ``full``."""
+    def train_only(self, part: str, frames: bool = True) -> None:
+        """Chooses the trainable parameters: ``rows`` (numerals), ``lora`` (active adapter + rows), ``full``.
+
+        ``frames``: whether frames are seen. Where none are, the vision tower stays as it is: without gradients it would
+        only decay.
+        """
         for name, parameter in self.backbone.named_parameters():
             active = isinstance(self.backbone, PeftModel) and f".{self.active_adapter}." in name
             is_lora = "lora_" in name
             parameter.requires_grad_(
                 (part == "lora" and is_lora and active) or (part == "full" and (not is_lora or active))
             )
+        if not (frames and self.encoder):
+            self.base_model.model.visual.requires_grad_(False)
         self.rows.requires_grad_(True)
         self.train()  # gradient checkpointing acts in this mode only
 

@@ -4,21 +4,25 @@ Every step is skipped when its result is already in the run folder, so the same 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from stdist.config import Config, StageConfig, dump_config
+from stdist.config import AlignmentConfig, Config, ForecastStageConfig, LearnersConfig, StageConfig, dump_config
 from stdist.errors import InputError
 from stdist.files import write_atomically
 from stdist.training.checkpoint import StageCheckpoints
-from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
+from stdist.training.deepspeed_json import deepspeed_json
+from stdist.training.engine import Engine, ParameterGroup, TorchEngine, cosine_schedule
+from stdist.training.group import Group
 from stdist.training.loop import LoopSettings, Stage, run_stage
 from stdist.training.run_log import RunLog
 from stdist.vision_llm.alignment import AlignmentStage
-from stdist.vision_llm.checkpoints import build_policy, load_weights, save_policy
+from stdist.vision_llm.checkpoints import build_policy, load_weights, snapshot_policy
 from stdist.vision_llm.city_windows import CityWindows
 from stdist.vision_llm.grpo import GRPOStage
 from stdist.vision_llm.numeral_range import find_unwritable
@@ -33,11 +37,20 @@ STORE_DIGEST = (
 )
 
 
-def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
+def train(
+    config: Config,
+    say: Callable[[str], None],
+    report: Callable[[dict[str, float]], None] = lambda scalars: None,
+) -> dict[str, Any]:
     """Runs or resumes everything ``config`` names. Returns the test metrics, the stages' summaries and paths.
 
-    ``say`` is given a line for people at each milestone.
+    As one of several learners (torch.distributed is up) this process trains its share; the first one also writes the
+    run folder, forecasts and scores, and only its result has the metrics. ``say`` is given a line for people at each
+    milestone, by the first learner; ``report`` every logged step's scalars, on every learner.
     """
+    group = Group.current()
+    say = say if group.leads else lambda line: None
+    check_learners(config, group)
     task = open_task(config)
     run_dir = config.run_dir
     refuse_foreign_folder(run_dir, config, task.store.digest)
@@ -46,24 +59,53 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     clamped = find_unwritable(
         (task.train, task.validation, task.test), policy.vocabulary, config.numerals.out_of_range == "clamp"
     )
-    # Nothing is written before all of the input is known to be good.
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / STORE_DIGEST, task.store.digest)
-    write_atomically(run_dir / "config.yaml", dump_config(config))
+    # Nothing is written before all of the input is known to be good, to all learners.
+    group.gather(None)
+    if group.leads:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / STORE_DIGEST, task.store.digest)
+        write_atomically(run_dir / "config.yaml", dump_config(config))
     say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
     say(f"attention: {policy.attention_choice.reason}")
     if clamped:
         say(clamped)
-    summaries = train_stages(config, task, policy, say)
+    summaries = train_stages(config, task, policy, say, report)
+    if not group.leads:
+        return {"run": str(run_dir), "stages": summaries}
     result = forecast_and_score(config, task, policy, summaries, [clamped] if clamped else [], say)
     return {"run": str(run_dir), "stages": summaries, **result}
 
 
+def check_learners(config: Config, group: Group) -> None:
+    """Raises InputError where ``group`` cannot share a stage's batch evenly, or its engine cannot train this policy."""
+    learners = config.learners
+    for name in config.stages:
+        stage = stage_config(config, name)
+        if isinstance(stage, AlignmentConfig):
+            group.share(stage.train_batch_size, f"{name}.train_batch_size")
+        elif isinstance(stage, ForecastStageConfig):
+            group.share(stage.windows_per_step, f"{name}.windows_per_step")
+        if learners.engine == "deepspeed":
+            deepspeed_json(learners, stage.max_grad_norm, False, group.size)
+    if learners.engine == "deepspeed" and learners.zero_stage == 3:
+        reason = None
+        if config.policy.load_in_4bit:
+            reason = "policy.load_in_4bit packs, DeepSpeed cannot do both"
+        elif "grpo" in config.stages:
+            reason = "the stage grpo samples with, each learner as many tokens as its candidates are long"
+        if reason:
+            raise InputError(f"learners.zero_stage 3 shards the weights that {reason}; set zero_stage to 1 or 2")
+
+
 def refuse_foreign_folder(run_dir: Path, config: Config, store_digest: str) -> None:
-    """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data."""
+    """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
+
+    On how many learners it is trained, and how, may change: the batches do not."""
     path = run_dir / "config.yaml"
     if path.exists():
-        difference = _first_difference(yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config)))
+        there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
+        here["learners"] = there.get("learners")
+        difference = _first_difference(there, here)
         if difference:
             raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
     known = run_dir / STORE_DIGEST
@@ -85,23 +127,39 @@ def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
     return None if old == new else f"{key} is {old!r} there, {new!r} here"
 
 
-def train_stages(config: Config, task: Task, policy: Policy, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class PolicyFiles:
+    """See :class:`stdist.training.loop.Model`."""
+
+    policy: Policy
+
+    def snapshot(self) -> Callable[[Path], None]:
+        return snapshot_policy(self.policy)
+
+    def read(self, path: Path) -> None:
+        load_weights(self.policy, path)
+
+
+def train_stages(
+    config: Config,
+    task: Task,
+    policy: Policy,
+    say: Callable[[str], None],
+    report: Callable[[dict[str, float]], None],
+) -> dict[str, dict[str, Any]]:
     """All stages in order on one policy; finished ones are only loaded. Returns each stage's closing summary."""
-    log = RunLog(config.run_dir)
+    group = Group.current()
+    log = RunLog(config.run_dir) if group.leads else None
     clamp = config.numerals.out_of_range == "clamp"
     cities = [CityWindows(policy, windows, clamp) for windows in (task.train, task.validation)]
     summaries: dict[str, dict[str, Any]] = {}
     for name in config.stages:
         settings = stage_config(config, name)
-        stage = _build_stage(config, name, task, policy, *cities)
-        engine = TorchEngine(
-            parameter_groups(policy, settings),
-            cosine_schedule(settings.warmup_steps, settings.max_steps),
-            settings.max_grad_norm,
-        )
+        stage = _build_stage(config, name, task, policy, group, *cities)
         summaries[name] = run_stage(
             stage,
-            engine,
+            PolicyFiles(policy),
+            partial(make_engine, config, settings, policy, group),
             LoopSettings(
                 settings.max_steps,
                 settings.logging_steps,
@@ -109,33 +167,58 @@ def train_stages(config: Config, task: Task, policy: Policy, say: Callable[[str]
                 settings.eval_steps,
                 patience=getattr(settings, "patience", None),
             ),
-            StageCheckpoints(config.run_dir / "checkpoints" / name),
+            StageCheckpoints(config.run_dir / "checkpoints" / name, group),
             log,
-            write_model=lambda path: save_policy(policy, path),
-            read_model=lambda path: load_weights(policy, path),
-            facts={"device": str(policy.device), "attention": policy.attention_choice.reason},
+            say,
+            facts={
+                "device": str(policy.device),
+                "attention": policy.attention_choice.reason,
+                "learners": f"{group.size}, {_engine_name(config.learners)}",
+            },
+            report=report,
         )
         say(stage_sentence(summaries[name]))
-    log.close()
+    if log:
+        log.close()
     return summaries
 
 
+def make_engine(config: Config, settings: StageConfig, policy: Policy, group: Group) -> Engine:
+    """The configured engine on what trains in the stage."""
+    groups, learners = parameter_groups(policy, settings), config.learners
+    schedule = cosine_schedule(settings.warmup_steps, settings.max_steps)
+    if learners.engine == "torch":
+        return TorchEngine(groups, schedule, settings.max_grad_norm)
+    # Seconds to import, and not installed everywhere.
+    from stdist.training.deepspeed_engine import DeepSpeedEngine
+
+    bf16 = any(p.dtype == torch.bfloat16 for each in groups for p in each.parameters.values())
+    configuration = deepspeed_json(learners, settings.max_grad_norm, bf16, group.size)
+    return DeepSpeedEngine(policy, groups, schedule, configuration, policy.read_in_place)
+
+
+def _engine_name(learners: LearnersConfig) -> str:
+    if learners.engine == "torch":
+        return "torch"
+    return f"DeepSpeed ZeRO-{learners.zero_stage}{', optimizer on the CPU' if learners.offload_optimizer else ''}"
+
+
 def _build_stage(
-    config: Config, name: str, task: Task, policy: Policy, train: CityWindows, validation: CityWindows
+    config: Config, name: str, task: Task, policy: Policy, group: Group, train: CityWindows, validation: CityWindows
 ) -> Stage:
     decoding = _validation_decoding(config)
     if name == "grpo":
         policy.begin_grpo(config.seed)
         region = task.train.region
         cell_mean = task.statistics.cell_mean[region.slices].ravel()
-        return GRPOStage(policy, train, validation, cell_mean, config.grpo, config.seed, decoding)
+        return GRPOStage(policy, train, validation, cell_mean, config.grpo, config.seed, decoding, group)
     settings = stage_config(config, name)
     if settings.trainable == "lora" and not policy.adapters:
         policy.add_lora(seed=config.seed)
-    policy.train_only(settings.trainable)
+    policy.train_only(settings.trainable, frames=name == "sft")
     if name == "sft":
-        return SFTStage(policy, train, validation, config.sft, config.seed, decoding)
-    return AlignmentStage(name, policy, getattr(config, name), config.seed)
+        return SFTStage(policy, train, validation, config.sft, config.seed, decoding, group)
+    return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
 
 
 def _validation_decoding(config: Config) -> Decoding:
@@ -145,10 +228,14 @@ def _validation_decoding(config: Config) -> Decoding:
 
 def parameter_groups(policy: Policy, settings: StageConfig) -> list[ParameterGroup]:
     """Backbone or adapter matrices, their vectors (never decayed), and the numeral rows at their own rate."""
-    backbone = [p for p in policy.backbone.parameters() if p.requires_grad]
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    backbone = {name: p for name, p in trained.items() if name.startswith("backbone.")}
+    rows = {name: p for name, p in trained.items() if name.startswith("rows.")}
     rows_rate = settings.numeral_learning_rate or settings.learning_rate
     return [
-        ParameterGroup([p for p in backbone if p.ndim > 1], settings.learning_rate, settings.weight_decay),
-        ParameterGroup([p for p in backbone if p.ndim <= 1], settings.learning_rate, 0.0),
-        ParameterGroup([p for p in policy.rows.parameters() if p.requires_grad], rows_rate, 0.0),
+        ParameterGroup(
+            {n: p for n, p in backbone.items() if p.ndim > 1}, settings.learning_rate, settings.weight_decay
+        ),
+        ParameterGroup({n: p for n, p in backbone.items() if p.ndim <= 1}, settings.learning_rate, 0.0),
+        ParameterGroup(rows, rows_rate, 0.0),
     ]

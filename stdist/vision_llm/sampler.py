@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdist.vision_llm.decode_batch import PREFILL_TOKENS, DecodeBatch
 from stdist.vision_llm.prefix import Prefix, parents_of
@@ -41,6 +41,14 @@ class Completions:
     log_probs: Float[Tensor, "sequences tokens"]
     values: Float[Tensor, "sequences tokens"]
     lengths: Int[Tensor, "sequences"]
+
+    def widened(self, tokens: int) -> "Completions":
+        """The same with at least ``tokens`` columns, the new ones outside the mask."""
+        columns = (0, max(0, tokens - self.mask.shape[1]))
+        choices, mask, log_probs, values = (
+            nn.functional.pad(x, columns) for x in (self.choices, self.mask, self.log_probs, self.values)
+        )
+        return Completions(choices, mask, log_probs, values, self.lengths)
 
 
 def at_quantile(
@@ -113,13 +121,15 @@ class Sampler:
         may_end: bool = False,
         lengths: Int[Tensor, "cells"] | None = None,
         generator: torch.Generator | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Completions:
         """Writes up to ``max_tokens`` after each cell's prompt, ``num_generations`` times each (consecutive rows).
 
         ``may_end``: the end token may be chosen and stops its sequence; without it exactly ``max_tokens`` numerals are
         written. ``top_p``: samples come from the most likely choices that hold this probability. ``lengths``: real
         tokens of each prompt, where they are padded on the right. ``generator`` makes sampling reproducible: its draws
-        belong to a candidate and a step, whatever is decoded beside it.
+        belong to a candidate and a step, whatever is decoded beside it. ``share``: (i, n) draws for these candidates
+        as for the i-th of n equal parts of a larger call.
         """
         policy, end = self.policy, len(self.policy.vocabulary)
         total = len(cell_prompts) * num_generations
@@ -128,7 +138,9 @@ class Sampler:
         mask = torch.zeros(total, max_tokens, dtype=torch.bool, device=policy.device)
         quantiles = torch.full((total, max_tokens), 0.5, device=policy.device)
         if decoding == "sample":
-            quantiles = torch.rand(total, max_tokens, generator=generator, device=policy.device)
+            part, parts = share
+            drawn = torch.rand(parts * total, max_tokens, generator=generator, device=policy.device)
+            quantiles = drawn[part * total : (part + 1) * total]
         # In the hidden states' dtype once, not at every step; without the end where it may not be chosen.
         rows = [block.to(prefix.last.dtype) for block in policy.answer_rows[: 2 if may_end else 1]]
         order = torch.cat([self._by_value, self._by_value.new_tensor([end])]) if may_end else self._by_value

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stdist.config import SFTConfig
+from stdist.training.group import Group
 from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.forecaster import validation_errors
@@ -36,25 +37,40 @@ class SFTStage:
         config: SFTConfig,
         seed: int,
         decoding: Decoding,
+        group: Group = Group(),
     ):
         self.policy, self.train, self.validation = policy, train, validation
         self.config, self.seed, self.decoding = config, seed, decoding
+        self.group = group
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         config = self.config
-        rng = np.random.default_rng([self.seed, 3, step])
-        batch = self.train.batch(*self.train.draw(rng, config.windows_per_step, config.cells_per_window))
-        blank = torch.from_numpy(rng.random(len(batch.answers)) < config.blank_share).to(batch.answers.device)
+        windows, cells, rng = self._draw(step)
+        mine = self.group.share(len(windows), "sft.windows_per_step")
+        batch = self.train.batch(windows[mine], cells)
+        drawn = rng.random((len(windows), len(cells)))[mine].ravel() < config.blank_share
+        blank = torch.from_numpy(drawn).to(batch.answers.device)
         tree = sft_tree(self.policy, batch, blank)
         loss = prefix_tree.backward(
             self.policy, tree, sft_loss(self.policy, batch), backward, self.micro_batches.sizes(tree)
         )
         return {"loss": loss, "tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
 
+    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """Windows and cells of a step of all learners, and what drew them."""
+        rng = np.random.default_rng([self.seed, 3, step])
+        return *self.train.draw(rng, self.config.windows_per_step, self.config.cells_per_window), rng
+
+    def examples(self, step: int) -> str:
+        windows, _, _ = self._draw(step)
+        return self.train.describe(windows[self.group.share(len(windows), "sft.windows_per_step")])
+
     def evaluate(self) -> dict[str, float]:
         indices = self.validation.evenly(self.config.eval_windows)
-        return validation_errors(self.policy, self.validation, indices, self.config.windows_per_step, self.decoding)
+        return validation_errors(
+            self.policy, self.validation, indices, self.config.windows_per_step, self.decoding, self.group
+        )
 
 
 def sft_tree(policy: Policy, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Tree:

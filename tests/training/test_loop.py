@@ -45,8 +45,8 @@ def test_the_log_has_every_step_and_evaluation_once(toy, uninterrupted):
 @pytest.mark.parametrize("step", [1, 4, 8, 11, 23])
 def test_a_resumed_run_repeats_the_uninterrupted_one(toy, tmp_path, log_lines, uninterrupted, step):
     """Stopped before any save (1), between saves (4, 11), right behind an evaluation (8), and in the last step."""
-    with pytest.raises(MemoryError):
-        toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, MemoryError())))
+    with pytest.raises(_Killed):
+        toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, _Killed())))
     made: list[int] = []
     summary = toy.run(tmp_path, toy.ToyStage(on_step=made.append))
     assert made[0] == step // 8 * 8 if step % 8 == 0 else made[0] == max(step // 3 * 3, step // 8 * 8)
@@ -57,8 +57,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(toy, tmp_path, log_lines, u
 
 def test_a_run_stopped_many_times_is_still_the_same(toy, tmp_path, log_lines, uninterrupted):
     for step in (0, 2, 2, 5, 9, 17):
-        with pytest.raises(MemoryError):
-            toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, MemoryError())))
+        with pytest.raises(_Killed):
+            toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, _Killed())))
     toy.run(tmp_path, toy.ToyStage())
     assert log_lines(tmp_path) == uninterrupted
 
@@ -117,8 +117,8 @@ def test_without_patience_a_stage_runs_to_its_end(toy, tmp_path):
 def test_patience_counts_on_over_a_resume(toy, tmp_path, step):
     """Stopped in any step, patience 3 runs out at step 5 as if nothing had happened: not sooner, not later."""
     errors = [9, 7, 5, 6, 5, 8, 1, 1]
-    with pytest.raises(MemoryError):
-        toy.run(tmp_path, _watched(toy, errors, _stop_at(step, MemoryError())), EVERY_STEP)
+    with pytest.raises(_Killed):
+        toy.run(tmp_path, _watched(toy, errors, _stop_at(step, _Killed())), EVERY_STEP)
     summary = toy.run(tmp_path, _watched(toy, errors[step + 1 :]), EVERY_STEP)
     assert summary["steps"] == 5 and summary["checkpoint"] == "step-2" and summary["after"] == {"error": 5}
 
@@ -127,8 +127,8 @@ def test_a_stage_stopped_by_patience_stays_stopped(toy, tmp_path, monkeypatch):
     """Killed after its last save but before its summary: the resumed stage makes no step more."""
     from stdist.training import loop
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(loop.StageCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(loop.StageCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(_Killed()))
         toy.run(tmp_path, _watched(toy, [9, 7, 5, 6, 5, 8, 1, 1]), EVERY_STEP)
     summary = toy.run(tmp_path, _watched(toy, [1], _stop_at(5, AssertionError("made a step"))), EVERY_STEP)
     assert summary["steps"] == 5 and summary["checkpoint"] == "step-2"
@@ -137,8 +137,8 @@ def test_a_stage_stopped_by_patience_stays_stopped(toy, tmp_path, monkeypatch):
 def test_the_best_checkpoint_survives_pruning_and_a_resume(toy, tmp_path):
     settings = replace(EVERY_STEP, max_steps=9, patience=None, save_steps=1)
     errors = [9, 2, 8, 8, 8, 8, 8, 8, 8, 8]
-    with pytest.raises(MemoryError):
-        toy.run(tmp_path, _watched(toy, errors, _stop_at(6, MemoryError())), settings)
+    with pytest.raises(_Killed):
+        toy.run(tmp_path, _watched(toy, errors, _stop_at(6, _Killed())), settings)
     summary = toy.run(tmp_path, _watched(toy, errors[7:]), settings)
     assert summary["checkpoint"] == "step-1" and summary["after"] == {"error": 2}
 
@@ -249,8 +249,8 @@ def test_rewinding_one_stage_leaves_the_others_alone(toy, tmp_path):
 def test_tensorboard_shows_each_step_once_after_a_resume(toy, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(MemoryError):
-        toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(11, MemoryError())))
+    with pytest.raises(_Killed):
+        toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(11, _Killed())))
     toy.run(tmp_path, toy.ToyStage())
     events = EventAccumulator(str(tmp_path / "tensorboard" / "toy")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, toy.MAX_STEPS + 1))

@@ -10,9 +10,10 @@ from stdist.training.memory_plan import (
     Ranks,
     Weights,
     bandwidth,
-    buffer_bytes,
+    bucket_bytes,
     communication_seconds,
     compute_seconds,
+    gathered_bytes,
     state_bytes,
     traffic,
 )
@@ -85,11 +86,17 @@ def test_one_rank_sends_nothing():
     assert sum(traffic([PAPER], Ranks(1, 3), {"all": 9}).values()) == 0
 
 
+def test_float32_weights_have_no_second_copy_in_plain_torch_and_zero_3():
+    weights = Weights("all", 10, 4, trainable=True)
+    assert [state_bytes(weights, Ranks(1, stage)).optimizer for stage in (0, 1, 2, 3)] == [80, 120, 120, 80]
+
+
 def test_buffers():
-    assert buffer_bytes([HALF, TRAINED], Ranks()) == {}
-    assert buffer_bytes([HALF, TRAINED], Ranks(4, 2)) == {"gradient bucket": 1e9}
-    assert buffer_bytes([HALF, TRAINED], Ranks(4, 3))["gathered weights"] == 2600
-    assert buffer_bytes([PAPER], Ranks(4, 3))["gathered weights"] == 2e9
+    assert bucket_bytes([HALF, TRAINED], Ranks()) == 0
+    assert bucket_bytes([HALF, TRAINED], Ranks(4, 2)) == 1e9
+    assert gathered_bytes([HALF, TRAINED], Ranks(4, 2)) == gathered_bytes([HALF, TRAINED], Ranks(1, 3)) == (0, 0)
+    assert gathered_bytes([HALF, TRAINED], Ranks(4, 3)) == (2600, 2600)
+    assert gathered_bytes([PAPER], Ranks(4, 3)) == (2e9, 15e9)
 
 
 def test_seconds_are_bytes_over_bandwidth_and_operations_over_their_rate():

@@ -49,15 +49,19 @@ class ToyStage:
         error = (self.model.weight - torch.tensor([1.0, 2.0, 3.0])).norm().item()
         return {"error": self.evaluations.pop(0) if self.evaluations else error}
 
-    def write(self, path: Path) -> None:
-        save_file(self.model.state_dict(), path / "model.safetensors")
+    def examples(self, step: int) -> str:
+        return f"batch {step}"
+
+    def snapshot(self) -> Callable[[Path], None]:
+        copy = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return lambda path: save_file(copy, path / "model.safetensors")
 
     def read(self, path: Path) -> None:
         self.model.load_state_dict(load_file(path / "model.safetensors"))
 
     def engine(self, max_grad_norm: float = 1.0) -> TorchEngine:
         schedule = cosine_schedule(2, MAX_STEPS)
-        return TorchEngine([ParameterGroup(list(self.model.parameters()), 0.1, 0.01)], schedule, max_grad_norm)
+        return TorchEngine([ParameterGroup(dict(self.model.named_parameters()), 0.1, 0.01)], schedule, max_grad_norm)
 
 
 def run(run_dir: Path, stage: ToyStage, settings: LoopSettings = SETTINGS) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def run(run_dir: Path, stage: ToyStage, settings: LoopSettings = SETTINGS) -> di
     log = RunLog(run_dir)
     checkpoints = StageCheckpoints(run_dir / "checkpoints" / stage.name)
     try:
-        return run_stage(stage, stage.engine(), settings, checkpoints, log, stage.write, stage.read)
+        return run_stage(stage, stage, stage.engine, settings, checkpoints, log, print)
     finally:
         log.close()
 

@@ -77,7 +77,7 @@ def half_taught(make_policy: Callable[..., Policy]) -> Policy:
     policy = make_policy()
     policy.train_only("full")
     ids, is_target = tokenise(policy, evaluation_examples(policy)[:4])
-    engine = TorchEngine([ParameterGroup(list(policy.parameters()), 3e-3, 0.0)], cosine_schedule(0, 40), 1.0)
+    engine = TorchEngine([ParameterGroup(dict(policy.named_parameters()), 3e-3, 0.0)], cosine_schedule(0, 40), 1.0)
     for _ in range(40):
         logits = policy.logits(policy.hidden(ids[:, :-1])[is_target[:, 1:]])
         engine.backward(torch.nn.functional.cross_entropy(logits, ids[:, 1:][is_target[:, 1:]]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from stdist.config import GRPOConfig
 from stdist.data import GridStore
 from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.training.group import Group
 from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.grpo import EXTRA_TOKENS, NORMALIZER_FLOOR, GRPOStage, candidate_tree, completion_log_probs
 from stdist.vision_llm.policy import Policy
@@ -139,7 +140,7 @@ def test_micro_batches_add_up_to_the_whole_step(
         policy = sft_model(make_policy, with_adapter=True)
         policy.begin_grpo()
         stage = stage_of(policy, store, windows_per_step=3, activation_memory=memory, beta=0.1)
-        monkeypatch.setattr(stage, "_write", lambda batch, generator, policy=policy: fixed_candidates(policy, batch))
+        monkeypatch.setattr(stage, "_write", lambda batch, *_, policy=policy: fixed_candidates(policy, batch))
         backwards: list[Tensor] = []
 
         def backward(loss: Tensor, backwards: list[Tensor] = backwards) -> None:
@@ -161,7 +162,7 @@ def test_a_step_reports_its_tokens_and_those_it_saved(
     policy = sft_model(make_policy, with_adapter=True)
     policy.begin_grpo()
     stage = stage_of(policy, store)
-    monkeypatch.setattr(stage, "_write", lambda batch, generator: fixed_candidates(policy, batch))
+    monkeypatch.setattr(stage, "_write", lambda batch, *_: fixed_candidates(policy, batch))
     scalars = stage.step(0, torch.Tensor.backward)
     batch = stage.train.batch(np.array([0]), np.array([0]))
     v, t, k = batch.shared.shape[1], batch.prompts.shape[1], 3
@@ -231,7 +232,7 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(
     def log_probs(batch: PolicyBatch, written: Completions) -> Tensor:
         return completion_log_probs(policy, candidate_tree(policy, batch, written), written, 1.0, sizes=[2, 4, 16])
 
-    def write(batch: PolicyBatch, generator: torch.Generator) -> Completions:
+    def write(batch: PolicyBatch, generator: torch.Generator, among: Group) -> Completions:
         batches.append(batch)
         written = fixed_candidates(policy, batch)
         written.log_probs = log_probs(batch, written)

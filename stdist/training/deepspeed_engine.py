@@ -1,0 +1,184 @@
+"""DeepSpeed's ZeRO behind the one engine interface (ZeRO, arXiv 1910.02054, stages 1, 2 and 3).
+
+The optimizer's state goes in and out whole and by name, so that a checkpoint of one stage of ZeRO or number of
+learners serves any other.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stdist.errors import InputError
+from stdist.training.engine import MOMENTS, ParameterGroup, adamw
+
+try:
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+except ModuleNotFoundError as error:
+    raise InputError(
+        "DeepSpeed is not installed; pip install 'stdist[cluster]', or set learners.engine: torch"
+    ) from error
+
+deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+class DeepSpeedEngine:
+    """See :class:`stdist.training.engine.Engine`.
+
+    Args:
+        module: the whole model, also what is frozen; never called itself, its submodules are.
+        persistent: parameters that are read outside of their own submodules' ``forward``; ZeRO-3 keeps them whole.
+        configuration: see :func:`stdist.training.deepspeed_json.deepspeed_json`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Iterable[ParameterGroup],
+        schedule: Callable[[int], float],
+        configuration: dict[str, Any],
+        persistent: Collection[nn.Parameter] = (),
+    ):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self._module, self._schedule, self._steps = module, schedule, 0
+        self._groups = [group for group in groups if group.parameters]
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adamw(self._groups), config=configuration, dist_init_required=False
+        )
+        self._zero = self._engine.optimizer
+        self._stage = self._engine.zero_optimization_stage()
+        if self._stage == 3:
+            self._keep_whole(persistent)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group, for the step to come."""
+        return self._groups[0].learning_rate * self._schedule(self._steps)
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for group in self._groups for name, parameter in group.parameters.items()}
+
+    def backward(self, loss: Tensor) -> None:
+        if self._stage == 3:
+            # Tells ZeRO-3 that the backward pass before is over; DeepSpeed does so in the model's forward, which is
+            # never called. Without it only the last pass of a step would count.
+            self._zero.clear_backward_seen_flag()
+        self._engine.backward(loss)
+
+    def step(self) -> float:
+        for torch_group, group in zip(self._zero.param_groups, self._groups, strict=True):
+            torch_group["lr"] = group.learning_rate * self._schedule(self._steps)
+        self._engine.step()
+        self._forget_gradients()
+        self._steps += 1
+        return float(self._engine.get_global_grad_norm())
+
+    def _forget_gradients(self) -> None:
+        """DeepSpeed 0.19 overwrites a gradient buffer in the first backward pass of a step and adds to it in later
+        ones: what gets its first gradient in a later pass would keep that of the step before."""
+        if self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+            # The next pass over the model is the first of a step; DeepSpeed would learn it from the model's forward.
+            self._zero.parameter_offload.get_param_coordinator().reset_step()
+        elif self._stage == 2 and self._zero.cpu_offload:
+            for buffer in self._zero.accumulated_grads_in_cpu.values():
+                buffer.zero_()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self._stage != 3:
+            yield
+            return
+        # As TRL does for generation: gather all, and take off the hooks that would free a submodule after its call.
+        offload = self._zero.parameter_offload
+        offload._remove_module_hooks()
+        for parameter in self._module.parameters():
+            parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+        try:
+            with deepspeed.zero.GatheredParameters(list(self._module.parameters())):
+                yield
+        finally:
+            offload.setup_zero_stage3_hooks()
+            self._gather_persistent()
+
+    def _keep_whole(self, persistent: Collection[nn.Parameter]) -> None:
+        """DeepSpeed gathers its persistent parameters again after every step; it chooses them by size alone."""
+        more = [p for p in persistent if not p.ds_persist]  # type: ignore[attr-defined]
+        for parameter in more:
+            parameter.ds_persist = True  # type: ignore[attr-defined]
+        self._zero.persistent_parameters.extend(more)
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        if chosen := self._zero.persistent_parameters:
+            chosen[0].all_gather(chosen)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        self._link_moments()
+        for name, parameter in self.parameters.items():
+            if self._steps:
+                for key in MOMENTS:
+                    yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
+            if parameter.dtype != torch.float32:
+                yield f"{name}/master", safe_get_full_fp32_param(parameter)
+
+    def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        self._steps = steps
+        if steps:
+            self._materialise(steps)
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                if f"{name}/{key}" in tensors:
+                    safe_set_full_optimizer_state(parameter, tensors[f"{name}/{key}"].to(self._engine.device), key)
+            if f"{name}/master" in tensors:
+                safe_set_full_fp32_param(parameter, tensors[f"{name}/master"].to(self._engine.device))
+
+    def _materialise(self, steps: int) -> None:
+        """Gives the inner optimizer the state that its first step would make, of zeros."""
+        optimizer = self._zero.optimizer
+        flat = (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+        for parameter in flat:
+            moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Tells parameters where their moments are. DeepSpeed 0.19 does so after the first group's first step, when
+        the other groups have none yet."""
+        if self._stage != 3 and self._steps:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        full: dict[int, nn.Parameter] = {}
+        if self._stage == 3:
+            with self.whole():
+                for parameter in self._module.parameters():
+                    # A copy: outside of this block the gathered memory is freed again.
+                    full[id(parameter)] = nn.Parameter(parameter.data.clone(), parameter.requires_grad)
+        self._engine.destroy()
+        if self._stage == 3:
+            self._zero.parameter_offload._remove_module_hooks()
+            for module in self._module.modules():
+                module._parameters = {
+                    name: parameter if parameter is None else full[id(parameter)]
+                    for name, parameter in module._parameters.items()
+                }

@@ -1,0 +1,63 @@
+"""What stops a training in one clear line: a loss that is lost, memory that is full, a learner that is silent."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from stdist.errors import DivergenceError, ResourceError
+from stdist.training.group import Group
+
+FIRST_STEPS = 10
+EXPLOSION = 100.0
+"""A loss this many times what it was on average in the first steps (at least 1) is lost."""
+
+
+def require_sane(
+    losses: list[float], ceiling: float, stage: str, step: int, group: Group, examples: Callable[[], str]
+) -> None:
+    """Raises DivergenceError, on every learner, where a learner's loss is not finite or above ``ceiling``.
+
+    Args:
+        losses: one a learner.
+        step: counts from 1. examples: what this learner's step learns from, for the message.
+    """
+    rank = next((i for i, loss in enumerate(losses) if not math.isfinite(loss) or abs(loss) > ceiling), None)
+    if rank is None:
+        return
+    seen = group.gather(examples())[rank]
+    what = f"is {losses[rank]}" if not math.isfinite(losses[rank]) else f"exploded to {losses[rank]:.4g}"
+    raise DivergenceError(
+        f"{stage}: loss {what} at step {step}, learner {rank}, on {seen}; its weights were not saved, "
+        f"lower {stage}.learning_rate and train under another name="
+    )
+
+
+@contextmanager
+def naming_exhaustion(stage: str, phase: str, step: int, group: Group) -> Iterator[None]:
+    """Inside, out-of-memory and a collective that timed out become one ResourceError each, with phase and sizes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        where = f"{stage}: learner {group.rank} at step {step}, {phase}"
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            raise ResourceError(
+                f"{where}: out of memory ({text or 'no details'}{_in_use()}); "
+                f"lower {stage}'s batch or activation_memory, or shard more (learners.zero_stage)"
+            ) from error
+        if group.size > 1 and any(sign in text for sign in ("imed out", "Connection closed", "Connection reset")):
+            raise ResourceError(
+                f"{where}: another learner no longer answers ({text[:200]}); run the same command to go on"
+            ) from error
+        raise
+
+
+def _in_use() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return (
+        f"; {torch.cuda.memory_allocated() / 2**30:.1f} GiB held here, {free / 2**30:.1f} of {total / 2**30:.1f} free"
+    )
