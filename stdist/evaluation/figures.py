@@ -112,16 +112,15 @@ def cell_traces(
     units: str,
     times: Shaped[np.ndarray, " T"],
     truth: Float[np.ndarray, " T"],
-    origin_index: Int[np.ndarray, " N"],
+    origins: Int[np.ndarray, " N"],
     forecast: Float[np.ndarray, "N K"],
     band: Float[np.ndarray, "2 N K"] | None = None,
 ) -> Figure:
     """One cell: forecasts stitched at the last step, and whole K-step forecasts of its busiest day.
 
-    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origin_index`` counts into them.
+    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origins`` count into them.
     ``band`` is the 0.1 and the 0.9 quantile.
     """
-    origins = origin_index
     K = forecast.shape[1]
     cadence = times[1] - times[0]
     with rc_context(STYLE):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from polars.io.plugins import register_io_source
 
 from stdist.data import Region
@@ -66,11 +66,11 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
     cell_ids = np.array(json.loads(attributes[CELL_IDS_KEY]))
     table = pl.scan_parquet(path)
 
-    def unique(column: pl.Expr) -> np.ndarray:
-        return table.select(column.unique()).collect(engine="streaming").to_series().sort().to_numpy()
+    def unique(rows: pl.LazyFrame, column: pl.Expr) -> np.ndarray:
+        return rows.select(column.unique()).collect(engine="streaming").to_series().sort().to_numpy()
 
-    cells, steps, origins = unique(pl.col("cell")), unique(pl.col("step")), unique(STAMP)
-    foreign = cells[~np.isin(cells, cell_ids)]
+    foreign = unique(table.filter(~_is_one_of(cell_ids)), pl.col("cell"))
+    steps, origins = unique(table, pl.col("step")), unique(table, STAMP)
     if foreign.size:
         raise InputError(f"{path}: {foreign.size} cells outside the contract's region, first {foreign[0]}")
     k = metadata.contract.K
@@ -88,7 +88,7 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         first, last = (pl.lit(stamp).dt.replace_time_zone("UTC") for stamp in chosen[[0, -1]])
         within = pl.col("origin").is_between(first, last)
         if ids.size < cell_ids.size:
-            within &= pl.col("cell").is_in(pl.lit(pl.Series(ids.ravel())).implode())
+            within &= _is_one_of(ids)
         rows = table.filter(within).select(STAMP, "step", "cell", *columns).collect(engine="streaming")
         by_id = np.argsort(ids, axis=None)
         place = (
@@ -104,3 +104,7 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         return values.reshape(*values.shape[:3], *ids.shape)
 
     return header, read
+
+
+def _is_one_of(cell_ids: Shaped[np.ndarray, "h w"]) -> pl.Expr:
+    return pl.col("cell").is_in(pl.lit(pl.Series(cell_ids.ravel())).implode())

@@ -202,7 +202,7 @@ def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> Fo
     for block, tile in header.blocks():
         batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
         cells.add_at(grid[header.place(block, tile)[2:]].ravel(), ErrorState.of_cells(*batch))
-    mean_truth = np.where(cells.count > 0, cells.sum_truth / np.maximum(cells.count, 1), np.nan)
+    mean_truth = cells.sum_truth / np.maximum(cells.count, 1)
     traces = [
         _trace(label, int(cell), forecasts, store, origins, gallery)
         for label, cell in representative_cells(mean_truth).items()
@@ -228,18 +228,11 @@ def representative_cells(mean_truth: np.ndarray) -> dict[str, int]:
     """The cells of the largest, the median and a small (tenth percentile) mean, among cells with traffic."""
     active = np.flatnonzero(mean_truth > 0)
     ranked = active[np.argsort(mean_truth[active])]
-    if not len(ranked):
-        return {}
-    places = {
-        "Largest cell": len(ranked) - 1,
-        "Median cell": len(ranked) // 2,
-        "Small cell": len(ranked) // 10,
-    }
-    chosen: dict[str, int] = {}
-    for label, place in places.items():
-        if ranked[place] not in chosen.values():
-            chosen[label] = int(ranked[place])
-    return chosen
+    labels: dict[int, str] = {}
+    for label, place in (("Largest cell", -1), ("Median cell", len(ranked) // 2), ("Small cell", len(ranked) // 10)):
+        if len(ranked):
+            labels.setdefault(int(ranked[place]), label)
+    return {label: cell for cell, label in labels.items()}
 
 
 def _trace(

@@ -10,7 +10,7 @@ import zarr
 
 from stdist.data import Region
 from stdist.errors import InputError
-from stdist.evaluation import forecast_header, read_forecasts, write_forecasts
+from stdist.evaluation import forecast_header, open_forecasts, read_forecasts, write_forecasts
 from stdist.evaluation.forecasts import stream_forecasts
 
 from .conftest import make_forecasts
@@ -76,6 +76,20 @@ def test_parquet_rows_in_any_order(forecasts, tmp_path):
     keep = {key: metadata[key] for key in ("stdist", "stdist_cell_ids")}
     pl.read_parquet(path).sample(fraction=1, shuffle=True, seed=1).write_parquet(path, metadata=keep)
     np.testing.assert_array_equal(read_forecasts(path).values, forecasts.values)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "line"),
+    [("cell", 4711, "1 cells outside the contract's region, first 4711"), ("step", 5, "steps 1 to 5, .* says 1 to 4")],
+)
+def test_parquet_with_rows_that_were_not_promised_is_refused(forecasts, column, value, line, tmp_path):
+    path = write_forecasts(forecasts, tmp_path / "made.parquet")
+    metadata, table = pl.read_parquet_metadata(path), pl.read_parquet(path)
+    other = table[:1].with_columns(pl.lit(value, table.schema[column]).alias(column))
+    keep = {key: metadata[key] for key in ("stdist", "stdist_cell_ids")}
+    pl.concat([table, other]).write_parquet(path, metadata=keep)
+    with pytest.raises(InputError, match=line):
+        open_forecasts(path)
 
 
 def test_parquet_with_a_repeated_row_is_refused(forecasts, tmp_path):
