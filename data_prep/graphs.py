@@ -4,7 +4,7 @@ Tables of whole states or cities list more sensors than the data has, in another
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from stdist.errors import InputError
 THRESHOLD = 0.1
 """DCRNN's: weaker edges are cut."""
 COLUMNS = {
-    "sensor id": ("sensor_id", "zone_id", "node_id", "station_id", "id", "station"),
-    "latitude": ("latitude", "lat"),
-    "longitude": ("longitude", "lng", "lon"),
+    "ids": ("sensor_id", "zone_id", "node_id", "station_id", "id", "station"),
+    "the latitude": ("latitude", "lat"),
+    "the longitude": ("longitude", "lng", "lon"),
     "position": ("graph_id", "index"),
-    "district": ("district",),
+    "the district": ("district",),
 }
 
 
@@ -68,19 +68,17 @@ class Nodes:
 
 
 def sensors(ids: np.ndarray, adjacency: Path | None, meta: Path | None) -> Nodes:
-    """Nodes whose ids the data tells; adjacency: ``read_graph`` by DCRNN's rule, meta: ``read_locations``."""
-    latitude, longitude = read_locations(meta, ids) if meta else (None, None)
+    """Nodes whose ids the data tells; adjacency: ``read_graph`` by DCRNN's rule, meta: ``read_nodes``."""
+    known = read_nodes(meta, ids) if meta else Nodes(ids)
     weights, notes = read_graph(adjacency, ids, dcrnn=True) if adjacency else (None, {})
-    files = [Path(file) for file in (adjacency, meta) if file]
-    return Nodes(ids, latitude, longitude, weights, files=files, notes=notes)
+    return replace(known, adjacency=weights, files=[Path(file) for file in (adjacency, meta) if file], notes=notes)
 
 
 def counted_nodes(count: int, adjacency: Path | None, node_ids: Path | None) -> Nodes:
-    """Nodes of data that tells only how many there are; adjacency: ``read_graph``, node_ids: ``read_ids``."""
-    ids, latitude, longitude = read_ids(node_ids, count) if node_ids else (np.arange(count), None, None)
-    weights, notes = read_graph(adjacency, ids) if adjacency else (None, {})
-    files = [Path(file) for file in (node_ids, adjacency) if file]
-    return Nodes(ids, latitude, longitude, weights, files=files, notes=notes)
+    """Nodes of data that tells only how many there are; adjacency: ``read_graph``, node_ids: ``read_nodes``."""
+    known = read_nodes(node_ids, count) if node_ids else Nodes(np.arange(count))
+    weights, notes = read_graph(adjacency, known.ids) if adjacency else (None, {})
+    return replace(known, adjacency=weights, files=[Path(file) for file in (node_ids, adjacency) if file], notes=notes)
 
 
 def ids_of(names: list[str]) -> np.ndarray:
@@ -95,45 +93,35 @@ def ids_of(names: list[str]) -> np.ndarray:
     return whole if [str(number) for number in whole] == names else np.array(names)
 
 
-def read_ids(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Ids [N] of nodes, latitude and longitude, from a text of one id a line (as PEMS03.txt) or a CSV with header.
+def read_nodes(path: Path, wanted: np.ndarray | int) -> Nodes:
+    """Ids and places from a CSV with columns under their usual names, ``COLUMNS``; or without header, from ids one a
+    line (as PEMS03.txt) or ids, latitude and longitude (as graph_sensor_locations_bay.csv).
 
-    Of a CSV, one column of ``COLUMNS`` holds the ids, one the node's position in the data where it is there (else
-    rows are in the data's order), others the place. Raises InputError where there are not ``count`` nodes.
+    wanted: the ids, whose rows are found by them and must tell places; or how many nodes there are, in the order of
+    a column that counts their positions, else of the rows. Raises InputError where the table is not of these nodes.
     """
     table = read_table(path, header=False)
-    if not {str(title).lower() for title in table.row(0)} & {*COLUMNS["sensor id"]}:
-        if table.width > 1:
-            raise InputError(f"{path} has no column of ids; name one of its columns {', '.join(COLUMNS['sensor id'])}")
-    else:
+    if {str(title).lower() for title in table.row(0)} & {*COLUMNS["ids"]}:
         table = read_table(path)
-    if len(table) != count:
-        raise InputError(f"{path} names {len(table)} nodes, the data has {count}; give the table of these nodes")
-    if position := find_column(table, "position"):
-        positions = numbers(path, table.select(position))[:, 0]
-        if sorted(positions) != list(range(count)):
-            raise InputError(f"{path}: column {position!r} does not count 0 … {count - 1}; check the table")
-        table = table[np.argsort(positions)]
-    latitude, longitude = (
-        numbers(path, table.select(column))[:, 0] if (column := find_column(table, what)) else None
-        for what in ("latitude", "longitude")
-    )
-    return ids_of(table[find_column(table, "sensor id") or table.columns[0]].to_list()), latitude, longitude
-
-
-def read_locations(path: Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latitude and longitude in degrees, float64 [N] each, in the order of ``ids``.
-
-    A CSV with columns of sensor id, latitude and longitude under their usual names, or just these three without
-    header, as graph_sensor_locations_bay.csv. Raises InputError where a sensor is absent.
-    """
-    table = read_table(path)
-    if table.width == 3 and _is_number(table.columns[1]):
-        table = read_table(path, header=False)
-        table.columns = ["sensor_id", "latitude", "longitude"]
-    sensor, *place = (column_of(path, table, what) for what in ("sensor id", "latitude", "longitude"))
-    degrees = numbers(path, table[rows_of(path, table[sensor].to_list(), ids), place])
-    return degrees[:, 0], degrees[:, 1]
+    elif table.width == 1 or (table.width == 3 and _is_number(table[0, 1])):
+        table.columns = ["id", "latitude", "longitude"][: table.width]
+    ids, place = column_of(path, table, "ids"), ["the latitude", "the longitude"]
+    if isinstance(wanted, int):
+        if len(table) != wanted:
+            raise InputError(f"{path} names {len(table)} nodes, the data has {wanted}; give the table of these nodes")
+        if position := find_column(table, "position"):
+            positions = numbers(path, table.select(position))[:, 0]
+            if sorted(positions) != list(range(wanted)):
+                raise InputError(f"{path}: column {position!r} does not count 0 … {wanted - 1}; check the table")
+            table = table[np.argsort(positions)]
+        found = [find_column(table, what) for what in place]
+        if None in found:
+            return Nodes(ids_of(table[ids].to_list()))
+    else:
+        found = [column_of(path, table, what) for what in place]
+        table = table[rows_of(path, table[ids].to_list(), wanted)]
+    degrees = numbers(path, table.select(found))
+    return Nodes(ids_of(table[ids].to_list()) if isinstance(wanted, int) else wanted, degrees[:, 0], degrees[:, 1])
 
 
 def read_graph(path: Path, ids: np.ndarray, dcrnn: bool = False) -> tuple[np.ndarray, dict[str, float]]:
@@ -182,7 +170,7 @@ def gaussian_kernel(distances: np.ndarray, threshold: float = THRESHOLD) -> np.n
 def column_of(path: Path, table: pl.DataFrame, what: str) -> str:
     """The column of ``COLUMNS``; InputError where there is none."""
     if (found := find_column(table, what)) is None:
-        raise InputError(f"{path} has no column of the {what}; it has {', '.join(table.columns[:12])}")
+        raise InputError(f"{path} has no column of {what}; it has {', '.join(table.columns[:12])}")
     return found
 
 

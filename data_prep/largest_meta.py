@@ -37,8 +37,8 @@ def detectors_of(
         weights = _cut(adjacency, np.arange(len(found)), len(found)) if adjacency else None
         return Nodes(found, adjacency=weights, files=graph)
     table = read_table(meta)
-    sensor, *place = (column_of(meta, table, what) for what in ("sensor id", "latitude", "longitude"))
-    district = numbers(meta, table.select(column_of(meta, table, "district")))[:, 0]
+    sensor, *place = (column_of(meta, table, what) for what in ("ids", "the latitude", "the longitude"))
+    district = numbers(meta, table.select(column_of(meta, table, "the district")))[:, 0]
     rows = np.flatnonzero(np.isin(district, chosen)) if chosen else np.arange(len(table))
     if not len(rows):
         raise InputError(f"{meta} has no detector in district {', '.join(map(str, chosen))}; check --districts")

@@ -42,7 +42,7 @@ def node_reader(
         channels: names in order, ``a,b``; the usual ones of their number by default. start: local ISO time of the
         first frame, required. adjacency: square table of weights, or CSV of edges from,to,distance
         (``graphs.read_graph``). node_ids: ids one a line, or CSV with a column of ids and perhaps places
-        (``graphs.read_ids``); numbered from 0 by default. Raises InputError where a file or an option does not fit.
+        (``graphs.read_nodes``); numbered from 0 by default. Raises InputError where a file or an option does not fit.
         """
         path = only_source(sources, reader)
         array = array_file(path, key, "T, N, C")

@@ -61,7 +61,7 @@ def wide_reader(reader: str, read: Callable[[Path, str | None, int | None, int, 
         has no stamps of its own. cadence: minutes between rows, by default 10, or as the file's stamps say. utc_offset:
         minutes (Milan and Trentino +60, others 0). height, width: a square by default. row0, col0, id_width: where
         the grid lies in the data's own ids. nodes: columns are nodes, named by their ids. adjacency: weights or road
-        distances between nodes (``graphs.read_graph``). meta: places of the nodes (``graphs.read_locations``). Raises
+        distances between nodes (``graphs.read_graph``). meta: places of the nodes (``graphs.read_nodes``). Raises
         InputError where the file is no table of numbers, stamps are off the grid, or an option does not fit the file.
         """
         path = only_source(sources, reader)
