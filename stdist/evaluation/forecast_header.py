@@ -58,8 +58,8 @@ class ForecastHeader:
 
     def blocks(self) -> Iterator[tuple[slice, Region]]:
         """All windows and cells, block by block: every window of one tile, then of the next."""
-        size, _, rows, cols = self.block
-        for tile in tiles(self.region, rows * cols):
+        size, k, _, _ = self.block
+        for tile in tiles(self.region, POINTS_IN_MEMORY // k):
             yield from ((windows, tile) for windows in cut(self.shape[0], size))
 
     def place(self, windows: slice, tile: Region) -> tuple[slice, slice, slice, slice]:

@@ -27,7 +27,7 @@ def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None
         for windows in cut(header.shape[0], header.block[0]):
             values = read(windows)
             together = forecast_header.POINTS_IN_MEMORY // max(1, values[0, :, 0].size)
-            for steps in cut(k, max(1, together)):  # not all of them at once of a large window only
+            for steps in cut(k, max(1, together)):  # all at once, but of a large window
                 yield _table(header, windows, steps, values[:, :, steps])
 
     nothing = _table(header, slice(0, 0), slice(0, k), np.empty((header.quantities, 0, k, h, w), np.float32))

@@ -61,6 +61,7 @@ def test_any_blocks_give_the_figures_of_one(
     assert flat(made.state.summary()) == pytest.approx(flat(whole.summary()), rel=1e-12)
     assert len(blocks_read) > 1 and {shape[0] for shape in blocks_read} == {1}, "quantiles are not read"
     assert max(np.prod(shape) for shape in blocks_read) <= max(points, 4)
+    assert blocks_read[0][1:] == forecasts.header.block, "as the chunks of a Zarr file"
     assert sum(np.prod(shape) for shape in blocks_read) == forecasts.values.size, "every value once"
 
 
