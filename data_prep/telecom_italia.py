@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import cell_ids, existing, parse_split
+from data_prep.common import cell_ids, existing, with_spans
 from data_prep.geometry import read_geometry, require_orientation
 from data_prep.plan import Day, Part, Plan
 from data_prep.telecom_day import Squares, read_day
@@ -42,20 +42,12 @@ CITIES = {"mi": "milan", "tn": "trentino"}
 ENDINGS = (".txt", ".txt.gz")
 
 
-def plan(
-    sources: list[Path],
-    *,
-    city: str | None = None,
-    geometry: Path | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
-) -> Plan:
+@with_spans
+def plan(sources: list[Path], *, city: str | None = None, geometry: Path | None = None) -> Plan:
     """Plan of all five channels from day files, or from folders that hold them: a part for every day.
 
     city: milan or trentino, by the file names where they say so (-mi-, -tn-); else any name, for squares of Milan.
     geometry: GeoJSON file of the squares, as trentino-grid.geojson; places Trentino's, proves Milan's orientation.
-    train, validation, test: local days ``A:B``; the paper's spans by default where the data covers them.
     Raises InputError for a file of another format, and naming both files where two hold the same day.
     """
     paths = _files(sources)
@@ -72,7 +64,7 @@ def plan(
     parts = [Part(str(day), (int((day - days[0]).astype(int)),), (files[day], day)) for day in days]
     recipe = {"reader": "telecom-italia", "squares": squares_of}
     sources = [*files.values(), *([geometry] if geometry else [])]
-    return Plan(spec, recipe, sources, parse_split(train, validation, test, spec), parts, reader.read)
+    return Plan(spec, recipe, sources, None, parts, reader.read)
 
 
 @dataclass(frozen=True, eq=False)
