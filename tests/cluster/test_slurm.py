@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def job(tmp_path) -> "subprocess.Popen[str]":
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=60)
+        shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)
 
 
 def test_a_job_near_its_end_saves_its_step_and_leaves_no_cluster_behind(job, tmp_path):
