@@ -1,14 +1,18 @@
 """Small stores for the tests of the data floor."""
 
 import importlib.util
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from data_prep import Plan, prepare
 from stdist.data import GridSpec, GridStore, GridWriter, NodeSpec, Split, open_store
+from stdist.errors import InputError
 
 FIRST_DAY = np.datetime64("2013-11-01", "D")
 
@@ -46,6 +50,50 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., GridSt
             return open_store(writer.finalise(split))
 
     return make
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Callable[[Plan], GridStore]:
+    """The store of a plan."""
+    return lambda plan: open_store(prepare(plan, tmp_path / "out.zarr").path)
+
+
+@pytest.fixture(scope="session")
+def read_plan() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Values of a plan's channel, the first by default, float32 [T, *shape], and bool [T], put together from days and
+    tiles; every part reads after a journey to another process."""
+
+    def read(plan: Plan, channel: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        plan = pickle.loads(pickle.dumps(plan))
+        spec = plan.spec
+        values = np.full((spec.frames, *spec.shape), np.nan, np.float32)
+        present = np.zeros(spec.frames, bool)
+        seen = set()
+        for part in plan.parts:
+            for day in plan.read(part):
+                where = slice(day.index * spec.slots_per_day, (day.index + 1) * spec.slots_per_day)
+                tile = day.tile or tuple(slice(0, side) for side in spec.shape)
+                key = day.index, *((s.start, s.stop) for s in tile)
+                assert day.index in part.days and key not in seen
+                seen.add(key)
+                values[(where, *tile)], present[where] = day.values[channel or spec.channels[0]], day.present
+        assert len(seen) == len({day for part in plan.parts for day in part.days}) * len(spec.tiles())
+        return values, present
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[[str], AbstractContextManager[None]]:
+    """``with refused(line)``: bad input is answered with one line, which fits the pattern."""
+
+    @contextmanager
+    def expect(line: str) -> Iterator[None]:
+        with pytest.raises(InputError, match=line) as error:
+            yield
+        assert "\n" not in str(error.value)
+
+    return expect
 
 
 def _beside(name: str) -> ModuleType:

@@ -8,8 +8,6 @@ import pytest
 import xarray
 
 from data_prep import city_npz
-from data_prep.preparation import prepare
-from stdist.data import open_store
 from stdist.errors import InputError
 
 H, W, F = 2, 3, 14
@@ -39,24 +37,24 @@ def save(folder: Path, name: str, array: np.ndarray, key: str = "volume") -> Pat
     return folder / name
 
 
-def test_files_follow_one_another_in_time(tmp_path):
+def test_files_follow_one_another_in_time(tmp_path, prepared):
     """The taxi raster of New York: a train and a test file whose seam lies inside a day."""
     train, test = volume(30, 1, seed=1), volume(20, 1, seed=2)
     files = [save(tmp_path, "volume_train.npz", train), save(tmp_path, "volume_test.npz", test)]
     plan = city_npz.plan(files, start="2015-01-01", cadence=30, city="nyc")
-    store = open_store(prepare(pickle.loads(pickle.dumps(plan)), tmp_path / "out.zarr").path)
+    store = prepared(pickle.loads(pickle.dumps(plan)))
     assert store.runs == [(0, 50)] and store.channels == ("volume",) and store.shape == (H, W)
     np.testing.assert_array_equal(store.values("volume", 0, 50), np.concatenate([train, test])[..., 0])
     assert store.observed("volume", 0, 50).all() and store.verify() == []
 
 
-def test_one_file_a_channel_with_poi(tmp_path):
+def test_one_file_a_channel_with_poi(tmp_path, prepared):
     """CrossTReS stores longitude first: --transpose makes rows of latitude, of POI too."""
     arrays = crosstres(tmp_path)
     files = [tmp_path / "NY" / f"TaxiNY_{what}.npy" for what in ("pickup", "dropoff")]
     poi = tmp_path / "NY" / "NY_poi.npy"
     plan = city_npz.plan(files, city="ny", channels="pickup,dropoff", start="2016-01-01", transpose=True, poi=poi)
-    store = open_store(prepare(plan, tmp_path / "out.zarr").path)
+    store = prepared(plan)
     assert store.shape == (H, W) and store.channels == ("pickup", "dropoff")
     for channel in store.channels:
         raw = arrays[f"TaxiNY_{channel}"]
@@ -69,12 +67,12 @@ def test_one_file_a_channel_with_poi(tmp_path):
     assert dataset["static_poi_0"].dims == ("row", "col")
 
 
-def test_north_first_turns_rows_and_poi(tmp_path):
+def test_north_first_turns_rows_and_poi(tmp_path, prepared):
     frames, poi = volume(24), np.arange(H * W * 2).reshape(H, W, 2)
     path = save(tmp_path, "city.npz", frames)
     np.save(tmp_path / "poi.npy", poi)
     plan = city_npz.plan([path], start="2016-01-01", north_first=True, poi=tmp_path / "poi.npy")
-    store = open_store(prepare(plan, tmp_path / "out.zarr").path)
+    store = prepared(plan)
     np.testing.assert_array_equal(store.values("volume", 0, 24), frames[:, ::-1])
     assert plan.spec.static["poi_1"].tolist() == poi[::-1, :, 1].tolist()
     assert plan.recipe["north_first"] is True
@@ -115,14 +113,13 @@ def test_files_without_channel_axis_may_follow_in_time(tmp_path):
         ([], {}, "none was given"),
     ],
 )
-def test_plan_refuses(tmp_path, arrays, options, line):
+def test_plan_refuses(tmp_path, arrays, options, line, refused):
     files = [save(tmp_path, f"{index}.npz", array) for index, array in enumerate(arrays)]
     if "poi" in options:
         np.save(tmp_path / "poi.npy", options["poi"])
         options = {**options, "poi": tmp_path / "poi.npy"}
-    with pytest.raises(InputError, match=line) as error:
+    with refused(line):
         city_npz.plan(files, **{"start": "2016-01-01", **options})
-    assert "\n" not in str(error.value)
 
 
 def test_npz_of_several_arrays_is_refused(tmp_path):
@@ -139,11 +136,11 @@ def test_negative_trips_are_named(tmp_path):
         list(plan.read(plan.parts[0]))
 
 
-def test_taxi_raster_of_new_york(real_data, tmp_path):
+def test_taxi_raster_of_new_york(real_data, prepared):
     """January 2015: a trough on 26 and 27 January, the blizzard, says that the start is right."""
     files = [real_data / "nyc_taxi_10x20" / f"volume_{part}.npz" for part in ("train", "test")]
     plan = city_npz.plan(files, start="2015-01-01", cadence=30, city="nyc")
-    store = open_store(prepare(plan, tmp_path / "out.zarr").path)
+    store = prepared(plan)
     raw = np.concatenate([np.load(file)["volume"][..., 0] for file in files])
     values = store.values("volume", 0, 31 * 48)
     np.testing.assert_array_equal(values, raw.astype(np.float32))

@@ -1,7 +1,5 @@
 """METR-LA and PEMS-BAY as pandas wrote them: zeros, the absent hour, ids, graphs and places; and what is refused."""
 
-import csv
-import pickle
 from pathlib import Path
 
 import h5py
@@ -33,31 +31,19 @@ def metr_la(tmp_path: Path, write_frame) -> Path:
     return write_frame(tmp_path / "metr-la.h5", _stamps("2012-03-01", 576), METR_LA, values, key="df")
 
 
-def _read(plan) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [T, N] of all days and bool [T]; every part reads after a journey to another process."""
-    plan = pickle.loads(pickle.dumps(plan))
-    values = np.full((plan.spec.frames, *plan.spec.shape), np.nan, np.float32)
-    present = np.zeros(plan.spec.frames, bool)
-    for part in plan.parts:
-        (day,) = plan.read(part)
-        where = slice(day.index * 288, (day.index + 1) * 288)
-        values[where], present[where] = day.values["speed"], day.present
-    return values, present
-
-
-def test_metr_la_zeros_are_missing(metr_la):
+def test_metr_la_zeros_are_missing(metr_la, read_plan):
     plan = dcrnn_h5.plan([metr_la])
     spec = plan.spec
     assert (spec.city, spec.units, spec.cadence_minutes, spec.utc_offset_minutes) == ("metr-la", "mile/h", 5, -480)
     assert spec.node_ids.tolist() == METR_LA and [p.name for p in plan.parts] == ["2012-03-01", "2012-03-02"]
-    values, present = _read(plan)
+    values, present = read_plan(plan)
     expected = _speeds(576, 3)
     expected[10:20, 1] = expected[5, 0] = np.nan
     np.testing.assert_array_equal(values, expected.astype(np.float32))
     assert present.all()
 
 
-def test_pems_bay_gets_its_twelve_absent_stamps_back(tmp_path, write_frame):
+def test_pems_bay_gets_its_twelve_absent_stamps_back(tmp_path, write_frame, read_plan):
     """02:00 … 02:55 of 2017-03-12, the hour the clock skips: frames whose values are all missing. A longer
     absence, 13 stamps, stays a gap."""
     stamps = _stamps("2017-03-11", 3 * 288)
@@ -68,24 +54,24 @@ def test_pems_bay_gets_its_twelve_absent_stamps_back(tmp_path, write_frame):
     speeds = _speeds(864, 4)
     path = write_frame(tmp_path / "pems-bay.h5", stamps[keep], PEMS_BAY, speeds[keep], key="speed")
     plan = dcrnn_h5.plan([path])
-    values, present = _read(plan)
+    values, present = read_plan(plan)
     assert plan.spec.node_ids.tolist() == PEMS_BAY and plan.spec.frames == 864 and skipped.sum() == 12
     np.testing.assert_array_equal(present, ~longer)
     np.testing.assert_array_equal(values, np.where(keep[:, None], speeds, np.nan).astype(np.float32))
 
 
-def test_a_day_that_only_an_absence_reaches_into_is_read(tmp_path, write_frame):
+def test_a_day_that_only_an_absence_reaches_into_is_read(tmp_path, write_frame, read_plan):
     """23:30 … 00:25 absent between two frames: both days' slots are present and missing."""
     stamps = np.concatenate([_stamps("2017-01-01T23:00", 6), _stamps("2017-01-02T00:30", 6)])
     path = write_frame(tmp_path / "bay.h5", stamps, PEMS_BAY, _speeds(12, 4), unit="us")
-    values, present = _read(dcrnn_h5.plan([path]))
+    values, present = read_plan(dcrnn_h5.plan([path]))
     assert np.flatnonzero(present).tolist() == list(range(276, 300))
     assert np.isnan(values[282:294]).all() and not np.isnan(values[294:300]).any()
 
 
-def test_compressed_frames_are_read(tmp_path, write_frame):
+def test_compressed_frames_are_read(tmp_path, write_frame, read_plan):
     path = write_frame(tmp_path / "x.h5", _stamps("2017-01-01", 288), PEMS_BAY, _speeds(288, 4), compression="gzip")
-    np.testing.assert_array_equal(_read(dcrnn_h5.plan([path]))[0], _speeds(288, 4).astype(np.float32))
+    np.testing.assert_array_equal(read_plan(dcrnn_h5.plan([path]))[0], _speeds(288, 4).astype(np.float32))
 
 
 # Files that are no such frame
@@ -112,12 +98,11 @@ def test_compressed_frames_are_read(tmp_path, write_frame):
         (lambda g: g.attrs.__delitem__("pandas_type"), "no pandas data frame .it holds df"),
     ],
 )
-def test_other_layouts_are_refused(metr_la, change, line):
+def test_other_layouts_are_refused(metr_la, change, line, refused):
     with h5py.File(metr_la, "r+") as file:
         change(file["df"])
-    with pytest.raises(InputError, match=line) as error:
+    with refused(f"{metr_la}.*{line}"):
         dcrnn_h5.plan([metr_la])
-    assert "\n" not in str(error.value) and str(metr_la) in str(error.value)
 
 
 def test_a_file_cut_short_or_of_another_kind_is_refused(metr_la):
@@ -144,12 +129,12 @@ def test_a_filter_that_cannot_be_read_is_named(metr_la, monkeypatch):
         open_frame(metr_la)
 
 
-def test_negative_speed_is_named(tmp_path, write_frame):
+def test_negative_speed_is_named(tmp_path, write_frame, read_plan):
     values = _speeds(288, 4)
     values[12, 2] = -1
     plan = dcrnn_h5.plan([write_frame(tmp_path / "x.h5", _stamps("2017-01-01", 288), PEMS_BAY, values)])
     with pytest.raises(InputError, match=r"speed is -1.0 at 2017-01-01T01:00, index 2"):
-        _read(plan)
+        read_plan(plan)
 
 
 # Graphs and places
@@ -207,12 +192,11 @@ def test_graph_and_places_go_into_the_plan(metr_la):
         ("places.csv", "", "meta", "places.csv"),
     ],
 )
-def test_graphs_and_places_that_do_not_fit_are_refused(metr_la, name, text, option, line):
+def test_graphs_and_places_that_do_not_fit_are_refused(metr_la, name, text, option, line, refused):
     path = metr_la.with_name(name)
     path.write_text(text)
-    with pytest.raises(InputError, match=line) as error:
+    with refused(line):
         dcrnn_h5.plan([metr_la], **{option: path})
-    assert "\n" not in str(error.value)
 
 
 def test_distances_of_other_sensors_are_refused(tmp_path, write_frame):
@@ -222,20 +206,3 @@ def test_distances_of_other_sensors_are_refused(tmp_path, write_frame):
         distances.write_text(text)
         with pytest.raises(InputError, match=line):
             dcrnn_h5.plan([path], adjacency=distances)
-
-
-def test_the_real_week_of_metr_la(real_data, tmp_path, write_frame):
-    """The public week, put into the genuine layout: every value, its graph and places come back."""
-    folder = real_data / "metr_la_week"
-    with (folder / "los_speed.csv").open() as file:
-        ids, *rows = csv.reader(file)
-    speeds = np.array(rows, float)
-    path = write_frame(tmp_path / "metr-la.h5", _stamps("2012-03-01", len(speeds)), ids, speeds, key="df")
-    plan = dcrnn_h5.plan([path], adjacency=folder / "los_adj.csv", meta=folder / "graph_sensor_locations.csv")
-    values, present = _read(plan)
-    assert values.shape == (2016, 207) and present.all() and len(plan.parts) == 7
-    np.testing.assert_array_equal(values, speeds.astype(np.float32))
-    np.testing.assert_array_equal(
-        plan.spec.adjacency, np.loadtxt(folder / "los_adj.csv", delimiter=",").astype(np.float32)
-    )
-    assert plan.spec.latitude[0] == 34.15497 and plan.spec.longitude[1] == -118.23799

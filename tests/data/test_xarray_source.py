@@ -1,6 +1,5 @@
 """NetCDF and Zarr through xarray: axes, orientation, missing values, tiles; and what is refused."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -47,33 +46,12 @@ def _write(data: xarray.Dataset, path: Path, **encoding: object) -> Path:
     return path
 
 
-def _read(plan, channel: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [T, *shape] put together from days and tiles, bool [T]; the plan travels to another process first."""
-    plan = pickle.loads(pickle.dumps(plan))
-    spec, name = plan.spec, channel or plan.spec.channels[0]
-    values = np.full((spec.frames, *spec.shape), np.nan, np.float32)
-    present = np.zeros(spec.frames, bool)
-    seen = set()
-    for part in plan.parts:
-        for day in plan.read(part):
-            assert day.index in part.days
-            where = slice(day.index * spec.slots_per_day, (day.index + 1) * spec.slots_per_day)
-            tile = day.tile or tuple(slice(0, side) for side in spec.shape)
-            key = day.index, *((s.start, s.stop) for s in tile)
-            assert key not in seen
-            seen.add(key)
-            values[(where, *tile)], present[where] = day.values[name], day.present
-    days = {index for part in plan.parts for index in part.days}
-    assert len(seen) == len(days) * len(spec.tiles())
-    return values, present
-
-
 @pytest.mark.parametrize("name", FORMATS)
-def test_row_0_becomes_the_south(tmp_path, name):
+def test_row_0_becomes_the_south(tmp_path, name, read_plan):
     """A north-first raster is reversed with its latitudes, and the recipe says so; a south-first one is as it is."""
     data = _raster()
     plan = xarray_source.plan([_write(data, tmp_path / name)])
-    values, present = _read(plan)
+    values, present = read_plan(plan)
     spec = plan.spec
     assert (spec.city, spec.channels, spec.units, spec.cadence_minutes) == ("raster", ("flow",), "vehicles", 360)
     assert (str(spec.first_day), str(spec.last_day)) == ("2020-05-01", "2020-05-02")
@@ -84,14 +62,14 @@ def test_row_0_becomes_the_south(tmp_path, name):
     assert spec.cell_ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     south = xarray_source.plan([_write(_raster(north_first=False), tmp_path / ("south_" + name))])
     assert south.recipe["reversed"] == [] and south.spec.city == "south"
-    np.testing.assert_array_equal(_read(south)[0], data["flow"].values)
+    np.testing.assert_array_equal(read_plan(south)[0], data["flow"].values)
 
 
-def test_columns_run_from_west_to_east(tmp_path):
+def test_columns_run_from_west_to_east(tmp_path, read_plan):
     data = _raster().isel(lon=slice(None, None, -1))
     plan = xarray_source.plan([_write(data, tmp_path / "raster.nc")])
     assert plan.recipe["reversed"] == ["lat", "lon"] and plan.spec.longitude[0, 0] == 9
-    np.testing.assert_array_equal(_read(plan)[0], data["flow"].values[:, ::-1, ::-1])
+    np.testing.assert_array_equal(read_plan(plan)[0], data["flow"].values[:, ::-1, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +88,7 @@ def test_columns_run_from_west_to_east(tmp_path):
         ({"lat": "a", "lon": "b"}, {}, {}),
     ],
 )
-def test_axes_are_found_by_attributes_names_or_options(tmp_path, names, attributes, options):
+def test_axes_are_found_by_attributes_names_or_options(tmp_path, names, attributes, options, read_plan):
     """Whatever their order in the file: here (column, time, row)."""
     data = _raster().rename(names)
     data = data.transpose(names["lon"], names.get("time", "time"), names["lat"])
@@ -122,10 +100,10 @@ def test_axes_are_found_by_attributes_names_or_options(tmp_path, names, attribut
     values = _raster()["flow"].values
     found = plan.recipe["reversed"] == [names["lat"]]
     assert found == (not options)
-    np.testing.assert_array_equal(_read(plan)[0], values[:, ::-1] if found else values)
+    np.testing.assert_array_equal(read_plan(plan)[0], values[:, ::-1] if found else values)
 
 
-def test_two_dimensional_latitudes_tell_the_orientation(tmp_path):
+def test_two_dimensional_latitudes_tell_the_orientation(tmp_path, read_plan):
     """A rotated or projected raster: (row, col) without coordinates of their own."""
     flow = _raster()["flow"].values
     north = 46 - 0.1 * np.arange(3)[:, None] + 0.01 * np.arange(4)
@@ -135,11 +113,11 @@ def test_two_dimensional_latitudes_tell_the_orientation(tmp_path):
     )
     plan = xarray_source.plan([_write(data, tmp_path / "raster.nc")])
     assert plan.recipe["reversed"] == ["row"]
-    np.testing.assert_array_equal(_read(plan)[0], flow[:, ::-1])
+    np.testing.assert_array_equal(read_plan(plan)[0], flow[:, ::-1])
     np.testing.assert_allclose(plan.spec.latitude, north[::-1])
 
 
-def test_sensors_with_ids_and_places(tmp_path):
+def test_sensors_with_ids_and_places(tmp_path, read_plan):
     """(time, station) with text ids, and a second axis of length 1 that is passed over."""
     values = np.arange(24.0).reshape(8, 1, 3)
     data = xarray.Dataset(
@@ -154,14 +132,14 @@ def test_sensors_with_ids_and_places(tmp_path):
     plan = xarray_source.plan([_write(data, tmp_path / "net.nc")])
     assert plan.spec.dims == ("node",) and plan.spec.node_ids.tolist() == ["a1", "b2", "c3"]
     assert plan.spec.latitude.tolist() == [3, 1, 2] and plan.spec.units == "unknown"
-    np.testing.assert_array_equal(_read(plan)[0], values[:, 0].astype(np.float32))
+    np.testing.assert_array_equal(read_plan(plan)[0], values[:, 0].astype(np.float32))
     bare = data.drop_vars(["station", "latitude", "longitude"])
     plan = xarray_source.plan([_write(bare, tmp_path / "bare.zarr")], node_dim="station")
     assert plan.spec.node_ids.tolist() == [0, 1, 2] and plan.spec.latitude is None
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_packed_values_fill_values_and_valid_ranges(tmp_path, name):
+def test_packed_values_fill_values_and_valid_ranges(tmp_path, name, read_plan):
     """CF: packed as 0.5 · n + 10 with -9 for missing; valid_max of 200 is in packed numbers, so 110 at most."""
     data = _raster(frames=4)
     flow = 10 + 0.5 * np.arange(48).reshape(4, 3, 4)
@@ -172,30 +150,30 @@ def test_packed_values_fill_values_and_valid_ranges(tmp_path, name):
     plan = xarray_source.plan([_write(data, tmp_path / name, flow=packed)])
     expected = flow.copy()
     expected[2, 1, 1] = np.nan
-    np.testing.assert_array_equal(_read(plan)[0], expected[:, ::-1].astype(np.float32))
+    np.testing.assert_array_equal(read_plan(plan)[0], expected[:, ::-1].astype(np.float32))
 
 
-def test_integers_are_counts(tmp_path):
+def test_integers_are_counts(tmp_path, read_plan):
     data = _raster()
     data["flow"] = data["flow"].astype(np.int32)
     np.testing.assert_array_equal(
-        _read(xarray_source.plan([_write(data, tmp_path / "x.nc")]))[0], data["flow"].values[:, ::-1]
+        read_plan(xarray_source.plan([_write(data, tmp_path / "x.nc")]))[0], data["flow"].values[:, ::-1]
     )
 
 
-def test_negative_values_need_a_valid_range(tmp_path):
+def test_negative_values_need_a_valid_range(tmp_path, read_plan):
     data = _raster()
     data["flow"][3, 0, 2] = -5
     plan = xarray_source.plan([_write(data, tmp_path / "x.nc")])
     with pytest.raises(
         InputError, match=r"x.nc: flow, counted from cell 0, 0 of the store, is -5.0 at 2020-05-01T18:00, index 2, 2"
     ):
-        _read(plan)
+        read_plan(plan)
     data["flow"].attrs["valid_min"] = -50.0
-    assert _read(xarray_source.plan([_write(data, tmp_path / "y.nc")]))[0].min() == -5
+    assert read_plan(xarray_source.plan([_write(data, tmp_path / "y.nc")]))[0].min() == -5
 
 
-def test_variables_are_channels(tmp_path):
+def test_variables_are_channels(tmp_path, read_plan):
     """All numeric ones over time and space, or those named; bounds, flags and static fields are none."""
     data = _raster()
     data["flow out"] = data["flow"] * 2
@@ -208,18 +186,18 @@ def test_variables_are_channels(tmp_path):
     plan = xarray_source.plan([path])
     assert plan.spec.channels == ("flow", "flow_out") and plan.recipe["variables"] == ["flow", "flow out"]
     assert plan.spec.units == "flow: vehicles, flow out: persons"
-    np.testing.assert_array_equal(_read(plan, "flow_out")[0], 2 * data["flow"].values[:, ::-1])
+    np.testing.assert_array_equal(read_plan(plan, "flow_out")[0], 2 * data["flow"].values[:, ::-1])
     assert xarray_source.plan([path], variable="flow out").spec.channels == ("flow_out",)
     with pytest.raises(InputError, match="has no variable 'good' of numbers over time; it has flow, flow out"):
         xarray_source.plan([path], variable="flow,good")
 
 
-def test_local_days_begin_at_local_midnight(tmp_path):
+def test_local_days_begin_at_local_midnight(tmp_path, read_plan):
     """Stamps are UTC: with −8 h the first two of four frames a day are of the day before. Absent stamps stay so."""
     data = _raster(frames=8).isel(time=[0, 1, 2, 4, 5, 6, 7])
     data = data.assign_coords(time=data.time + np.timedelta64(2, "h"))
     plan = xarray_source.plan([_write(data, tmp_path / "x.nc")], utc_offset=-480)
-    values, present = _read(plan)
+    values, present = read_plan(plan)
     assert (str(plan.spec.first_day), plan.spec.utc_offset_minutes) == ("2020-04-30", -480)
     assert np.flatnonzero(present).tolist() == [3, 4, 5, 7, 8, 9, 10]
     np.testing.assert_array_equal(values[present], data["flow"].values[:, ::-1])
@@ -227,7 +205,7 @@ def test_local_days_begin_at_local_midnight(tmp_path):
         xarray_source.plan([tmp_path / "x.nc"], utc_offset=60)
 
 
-def test_several_files_are_one_span_even_within_a_day(tmp_path):
+def test_several_files_are_one_span_even_within_a_day(tmp_path, read_plan):
     """Given in any order; local days are cut across the files' ends."""
     data = _raster(frames=12)
     paths = [
@@ -235,7 +213,7 @@ def test_several_files_are_one_span_even_within_a_day(tmp_path):
         for number, span in enumerate(((0, 3), (3, 6), (6, 12)))
     ]
     plan = xarray_source.plan(paths[::-1], utc_offset=360)
-    values, present = _read(plan)
+    values, present = read_plan(plan)
     assert [p.name for p in plan.sources] == ["part0.nc", "part1.nc", "part2.nc"] and present.sum() == 12
     np.testing.assert_array_equal(values[present], data["flow"].values[:, ::-1])
     with pytest.raises(InputError, match="stamps run backwards at 2020-05-01T00:00"):
@@ -249,7 +227,7 @@ def test_several_files_are_one_span_even_within_a_day(tmp_path):
     ("budget", "chunk", "parts", "reads"), [(1 << 30, 8, 1, 1), (1 << 30, 4, 2, 2), (2_870_000, 8, 1, 6), (1, 8, 2, 12)]
 )
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_large_raster_is_read_in_pieces_that_fit(tmp_path, monkeypatch, name, budget, chunk, parts, reads):
+def test_a_large_raster_is_read_in_pieces_that_fit(tmp_path, monkeypatch, name, budget, chunk, parts, reads, read_plan):
     """300 x 600 in 2 x 3 tiles, two days of 2.88 MB: all at once; day by day, a chunk on disk each; tiles of both days,
     which share a chunk; tiles of a day. The same days each time, and no piece above the budget or a tile of a day.
     """
@@ -264,7 +242,7 @@ def test_a_large_raster_is_read_in_pieces_that_fit(tmp_path, monkeypatch, name, 
     layout = {"chunks" if "zarr" in name else "chunksizes": (chunk, 100, 100)}
     plan = xarray_source.plan([_write(data, tmp_path / name, flow=layout)])
     assert len(plan.spec.tiles()) == 6
-    values, present = _read(plan)
+    values, present = read_plan(plan)
     np.testing.assert_array_equal(values, data["flow"].values[:, ::-1])
     assert present.all() and (len(plan.parts), len(pieces)) == (parts, reads)
     assert max(pieces) <= max(budget, 4 * 4 * 256 * 256)
@@ -317,11 +295,10 @@ def test_a_prepared_raster_is_read_region_by_region(tmp_path):
         (lambda d: d, {"train": "2020-05-01:2020-05-09"}, "leaves the data's days"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, change, options, line):
+def test_what_does_not_fit_is_refused(tmp_path, change, options, line, refused):
     path = _write(change(_raster()), tmp_path / "raster.zarr")
-    with pytest.raises(InputError, match=line) as error:
+    with refused(line):
         xarray_source.plan([path], **options)
-    assert "\n" not in str(error.value)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -345,9 +322,9 @@ def test_damaged_files_are_refused(tmp_path):
         xarray_source.plan([])
 
 
-def test_a_damaged_chunk_is_named(tmp_path):
+def test_a_damaged_chunk_is_named(tmp_path, read_plan):
     path = _write(_raster(), tmp_path / "x.zarr")
     chunk = next(file for file in (path / "flow").rglob("*") if file.is_file() and file.name != "zarr.json")
     chunk.write_bytes(chunk.read_bytes()[:20])
     with pytest.raises(InputError, match=r"x.zarr: flow is damaged"):
-        _read(xarray_source.plan([path]))
+        read_plan(xarray_source.plan([path]))
