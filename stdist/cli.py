@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError
+from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.reader_commands import Command, reader_commands
 from stdist.training.memory_plan import PEAK_FLOPS
 
@@ -124,9 +124,13 @@ def train(
 ) -> None:
     """Run or resume every stage a config names, then forecast, score and report."""
     from stdist.config import load_config
-    from stdist.vision_llm import recipe
 
-    result = recipe.train(load_config(config, overrides), say)
+    loaded = load_config(config, overrides)
+    if loaded.learners.num_workers > 1:
+        from stdist.orchestration.learners import train as run
+    else:
+        from stdist.vision_llm.recipe import train as run
+    result = run(loaded, say)
     finish(result, as_json, result["report"])
 
 
@@ -263,6 +267,6 @@ def main() -> None:
     try:
         app()
     except (InputError, DivergenceError, ResourceError, Interrupted) as error:
-        codes = {InputError: 2, DivergenceError: 3, ResourceError: 5, Interrupted: 130}
+        codes = {InputError: 2, DivergenceError: 3, ResourceError: 5, SilentLearner: 5, Interrupted: 130}
         say(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
         sys.exit(codes[type(error)])

@@ -72,6 +72,13 @@ class PolicyConfig(Strict):
     lora_r: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
 
+    @field_validator("base")
+    @classmethod
+    def _absolute_folder(cls, base: str) -> str:
+        """A folder is the same folder for every learner; anything else is a name."""
+        folder = Path(base).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else base
+
 
 class StageConfig(Strict):
     """What every stage has. ``trainable``: numeral rows only, LoRA and rows, or everything."""
@@ -164,6 +171,11 @@ class LearnersConfig(Strict):
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: int = Field(3, ge=0)
     timeout: float = Field(1800.0, gt=0)
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
 
     @model_validator(mode="after")
     def _deepspeed_where_it_is_needed(self) -> "LearnersConfig":

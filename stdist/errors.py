@@ -13,5 +13,9 @@ class ResourceError(RuntimeError):
     """The machine gave out: disk full, out of memory, a learner that no longer answers. Exit code 5."""
 
 
+class SilentLearner(ResourceError):
+    """Another learner no longer answers: it died or hangs, and this one has nothing to do with it."""
+
+
 class Interrupted(RuntimeError):
     """Ctrl-C, after the step in hand was finished and saved. Exit code 130."""

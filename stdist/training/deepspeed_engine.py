@@ -5,6 +5,8 @@ learners serves any other.
 """
 
 import logging
+import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,20 +18,22 @@ from torch import Tensor, nn
 from stdist.errors import InputError
 from stdist.training.engine import MOMENTS, ParameterGroup, adamw
 
+# Asked for, it is neither looked for nor talked about.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 try:
     import deepspeed
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 except ModuleNotFoundError as error:
     raise InputError(
         "DeepSpeed is not installed; pip install 'stdist[cluster]', or set learners.engine: torch"
     ) from error
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
+# DeepSpeed calls collectives by names that torch is about to change.
+warnings.filterwarnings("ignore", message=".torch.distributed", category=FutureWarning)
+# On CPUs DeepSpeed would compile a faster all-reduce at first use; a process killed in that leaves a lock behind that
+# every later one waits for.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class DeepSpeedEngine:
@@ -51,6 +55,7 @@ class DeepSpeedEngine:
     ):
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; launchers of many learners set it
         self._module, self._schedule, self._steps = module, schedule, 0
         self._groups = [group for group in groups if group.parameters]
         self._engine, *_ = deepspeed.initialize(
@@ -145,9 +150,20 @@ class DeepSpeedEngine:
         for name, parameter in self.parameters.items():
             for key in MOMENTS:
                 if f"{name}/{key}" in tensors:
-                    safe_set_full_optimizer_state(parameter, tensors[f"{name}/{key}"].to(self._engine.device), key)
+                    self._set(parameter, tensors[f"{name}/{key}"], key)
             if f"{name}/master" in tensors:
-                safe_set_full_fp32_param(parameter, tensors[f"{name}/master"].to(self._engine.device))
+                self._set(parameter, tensors[f"{name}/master"])
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Puts a whole moment, or without ``key`` the master weights, where this learner keeps its part of them."""
+        value = value.to(self._engine.device)
+        if self._stage != 3:
+            parameter.set_full_hp_param(value, key)  # type: ignore[operator]
+            return
+        # DeepSpeed 0.19 itself reads past the end of what the learners cannot share evenly.
+        each = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        mine = value.flatten()[dist.get_rank() * each :][:each]
+        self._zero.set_local_hp_param(nn.functional.pad(mine, (0, each - mine.numel())), parameter, key)
 
     def _materialise(self, steps: int) -> None:
         """Gives the inner optimizer the state that its first step would make, of zeros."""

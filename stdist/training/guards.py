@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stdist.errors import DivergenceError, ResourceError
+from stdist.errors import DivergenceError, ResourceError, SilentLearner
 from stdist.training.group import Group
 
 FIRST_STEPS = 10
@@ -48,7 +48,7 @@ def naming_exhaustion(stage: str, phase: str, step: int, group: Group) -> Iterat
                 f"lower {stage}'s batch or activation_memory, or shard more (learners.zero_stage)"
             ) from error
         if group.size > 1 and any(sign in text for sign in ("imed out", "Connection closed", "Connection reset")):
-            raise ResourceError(
+            raise SilentLearner(
                 f"{where}: another learner no longer answers ({text[:200]}); run the same command to go on"
             ) from error
         raise

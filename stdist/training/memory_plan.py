@@ -100,23 +100,29 @@ def gathered_bytes(weights: Sequence[Weights], ranks: Ranks) -> tuple[float, flo
     return everything * min(1, LIVE_WEIGHTS / count), everything
 
 
-def traffic(weights: Sequence[Weights], ranks: Ranks, walks: Mapping[str, int]) -> dict[str, float]:
+def traffic(
+    weights: Sequence[Weights], ranks: Ranks, walks: Mapping[str, int], backwards: Mapping[str, float]
+) -> dict[str, float]:
     """Bytes that a rank sends in a step, by collective. On a ring of N each moves (N − 1)/N of what it is about.
 
-    With Ψ bytes trained, stages 0 to 2 send 2Ψ: gradients are reduced and scattered, updated weights gathered (an
-    all-reduce is the same two). ZeRO-3 gathers sharded weights, trained or not, at every walk instead: 3Ψ where a step
-    walks forward and backward once (Section 7.2.2). Weights it leaves whole are gathered once, after the update.
+    With Ψ bytes trained, a step of one backward pass sends 2Ψ in stages 0 to 2: gradients are reduced and scattered,
+    updated weights gathered (an all-reduce is the same two). Stage 1 reduces once a step however many backward passes
+    it has; stages 2 and 3 hold no gradient whole and reduce in each of them. ZeRO-3 gathers sharded weights, trained or
+    not, at every walk: 3Ψ where a step walks forward and backward once (Section 7.2.2). Weights it leaves whole are
+    gathered once, after the update.
 
     Args:
-        walks: how often a step passes over all weights of a kind, forward or backward; what is missing counts 0.
+        walks: how often a step passes over all weights of a kind, forward or backward.
+        backwards: in how many backward passes of a step a kind gets a gradient.
     """
     on_ring = (ranks.world_size - 1) / ranks.world_size
     sharded = [w for w in weights if ranks.zero_stage == 3 and not w.whole]
     trained = [w for w in weights if w.trainable]
     return {
-        "reduce-scatter of gradients": on_ring * sum(w.bytes for w in trained),
+        "reduce-scatter of gradients": on_ring
+        * sum(w.bytes * (backwards[w.kind] if ranks.zero_stage >= 2 else 1) for w in trained),
         "all-gather of updated weights": on_ring * sum(w.bytes for w in trained if w not in sharded),
-        "all-gather of sharded weights": on_ring * sum(w.bytes * walks.get(w.kind, 0) for w in sharded),
+        "all-gather of sharded weights": on_ring * sum(w.bytes * walks[w.kind] for w in sharded),
     }
 
 

@@ -50,17 +50,16 @@ def train(
     """
     group = Group.current()
     say = say if group.leads else lambda line: None
-    check_learners(config, group)
-    task = open_task(config)
     run_dir = config.run_dir
-    refuse_foreign_folder(run_dir, config, task.store.digest)
-    policy = build_policy(policy_spec(config, task), config.seed)
-    policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    clamped = find_unwritable(
-        (task.train, task.validation, task.test), policy.vocabulary, config.numerals.out_of_range == "clamp"
-    )
+    try:
+        opened, problem = _open(config, group), None
+    except InputError as error:
+        opened, problem = None, str(error)
     # Nothing is written before all of the input is known to be good, to all learners.
-    group.gather(None)
+    if problems := [each for each in group.gather(problem) if each]:
+        raise InputError(problems[0])
+    assert opened
+    task, policy, clamped = opened
     if group.leads:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / STORE_DIGEST, task.store.digest)
@@ -74,6 +73,18 @@ def train(
         return {"run": str(run_dir), "stages": summaries}
     result = forecast_and_score(config, task, policy, summaries, [clamped] if clamped else [], say)
     return {"run": str(run_dir), "stages": summaries, **result}
+
+
+def _open(config: Config, group: Group) -> tuple[Task, Policy, str | None]:
+    """The run's data, its policy on the device, and what is to be said of values that were clamped. Raises InputError
+    for whatever would stop the run later."""
+    check_learners(config, group)
+    task = open_task(config)
+    refuse_foreign_folder(config.run_dir, config, task.store.digest)
+    policy = build_policy(policy_spec(config, task), config.seed)
+    policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    windows = (task.train, task.validation, task.test)
+    return task, policy, find_unwritable(windows, policy.vocabulary, config.numerals.out_of_range == "clamp")
 
 
 def check_learners(config: Config, group: Group) -> None:
@@ -100,11 +111,12 @@ def check_learners(config: Config, group: Group) -> None:
 def refuse_foreign_folder(run_dir: Path, config: Config, store_digest: str) -> None:
     """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
 
-    On how many learners it is trained, and how, may change: the batches do not."""
+    On how many learners it is trained, and how, may change, since the batches do not; and so may the way to it."""
     path = run_dir / "config.yaml"
     if path.exists():
         there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
-        here["learners"] = there.get("learners")
+        for key in ("learners", "output_dir"):
+            here[key] = there.get(key)
         difference = _first_difference(there, here)
         if difference:
             raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
