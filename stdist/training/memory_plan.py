@@ -18,8 +18,8 @@ MFU = 0.4
 """Share of the peak that is assumed. Published: torchtitan's 8B on eight H100 0.33–0.39; here it is not measured."""
 ADAMW_MOMENTS = 2
 MIXED_PRECISION_STATE = 12
-"""K of ZeRO's Section 3.1: a float32 copy of the weight and AdamW's two moments. DeepSpeed's stages 1 and 2 copy float32
-weights too, its stage 3 does not."""
+"""K of ZeRO's Section 3.1: a float32 copy of the weight and AdamW's two moments. DeepSpeed's stages 1 and 2 hold a
+copy of float32 weights too, stage 3 does not."""
 REDUCE_BUCKET = 500_000_000
 """Elements of DeepSpeed's ``reduce_bucket_size``, allocated whole whatever is trained."""
 LIVE_WEIGHTS = 1_000_000_000

@@ -141,8 +141,9 @@ def stage_weights(config: Config, stage: str, base: Base) -> list[Weights]:
     numerals = len(vocabulary_of(config.numerals.mantissa_digits))
     lora, rows = policy.lora_r * base.lora, 2 * numerals * base.config.get_text_config().hidden_size
     weights = [
-        Weights(VISION, base.counts[VISION], each, full),
-        Weights(EMBEDDINGS, base.counts[EMBEDDINGS], each, full, whole=True),
+        Weights(VISION, base.counts[VISION], each, full and stage == "sft" and config.frames.enabled),
+        # ZeRO-3 leaves whole what Policy.read_in_place names: a tied head is the embeddings.
+        Weights(EMBEDDINGS, base.counts[EMBEDDINGS], each, full, whole=not base.counts[HEAD]),
         Weights(HEAD, base.counts[HEAD], each, full, whole=True),
         Weights(DECODER, base.counts[DECODER], NF4_BYTES if policy.load_in_4bit else each, full),
         Weights(NORMS, base.counts[NORMS], each, full),

@@ -11,9 +11,11 @@ from rich.table import Table
 from stdist.config import Config, ForecastStageConfig, parse_config
 from stdist.errors import InputError
 from stdist.training import memory_plan
+from stdist.training.group import Group
 from stdist.training.memory_plan import Ranks, StateBytes, Weights
 from stdist.vision_llm.model_counts import read_base, read_shape, stage_weights
 from stdist.vision_llm.presets import SHAPES
+from stdist.vision_llm.recipe import check_learners
 from stdist.vision_llm.step_counts import Work, ranks_of, stage_work
 from stdist.vision_llm.task import stage_config
 
@@ -75,8 +77,7 @@ class StagePlan:
 def plan_stage(config: Config, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
     """One stage of a run, from its configuration alone.
 
-    Raises InputError where the base's configuration cannot be read, the store holds no such grid or region, or the
-    learners cannot share the stage's batch.
+    Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
     """
     base, ranks = read_base(config.policy.base), ranks_of(config)
     weights = stage_weights(config, stage, base)
@@ -89,7 +90,7 @@ def plan_stage(config: Config, stage: str, device_flops: float = memory_plan.PEA
         {w.kind: memory_plan.state_bytes(w, ranks) for w in weights},
         memory_plan.bucket_bytes(weights, ranks),
         work,
-        memory_plan.traffic(weights, ranks, work.walks),
+        memory_plan.traffic(weights, ranks, work.walks, work.backwards),
         memory_plan.compute_seconds(work.flops, device_flops),
     )
 
@@ -112,7 +113,11 @@ class RunPlan:
 
 
 def plan_run(config: Config, device_memory: int | None, device_flops: float = memory_plan.PEAK_FLOPS) -> RunPlan:
-    """``device_memory`` (bytes) and ``device_flops`` (peak a second) are of one learner's. See :func:`plan_stage`."""
+    """``device_memory`` (bytes) and ``device_flops`` (peak a second) are of one learner's. See :func:`plan_stage`.
+
+    Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
+    """
+    check_learners(config, Group(0, config.learners.num_workers))
     stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
     verdicts = [] if device_memory is None else [_verdict(config, stage, device_memory) for stage in stages]
     notes = [
@@ -155,15 +160,18 @@ def _smaller(config: Config, plan: StagePlan, device_memory: int) -> tuple[dict[
     kept: list[dict[str, Any]] = []
     best = plan
     for change in _changes(config, plan.stage):
-        candidate = plan_stage(_changed(config, [*kept, change]), plan.stage)
+        changed = _changed(config, [*kept, change])
+        if changed is None:
+            continue
+        candidate = plan_stage(changed, plan.stage)
         if candidate.device_bytes < best.device_bytes:
             kept, best = [*kept, change], candidate
         if best.device_bytes <= device_memory:
             break
     for change in list(kept[:-1]):
         fewer = [other for other in kept if other is not change]
-        candidate = plan_stage(_changed(config, fewer), plan.stage)
-        if candidate.device_bytes <= device_memory:
+        changed = _changed(config, fewer)
+        if changed and (candidate := plan_stage(changed, plan.stage)).device_bytes <= device_memory:
             kept, best = fewer, candidate
     return {key: value for change in kept for key, value in change.items()}, best
 
@@ -184,13 +192,19 @@ def _changes(config: Config, stage: str) -> Iterator[dict[str, Any]]:
     yield {"numerals.mantissa_digits": 3}
 
 
-def _changed(config: Config, changes: list[dict[str, Any]]) -> Config:
+def _changed(config: Config, changes: list[dict[str, Any]]) -> Config | None:
+    """None where such a configuration could not be trained."""
     tree = config.model_dump(mode="json")
     for change in changes:
         for path, value in change.items():
             section, key = path.split(".")
             tree[section][key] = value
-    return parse_config(tree, "plan")
+    try:
+        changed = parse_config(tree, "plan")
+        check_learners(changed, Group(0, changed.learners.num_workers))
+    except InputError:
+        return None
+    return changed
 
 
 def _memory_table(plan: StagePlan) -> Table:

@@ -23,8 +23,6 @@ from stdist.vision_llm.model_counts import (
     EMBEDDINGS,
     HEAD,
     LORA,
-    NORMS,
-    REFERENCE_LORA,
     ROWS,
     VISION,
     Base,
@@ -42,12 +40,14 @@ from stdist.vision_llm.token_losses import TILE_BYTES, TILE_POSITIONS
 
 @dataclass(frozen=True)
 class Work:
-    """Of one learner in one step. ``walks``: passes over all weights of a kind, forward or backward; ``phases``: bytes
-    that are held in turn, never together; ``micro_batches``: sequences of each depth at once."""
+    """Of one learner in one step. ``walks``: passes of the update over all weights of a kind, forward or backward;
+    ``backwards``: passes that give a kind a gradient, if it trains; ``phases``: bytes that are held in turn, never
+    together; ``micro_batches``: sequences of each depth at once."""
 
     tokens: int
     flops: float
     walks: dict[str, int]
+    backwards: dict[str, float]
     phases: dict[str, dict[str, float]]
     micro_batches: list[int]
 
@@ -66,7 +66,7 @@ def stage_work(config: Config, stage: str, base: Base, weights: list[Weights], s
         work = _window_work(config, stage, base, weights, shape)
     live, everything = gathered_bytes(weights, ranks_of(config))
     if everything:
-        # ZeRO-3 makes the policy whole wherever it writes: in GRPO's sampling, and in every validation.
+        # ZeRO-3 makes the policy whole for every validation; a stage that samples is refused it.
         work.phases["training"]["gathered weights"] = live
         work.phases.setdefault("writing", {})["gathered weights"] = everything
     return work
@@ -86,8 +86,9 @@ def _window_work(config: Config, stage: str, base: Base, weights: list[Weights],
     tokens = [shape.shared, shape.cell, shape.horizon] if grpo else [shape.shared, shape.cell + shape.horizon]
     families = [cells, grpo.num_generations] if grpo else [cells]
     sequences = list(accumulate([windows, *families], mul))
-    kept = [each * activation_bytes_per_token(config, stage, base, weights) for each in tokens]
-    kept[0] += shape.patches * _vision_bytes_per_patch(config, stage, base)
+    kept = [each * activation_bytes_per_token(config, base, weights) for each in tokens]
+    if any(w.kind == VISION and w.trainable for w in weights):
+        kept[0] += shape.patches * _vision_bytes_per_patch(config, base)
     share = settings.activation_bytes // len(kept)
     sizes = [max(1, int(share // each)) for each in kept]
     at_once = [min(pair) for pair in zip(sizes, sequences, strict=True)]
@@ -100,16 +101,13 @@ def _window_work(config: Config, stage: str, base: Base, weights: list[Weights],
             "head tiles": _tile_bytes(base, weights, head),
         }
     }
-    # The update; for GRPO the reference and the sampler go forward over the same tree.
-    walks = {VISION: calls[0], DECODER: 2 * sum(calls)}
-    walks[VISION] += calls[0] if settings.trainable == "full" else 0
     if grpo:
         phases["writing"] = _sampling_bytes(config, base, weights, grpo, shape, sequences)
-        walks = {VISION: walks[VISION] + calls[0] + 1, DECODER: walks[DECODER] + sum(calls) + 1}
     total = sum(a * b for a, b in zip(tokens, sequences, strict=True))
     units = {DECODER: total, VISION: windows * shape.patches} | dict.fromkeys(head, answers)
+    # For GRPO the reference and the sampler go forward over the same tree.
     flops = _flops(weights, units, 3 if grpo else 1, config.policy.gradient_checkpointing)
-    return Work(total, flops, _of_the_decoder(walks), phases, at_once)
+    return Work(total, flops, *_passes(weights, calls[0], sum(calls), calls[-1]), phases, at_once)
 
 
 def _alignment_work(config: Config, stage: str, base: Base, weights: list[Weights]) -> Work:
@@ -131,14 +129,14 @@ def _alignment_work(config: Config, stage: str, base: Base, weights: list[Weight
     longest = max(around + count(e.prompt) + answer for e, answer in zip(batch, answers, strict=True))
     examples = _share(config, settings.train_batch_size, f"{stage}.train_batch_size")
     at_once = -(-examples // settings.gradient_accumulation_steps)
-    per_token = activation_bytes_per_token(config, stage, base, weights)
+    per_token = activation_bytes_per_token(config, base, weights)
     head = [_text_rows(weights), ROWS]
     training = {"activations": at_once * longest * per_token, "head tiles": _tile_bytes(base, weights, head)}
     positions = sum(answers) * examples // len(batch)
     units = {DECODER: examples * longest} | dict.fromkeys(head, positions)
     flops = _flops(weights, units, 1, config.policy.gradient_checkpointing)
-    walks = _of_the_decoder({DECODER: 2 * settings.gradient_accumulation_steps})
-    return Work(examples * longest, flops, walks, {"training": training}, [at_once])
+    calls = settings.gradient_accumulation_steps
+    return Work(examples * longest, flops, *_passes(weights, 0, calls, calls), {"training": training}, [at_once])
 
 
 def _text_rows(weights: list[Weights]) -> str:
@@ -161,9 +159,17 @@ def decoder_calls(windows: int, families: Sequence[int], sizes: Sequence[int]) -
     return calls
 
 
-def _of_the_decoder(walks: dict[str, int]) -> dict[str, int]:
-    """What lies in the decoder's layers is walked with them."""
-    return walks | dict.fromkeys((NORMS, LORA, REFERENCE_LORA), walks[DECODER])
+def _passes(weights: list[Weights], prefixes: int, calls: int, leaves: int) -> tuple[dict[str, int], dict[str, float]]:
+    """``Work.walks`` and ``Work.backwards`` where the decoder is called ``calls`` times, each with a backward pass
+    of its own: ``prefixes`` of these calls see frames, behind ``leaves`` of them is the head.
+
+    The tower and the embeddings, below which nothing trains, are walked backward only where they train. Half of the
+    numeral rows are the embeddings', half the head's.
+    """
+    forward = {VISION: prefixes, EMBEDDINGS: calls}
+    walks = {w.kind: forward.get(w.kind, calls) * (1 + (w.trainable or w.kind not in forward)) for w in weights}
+    some = {VISION: prefixes, HEAD: leaves, ROWS: (calls + leaves) / 2}
+    return walks, {w.kind: some.get(w.kind, calls) for w in weights}
 
 
 def _flops(weights: list[Weights], units: dict[str, int], forwards: int, recomputed: bool) -> float:
@@ -180,7 +186,7 @@ def _flops(weights: list[Weights], units: dict[str, int], forwards: int, recompu
     return total
 
 
-def activation_bytes_per_token(config: Config, stage: str, base: Base, weights: list[Weights]) -> float:
+def activation_bytes_per_token(config: Config, base: Base, weights: list[Weights]) -> float:
     """What autograd keeps of one token in the decoder, keys and values for its children included.
 
     A layer keeps, of ``b`` bytes an element: two norms' inputs in float32, query and attention's output, key and value,
@@ -206,10 +212,8 @@ def activation_bytes_per_token(config: Config, stage: str, base: Base, weights: 
     return around + text.num_hidden_layers * layer
 
 
-def _vision_bytes_per_patch(config: Config, stage: str, base: Base) -> float:
-    """The same of a trained vision tower, with what its rotation and its cut into images copy; nothing of a frozen."""
-    if stage_config(config, stage).trainable != "full":
-        return 0
+def _vision_bytes_per_patch(config: Config, base: Base) -> float:
+    """The same of a trained vision tower, with what its rotation and its cut into images copy."""
     vision: Any = base.config.vision_config
     b = itemsize(config)
     d, mlp = vision.hidden_size, vision.intermediate_size

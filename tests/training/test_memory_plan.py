@@ -70,20 +70,26 @@ def test_an_offloaded_optimizer_lies_in_host_memory(stage, gradients, host):
 @pytest.mark.parametrize(("stage", "volumes"), [(0, 2), (1, 2), (2, 2), (3, 3)])
 def test_volumes_of_section_7(stage, volumes):
     """2Ψ, and 3Ψ for ZeRO-3 with one walk forward and one backward; on a ring of N, (N − 1)/N of that."""
-    sent = traffic([PAPER], Ranks(64, stage), {"all": 2})
+    sent = traffic([PAPER], Ranks(64, stage), {"all": 2}, {"all": 1})
     assert sum(sent.values()) == pytest.approx(volumes * 15e9 * 63 / 64)
 
 
 def test_frozen_weights_travel_under_zero_3_alone():
     weights = [HALF, TRAINED, Weights("rows", 50, 4, trainable=True, whole=True)]
-    two, three = (traffic(weights, Ranks(2, stage), {"half": 10, "trained": 4}) for stage in (2, 3))
+    walks, once = {"half": 10, "trained": 4, "rows": 0}, {"trained": 1, "rows": 1}
+    two, three = (traffic(weights, Ranks(2, stage), walks, once) for stage in (2, 3))
     assert list(two.values()) == [400, 400, 0]
     # Rows stay whole: they are gathered after their update, not at every walk.
     assert list(three.values()) == [400, 100, (10 * 2000 + 4 * 600) / 2]
 
 
+def test_stages_2_and_3_reduce_in_every_backward_pass():
+    sent = [traffic([TRAINED], Ranks(2, stage), {"trained": 2}, {"trained": 5}) for stage in (1, 2, 3)]
+    assert [each["reduce-scatter of gradients"] for each in sent] == [300, 1500, 1500]
+
+
 def test_one_rank_sends_nothing():
-    assert sum(traffic([PAPER], Ranks(1, 3), {"all": 9}).values()) == 0
+    assert sum(traffic([PAPER], Ranks(1, 3), {"all": 9}, {"all": 9}).values()) == 0
 
 
 def test_float32_weights_have_no_second_copy_in_plain_torch_and_zero_3():

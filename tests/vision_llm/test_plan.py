@@ -90,7 +90,7 @@ def policy_at(config: Config, stage: str) -> Policy:
             part = getattr(config, name).trainable
             if part == "lora" and not policy.adapters:
                 policy.add_lora()
-            policy.train_only(part)
+            policy.train_only(part, frames=name == "sft")
         if name == stage:
             break
     return policy
@@ -109,16 +109,23 @@ def kind_of(name: str) -> str:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("stages", "trainable"),
-    [(["sft"], "rows"), (["sft"], "lora"), (["sft"], "full"), (["sft", "grpo"], "lora"), (["sft", "grpo"], "full")],
+    [
+        (["alignment"], "full"),
+        (["sft"], "rows"),
+        (["sft"], "lora"),
+        (["sft"], "full"),
+        (["sft", "grpo"], "lora"),
+        (["sft", "grpo"], "full"),
+    ],
 )
 def test_parameters_by_kind_are_those_of_the_policy(config, stages, trainable, dtype):
     """Counts, bytes and what trains."""
-    run = config(stages=stages, sft={"trainable": trainable}, policy={"dtype": dtype})
+    run = config(stages=stages, policy={"dtype": dtype}, **{stages[0]: {"trainable": trainable}})
     policy, plan = policy_at(run, stages[-1]), plan_stage(run, stages[-1])
     real: dict[tuple[str, bool], list[int]] = {}
     for name, parameter in policy.named_parameters():
         kind = kind_of(name)
-        if kind == REFERENCE_LORA and stages == ["sft"]:
+        if kind == REFERENCE_LORA and "grpo" not in stages:
             kind = LORA
         held = real.setdefault((kind, parameter.requires_grad), [0, 0])
         held[0] += parameter.numel()
@@ -159,12 +166,26 @@ def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
     assert plan.work.tokens == tree.tokens
     sizes = MicroBatches(policy, run.sft.activation_bytes).sizes(tree)
     assert plan.work.micro_batches == [min(a, b) for a, b in zip(sizes, (3, 21), strict=True)] != [3, 21]
+    watched = {
+        "vision tower": policy.base_model.model.visual.merger.mlp[0].weight,
+        "embeddings": policy.base_model.get_input_embeddings().weight,
+        "head": policy.base_model.lm_head.weight,
+        "decoder": policy.base_model.model.language_model.layers[0].mlp.up_proj.weight,
+        "decoder's vectors": policy.base_model.model.language_model.norm.weight,
+        "input": policy.rows.input,
+        "output": policy.rows.output,
+    }
+    seen = dict.fromkeys([*watched, ROWS], 0.0)
+    for name, parameter in watched.items():
+        parameter.register_hook(lambda gradient, name=name: seen.__setitem__(name, seen[name] + 1))
     calls = []
     decoder = policy._decoder
     monkeypatch.setattr(policy, "_decoder", lambda **inputs: calls.append(1) or decoder(**inputs))
     prefix_tree.backward(policy, tree, sft_loss(policy, batch), torch.Tensor.backward, sizes)
     # Each call goes forward and backward.
     assert plan.work.walks["decoder"] == 2 * len(calls)
+    seen[ROWS] = (seen["input"] + seen["output"]) / 2
+    assert plan.work.backwards == {name: seen[name] for name in plan.work.backwards}
 
 
 def test_tokens_of_grpo_are_those_of_its_tree(config):
@@ -250,8 +271,9 @@ def test_full_fine_tuning_with_zero_3(config, seven_b):
         config, seven_b, sft={"trainable": "full", "windows_per_step": 8}, learners=DEEPSPEED | {"zero_stage": 3}
     )
     plan = plan_stage(run, "sft")
-    whole = 2 * 152_064 * 3584 + 2 * 199_801 * 3584
-    everything = 8_292_166_656 + 2 * 199_801 * 3584
+    head, rows = 152_064 * 3584, 2 * 199_801 * 3584
+    whole = head + rows
+    everything = 8_292_166_656 + rows
     states = sum(state.device for state in plan.states.values())
     assert states == pytest.approx((16 * (everything - whole) + 14 * whole) / 8 + 2 * whole)
     assert plan.work.phases["writing"]["gathered weights"] == 2 * (everything - whole)
@@ -263,13 +285,20 @@ def test_full_fine_tuning_with_zero_3(config, seven_b):
     assert gathers == pytest.approx(2 * vision + calls * (2 * (everything - whole) - vision))
 
 
+def test_zero_3_gathers_frozen_embeddings_forward_alone(config, seven_b):
+    run = seven_b_run(config, seven_b, sft={"windows_per_step": 8}, learners=DEEPSPEED | {"zero_stage": 3})
+    walks = plan_stage(run, "sft").work.walks
+    assert walks["decoder"] == walks[LORA] == 2 * walks["embeddings"] and walks[VISION] == 1
+
+
 def test_a_tied_head_is_counted_once_and_computed_all_the_same(config, seven_b, tmp_path):
     tied = json.loads((Path(seven_b) / "config.json").read_text())
     tied["tie_word_embeddings"] = tied["text_config"]["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(tied))
     one, two = (plan_stage(seven_b_run(config, base), "sft") for base in (str(tmp_path), seven_b))
-    assert [w for w in two.weights if w not in one.weights] == [w for w in two.weights if w.kind == "head"]
-    assert one.work == two.work
+    assert [w.kind for w in two.weights if w.kind not in one.states] == ["head"]
+    assert (one.work.flops, one.work.phases) == (two.work.flops, two.work.phases)
+    assert [w.kind for w in one.weights if w.whole] == ["embeddings", ROWS]
 
 
 def test_operations_by_hand(config, seven_b):
@@ -353,6 +382,30 @@ def test_what_is_no_size(stdist_plan, size):
 def test_a_batch_that_learners_cannot_share(stdist_plan):
     code, _, err = stdist_plan(stages=["sft"], learners=DEEPSPEED)
     assert code == 2 and "sft.windows_per_step is 3, which 8 learners cannot share evenly" in err
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        (
+            {"policy": {"load_in_4bit": True}, "stages": ["sft"]},
+            "zero_stage 3 shards the weights that policy.load_in_4",
+        ),
+        ({"stages": ["grpo"]}, "zero_stage 3 shards the weights that the stage grpo samples with"),
+    ],
+)
+def test_what_training_refuses_the_plan_refuses(config, sections, reason):
+    learners = {"engine": "deepspeed", "zero_stage": 3}
+    with pytest.raises(InputError, match=reason):
+        plan_run(config(learners=learners, **sections), None)
+
+
+def test_advice_can_be_trained(config, seven_b):
+    """ZeRO-3 alone would fit, but GRPO may not sample with it, nor with four bits of it."""
+    learners = DEEPSPEED | {"num_workers": 2, "zero_stage": 1}
+    run = config(policy={"base": seven_b, "dtype": "bfloat16"}, stages=["grpo"], learners=learners)
+    verdict = plan_run(run, 16 * GIB).verdicts[0]
+    assert "try " in verdict and "zero_stage=3" not in verdict
 
 
 def test_without_a_store_a_grid_is_assumed_and_said(config, tmp_path):
