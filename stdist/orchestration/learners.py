@@ -22,6 +22,7 @@ try:
     import ray.train
     from ray.exceptions import OutOfMemoryError, RayTaskError
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
+    from ray.train.v2._internal.execution import context as train_context
     from ray.train.v2.api.config import LoggingConfig
 except ModuleNotFoundError as error:
     raise InputError("Ray is not installed; pip install 'stdist[cluster]', or set learners.num_workers: 1") from error
@@ -80,7 +81,7 @@ def _learn(tree: dict[str, Any]) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
-    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
+    logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     config = parse_config(tree, where="the submitted config")
     try:
         # Ray Train would show what is printed twice.
