@@ -29,6 +29,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
+
+_MARKS = {
+    *("_hp_mapping", "_dp_group", "_index_in_param_group", "param_idx_in_group", "grad_accum"),
+    *("get_full_hp_grad", "set_full_hp_grad", "get_full_hp_param", "set_full_hp_param", "load_hp_checkpoint_state"),
+    *("_external_params", "_original_parameters", "all_parameters"),
+    *("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_zero_optimizer"),
+}
+"""What DeepSpeed 0.19 leaves on parameters and modules, beside ds_...; some of it holds the optimizer's memory."""
 # DeepSpeed calls collectives by names that torch is about to change.
 warnings.filterwarnings("ignore", message=".torch.distributed", category=FutureWarning)
 # On CPUs DeepSpeed would compile a faster all-reduce at first use; a process killed in that leaves a lock behind that
@@ -113,6 +121,8 @@ class DeepSpeedEngine:
         # As TRL does for generation: gather all, and take off the hooks that would free a submodule after its call.
         offload = self._zero.parameter_offload
         offload._remove_module_hooks()
+        offload.forward_hooks.clear()
+        offload.backward_hooks.clear()
         for parameter in self._module.parameters():
             parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
         try:
@@ -198,3 +208,8 @@ class DeepSpeedEngine:
                     name: parameter if parameter is None else full[id(parameter)]
                     for name, parameter in module._parameters.items()
                 }
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            hook.remove()
+        for thing in (*self._module.modules(), *self._module.parameters()):
+            for mark in [name for name in vars(thing) if name.startswith("ds_") or name in _MARKS]:
+                delattr(thing, mark)
