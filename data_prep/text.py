@@ -55,7 +55,7 @@ def read_numbers(path: Path, columns: int, header: bool) -> np.ndarray:
     except pl.exceptions.PolarsError:
         _require_even_lines(path, columns)
     # As text, which costs more, but says what is wrong and where.
-    text = read(infer_schema=False).with_columns(pl.all().str.strip_chars())
+    text = read(infer_schema=False, encoding="utf8-lossy", quote_char=None).with_columns(pl.all().str.strip_chars())
     values = text.cast(pl.Float64, strict=False).to_numpy()
     wrong = np.argwhere(~np.isfinite(values) & ~text.select(pl.all().is_null() | pl.all().is_in(BLANKS)).to_numpy())
     if not len(wrong):

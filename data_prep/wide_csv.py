@@ -18,10 +18,8 @@ import numpy as np
 
 from data_prep.frames import stamps_from
 from data_prep.text import read_numbers, require_columns
-from data_prep.wide import Table, wide_reader
+from data_prep.wide import CADENCE, Table, wide_reader
 from stdist.errors import InputError
-
-CADENCE = 10
 
 
 def _table(path: Path, start: str | None, cadence: int | None, _utc_offset: int, nodes: bool) -> Table:

@@ -19,11 +19,10 @@ import numpy as np
 import polars as pl
 
 from data_prep.frames import cadence_of, stamps_from
-from data_prep.wide import Table, wide_reader
+from data_prep.wide import CADENCE, Table, wide_reader
 from stdist.errors import InputError
 
 SLICE_BYTES = 1 << 27
-CADENCE = 10
 
 
 def _table(path: Path, start: str | None, cadence: int | None, utc_offset: int, _nodes: bool) -> Table:

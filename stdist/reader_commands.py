@@ -22,8 +22,6 @@ Body = Callable[..., None]
 USUAL = {
     "city": "name of the city",
     "channel": "what the values are, as internet",
-    "channels": "what the values are, as flow,speed",
-    "start": "local time of the first frame, as 2013-11-01T00:00",
     "cadence": "minutes between frames",
     "utc_offset": "minutes the city is ahead of UTC",
     "height": "rows of the grid",
@@ -31,8 +29,6 @@ USUAL = {
     "row0": "the data's row id of the first row",
     "col0": "the data's column id of the first column",
     "id_width": "columns of the grid the cell ids count in",
-    "adjacency": "file of the graph",
-    "node_ids": "file of the nodes' ids",
     "train": "training days, as 2013-11-01:2013-11-20",
     "validation": "validation days",
     "test": "test days",

@@ -63,6 +63,7 @@ def test_wide_csv_places_the_grid_in_the_datas_ids(tmp_path):
         ("1,2,3\n4,5\n6,7,8,9\n", {}, "line 2: 2 columns instead of 3"),
         ("1,2,3\n\n4,5,6\n", {}, "line 2: 1 columns instead of 3"),
         ("1,2,3\n4,inf,6\n", {}, r"line 2, column 2: 'inf'"),
+        ('1,2,3\n4,"5,6\n', {}, r"line 2, column 2: '\"5' is not a finite number"),
         ("1,2,3\n4,5,6\n7,-8.5,9\n", {}, r"row 3, column 2: traffic -8.5 is negative \(1 such"),
         ("", {}, "is empty"),
         ("1,2,3\n", {"start": None}, "--start"),
