@@ -6,7 +6,6 @@ ZeRO or number of learners, so that any of them goes on from it. Training waits 
 written beside it, and the checkpoint counts once all learners have written theirs. No pickle is ever read.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -67,8 +66,8 @@ class _Pending:
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage under ``folder``, a file system that all learners share. ``save``, ``settle`` and
-    ``newest`` are collectives of ``group``."""
+    """The checkpoints of one stage under ``folder``, a file system that all learners share. ``save``, ``settle``,
+    ``newest`` and ``check`` are collectives of ``group``."""
 
     def __init__(self, folder: Path, group: Group = Group()):
         self.folder, self.group = folder, group
@@ -146,9 +145,7 @@ class StageCheckpoints:
             return
         self._pending = None
         pending.thread.join()
-        problem = f"{type(pending.error).__name__}: {pending.error}" if pending.error else None
-        if isinstance(pending.error, OSError) and pending.error.errno == errno.ENOSPC:
-            problem = "no space left on the device"
+        problem = " ".join(f"{type(pending.error).__name__}: {pending.error}".split()) if pending.error else None
         results = self.group.gather((pending.files, problem))
         if any(error for _, error in results):
             self._give_up(pending.step, [error for _, error in results])
@@ -172,7 +169,9 @@ class StageCheckpoints:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         write_atomically(self.folder / "latest", final.name)
-        kept = {self.at(step) for step in pending.keep} | set(self._newest_first()[:KEPT])
+        # One with a higher number is damaged, or this run would have gone on from it.
+        newest = self._newest_first()
+        kept = {self.at(step) for step in pending.keep} | set(newest[newest.index(final) :][:KEPT])
         for path in self.folder.glob("step-*"):
             if path not in kept:
                 shutil.rmtree(path)
@@ -191,6 +190,12 @@ class StageCheckpoints:
         if path is None:
             raise InputError(f"{damage[0]}; delete {self.folder} to redo the stage")
         return path, json.loads((path / STATE).read_text()), damage
+
+    def check(self, path: Path) -> None:
+        """Reads every byte. Raises InputError, on every learner, where one is not as it was written."""
+        problem = self.group.lead(_damage(path) if self.group.leads else None)
+        if problem is not None:
+            raise InputError(f"{path} is damaged ({problem}); delete {self.folder} to redo the stage")
 
     def _newest_undamaged(self) -> tuple[Path | None, list[str]]:
         damage: list[str] = []

@@ -30,6 +30,12 @@ except ModuleNotFoundError as error:
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 
+# DeepSpeed calls collectives by names that torch is about to change.
+warnings.filterwarnings("ignore", message=".torch.distributed", category=FutureWarning)
+# On CPUs DeepSpeed would compile a faster all-reduce at first use; a process killed in that leaves a lock behind that
+# every later one waits for.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 _MARKS = {
     *("_hp_mapping", "_dp_group", "_index_in_param_group", "param_idx_in_group", "grad_accum"),
     *("get_full_hp_grad", "set_full_hp_grad", "get_full_hp_param", "set_full_hp_param", "load_hp_checkpoint_state"),
@@ -37,11 +43,6 @@ _MARKS = {
     *("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_zero_optimizer"),
 }
 """What DeepSpeed 0.19 leaves on parameters and modules, beside ds_...; some of it holds the optimizer's memory."""
-# DeepSpeed calls collectives by names that torch is about to change.
-warnings.filterwarnings("ignore", message=".torch.distributed", category=FutureWarning)
-# On CPUs DeepSpeed would compile a faster all-reduce at first use; a process killed in that leaves a lock behind that
-# every later one waits for.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class DeepSpeedEngine:

@@ -1,5 +1,6 @@
 """What stops a training in one clear line: a loss that is lost, memory that is full, a learner that is silent."""
 
+import errno
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from stdist.errors import DivergenceError, ResourceError, SilentLearner
 from stdist.training.group import Group
 
 FIRST_STEPS = 10
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXPLOSION = 100.0
 """A loss this many times what it was on average in the first steps (at least 1) is lost."""
 
@@ -36,16 +38,23 @@ def require_sane(
 
 @contextmanager
 def naming_exhaustion(stage: str, phase: str, step: int, group: Group) -> Iterator[None]:
-    """Inside, out-of-memory and a collective that timed out become one ResourceError each, with phase and sizes."""
+    """Inside, out-of-memory, a full disk and a collective that timed out become one ResourceError each, with phase and
+    sizes. May be nested: the innermost phase is named."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except ResourceError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:
         where = f"{stage}: learner {group.rank} at step {step}, {phase}"
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             raise ResourceError(
                 f"{where}: out of memory ({text or 'no details'}{_in_use()}); "
                 f"lower {stage}'s batch or activation_memory, or shard more (learners.zero_stage)"
+            ) from error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise ResourceError(
+                f"{where}: the disk is full ({text}); make room and run the same command to go on"
             ) from error
         if group.size > 1 and any(sign in text for sign in ("imed out", "Connection closed", "Connection reset")):
             raise SilentLearner(

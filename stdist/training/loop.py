@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,30 +126,40 @@ def run_stage(
             model.read(checkpoint)
 
     if (finished := checkpoints.finished) is not None:
-        read(checkpoints.folder / finished["checkpoint"])
+        result = checkpoints.folder / finished["checkpoint"]
+        checkpoints.check(result)
+        read(result)
         return finished
     run = _Run(stage, model, settings, checkpoints, log, report)
-    if (newest := checkpoints.newest()) is not None:
-        path, state, damage = newest
-        for line in damage:
-            say(f"{line}; going on from {path.name}")
-        read(path)
-        run.step, run.progress = state["step"], _Progress(**state["loop"])
-    run.engine = make_engine()
-    try:
+    with run.naming("start"):
+        if (newest := checkpoints.newest()) is not None:
+            path, state, damage = newest
+            for line in damage:
+                say(f"{line}; going on from {path.name}")
+            read(path)
+            run.step, run.progress = state["step"], _Progress(**state["loop"])
+            run.best_saved = run.progress.best_step
+        run.engine = make_engine()
         if newest is not None:
             checkpoints.load(path, run.engine, state)
         if log:
             log.rewind(stage.name, run.step if newest else -1)
             if facts:
                 log.start(stage.name, run.step, facts)
+    try:
         with _bar(stage.name, settings.max_steps, run.step, hidden=log is None) as advance, _ctrl_c() as interrupted:
             run.all_steps(resumed=newest is not None, advance=advance, interrupted=interrupted)
-    finally:
+    except (DivergenceError, Interrupted):
+        # Of all learners at once. After any other error this one would wait for others that do something else.
+        checkpoints.settle()
         run.engine.close()
-    if run.result != run.step:
-        read(checkpoints.at(run.result))
-    checkpoints.finish(run.summary)
+        raise
+    with run.naming("end"):
+        run.engine.close()
+        if run.result != run.step:
+            checkpoints.check(checkpoints.at(run.result))
+            read(checkpoints.at(run.result))
+        checkpoints.finish(run.summary)
     return run.summary
 
 
@@ -170,6 +180,7 @@ class _Run:
         self.stage, self.model, self.settings, self.checkpoints = stage, model, settings, checkpoints
         self.log, self.report, self.group = log, report, checkpoints.group
         self.step, self.progress = 0, _Progress()
+        self.best_saved = 0
 
     def all_steps(self, resumed: bool, advance: Callable[[float], None], interrupted: Callable[[], bool]) -> None:
         settings, progress = self.settings, self.progress
@@ -181,22 +192,33 @@ class _Run:
             stop, scalars = self._one_step(interrupted)
             advance(scalars["loss"])
             if self.step % settings.logging_steps == 0 or self.step == settings.max_steps:
-                if self.log:
-                    self.log.write(self.stage.name, self.step, scalars)
-                self.report({"step": self.step, **scalars})
+                self._log(scalars)
             evaluated = self.step % settings.eval_steps == 0 or self.step == settings.max_steps
             if evaluated:
                 self._evaluate()
             if evaluated or stop or self.step % settings.save_steps == 0:
                 self._save(started)
             else:
-                self.checkpoints.settle(wait=False)
+                self._settle(wait=False)
             if stop:
-                self.checkpoints.settle()
+                self._settle()
                 raise Interrupted(
                     f"{self.stage.name}: stopped at step {self.step} and saved; run the same command to resume"
                 )
-        self.checkpoints.settle()
+        self._settle()
+
+    def naming(self, phase: str) -> AbstractContextManager[None]:
+        return naming_exhaustion(self.stage.name, phase, self.step, self.group)
+
+    def _log(self, scalars: dict[str, float]) -> None:
+        with self.naming("log"):
+            if self.log:
+                self.log.write(self.stage.name, self.step, scalars)
+            self.report({"step": self.step, **scalars})
+
+    def _settle(self, wait: bool = True) -> None:
+        with self.naming("checkpoint"):
+            self.checkpoints.settle(wait)
 
     def _one_step(self, interrupted: Callable[[], bool]) -> tuple[bool, dict[str, float]]:
         """Makes a step. Returns whether a learner was told to stop, and the step's scalars over all learners."""
@@ -223,17 +245,20 @@ class _Run:
 
     def _save(self, started: float) -> None:
         self.progress.seconds = time.monotonic() - started
-        keep = [self.progress.best_step] if self.stage.watched else []
-        with naming_exhaustion(self.stage.name, "copying a checkpoint", self.step, self.group):
+        # The checkpoint before, which serves where this one is damaged, knows the best of its own time.
+        keep = [self.progress.best_step, self.best_saved] if self.stage.watched else []
+        self.best_saved = self.progress.best_step
+        with self.naming("checkpoint"):
             self.checkpoints.save(self.step, self.model.snapshot, self.engine, asdict(self.progress), keep)
 
     def _evaluate(self) -> None:
         """Scores the model; ``best`` moves only where the watched metric fell (or always, when none is watched)."""
         stage, progress = self.stage, self.progress
-        with naming_exhaustion(stage.name, "evaluation", self.step, self.group), self.engine.whole():
-            metrics = stage.evaluate()
-        if self.log:
-            self.log.evaluation(stage.name, self.step, metrics)
+        with self.naming("evaluation"):
+            with self.engine.whole():
+                metrics = stage.evaluate()
+            if self.log:
+                self.log.evaluation(stage.name, self.step, metrics)
         progress.last_metrics = metrics
         if self.step == 0:
             progress.first = metrics
