@@ -12,8 +12,12 @@ def _parameter(*values: float) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.tensor(values))
 
 
+def _group(*parameters: torch.nn.Parameter, learning_rate: float = 0.1, weight_decay: float = 0.0) -> ParameterGroup:
+    return ParameterGroup({f"w{id(p)}": p for p in parameters}, learning_rate, weight_decay)
+
+
 def _engine(*parameters: torch.nn.Parameter, max_grad_norm: float = 1e9, learning_rate: float = 0.1) -> TorchEngine:
-    return TorchEngine([ParameterGroup(list(parameters), learning_rate, 0.0)], lambda step: 1.0, max_grad_norm)
+    return TorchEngine([_group(*parameters, learning_rate=learning_rate)], lambda step: 1.0, max_grad_norm)
 
 
 def test_gradients_of_several_backward_calls_add_up():
@@ -30,22 +34,22 @@ def test_gradients_of_several_backward_calls_add_up():
 def test_gradients_are_clipped_by_their_norm_over_all_groups():
     """Gradients (3,) and (4,) in two groups have norm 5; limit 1 leaves (0.6,) and (0.8,). The norm is of before."""
     a, b = _parameter(0.0), _parameter(0.0)
-    groups = [ParameterGroup([a], 0.1, 0.0), ParameterGroup([b], 0.1, 0.0)]
+    groups = [ParameterGroup({"a": a}, 0.1, 0.0), ParameterGroup({"b": b}, 0.1, 0.0)]
     engine = TorchEngine(groups, lambda step: 1.0, max_grad_norm=1.0)
     engine.backward(3 * a.sum() + 4 * b.sum())
     assert engine.step() == pytest.approx(5.0)
-    tensors, _ = engine.state()
+    tensors = dict(engine.state())
     # Adam's first moment after one step is (1 − 0.9) · gradient.
-    assert tensors["0.exp_avg"].item() == pytest.approx(0.1 * 0.6, rel=1e-4)
-    assert tensors["1.exp_avg"].item() == pytest.approx(0.1 * 0.8, rel=1e-4)
+    assert tensors["a/exp_avg"].item() == pytest.approx(0.1 * 0.6, rel=1e-4)
+    assert tensors["b/exp_avg"].item() == pytest.approx(0.1 * 0.8, rel=1e-4)
 
 
 def test_small_gradients_are_not_scaled_up():
     w = _parameter(0.0)
-    engine = _engine(w, max_grad_norm=1.0)
+    engine = TorchEngine([ParameterGroup({"w": w}, 0.1, 0.0)], lambda step: 1.0, max_grad_norm=1.0)
     engine.backward(0.5 * w.sum())
     engine.step()
-    assert engine.state()[0]["0.exp_avg"].item() == pytest.approx(0.05)
+    assert dict(engine.state())["w/exp_avg"].item() == pytest.approx(0.05)
 
 
 def test_cosine_schedule_by_hand():
@@ -66,7 +70,7 @@ def test_cosine_schedule_without_warm_up_and_with_nothing_behind_it():
 def test_learning_rates_of_groups_follow_the_schedule():
     """Without decay Adam's first update is learning rate · sign of the gradient, here 0.5 of 0.1 and of 0.02."""
     fast, slow = _parameter(1.0), _parameter(1.0)
-    groups = [ParameterGroup([fast], 0.1, 0.0), ParameterGroup([], 9.0, 0.0), ParameterGroup([slow], 0.02, 0.0)]
+    groups = [_group(fast), _group(learning_rate=9.0), _group(slow, learning_rate=0.02)]
     engine = TorchEngine(groups, lambda step: [0.5, 0.25][step], 1e9)
     assert engine.learning_rate == pytest.approx(0.05)
     engine.backward(fast.sum() + slow.sum())
@@ -78,7 +82,7 @@ def test_learning_rates_of_groups_follow_the_schedule():
 def test_weight_decay_belongs_to_its_group():
     """Decoupled decay: w ← w·(1 − learning rate · decay) before an update that a zero gradient leaves empty."""
     decayed, kept = _parameter(2.0), _parameter(2.0)
-    groups = [ParameterGroup([decayed], 0.1, 0.5), ParameterGroup([kept], 0.1, 0.0)]
+    groups = [_group(decayed, weight_decay=0.5), _group(kept)]
     engine = TorchEngine(groups, lambda step: 1.0, 1.0)
     engine.backward(0 * decayed.sum() + 0 * kept.sum())
     engine.step()
@@ -99,21 +103,20 @@ def _steps(engine: TorchEngine, model: torch.nn.Module, numbers: range) -> list[
 def _model_and_engine() -> tuple[torch.nn.Module, TorchEngine]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-    return model, TorchEngine([ParameterGroup(list(model.parameters()), 0.05, 0.1)], cosine_schedule(3, 12), 0.5)
+    return model, TorchEngine([ParameterGroup(dict(model.named_parameters()), 0.05, 0.1)], cosine_schedule(3, 12), 0.5)
 
 
 def test_state_continues_the_optimisation_bit_for_bit():
     model, engine = _model_and_engine()
     first = _steps(engine, model, range(5))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    tensors, values = engine.state()
-    tensors = {name: value.clone() for name, value in tensors.items()}
+    tensors, steps = {name: value.clone() for name, value in engine.state()}, engine.steps
     expected = _steps(engine, model, range(5, 12))
 
     other, resumed = _model_and_engine()
     assert _steps(resumed, other, range(20, 22)) != first[:2]  # a history of its own, which load_state replaces
     other.load_state_dict(weights)
-    resumed.load_state(tensors, values)
+    resumed.load_state(tensors, steps)
     assert _steps(resumed, other, range(5, 12)) == expected
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
@@ -128,3 +131,38 @@ def test_state_without_its_moments_does_not_continue():
     other, fresh = _model_and_engine()
     other.load_state_dict(weights)
     assert _steps(fresh, other, range(5, 8)) != expected
+
+
+def test_state_is_named_as_the_parameters_are():
+    model, engine = _model_and_engine()
+    assert list(engine.state()) == [] and engine.steps == 0
+    _steps(engine, model, range(2))
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    assert {name for name, _ in engine.state()} == {f"{name}/{key}" for name in engine.parameters for key in keys}
+    assert list(engine.parameters) == [name for name, _ in model.named_parameters()] and engine.steps == 2
+
+
+def test_a_parameter_without_a_gradient_so_far_has_no_state_and_needs_none():
+    """Its own first step comes later: Adam's correction of the moments counts from there, also after a resume."""
+    used, idle = _parameter(1.0), _parameter(1.0)
+    groups = [ParameterGroup({"used": used}, 0.1, 0.0), ParameterGroup({"idle": idle}, 0.1, 0.0)]
+    engine = TorchEngine(groups, lambda step: 1.0, 1e9)
+    for _ in range(3):
+        engine.backward(used.sum())
+        engine.step()
+    tensors = {name: value.clone() for name, value in engine.state()}
+    assert {name.split("/")[0] for name in tensors} == {"used"}
+    resumed = TorchEngine(groups, lambda step: 1.0, 1e9)
+    resumed.load_state(tensors, 3)
+    resumed.backward(used.sum() + idle.sum())
+    resumed.step()
+    counts = {name: value.item() for name, value in resumed.state() if name.endswith("/step")}
+    assert counts == {"used/step": 4.0, "idle/step": 1.0} and idle.item() == pytest.approx(0.9)
+
+
+def test_closing_leaves_no_gradient():
+    w = _parameter(1.0)
+    engine = _engine(w)
+    engine.backward(w.sum())
+    engine.close()
+    assert w.grad is None

@@ -1,6 +1,7 @@
 """The loop: exact resume, early stop, divergence, Ctrl-C and SIGKILL, and a log without holes or doubles."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,10 @@ import torch
 
 from stdist.errors import DivergenceError
 from stdist.training.loop import LoopSettings
+
+
+class _Killed(Exception):
+    """Stands for whatever ends a process between two lines; nothing handles it."""
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,12 @@ def test_the_log_has_every_step_and_evaluation_once(toy, uninterrupted):
 
 @pytest.mark.parametrize("step", [1, 4, 8, 11, 23])
 def test_a_resumed_run_repeats_the_uninterrupted_one(toy, tmp_path, log_lines, uninterrupted, step):
-    """Stopped before any save (1), between saves (4, 11), right behind an evaluation (8), and in the last step."""
+    """Stopped before any save (1), between saves (4, 11), while one is being written (8), and in the last step."""
     with pytest.raises(_Killed):
         toy.run(tmp_path, toy.ToyStage(on_step=_stop_at(step, _Killed())))
     made: list[int] = []
     summary = toy.run(tmp_path, toy.ToyStage(on_step=made.append))
-    assert made[0] == step // 8 * 8 if step % 8 == 0 else made[0] == max(step // 3 * 3, step // 8 * 8)
+    assert made[0] == max((step - 1) // 3 * 3, (step - 1) // 8 * 8)  # a save counts once the step behind it is made
     assert log_lines(tmp_path) == uninterrupted
     assert summary["before"] == uninterrupted[0]["metrics"] and summary["after"] == uninterrupted[-1]["metrics"]
     assert summary["steps"] == toy.MAX_STEPS and summary["checkpoint"] == f"step-{toy.MAX_STEPS}"
@@ -99,7 +104,7 @@ def test_patience_stops_the_stage_and_the_best_is_restored(toy, tmp_path):
     assert summary["before"] == {"error": 9} and summary["after"] == {"error": 5}
     assert torch.equal(stage.model.weight, weights[2])  # step number 2 begins with the weights after two steps
     folder = tmp_path / "checkpoints" / "toy"
-    assert sorted(path.name for path in folder.glob("step-*")) == ["step-2", "step-5"]
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-2", "step-4", "step-5"]
 
 
 def test_an_evaluation_that_falls_resets_patience(toy, tmp_path):
@@ -119,7 +124,7 @@ def test_patience_counts_on_over_a_resume(toy, tmp_path, step):
     errors = [9, 7, 5, 6, 5, 8, 1, 1]
     with pytest.raises(_Killed):
         toy.run(tmp_path, _watched(toy, errors, _stop_at(step, _Killed())), EVERY_STEP)
-    summary = toy.run(tmp_path, _watched(toy, errors[step + 1 :]), EVERY_STEP)
+    summary = toy.run(tmp_path, _watched(toy, errors[step:]), EVERY_STEP)
     assert summary["steps"] == 5 and summary["checkpoint"] == "step-2" and summary["after"] == {"error": 5}
 
 
@@ -139,11 +144,36 @@ def test_the_best_checkpoint_survives_pruning_and_a_resume(toy, tmp_path):
     errors = [9, 2, 8, 8, 8, 8, 8, 8, 8, 8]
     with pytest.raises(_Killed):
         toy.run(tmp_path, _watched(toy, errors, _stop_at(6, _Killed())), settings)
-    summary = toy.run(tmp_path, _watched(toy, errors[7:]), settings)
+    summary = toy.run(tmp_path, _watched(toy, errors[6:]), settings)
     assert summary["checkpoint"] == "step-1" and summary["after"] == {"error": 2}
 
 
 # --- divergence ----------------------------------------------------------------------------------------------------
+
+
+def test_an_exploding_loss_stops_the_run(toy, tmp_path):
+    """A hundred times what it was in the first ten steps; the step before is still within."""
+    stage = toy.ToyStage()
+    step_of = stage.step
+
+    def step(number: int, backward: Callable[[torch.Tensor], None]) -> dict[str, float]:
+        loss = {10: 99.0, 11: 101.0}.get(number, 1.0)
+        return step_of(number, backward) | {"loss": loss}
+
+    stage.step = step
+    with pytest.raises(DivergenceError, match=r"toy: loss exploded to 101 at step 12, learner 0, on batch 11;"):
+        toy.run(tmp_path, stage)
+
+
+def test_a_resumed_run_remembers_what_its_losses_were(toy, tmp_path):
+    stage = toy.ToyStage(on_step=_stop_at(14, _Killed()))
+    with pytest.raises(_Killed):
+        toy.run(tmp_path, stage)
+    other = toy.ToyStage()
+    step_of = other.step
+    other.step = lambda number, backward: step_of(number, backward) | {"loss": 1e5}
+    with pytest.raises(DivergenceError, match=r"loss exploded to 1e\+05 at step 13"):
+        toy.run(tmp_path, other)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -157,7 +187,7 @@ def test_a_loss_that_is_no_number_names_stage_and_step(toy, tmp_path, value):
                 stage.model.bias.fill_(value)
 
     stage.on_step = break_weights
-    with pytest.raises(DivergenceError, match=r"toy: loss is (nan|inf) at step 5"):
+    with pytest.raises(DivergenceError, match=r"toy: loss is (nan|inf) at step 5, learner 0, on batch 4;"):
         toy.run(tmp_path, stage)
     assert (tmp_path / "checkpoints" / "toy" / "latest").read_text() == "step-3"
 
@@ -175,7 +205,17 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_saved(toy, tmp_path):
         return scalars
 
     stage.step = step
-    with pytest.raises(DivergenceError, match=r"toy: gradient norm is (nan|inf) at step 6"):
+    with pytest.raises(DivergenceError, match=r"toy: gradient norm is (nan|inf) at step 6, learner 0 on batch 5;"):
+        toy.run(tmp_path, stage)
+    assert (tmp_path / "checkpoints" / "toy" / "latest").read_text() == "step-3"
+
+
+def test_a_checkpoint_that_is_being_written_survives_a_divergence(toy, tmp_path):
+    """The weights before the loss was lost are good: their checkpoint is waited for."""
+    stage = toy.ToyStage()
+    step_of = stage.step
+    stage.step = lambda number, backward: step_of(number, backward) | ({"loss": math.nan} if number == 3 else {})
+    with pytest.raises(DivergenceError):
         toy.run(tmp_path, stage)
     assert (tmp_path / "checkpoints" / "toy" / "latest").read_text() == "step-3"
 

@@ -64,13 +64,22 @@ class ToyStage:
         return TorchEngine([ParameterGroup(dict(self.model.named_parameters()), 0.1, 0.01)], schedule, max_grad_norm)
 
 
-def run(run_dir: Path, stage: ToyStage, settings: LoopSettings = SETTINGS) -> dict[str, Any]:
+class PromptCheckpoints(StageCheckpoints):
+    """Waits for the writer after every step: how far it got by then is the machine's business and no test's."""
+
+    def settle(self, wait: bool = True) -> None:
+        super().settle()
+
+
+def run(
+    run_dir: Path, stage: ToyStage, settings: LoopSettings = SETTINGS, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Runs or resumes the stage in ``run_dir``; returns the loop's closing summary."""
     run_dir.mkdir(exist_ok=True)
     log = RunLog(run_dir)
-    checkpoints = StageCheckpoints(run_dir / "checkpoints" / stage.name)
+    checkpoints = PromptCheckpoints(run_dir / "checkpoints" / stage.name)
     try:
-        return run_stage(stage, stage, stage.engine, settings, checkpoints, log, print)
+        return run_stage(stage, stage, stage.engine, settings, checkpoints, log, say)
     finally:
         log.close()
 

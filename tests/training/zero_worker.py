@@ -181,7 +181,7 @@ class Learner:
         gc.collect()
         result |= {"weights": bits(model), "leftovers": leftovers(model, Model(getattr(torch, dtype)))}
         result["freed"] = optimizer() is None
-        result["frequencies"] = model.frequencies.tolist() + [str(model.frequencies.dtype)]
+        result["frequencies"] = [*model.frequencies.tolist(), str(model.frequencies.dtype)]
         alone = make_engine("torch", model, self.folder, Group())
         result["afterwards"] = self.steps(alone, Stage(model, Group()), range(3), Group())["losses"]
         alone.close()
