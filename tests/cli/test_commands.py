@@ -13,7 +13,7 @@ from stdist.reader_commands import option_help
 
 from .conftest import DAYS, SLOTS
 
-COMMANDS = ("prepare", "check", "train", "demo", "forecast", "evaluate", "report", "doctor")
+COMMANDS = ("prepare", "check", "train", "demo", "forecast", "evaluate", "report", "doctor", "plan", "submit")
 
 
 def test_help_needs_no_torch():

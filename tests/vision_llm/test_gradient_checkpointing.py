@@ -95,3 +95,10 @@ def test_a_checkpoint_remembers_it(make_case: MakePolicy, folder: Path) -> None:
     loaded = load_policy(folder)
     loaded.train_only("full")
     assert step(loaded.train())[0] == 2
+
+
+def test_a_frozen_vision_tower_keeps_no_activations(make_case: MakePolicy) -> None:
+    """peft makes inputs require gradients for reentrant checkpointing; the tower's would then be kept for nothing."""
+    tower = make_case("bfloat16 base with LoRA", gradient_checkpointing=True).base_model.model.visual
+    patches = torch.randn(16, tower.patch_embed.proj.weight[0].numel(), dtype=torch.bfloat16)
+    assert not tower(patches, grid_thw=torch.tensor([[1, 4, 4]])).pooler_output.requires_grad
