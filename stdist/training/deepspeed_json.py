@@ -14,6 +14,14 @@ OWN_KEYS = {
     "fp16": "policy.dtype says the precision, bfloat16 or float32",
 }
 """Sections that stdist decides, and what it decides."""
+DECIDED_BY = {
+    **dict.fromkeys(BATCH_KEYS, "learners.num_workers; batches are the stages' own keys"),
+    "bf16.enabled": "policy.dtype",
+    "gradient_clipping": "the stage's max_grad_norm",
+    "zero_optimization.stage": "learners.zero_stage",
+    "zero_optimization.offload_optimizer.device": "learners.offload_optimizer",
+}
+"""The keys of the config that say the same as DeepSpeed's."""
 
 
 def deepspeed_json(learners: LearnersConfig, max_grad_norm: float, bf16: bool, world_size: int) -> dict[str, Any]:
@@ -36,9 +44,15 @@ def deepspeed_json(learners: LearnersConfig, max_grad_norm: float, bf16: bool, w
     if learners.zero_stage != 3:
         # A reduction beside the backward pass reads gradients that a second backward pass is adding to.
         own["zero_optimization"]["overlap_comm"] = False
+    own["zero_optimization"]["offload_optimizer"] = {"device": "cpu" if learners.offload_optimizer else "none"}
+    if learners.deepspeed is not None:
+        own = _merged(own, _read(learners.deepspeed), learners.deepspeed, "")
     if learners.offload_optimizer:
-        own["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    return own if learners.deepspeed is None else _merged(own, _read(learners.deepspeed), learners.deepspeed, "")
+        own["zero_optimization"]["offload_optimizer"].setdefault("pin_memory", True)
+    else:
+        # DeepSpeed 0.19 asks in places whether the section is there, not what it says.
+        del own["zero_optimization"]["offload_optimizer"]
+    return own
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -48,24 +62,36 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"learners.deepspeed {path} cannot be read as JSON ({error})") from None
     if not isinstance(given, dict):
         raise InputError(f"learners.deepspeed {path} must be an object of DeepSpeed's keys")
+    given = _without_auto(given)
     for key, decided in OWN_KEYS.items():
-        if given.get(key) and given[key] != {"enabled": False}:
+        section = given.pop(key, None)
+        off = key == "fp16" and isinstance(section, dict) and not section.get("enabled")
+        if section and not off:
             raise InputError(f"learners.deepspeed {path}: stdist decides {key} ({decided}); remove it there")
-    return {key: value for key, value in given.items() if key not in OWN_KEYS}
+    return given
+
+
+def _without_auto(given: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null or "auto": the config's own value stands there, or DeepSpeed's default."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in given.items()
+        if value not in ("auto", None)
+    }
 
 
 def _merged(own: dict[str, Any], given: dict[str, Any], path: Path, above: str) -> dict[str, Any]:
-    """``given`` filled up with ``own``; "auto" stands for what ``own`` says, or for DeepSpeed's default."""
-    merged = {key: value for key, value in given.items() if value != "auto"}
+    """``given`` filled up with ``own``."""
+    merged = dict(given)
     for key, value in own.items():
         name = f"{above}{key}"
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merged(value, merged[key], path, f"{name}.")
         elif merged.get(key, value) != value:
             theirs, ours = json.dumps(merged[key]), json.dumps(value)
-            hint = "leave batches to the stages' own keys" if key in BATCH_KEYS else "change one of the two"
             raise InputError(
-                f"learners.deepspeed {path}: {name} is {theirs}, this run's is {ours}; {hint}, or say auto"
+                f"learners.deepspeed {path}: {name} is {theirs}, but {ours} by "
+                f"{DECIDED_BY.get(name, 'what stdist does')}; change one of the two, or say auto there"
             )
         else:
             merged[key] = value
