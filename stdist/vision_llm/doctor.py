@@ -11,7 +11,18 @@ import torch
 
 from stdist.vision_llm.attention import choose
 
-PACKAGES = ("stdist", "torch", "transformers", "peft", "bitsandbytes", "flash-attn", "xformers", "zarr", "ray", "deepspeed")
+PACKAGES = (
+    "stdist",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "flash-attn",
+    "xformers",
+    "zarr",
+    "ray",
+    "deepspeed",
+)
 
 
 def examine() -> dict[str, Any]:
