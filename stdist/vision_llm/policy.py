@@ -248,8 +248,8 @@ class Policy(nn.Module):
                 self.backbone.add_adapter(name, config)
             else:
                 self.backbone = get_peft_model(self.backbone, config, adapter_name=name)
-        # peft made embeddings require gradients for the sake of reentrant checkpointing, which is not used here: a frozen
-        # vision tower would keep all of its activations.
+        # peft makes embeddings require gradients for the sake of reentrant checkpointing, which is not used here: a
+        # frozen vision tower would keep all of its activations.
         self.base_model.disable_input_require_grads()
         self.backbone.set_adapter(name)
 
