@@ -66,6 +66,7 @@ class DeepSpeedEngine:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; launchers of many learners set it
         self._module, self._schedule, self._steps = module, schedule, 0
+        self._dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
         self._groups = [group for group in groups if group.parameters]
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self._groups), config=configuration, dist_init_required=False
@@ -169,7 +170,7 @@ class DeepSpeedEngine:
         """Puts a whole moment, or without ``key`` the master weights, where this learner keeps its part of them."""
         value = value.to(self._engine.device)
         if self._stage != 3:
-            parameter.set_full_hp_param(value, key)  # type: ignore[operator]
+            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
             return
         # DeepSpeed 0.19 itself reads past the end of what the learners cannot share evenly.
         each = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
@@ -195,20 +196,23 @@ class DeepSpeedEngine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
-        full: dict[int, nn.Parameter] = {}
+        full: dict[nn.Parameter, nn.Parameter] = {}
         if self._stage == 3:
             with self.whole():
-                for parameter in self._module.parameters():
+                for parameter, dtype in self._dtypes.items():
                     # A copy: outside of this block the gathered memory is freed again.
-                    full[id(parameter)] = nn.Parameter(parameter.data.clone(), parameter.requires_grad)
+                    full[parameter] = nn.Parameter(parameter.data.to(dtype, copy=True), parameter.requires_grad)
         self._engine.destroy()
         if self._stage == 3:
             self._zero.parameter_offload._remove_module_hooks()
             for module in self._module.modules():
                 module._parameters = {
-                    name: parameter if parameter is None else full[id(parameter)]
+                    name: parameter if parameter is None else full[parameter]
                     for name, parameter in module._parameters.items()
                 }
+        else:
+            for parameter, dtype in self._dtypes.items():
+                parameter.data = parameter.data.to(dtype)  # where one is bfloat16, DeepSpeed makes all so
         for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
             hook.remove()
         for thing in (*self._module.modules(), *self._module.parameters()):
