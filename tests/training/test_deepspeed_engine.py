@@ -53,7 +53,9 @@ def worker() -> ModuleType:
 def _close(found: Any, expected: Any, relative: float = 1e-6, absolute: float = 1e-6) -> bool:
     """Whether two trees of numbers have the same names, lengths and numbers."""
     if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(_close(found[key], expected[key]) for key in expected)
+        return found.keys() == expected.keys() and all(
+            _close(found[key], expected[key], relative, absolute) for key in expected
+        )
     return found == pytest.approx(expected, rel=relative, abs=absolute)
 
 
@@ -131,7 +133,7 @@ def test_bfloat16_keeps_float32_masters_that_come_back_bitwise(results, kind):
     assert set(masters) == set(saved["weights"]) - {"frozen.weight", "frozen.bias"}
     finer = sum(master != saved["weights"][name] for name, master in masters.items())
     assert finer == len(masters)  # what bfloat16 rounds away is kept
-    assert all(_close(master, saved["weights"][name], 2**-8) for name, master in masters.items())
+    assert all(_close(master, saved["weights"][name], 2**-8, 0) for name, master in masters.items())
     assert resumed["restored"] == saved["state"]
     assert resumed["losses"] == whole["losses"][4:] and resumed["weights"] == whole["weights"]
 
@@ -148,17 +150,18 @@ def test_buffers_keep_their_float32(results, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_learner_holds_its_share_of_the_moments(results, kind):
     """Two float32 moments of every trained weight, over the learners; ZeRO pads what it cannot share evenly."""
-    trained = sum(len(values) for name, values in results[1, 0]["torch"]["weights"].items() if "frozen" not in name)
-    parameters = 9
+    weights = results[1, 0]["torch"]["weights"]
+    trained = sum(len(values) for name, values in weights.items() if "frozen" not in name)
     for world, rank in LEARNERS:
-        share, padding = 2 * 4 * trained / world, 2 * 4 * 2 * parameters
+        share, padding = 2 * 4 * trained / world, 2 * 4 * 2 * len(weights)
         assert share <= results[world, rank][kind]["moment_bytes"] <= share + padding
 
 
 @pytest.mark.parametrize(("kind", "shared"), [("zero1", False), ("zero2", False), ("zero3", True)])
 def test_only_zero_3_shares_the_weights(results, kind, shared):
-    whole = 4 * sum(len(values) for values in results[1, 0]["torch"]["weights"].values())
-    rows, parameters = 4 * len(results[1, 0]["torch"]["weights"]["rows.weight"]), 11
+    weights = results[1, 0]["torch"]["weights"]
+    whole = sum(len(values) * (2 if "frozen" in name else 4) for name, values in weights.items())
+    rows, parameters = 4 * len(weights["rows.weight"]), len(weights)
     for rank in (0, 1):
         held = results[2, rank][kind]["weight_bytes"]
         # The rows are read outside of their module: each learner keeps them, beside its part of them.
@@ -169,7 +172,8 @@ def test_only_zero_3_shares_the_weights(results, kind, shared):
 @pytest.mark.parametrize("learner", [(2, 0), (2, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_closing_gives_the_plain_module_back(results, kind, learner, precision):
-    """No attribute, hook or class of DeepSpeed's is left, and nothing holds the optimizer's memory."""
+    """No attribute, hook or class of DeepSpeed's is left, every weight has its own precision again (of bfloat16
+    weights the rows are float32), and nothing holds the optimizer's memory."""
     found = results[learner][kind + precision]
     assert found["leftovers"] == [] and found["freed"]
 
@@ -203,7 +207,10 @@ def test_a_learner_that_cannot_write_stops_all_and_the_next_start_finishes(resul
     for rank in (0, 1):
         found = results[2, rank]
         assert found["full run"]["error"].startswith("ResourceError: ") and "\n" not in found["full run"]["error"]
-        assert "step-4 could not be written (learner 1: no space left on the device)" in found["full run"]["error"]
+        assert (
+            "step-4 could not be written (learner 1: OSError: [Errno 28] No space left on device)"
+            in found["full run"]["error"]
+        )
         assert found["full run"]["files"] == ["latest", "step-0", "step-2"]
         assert found["full run again"]["weights"] == found["run"]["weights"]
         seconds = ("seconds",)

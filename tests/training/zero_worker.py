@@ -51,7 +51,10 @@ class Rows(nn.Module):
 
 
 class Model(nn.Module):
-    """A prefix whose gradient comes with a step's last backward pass, children that go backward before it."""
+    """A prefix whose gradient comes with a step's last backward pass, children that go backward before it.
+
+    ``dtype``: of what trains but the rows, which are float32 as the numerals' are; what is frozen is bfloat16.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -59,9 +62,18 @@ class Model(nn.Module):
         self.frozen = nn.Linear(6, 8).requires_grad_(False)
         self.prefix = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
         self.body = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 33), nn.GELU(), nn.Linear(33, 8))
-        self.rows = Rows()
         self.to(dtype)
+        self.rows = Rows()
+        # Of few bits, so that no order of adding up rounds its outputs elsewhere.
+        self.frozen.weight.data = self.frozen.weight.data.mul(8).round().div(8)
+        self.frozen.bfloat16()
         self.register_buffer("frequencies", torch.rand(4))  # float32 whatever the weights are
+
+    def states(self, x: Tensor) -> Tensor:
+        return self.prefix(self.frozen(x.bfloat16()).to(self.prefix[0].weight.dtype))
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.body(states).float() @ self.rows.weight.T.float()
 
     def groups(self) -> list[ParameterGroup]:
         """Matrices, vectors, the rows at their own rate, and nothing."""
@@ -95,12 +107,11 @@ class Stage:
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(BATCH, 6, generator=generator), torch.randint(12, (BATCH,), generator=generator)
         mine = self.group.share(BATCH, "BATCH")
-        prefix = self.model.prefix(self.model.frozen(x[mine].to(self.model.frozen.weight.dtype)))
+        prefix = self.model.states(x[mine])
         leaf = prefix.detach().requires_grad_()
         total = 0.0
         for states, target in zip(leaf.chunk(2), y[mine].chunk(2), strict=True):
-            logits = self.model.body(states) @ self.model.rows.weight.T
-            loss = nn.functional.cross_entropy(logits.float(), target) / 2
+            loss = nn.functional.cross_entropy(self.model.logits(states), target) / 2
             backward(loss)
             total += loss.item()
         assert leaf.grad is not None
@@ -109,8 +120,7 @@ class Stage:
 
     def evaluate(self) -> dict[str, float]:
         with torch.no_grad():
-            states = self.model.body(self.model.prefix(self.model.frozen(torch.ones(1, 6))))
-            return {"error": float((states @ self.model.rows.weight.T).pow(2).mean())}
+            return {"error": float(self.model.logits(self.model.states(torch.ones(1, 6))).pow(2).mean())}
 
     def examples(self, step: int) -> str:
         return f"batch {step} of learner {self.group.rank}"
@@ -169,7 +179,7 @@ class Learner:
         checkpoints.save(SAVED_AT, model.snapshot, engine, {})
         checkpoints.settle()
         with engine.whole():
-            halfway = {"weights": bits(model), "error": 0.0 if dtype == "bfloat16" else stage.evaluate()["error"]}
+            halfway = {"weights": bits(model), "error": stage.evaluate()["error"]}
         halfway["state"] = state_bits(engine)
         rest = self.steps(engine, stage, range(SAVED_AT, STEPS), group)
         result = {key: first[key] + rest[key] for key in first} | {"halfway": halfway, "state": state_bits(engine)}
@@ -182,6 +192,8 @@ class Learner:
         result |= {"weights": bits(model), "leftovers": leftovers(model, Model(getattr(torch, dtype)))}
         result["freed"] = optimizer() is None
         result["frequencies"] = [*model.frequencies.tolist(), str(model.frequencies.dtype)]
+        if dtype == "bfloat16":
+            return result
         alone = make_engine("torch", model, self.folder, Group())
         result["afterwards"] = self.steps(alone, Stage(model, Group()), range(3), Group())["losses"]
         alone.close()
