@@ -67,6 +67,7 @@ class DeepSpeedEngine:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; launchers of many learners set it
         self._module, self._schedule, self._steps = module, schedule, 0
         self._dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
+        self._linear = nn.functional.linear  # ZeRO-3 puts its own in this place, for every model of the process
         self._groups = [group for group in groups if group.parameters]
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self._groups), config=configuration, dist_init_required=False
@@ -203,6 +204,7 @@ class DeepSpeedEngine:
                     # A copy: outside of this block the gathered memory is freed again.
                     full[parameter] = nn.Parameter(parameter.data.to(dtype, copy=True), parameter.requires_grad)
         self._engine.destroy()
+        nn.functional.linear = self._linear
         if self._stage == 3:
             self._zero.parameter_offload._remove_module_hooks()
             for module in self._module.modules():
