@@ -165,7 +165,8 @@ class StageCheckpoints:
 
     def _publish(self, pending: _Pending, files: dict[str, int]) -> None:
         partial, final = self._partial(pending.step), self.at(pending.step)
-        write_atomically(partial / STATE, json.dumps(pending.state | {"files": files}))
+        state = pending.state | {"files": files}
+        write_atomically(partial / STATE, json.dumps(state | {"crc32": _json_crc32(state)}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         write_atomically(self.folder / "latest", final.name)
@@ -269,15 +270,24 @@ class _Shards(Mapping[str, Tensor]):
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file is as it was written."""
     try:
-        files = json.loads((path / STATE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state = json.loads((path / STATE).read_text())
+        if state.pop("crc32") != _json_crc32(state):
+            return f"{STATE} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "it has no trainer state"
-    for name, crc in files.items():
-        if not (path / name).is_file():
+    for name, crc in state["files"].items():
+        try:
+            if _crc32(path / name) != crc:
+                return f"{name} is not as it was written"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if _crc32(path / name) != crc:
-            return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _json_crc32(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state).encode())
 
 
 def _crc32(path: Path) -> int:
