@@ -397,6 +397,16 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def _other_step(path: Path) -> None:
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"step": state["step"] + 1}))
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 SHARD = "trainer_state/shard-00000-of-00001.safetensors"
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "optimizer cut short": (SHARD, _cut, f"{SHARD} is not as it was written"),
@@ -405,9 +415,15 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "state cut short": ("trainer_state/state.json", _cut, "it has no trainer state"),
     "state of something else": ("trainer_state/state.json", lambda p: p.write_text("{}"), "it has no trainer state"),
     "state that is a list": ("trainer_state/state.json", lambda p: p.write_text("[]"), "it has no trainer state"),
+    "state with another step": (
+        "trainer_state/state.json",
+        _other_step,
+        "trainer_state/state.json is not as it was written",
+    ),
     "state missing": ("trainer_state/state.json", Path.unlink, "it has no trainer state"),
     "model cut short": ("model.safetensors", _cut, "model.safetensors is not as it was written"),
     "model with a flipped bit": ("model.safetensors", _flip, "model.safetensors is not as it was written"),
+    "model that is a folder": ("model.safetensors", _folder, "model.safetensors cannot be read: Is a directory"),
     "model missing": ("model.safetensors", Path.unlink, "model.safetensors is missing"),
 }
 
