@@ -204,6 +204,9 @@ class DeepSpeedEngine:
                     # A copy: outside of this block the gathered memory is freed again.
                     full[parameter] = nn.Parameter(parameter.data.to(dtype, copy=True), parameter.requires_grad)
         self._engine.destroy()
+        # Garbage collection would destroy it once more, and with it the next engine's links from these parameters to
+        # their moments: half of them would be saved as zeros.
+        self._engine.optimizer = None
         nn.functional.linear = self._linear
         if self._stage == 3:
             self._zero.parameter_offload._remove_module_hooks()
