@@ -153,7 +153,8 @@ class ForecastConfig(Strict):
 
 class LearnersConfig(Strict):
     """How a run is spread over processes, in Ray Train's and DeepSpeed's names; it may change between a run and its
-    continuation. One learner without Ray unless ``num_workers`` asks for more.
+    continuation, but for the ``engine`` of a stage that trains bfloat16 weights in full. One learner without Ray unless
+    ``num_workers`` asks for more.
 
     ``engine``: plain torch (one learner) or DeepSpeed. ``zero_stage``: what is sharded, 1 optimizer state, 2 gradients
     too, 3 weights too. ``offload_optimizer`` keeps the optimizer in CPU memory. ``deepspeed``: a DeepSpeed JSON of the

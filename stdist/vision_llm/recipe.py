@@ -97,7 +97,8 @@ def check_learners(config: Config, group: Group) -> None:
         elif isinstance(stage, ForecastStageConfig):
             group.share(stage.windows_per_step, f"{name}.windows_per_step")
         if learners.engine == "deepspeed":
-            deepspeed_json(learners, stage.max_grad_norm, False, group.size)
+            bf16 = config.policy.dtype == "bfloat16" and stage.trainable == "full"
+            deepspeed_json(learners, stage.max_grad_norm, bf16, group.size)
     if learners.engine == "deepspeed" and learners.zero_stage == 3:
         reason = None
         if config.policy.load_in_4bit:
