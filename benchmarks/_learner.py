@@ -77,6 +77,8 @@ class Trainer:
         self._group = group
         task = open_task(config)
         self._policy = build_policy(policy_spec(config, task), config.seed)
+        if config.sft.trainable == "lora":
+            self._policy.add_lora(seed=config.seed)
         self._policy.train_only(config.sft.trainable, frames=True)
         city = CityWindows(self._policy, task.train, clamp=True)
         self._stage = SFTStage(self._policy, city, city, config.sft, config.seed, "direct", group)

@@ -133,23 +133,24 @@ def bytes_figures(learners: dict[int, Learners], whole: Bytes, team: Team) -> di
 # --- checkpoints -------------------------------------------------------------------------------------------------
 
 
-def checkpoint_figures(learners: dict[int, Learners], team: Team, step_seconds: float, runs: int) -> dict[str, Any]:
-    """``stall``: seconds that training loses to a save beside it, slower steps meanwhile included; ``call``: the part
-    of it in which no step is made; ``settled``: until the end of the step in which it counts; ``blocking``: all of it
-    where training waits."""
+def checkpoint_figures(learners: dict[int, Learners], team: Team, runs: int) -> dict[str, Any]:
+    """``stall``: seconds that training loses to a save beside it, by the steps between saves; ``call``: the part of it
+    in which no step is made; ``settled``: until the end of the step in which it counts; ``blocking``: all of it where
+    training waits."""
     size, kind = team
-    beside: list[Saved] = []
-    waiting: list[Saved] = []
+    between: list[float] = []
+    saved: dict[bool, list[Saved]] = {True: [], False: []}
     for _ in range(1 + runs):
-        for saves, goes_on in ((beside, True), (waiting, False)):
-            one_step(learners, team)  # a checkpoint of its own
-            saves.append(max(learners[size].call(kind, "save", goes_on), key=lambda saved: saved.settled))
-    beside, waiting = beside[1:], waiting[1:]
+        for beside, saves in saved.items():
+            between.append(one_step(learners, team).seconds)
+            saves.append(max(learners[size].call(kind, "save", beside), key=lambda save: save.settled))
+    concurrent, waiting = saved[True][1:], saved[False][1:]
+    step = statistics.median(between)
     return {
-        "stall": spread([saved.settled - saved.steps * step_seconds for saved in beside]),
-        "call": spread([saved.call for saved in beside]),
-        "settled": spread([saved.settled for saved in beside]),
-        "blocking": spread([saved.settled for saved in waiting]),
+        "stall": spread([save.settled - save.steps * step for save in concurrent]),
+        "call": spread([save.call for save in concurrent]),
+        "settled": spread([save.settled for save in concurrent]),
+        "blocking": spread([save.settled for save in waiting]),
     }
 
 
@@ -210,10 +211,7 @@ def measure(preset: str, trainable: str, runs: int, saves: int, starts: int) -> 
         extra: dict[str, Any] = {
             "steps": {titles[team]: step_figures(steps, team) for team in TEAMS},
             "bytes_per_learner": {titles[team]: bytes_figures(learners, whole, team) for team in TEAMS},
-            "checkpoint_seconds": {
-                titles[team]: checkpoint_figures(learners, team, statistics.median(seconds_of(steps[team])), saves)
-                for team in TEAMS
-            },
+            "checkpoint_seconds": {titles[team]: checkpoint_figures(learners, team, saves) for team in TEAMS},
         }
         for each in learners.values():
             each.close()
