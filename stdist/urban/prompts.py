@@ -1,0 +1,206 @@
+"""Personalized context prompts (UrbanPG, Eq. 3–4, 9–10): all that UrbanPG knows of one city, and nothing else.
+
+A scenario is a set of nodes at a cadence. Its prompts hold one row for every slot of the day, weekday and node, and the
+mean and standard deviation of its training span: the backbone sees z-scores only, which is what lets it move to another
+city. The paper gives neither the distribution of rows before training nor that of the noise: both are normal
+with standard deviation ``INITIAL_STD``, so that a noisy node looks like one that has not been learnt.
+"""
+
+import copy
+import math
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from stdist.errors import InputError
+from stdist.urban.folders import load_spec, load_weights, save_module
+
+MINUTES_PER_DAY = 24 * 60
+INITIAL_STD = 0.02
+DRAWN_TOGETHER = 16384
+"""Nodes whose replacements come from one random stream, so that any part of a city draws what the whole city does."""
+
+
+class PromptSpec(BaseModel):
+    """``periods``: rows of nodes as they came (Eq. 9), one number where the city never grew; ``cadence`` in minutes.
+
+    Ablations: ``temporal`` and ``spatial`` False leave out E_tod and E_dow, or E_s; ``p`` 0 leaves out Eq. 4.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: Literal["urbanpg_prompts"] = "urbanpg_prompts"
+    scenario: str
+    periods: tuple[int, ...]
+    cadence: int
+    d: int = 256
+    temporal: bool = True
+    spatial: bool = True
+    p: float = 0.1
+    q: float = 0.5
+
+    @property
+    def nodes(self) -> int:
+        return sum(self.periods)
+
+    @property
+    def slots(self) -> int:
+        """f of E_tod: positions within a day."""
+        return MINUTES_PER_DAY // self.cadence
+
+
+class Prompts(nn.Module):
+    """E_tod [slots, d], E_dow [7, d], E_s [N, d] in one tensor per period, E_d [d]; mean and std in the data's units.
+
+    ``first_node``: number, in the whole city, of the first node that is here (:meth:`part`). Raises InputError where
+    the spec makes no sense.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: PromptSpec, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        _check(spec, mean, std)
+        self.spec, self.first_node = spec, 0
+        if spec.temporal:
+            self.time_of_day = nn.Parameter(_rows(spec.slots, spec.d))
+            self.day_of_week = nn.Parameter(_rows(7, spec.d))
+        self.node_rows = nn.ParameterList(nn.Parameter(_rows(count, spec.d)) for count in spec.periods if spec.spatial)
+        if spec.spatial:
+            self.shared = nn.Parameter(_rows(1, spec.d)[0])
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        self.register_buffer("std", torch.tensor(float(std)))
+
+    def normalise(self, history: Float[Tensor, "B S N"]) -> Float[Tensor, "B N S"]:
+        """z-scores; a missing value (NaN) is the mean."""
+        scores = (history - self.mean) / self.std
+        return scores.masked_fill(scores.isnan(), 0.0).transpose(1, 2)
+
+    def restore(self, scores: Float[Tensor, "B N K"]) -> Float[Tensor, "B K N"]:
+        """z-scores in the data's units."""
+        return torch.addcmul(self.mean, scores, self.std).transpose(1, 2)
+
+    def temporal(self, slot: Int64[Tensor, "B"], weekday: Int64[Tensor, "B"]) -> Float[Tensor, "B d"] | None:
+        """P_t (Eq. 3): one row for all nodes of a sample. None without temporal context."""
+        return self.time_of_day[slot] + self.day_of_week[weekday] if self.spec.temporal else None
+
+    def rows(self) -> Float[Tensor, "N d"] | None:
+        """E_s: the rows of all periods (Eq. 9). None without spatial context."""
+        if not self.spec.spatial:
+            return None
+        return self.node_rows[0] if len(self.node_rows) == 1 else torch.cat(list(self.node_rows))
+
+    def perturb(self, rows: Float[Tensor, "n d"], first: int, draw: int | None) -> Float[Tensor, "n d"]:
+        """P_s (Eq. 4) of the nodes first, first + 1, … that are here; ``draw`` None replaces none.
+
+        u_n and the noise M_d depend on ``draw`` and on the node's number in the whole city alone: blocks, ranks and
+        the second pass of a checkpoint see the same ones. On another kind of device they are others.
+        """
+        if draw is None or self.spec.p == 0:
+            return rows
+        replaced, noisy, noise = self._draw(rows, self.first_node + first, draw)
+        return torch.where(replaced[:, None], self.shared, rows).index_copy(0, noisy, noise)
+
+    def _draw(self, rows: Tensor, first: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Who becomes E_d (bool [n]), who becomes noise (int64 [m]), and that noise [m, d]."""
+        p, q, stop = self.spec.p, self.spec.q, first + len(rows)
+        replaced, noisy, noise = [], [], []
+        for start in range(first - first % DRAWN_TOGETHER, stop, DRAWN_TOGETHER):
+            seed = np.random.SeedSequence((draw, start)).generate_state(1).item()
+            generator = torch.Generator(rows.device).manual_seed(seed)
+            u = torch.rand(DRAWN_TOGETHER, generator=generator, device=rows.device)
+            chosen = ((u >= p * q) & (u < p)).nonzero()[:, 0]
+            normal = torch.randn(len(chosen), rows.shape[1], generator=generator, device=rows.device)
+            chosen += start
+            here = (chosen >= first) & (chosen < stop)
+            replaced.append((u < p * q)[max(first - start, 0) : stop - start])
+            noisy.append(chosen[here] - first)
+            noise.append(normal[here])
+        return torch.cat(replaced), torch.cat(noisy), torch.cat(noise).to(rows.dtype) * INITIAL_STD
+
+    def calendar(self, local_times: np.ndarray) -> tuple[Int64[Tensor, "B"], Int64[Tensor, "B"]]:
+        """Slot of the day and weekday (Monday 0) of last history frames, datetime64 [B] in the city's local time.
+
+        Raises InputError where one lies between two slots: the data has another cadence than the prompts.
+        """
+        minutes = local_times.astype("datetime64[m]").astype(np.int64)
+        if np.any(off := minutes % self.spec.cadence):
+            raise InputError(
+                f"{local_times[off != 0][0]} is no time of prompts {self.spec.scenario!r}, which have a slot every "
+                f"{self.spec.cadence} min; make prompts of the data's cadence"
+            )
+        slot, days = minutes % MINUTES_PER_DAY // self.spec.cadence, minutes // MINUTES_PER_DAY
+        return torch.from_numpy(slot), torch.from_numpy((days + 3) % 7)  # 1 January 1970 was a Thursday
+
+    def expand(self, new_nodes: int, *, train_old_rows: bool = False) -> "Prompts":
+        """Prompts for ``new_nodes`` more nodes behind the old ones (Eq. 9), whose rows are copied bit by bit.
+
+        Unless ``train_old_rows``, the old rows are frozen (Eq. 10): no gradient, so no weight decay either.
+        """
+        if new_nodes < 1:
+            raise InputError(f"{new_nodes} new nodes for prompts {self.spec.scenario!r}: give at least 1")
+        rows = [nn.Parameter(old.detach().clone(), requires_grad=train_old_rows) for old in self.node_rows]
+        if self.spec.spatial:
+            rows.append(nn.Parameter(_rows(new_nodes, self.spec.d).to(self.shared)))
+        return self.with_rows((*self.spec.periods, new_nodes), rows)
+
+    def part(self, start: int, stop: int) -> "Prompts":
+        """A copy for the nodes [start, stop) of these prompts; what is frozen stays frozen."""
+        periods: list[int] = []
+        rows: list[nn.Parameter] = []
+        first = 0
+        for period, count in enumerate(self.spec.periods):
+            low, high = max(start - first, 0), min(stop - first, count)
+            if low < high:
+                periods.append(high - low)
+                if self.spec.spatial:
+                    old = self.node_rows[period]
+                    rows.append(nn.Parameter(old.detach()[low:high].clone(), requires_grad=old.requires_grad))
+            first += count
+        part = self.with_rows(tuple(periods), rows)
+        part.first_node = self.first_node + start
+        return part
+
+    def with_rows(self, periods: tuple[int, ...], rows: list[nn.Parameter]) -> "Prompts":
+        """A copy, of a city's nodes from its first, around ``rows`` of those ``periods``, which are not copied."""
+        prompts = copy.deepcopy(self, {id(self.node_rows): nn.ParameterList(rows)})
+        prompts.spec, prompts.first_node = self.spec.model_copy(update={"periods": periods}), 0
+        return prompts
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors``."""
+        save_module(self, self.spec, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Prompts":
+        """Raises InputError where the folder does not hold prompts."""
+        spec = load_spec(PromptSpec, Path(folder))
+        with torch.device("meta"):
+            prompts = cls(spec)
+        load_weights(prompts, Path(folder))
+        return prompts
+
+
+def _rows(count: int, d: int) -> Tensor:
+    return torch.randn(count, d) * INITIAL_STD
+
+
+def _check(spec: PromptSpec, mean: float, std: float) -> None:
+    what = f"prompts {spec.scenario!r}"
+    if not re.fullmatch(r"[\w.-]*\w", spec.scenario):
+        raise InputError(f"{what}: the scenario names a folder; give letters, digits, '-', '_' and '.' only")
+    if spec.cadence < 1 or MINUTES_PER_DAY % spec.cadence:
+        raise InputError(f"{what}: a cadence of {spec.cadence} min does not divide a day; give whole minutes that do")
+    if not spec.periods or min(spec.periods) < 1 or spec.d < 1:
+        raise InputError(f"{what}: {list(spec.periods)} nodes with d {spec.d}; give at least 1 of each")
+    if not (0 <= spec.p < 1 and 0 <= spec.q < 1):
+        raise InputError(f"{what}: p {spec.p}, q {spec.q}; Eq. 4 takes both from [0, 1)")
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise InputError(f"{what}: mean {mean}, std {std}; give those of the training span, std above 0")

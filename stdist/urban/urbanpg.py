@@ -1,0 +1,233 @@
+"""UrbanPG (Liu and Zhang, "UrbanPG: An Efficient Framework with Personalized Context and General Backbone Interaction
+for Urban Spatio-Temporal Learning"): a backbone that knows no city (Eq. 5–7) and prompts that know one.
+
+The learning paradigms are ways of putting the two together:
+
+* from scratch: ``UrbanPG(Backbone(spec), Prompts(spec))``;
+* fine-tuning (Eq. 8): ``UrbanPG(backbone.requires_grad_(False), Prompts(spec_of_the_new_city))``;
+* continual learning (Eq. 9–10): ``UrbanPG(backbone.requires_grad_(False), prompts.expand(new_nodes))``.
+
+D is 1: one channel of a store. Nodes meet in Eq. 6 alone, in sums of d x d; ``Backbone.sums`` is what one set of nodes
+adds to them and ``Backbone.outputs`` what the sums give each node, so that nodes may lie on several ranks
+(:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
+
+Left open by the paper, and taken here: one block, ReLU in the MLP, no dropout, no residual, Eq. 7 after STCA only.
+Without temporal context Eq. 7 is H_st + P_s, without spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stdist.errors import InputError
+from stdist.urban.folders import load_spec, load_weights, save_module
+from stdist.urban.prompts import Prompts
+
+BACKBONE, PROMPTS = "backbone", "prompts"
+
+
+class BackboneSpec(BaseModel):
+    """S (``history``) and K (``horizon``) in frames; ``stca`` False is the ablation without attention.
+
+    ``stca_normalizer``: Eq. 6 as printed has none, so its scale grows with N; ``sum`` divides by the sum of a query's
+    weights over all nodes, which makes them a mean.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: Literal["urbanpg_backbone"] = "urbanpg_backbone"
+    history: int
+    horizon: int
+    d: int = 256
+    stca: bool = True
+    stca_normalizer: Literal["none", "sum"] = "none"
+
+
+class Backbone(nn.Module):
+    """Linear [S -> d], STCA, MLP, linear [d -> K], on z-scores. No weight depends on nodes or on the calendar."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        super().__init__()
+        if min(spec.history, spec.horizon, spec.d) < 1:
+            raise InputError(f"S {spec.history}, K {spec.horizon}, d {spec.d} of a backbone: give at least 1 of each")
+        self.spec, d = spec, spec.d
+        self.embed = nn.Linear(spec.history, d)
+        if spec.stca:
+            self.qkv = nn.Linear(d, 3 * d)
+        self.mlp_in, self.mlp_out = nn.Linear(d, d), nn.Linear(d, d)
+        self.output = nn.Linear(d, spec.horizon)
+
+    def sums(self, x: Float[Tensor, "B n S"], spatial: Float[Tensor, "n d"] | None) -> Float[Tensor, "B r d"]:
+        """What these nodes add to the sums of Eq. 6; r is d + 1, and d + 2 with a normalizer.
+
+        Rows 0…d-1: (φ(K) + φ(P_s))ᵀV = A_h + A_s. Row d: ΣV, of which A_t is made. Row d + 1: Σ(φ(K) + φ(P_s)).
+        """
+        _, key, value = self._linears()
+        keys, v = F.linear(x, *key).softmax(-1), F.linear(x, *value)
+        if spatial is not None:
+            keys = keys + spatial.softmax(-1)
+        rows = [keys.transpose(1, 2) @ v, v.sum(1, keepdim=True)]
+        if self.spec.stca_normalizer == "sum":
+            rows.append(keys.sum(1, keepdim=True))
+        return torch.cat(rows, 1)
+
+    def outputs(
+        self,
+        x: Float[Tensor, "B n S"],
+        sums: Float[Tensor, "B r d"] | None,
+        temporal: Float[Tensor, "B d"] | None,
+        spatial: Float[Tensor, "n d"] | None,
+        nodes: int,
+    ) -> Float[Tensor, "B n K"]:
+        """Forecasts of these nodes from the ``sums`` over all ``nodes`` of the city (None without STCA)."""
+        gate = None if temporal is None else (temporal * (1 + temporal))[:, None]
+        prompt = spatial if spatial is None or temporal is None else spatial * temporal[:, None]
+        if sums is None:
+            adjusted = self.embed(x)
+            adjusted = adjusted if gate is None else adjusted * gate
+            adjusted = adjusted if prompt is None else adjusted + prompt
+        else:
+            context, weights = self._context(sums, temporal, nodes)
+            q = F.linear(x, *self._linears()[0]).softmax(-1)
+            if weights is not None:
+                q = q / (q @ weights)
+            # Eq. 7, (φ(Q)A ∘ (1 + P_t) + P_s) ∘ P_t: P_t has one row, so it scales A's columns instead of N rows.
+            context = context if gate is None else context * gate
+            adjusted = q @ context if prompt is None else torch.baddbmm(prompt.expand_as(q), q, context)
+        return F.linear(self.mlp_in(adjusted).relu(), *_in_one(self.mlp_out, self.output))
+
+    def _context(
+        self, sums: Float[Tensor, "B r d"], temporal: Float[Tensor, "B d"] | None, nodes: int
+    ) -> tuple[Float[Tensor, "B d d"], Float[Tensor, "B d 1"] | None]:
+        """A = A_h + A_t + A_s (Eq. 6), and what φ(Q) is multiplied with to get the sum of its weights, if it is."""
+        d = self.spec.d
+        context, values, keys = sums[:, :d], sums[:, d : d + 1], sums[:, d + 1 :]
+        if temporal is not None:
+            # Every node has the same P_t: φ(P_t)ᵀV is one outer product, φ(P_t) ⊗ ΣV.
+            feature = temporal.softmax(-1)
+            context = context + feature[:, :, None] * values
+            keys = keys + nodes * feature[:, None]
+        return context, keys.transpose(1, 2) if self.spec.stca_normalizer == "sum" else None
+
+    def _linears(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight [d, S], bias [d]) that make φ's arguments Q and K, and V, of x: Eq. 5 after the embedding."""
+        weight, bias = _in_one(self.embed, self.qkv)
+        return list(zip(weight.chunk(3), bias.chunk(3), strict=True))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors``."""
+        save_module(self, self.spec, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Backbone":
+        """Raises InputError where the folder does not hold a backbone."""
+        spec = load_spec(BackboneSpec, Path(folder))
+        with torch.device("meta"):
+            backbone = cls(spec)
+        load_weights(backbone, Path(folder))
+        return backbone
+
+
+class UrbanPG(nn.Module):
+    """A backbone with the prompts of one scenario, neither of them copied. Raises InputError where their d differ.
+
+    Saved as ``backbone/`` and ``prompts/SCENARIO/``, so that many scenarios share one backbone.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Prompts) -> None:
+        super().__init__()
+        if backbone.spec.d != prompts.spec.d:
+            raise InputError(
+                f"the backbone has d {backbone.spec.d}, prompts {prompts.spec.scenario!r} have {prompts.spec.d}; "
+                "make prompts of the backbone's d"
+            )
+        self.backbone, self.prompts = backbone, prompts
+        self.total_nodes = prompts.spec.nodes
+
+    def forward(
+        self,
+        history: Float[Tensor, "B S N"],
+        slot: Int64[Tensor, "B"],
+        weekday: Int64[Tensor, "B"],
+        *,
+        draw: int | None = None,
+    ) -> Float[Tensor, "B K N"]:
+        """Forecasts in the data's units from history in the data's units, NaN where it is missing.
+
+        ``slot``, ``weekday``: of the last history frame (:meth:`Prompts.calendar`). ``draw`` numbers the random
+        perturbation in training mode; by default it comes from torch's CPU generator. Raises InputError where the
+        input does not fit backbone and prompts, or a node has no value at all.
+        """
+        self.check(history, slot, weekday)
+        x, temporal = self.prompts.normalise(history), self.prompts.temporal(slot, weekday)
+        spatial = self.prompts.rows()
+        if spatial is not None:
+            spatial = self.prompts.perturb(spatial, 0, self.draw(draw))
+        sums = self.meet(self.backbone.sums(x, spatial)) if self.backbone.spec.stca else None
+        return self.prompts.restore(self.backbone.outputs(x, sums, temporal, spatial, self.total_nodes))
+
+    def meet(self, sums: Float[Tensor, "B r d"]) -> Float[Tensor, "B r d"]:
+        """The sums over all nodes from those over the nodes that are here: here, all are."""
+        return sums
+
+    def draw(self, draw: int | None) -> int | None:
+        """The number of this step's perturbation (Eq. 4); None in evaluation mode: there is none."""
+        if not self.training:
+            return None
+        return int(torch.randint(2**62, ())) if draw is None else draw
+
+    def check(self, history: Tensor, slot: Tensor, weekday: Tensor) -> None:
+        """Raises InputError as ``forward`` does; waits for the device once."""
+        spec, S = self.prompts.spec, self.backbone.spec.history
+        who = f"prompts {spec.scenario!r}"
+        if history.ndim != 3 or history.shape[1] != S:
+            raise InputError(f"history is {list(history.shape)}; the backbone needs [B, {S}, N]")
+        if history.shape[2] != spec.nodes:
+            raise InputError(
+                f"history has {history.shape[2]} nodes, {who} have {spec.nodes}; expand them for nodes that joined, "
+                "or fit new prompts on the frozen backbone"
+            )
+        if slot.shape != history.shape[:1] or weekday.shape != slot.shape:
+            raise InputError(f"slot {list(slot.shape)}, weekday {list(weekday.shape)}: give one of each per sample")
+        empty = history.isnan().all(1)
+        wrong = (slot < 0) | (slot >= spec.slots), (weekday < 0) | (weekday > 6)
+        if not torch.stack([empty.any(), *(w.any().to(empty.device) for w in wrong)]).any():
+            return
+        if wrong[0].any():
+            raise InputError(
+                f"slot {int(slot[wrong[0]][0])} is not in the calendar of {who}: {spec.slots} slots of "
+                f"{spec.cadence} min, from 0; is the data of another cadence?"
+            )
+        if wrong[1].any():
+            raise InputError(f"weekday {int(weekday[wrong[1]][0])} is none; give 0 (Monday) to 6")
+        sample, node = empty.nonzero()[0].tolist()
+        raise InputError(
+            f"node {self.prompts.first_node + node} has no value in the history of sample {sample} "
+            f"({int(empty.any(0).sum())} such nodes in the batch); impute them, or leave them out"
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``backbone/`` and ``prompts/SCENARIO/`` in ``folder``; other scenarios there stay."""
+        self.backbone.save_pretrained(Path(folder) / BACKBONE)
+        self.prompts.save_pretrained(Path(folder) / PROMPTS / self.prompts.spec.scenario)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, scenario: str) -> "UrbanPG":
+        """A saved backbone with the prompts of ``scenario``, in evaluation mode. Raises InputError as both do."""
+        prompts = Path(folder) / PROMPTS
+        if not (prompts / scenario).is_dir():
+            found = ", ".join(sorted(p.name for p in prompts.glob("*/"))) or "none"
+            raise InputError(f"{folder} has no prompts {scenario!r}; it has: {found}")
+        backbone = Backbone.from_pretrained(Path(folder) / BACKBONE)
+        return cls(backbone, Prompts.from_pretrained(prompts / scenario)).eval()
+
+
+def _in_one(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the one linear map that two make, nothing being between them: fewer products per node, and
+    nothing of what lies between is kept."""
+    return second.weight @ first.weight, F.linear(first.bias, second.weight, second.bias)

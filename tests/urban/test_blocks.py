@@ -1,0 +1,115 @@
+"""Nodes in blocks: the same forecasts and gradients, in memory that a block bounds."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stdist.errors import InputError
+from stdist.urban.blocks import forward_in_blocks
+
+
+def gradients(model, forward) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    value = forward()
+    (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum().backward()
+    return value, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("block_nodes", [1, 7, 30, 100])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        {"backbone": {"stca_normalizer": "sum"}},
+        {"backbone": {"stca": False}},
+        {"prompts": {"p": 0.6, "periods": (20, 10)}},
+        {"prompts": {"temporal": False}},
+        {"prompts": {"spatial": False}},
+    ],
+    ids=str,
+)
+def test_values_and_gradients_equal_the_plain_ones(model, batch, block_nodes, training, ablation):
+    ours, inputs = model(**ablation).train(training), batch()
+    value, expected = gradients(ours, lambda: ours(*inputs, draw=5))
+    in_blocks, found = gradients(ours, lambda: forward_in_blocks(ours, *inputs, block_nodes=block_nodes, draw=5))
+    torch.testing.assert_close(in_blocks, value, rtol=1e-5, atol=1e-3)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    with torch.no_grad():
+        without_graph = forward_in_blocks(ours, *inputs, block_nodes=block_nodes, draw=5)
+    torch.testing.assert_close(without_graph, value, rtol=1e-5, atol=1e-3)
+
+
+def test_a_block_needs_a_node(model, batch):
+    with pytest.raises(InputError, match="block_nodes 0"):
+        forward_in_blocks(model(), *batch(), block_nodes=0)
+
+
+def saved_bytes(forward) -> int:
+    """What autograd keeps between forward and backward, storages counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = forward()  # noqa: F841 the graph lives while it is counted
+    return sum(kept.values())
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that were alive at once of all that was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.seen.discard(storage)
+        self.now -= size
+
+
+def step_peak(model, inputs, forward) -> int:
+    model.zero_grad()
+    with Live() as live:
+        forward(model, *inputs).sum().backward()
+    return live.peak
+
+
+def test_activations_are_of_one_block_whatever_the_number_of_nodes(model, batch):
+    def blocks(model, *inputs):
+        return forward_in_blocks(model, *inputs, block_nodes=250)
+
+    def plain(model, *inputs):
+        return model(*inputs)
+
+    d, peaks = 32, {}
+    for nodes in (2_000, 4_000):
+        ours, inputs = model(nodes, backbone={"d": d}, prompts={"d": d}), batch(nodes, 1)
+        peaks[nodes] = [step_peak(ours, inputs, forward) for forward in (plain, blocks)]
+    per_node = [(peaks[4_000][i] - peaks[2_000][i]) / 2_000 for i in range(2)]
+    # Two copies of the gradient of a node's row, its forecast and what is made of it: see the module's docstring.
+    assert per_node[1] < 2 * 4 * d + 4 * 4 * 10
+    assert per_node[0] > 7 * 4 * d
+    forwards = (lambda: ours(*inputs)), (lambda: forward_in_blocks(ours, *inputs, block_nodes=250))
+    kept_plain, kept_blocks = (saved_bytes(forward) for forward in forwards)
+    rows_and_history = 4_000 * 4 * (d + 6)
+    assert kept_plain > rows_and_history + 4_000 * 6 * 4 * d
+    assert kept_blocks < rows_and_history + 2 * 4 * d * d, "what is there anyway, and the sums"
