@@ -1,8 +1,8 @@
 """Checkpoints of a stage: ``checkpoints/STAGE/step-N/`` written whole or not at all, with an atomic ``latest``.
 
 A checkpoint is the model in Hugging Face layout (written by its first learner) plus ``trainer_state/`` for exact
-resume: every learner writes its share of the optimizer's tensors, whole ones under names that know no engine, stage of
-ZeRO or number of learners, so that any of them goes on from it. Training waits while tensors are copied; files are
+resume: every learner writes what it keeps of the optimizer, under names that know no engine, stage of ZeRO or number of
+learners, so that any of them goes on from it. Training waits while tensors are copied; files are
 written beside it, and the checkpoint counts once all learners have written theirs. No pickle is ever read.
 """
 
@@ -90,7 +90,7 @@ class StageCheckpoints:
         with engine.whole():
             write_model = snapshot() if self.group.leads else None
             weights = checksums(engine.parameters)
-        tensors = self._share_of(engine)
+        tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in engine.state()}
         tensors["torch_rng"] = torch.get_rng_state()
         state = {"step": step, "engine": {"steps": engine.steps}, "loop": values, "weights": weights}
         partial = self._partial(step)
@@ -102,17 +102,6 @@ class StageCheckpoints:
         pending.thread = Thread(target=self._write, args=(pending, partial, tensors, write_model), daemon=True)
         self._pending = pending
         pending.thread.start()
-
-    def _share_of(self, engine: Engine) -> dict[str, Tensor]:
-        """Copies of this learner's share of the optimizer's tensors: dealt by size, about the same bytes for each."""
-        share: dict[str, Tensor] = {}
-        loads = [0] * self.group.size
-        for name, tensor in engine.state():
-            owner = loads.index(min(loads))
-            loads[owner] += tensor.nbytes
-            if owner == self.group.rank:
-                share[name] = tensor.to("cpu", copy=True).contiguous()
-        return share
 
     def _write(
         self,
@@ -251,20 +240,26 @@ class StageCheckpoints:
 
 
 class _Shards(Mapping[str, Tensor]):
-    """Tensors of several safetensors files, each read when it is asked for."""
+    """Tensors of several safetensors files, each read when it is asked for, and joined where learners had parts."""
 
     def __init__(self, paths: list[Path]):
-        files = [safe_open(path, framework="pt") for path in paths]
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        self._parts: dict[str, list[tuple[int, Any, str]]] = {}
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118
+                name, _, start = key.partition("@")
+                self._parts.setdefault(name, []).append((int(start or 0), file, key))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        parts = sorted(self._parts[name], key=lambda part: part[0])
+        tensors = [file.get_tensor(key) for _, file, key in parts]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._parts)
 
 
 def _damage(path: Path) -> str | None:

@@ -22,7 +22,7 @@ from stdist.training.engine import MOMENTS, ParameterGroup, adamw
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 try:
     import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 except ModuleNotFoundError as error:
     raise InputError(
         "DeepSpeed is not installed; pip install 'stdist[cluster]', or set learners.engine: torch"
@@ -152,9 +152,22 @@ class DeepSpeedEngine:
         for name, parameter in self.parameters.items():
             if self._steps:
                 for key in MOMENTS:
-                    yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
+                    yield from self._part(f"{name}/{key}", parameter, key)
             if parameter.dtype != torch.float32:
-                yield f"{name}/master", safe_get_full_fp32_param(parameter)
+                yield from self._part(f"{name}/master", parameter, None)
+
+    def _part(self, name: str, parameter: nn.Parameter, key: str | None) -> Iterator[tuple[str, Tensor]]:
+        """What this learner keeps of a moment, or without ``key`` of the master weights; nothing is communicated."""
+        if self._stage == 3:
+            start = dist.get_rank() * parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            local = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
+            part = local.flatten()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+        elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            start, part = mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
+        else:
+            return
+        if part.numel():
+            yield f"{name}@{start}", part
 
     def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         self._steps = steps

@@ -48,11 +48,13 @@ class Engine(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the optimizer, whole, as NAME/exp_avg and the like; a collective, one tensor at a time."""
+        """What this learner keeps of the optimizer: a whole tensor as NAME/exp_avg and the like, or, flat, the part of
+        one that begins at element 128 as NAME/exp_avg@128. No collective; the tensors are the optimizer's own."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Goes on from what ``state`` of any engine gave after ``steps`` steps."""
+        """Goes on from what ``state`` of any engine gave after ``steps`` steps, by all its learners: whole tensors, of
+        any shape."""
         ...
 
     def close(self) -> None:
@@ -137,7 +139,7 @@ class TorchEngine:
                 continue  # it has not had a gradient yet
             # A parameter counts the steps in which it had a gradient; DeepSpeed counts all.
             count = tensors.get(f"{name}/step", torch.tensor(float(steps)))
-            moments = {key: tensors[f"{name}/{key}"].to(parameter) for key in MOMENTS}
+            moments = {key: tensors[f"{name}/{key}"].view_as(parameter).to(parameter) for key in MOMENTS}
             self._optimizer.state[parameter] = {"step": count.clone(), **moments}
         self._steps = steps
 

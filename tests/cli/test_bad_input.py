@@ -279,7 +279,7 @@ def test_forecasts_of_another_store(refused, stdist, finished_run, csv_command):
 
 def test_forecasts_that_are_none(refused, city, tmp_path):
     assert "no such forecasts" in refused("evaluate", tmp_path / "f.zarr", city)
-    assert "not forecasts written by stdist" in refused("evaluate", city, city)
+    assert "carries no contract, so it was not written by stdist" in refused("evaluate", city, city)
 
 
 # --- main ----------------------------------------------------------------------------------------------------------

@@ -59,22 +59,22 @@ def test_the_uninterrupted_run_learns_in_every_stage(finished_run):
 
 def test_no_stage_draws_from_the_global_generator(finished_run):
     """Its state differs between processes: whatever draws from it cannot be repeated by a resumed run."""
-    states = sorted(finished_run.run_dir.glob("checkpoints/*/step-*/trainer_state/state.safetensors"))
+    states = sorted(finished_run.run_dir.glob("checkpoints/*/step-*/trainer_state/shard-*.safetensors"))
     assert len({path.parts[-4] for path in states}) == 4
     generators = [load_file(path)["torch_rng"] for path in states]
     assert all(torch.equal(generator, generators[0]) for generator in generators)
 
 
 def test_killed_in_the_middle_of_sft(hanging_training, finish_training, finished_run, tmp_path):
-    """SIGKILL behind step 3 of SFT: step 3 was logged and not saved, its optimiser and weights are of step 2."""
+    """SIGKILL behind step 5 of SFT: the save of step 4 does not count yet, optimiser and weights are of step 2."""
     shutil.copy(finished_run.folder / "tiny.yaml", tmp_path)
-    process = hanging_training(tmp_path, "sft", 3)
+    process = hanging_training(tmp_path, "sft", 5)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     stages = tmp_path / RUN / "checkpoints"
     assert (stages / "arithmetic" / "finished.json").exists() and not (stages / "sft" / "finished.json").exists()
-    assert _log(tmp_path / RUN)[-1]["step"] == 3 and (stages / "sft" / "latest").read_text() == "step-2"
+    assert _log(tmp_path / RUN)[-1]["step"] == 5 and (stages / "sft" / "latest").read_text() == "step-2"
     result, err = finish_training(tmp_path)
     assert "alignment: exact_match" in err and "sft: nrmse" in err
     _require_same(tmp_path, result, finished_run)
@@ -94,8 +94,8 @@ def before_grpo(finished_run, tmp_path) -> Path:
 
 
 def test_ctrl_c_in_grpo(hanging_training, finish_training, stdist, before_grpo, finished_run, city):
-    """SIGINT in step 3: that step is saved, though no save is due, the exit code is 130, and the run goes on there."""
-    process = hanging_training(before_grpo, "grpo", 3)
+    """SIGINT behind step 2: step 3 is saved, though no save is due, the exit code is 130, and the run goes on there."""
+    process = hanging_training(before_grpo, "grpo", 2)
     process.send_signal(signal.SIGINT)
     (before_grpo / "go_on").touch()
     out, err = process.communicate(timeout=300)

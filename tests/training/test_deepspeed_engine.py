@@ -92,7 +92,7 @@ def test_all_weights_are_there_inside_whole(results, kind, learner):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_is_whole_and_torchs_own_on_every_learner(results, kind):
+def test_the_parts_of_the_state_are_torchs_own(results, kind):
     for learner in LEARNERS:
         expected = results[learner]["torch"]["state"]
         assert _close(results[learner][kind]["state"], {k: v for k, v in expected.items() if not k.endswith("/step")})
@@ -219,12 +219,13 @@ def test_a_learner_that_cannot_write_stops_all_and_the_next_start_finishes(resul
 
 
 def test_learners_share_a_checkpoint_by_bytes(results):
-    """Every learner writes about as much, each tensor is in one file, and the model is written once."""
+    """Every learner writes what it keeps, about as much as the others; every element is in one file."""
     for kind in ("zero1", "zero3-offload"):
         shards = results[2, 0]["shards"][kind]
-        names = [name for shard in shards.values() for name in shard["names"] if name != "torch_rng"]
+        names = {n.partition("@")[0] for shard in shards.values() for n in shard["names"] if n != "torch_rng"}
         assert list(shards) == ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
         assert sorted(names) == sorted(results[2, 0][kind]["halfway"]["state"])
         sizes = [shard["bytes"] for shard in shards.values()]
-        largest = 4 * max(map(len, results[2, 0][kind]["halfway"]["state"].values()))
-        assert abs(sizes[0] - sizes[1]) <= largest
+        total = sum(4 * len(values) for values in results[2, 0][kind]["halfway"]["state"].values())
+        # ZeRO pads what it cannot share evenly: up to an element a tensor.
+        assert sum(sizes) == total and abs(sizes[0] - sizes[1]) <= 4 * len(names)

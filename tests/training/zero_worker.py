@@ -143,8 +143,14 @@ def bits(model: nn.Module) -> dict[str, list[float]]:
     return {name: p.detach().double().flatten().tolist() for name, p in model.named_parameters()}
 
 
-def state_bits(engine: Engine) -> dict[str, list[float]]:
-    return {name: tensor.double().flatten().tolist() for name, tensor in engine.state()}
+def state_bits(engine: Engine, group: Group) -> dict[str, list[float]]:
+    """Whole tensors, joined from the parts of all learners."""
+    parts: dict[str, list[tuple[int, list[float]]]] = {}
+    for learner in group.gather([(name, tensor.double().flatten().tolist()) for name, tensor in engine.state()]):
+        for key, values in learner:
+            name, _, start = key.partition("@")
+            parts.setdefault(name, []).append((int(start or 0), values))
+    return {name: [value for _, part in sorted(found) for value in part] for name, found in parts.items()}
 
 
 class Learner:
@@ -180,9 +186,12 @@ class Learner:
         checkpoints.settle()
         with engine.whole():
             halfway = {"weights": bits(model), "error": stage.evaluate()["error"]}
-        halfway["state"] = state_bits(engine)
+        halfway["state"] = state_bits(engine, group)
         rest = self.steps(engine, stage, range(SAVED_AT, STEPS), group)
-        result = {key: first[key] + rest[key] for key in first} | {"halfway": halfway, "state": state_bits(engine)}
+        result = {key: first[key] + rest[key] for key in first} | {
+            "halfway": halfway,
+            "state": state_bits(engine, group),
+        }
         if kind != "torch":
             result |= {"moment_bytes": moment_bytes(engine), "weight_bytes": weight_bytes(model)}
         optimizer = weakref.ref(engine._zero if isinstance(engine, DeepSpeedEngine) else engine)
@@ -216,7 +225,7 @@ class Learner:
         model.read(path)
         engine = make_engine(kind, model, self.folder, group, dtype == "bfloat16")
         checkpoints.load(path, engine, state)
-        restored = state_bits(engine)
+        restored = state_bits(engine, group)
         result: dict[str, Any] = self.steps(engine, Stage(model, group), range(SAVED_AT, STEPS), group)
         engine.close()
         return result | {"restored": restored, "weights": bits(model)}
