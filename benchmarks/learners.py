@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from _learner import ENGINES, Bytes, Learners, Saved, Step
 
 from data_prep import READERS
 from stdist.config import parse_config
+
+if missing := [name for name in ("deepspeed", "ray") if find_spec(name) is None]:
+    print(f"error: {missing[0]} is not installed; pip install 'stdist[cluster]'", file=sys.stderr)
+    sys.exit(2)
 
 WARM_UP = 2
 SIDE, WINDOWS, CELLS, FRAMES, HORIZON = 6, 2, 16, 12, 12
