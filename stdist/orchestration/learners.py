@@ -1,26 +1,29 @@
 """Learners on a Ray cluster: a Ray Train group of processes, each running the recipe that one process runs alone.
 
 A worker or node that is lost takes the group with it; Ray starts it again, and it goes on from the newest checkpoint in
-the run folder, which lies on a file system that all nodes share. What no repetition can mend, bad input or a loss that
-is lost, comes back as the first learner's answer and is not tried again.
+the run folder, which lies on a file system that all nodes share. What no repetition can mend, bad input, a loss that is
+lost or a machine that is full, ends it for all learners at once.
 """
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from stdist.config import Config, parse_config
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
+from stdist.orchestration.preparation import connect
 from stdist.training.group import Group
 from stdist.vision_llm import recipe
 
 try:
     import ray
     import ray.train
-    from ray.exceptions import OutOfMemoryError, RayTaskError
+    from ray.exceptions import OutOfMemoryError
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
     from ray.train.v2._internal.execution import context as train_context
     from ray.train.v2.api.config import LoggingConfig
@@ -62,58 +65,63 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
                 name="ray",
                 storage_path=str(config.run_dir),
                 failure_config=ray.train.FailureConfig(max_failures=learners.max_failures),
-                logging_config=LoggingConfig(log_level="WARNING"),
+                # What fails is told in one line.
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+                callbacks=[_Failures()],  # type: ignore[list-item]
             ),
         )
         try:
-            answer = trainer.fit().return_value  # type: ignore[attr-defined]
-        except KeyboardInterrupt:
+            return trainer.fit().return_value  # type: ignore[attr-defined]
+        except (KeyboardInterrupt, SystemExit):  # the latter is Ray's own answer to Ctrl-C
             raise Interrupted("stopped; run the same command to go on from the newest checkpoint") from None
-        except ray.train.TrainingFailedError as error:
-            raise ResourceError(_why(error, learners.max_failures)) from error
-    if (kind := answer.get("error")) is not None:
-        raise next(each for each in FINAL if each.__name__ == kind)(answer["message"])
-    return answer
+        except ray.train.ControllerError as error:
+            if isinstance(error.controller_failure, FINAL):
+                raise error.controller_failure from None
+            raise
+        except ray.train.WorkerGroupError as error:
+            raise ResourceError(
+                f"learners failed more often than learners.max_failures {learners.max_failures}, last "
+                f"{_first_lost(error.worker_failures)}; run the same command to go on from the newest checkpoint"
+            ) from error
 
 
 def _learn(tree: dict[str, Any]) -> dict[str, Any]:
-    """One learner: the recipe's result, or its error where another try would meet it again."""
+    """One learner: see ``recipe.train``."""
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     config = parse_config(tree, where="the submitted config")
-    try:
-        # Ray Train would show what is printed twice.
-        return recipe.train(config, _say, ray.train.report)
-    except SilentLearner:
-        raise  # the one that died is the cause: Ray starts the group again
-    except FINAL as error:
-        kind = next(each for each in FINAL if isinstance(error, each))
-        return {"error": kind.__name__, "message": str(error)}
+    # Ray Train would show what is printed twice.
+    return recipe.train(config, _say, ray.train.report)
 
 
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-class _cluster:
+class _Failures(ray.train.UserCallback):
+    """On the controller: what another try would meet again ends the run, at once and for all learners; Ray starts the
+    group again after anything else."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, FINAL) and not isinstance(error, SilentLearner):
+                raise ray.train.ControllerError(error)
+        _say(f"lost {_first_lost(worker_exceptions)}")
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
     """Ray, connected; a connection that was there before stays."""
-
-    def __enter__(self) -> None:
-        self._mine = not ray.is_initialized()
-        if self._mine:
-            try:
-                ray.init(logging_level=logging.ERROR, include_dashboard=None)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise InputError(
-                    f"cannot join or start a Ray cluster ({' '.join(str(error).split())[:200]}); see that RAY_ADDRESS, "
-                    "RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are those of its head"
-                ) from error
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            ray.shutdown()
+    if ray.is_initialized():
+        yield
+        return
+    connect(os.environ.get("RAY_ADDRESS"), log_to_driver=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _resources_per_worker(config: Config) -> dict[str, float]:
@@ -132,18 +140,14 @@ def _resources_per_worker(config: Config) -> dict[str, float]:
     return each
 
 
-def _why(error: "ray.train.TrainingFailedError", max_failures: int) -> str:
-    """One line from what may be pages: the learner that was lost first, and how."""
-    failures = getattr(error, "worker_failures", {})
-    named = {rank: e.cause if isinstance(e, RayTaskError) else e for rank, e in failures.items()}
+def _first_lost(failures: Mapping[int, Exception]) -> str:
+    """In one line of what may be pages, the learner that was lost first, and how."""
+    # Inside of what Ray says of its own looking after them.
+    named = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
     # One that only lost its partner says nothing of the cause.
     causes = {rank: e for rank, e in named.items() if not isinstance(e, SilentLearner)} or named
-    rank, cause = next(iter(causes.items()), (None, error))
+    rank, cause = next(iter(causes.items()))
     text = " ".join(str(cause).split())[:300]
     if isinstance(cause, OutOfMemoryError):
         text = f"out of memory on its host: {text}"
-    who = "training" if rank is None else f"learner {rank}"
-    return (
-        f"{who} failed more often than learners.max_failures {max_failures} ({text}); "
-        "run the same command to go on from the newest checkpoint"
-    )
+    return f"learner {rank} ({text})"

@@ -38,7 +38,7 @@ def ray_executor(address: str) -> Iterator[Executor]:
     """
     mine = not ray.is_initialized()
     if mine:
-        _connect(address)
+        connect(address, log_to_driver=False)
     try:
         yield _run_parts
     finally:
@@ -46,18 +46,23 @@ def ray_executor(address: str) -> Iterator[Executor]:
             ray.shutdown()
 
 
-def _connect(address: str) -> None:
-    if address not in ("auto", "local"):
+def connect(address: str | None, log_to_driver: bool) -> None:
+    """Joins a cluster, see ``ray_executor``; None: the one this machine belongs to, else one that is started here.
+
+    Raises InputError where it cannot be joined, at once.
+    """
+    if address not in (None, "auto", "local"):
         _require_listener(address)
     try:
         # A dashboard is started with a cluster of one's own only, and there nobody looks at it.
-        dashboard = False if address == "local" else None
-        ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+        dashboard = False if address in (None, "local") else None
+        ray.init(address, include_dashboard=dashboard, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, SystemExit) as error:
         # SystemExit is Ray's own way out where the head says nothing that it understands.
         raise InputError(
-            f"cannot join the Ray cluster at {address}: {_sentence(error)}; see that one runs there (`ray status`), "
-            "with this version of Ray, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are those of its head"
+            f"cannot join the Ray cluster at {address or 'this machine'}: {_sentence(error)}; see that one runs there "
+            "(`ray status`), with this version of Ray, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are those of its "
+            "head"
         ) from error
 
 
