@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stdist.errors import InputError
@@ -36,28 +37,64 @@ def forward_in_blocks(
     model.check(history, slot, weekday)
     backbone, prompts, draw = model.backbone, model.prompts, model.draw(draw)
     temporal, rows = prompts.temporal(slot, weekday), prompts.rows()
-    histories = history.split(block_nodes, 2)
-    # Split once, not sliced per block: the gradient of a slice is as large as what it was cut from.
-    blocks = [None] * len(histories) if rows is None else rows.split(block_nodes)
-    firsts = range(0, history.shape[2], block_nodes)
+    gradient: list[Tensor] = []
+    token = None if rows is None else _Rows.apply(rows, gradient)
 
-    def inputs(history: Tensor, rows: Tensor | None, first: int) -> tuple[Tensor, Tensor | None]:
-        return prompts.normalise(history), None if rows is None else prompts.perturb(rows, first, draw)
+    def inputs(history: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        x = prompts.normalise(history)
+        if rows is None:
+            return x, None
+        block = _RowsOfBlock.apply(token, rows.detach(), slice(first, first + history.shape[2]), gradient)
+        return x, prompts.perturb(block, first, draw)
 
-    def sums_of(history: Tensor, rows: Tensor | None, first: int) -> Tensor:
-        return backbone.sums(*inputs(history, rows, first))
+    def sums_of(history: Tensor, first: int) -> Tensor:
+        return backbone.sums(*inputs(history, first))
 
-    def outputs_of(history: Tensor, rows: Tensor | None, first: int, sums: Tensor | None) -> Tensor:
-        x, spatial = inputs(history, rows, first)
+    def outputs_of(history: Tensor, first: int, sums: Tensor | None) -> Tensor:
+        x, spatial = inputs(history, first)
         return prompts.restore(backbone.outputs(x, sums, temporal, spatial, model.total_nodes))
 
-    streamed = list(zip(histories, blocks, firsts, strict=True))
+    blocks = list(zip(history.split(block_nodes, 2), range(0, history.shape[2], block_nodes), strict=True))
     sums = None
     if backbone.spec.stca:
-        sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block) for block in streamed)))
-    return torch.cat([_recomputed(outputs_of, *block, sums) for block in streamed], 2)
+        sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block) for block in blocks)))
+    return torch.cat([_recomputed(outputs_of, *block, sums) for block in blocks], 2)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     # Draws depend on their numbers alone, so torch's generators need no rewinding.
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Rows(torch.autograd.Function):
+    """E_s [N, d] as a token of which blocks are cut; its gradient is what they have left in the list ``gradient``.
+
+    Plain slices would each have a gradient of E_s's own size, and a split would hold all blocks' and join them.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return rows.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
+
+
+class _RowsOfBlock(torch.autograd.Function):
+    """Forward: the rows ``block`` of ``rows``. Backward: adds to these rows of the one gradient."""
+
+    @staticmethod
+    def forward(ctx, token: Tensor, rows: Tensor, block: slice, gradient: list[Tensor]) -> Tensor:
+        ctx.shape, ctx.block, ctx.gradient = rows.shape, block, gradient
+        return rows[block]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_block: Tensor) -> tuple[Tensor, None, None, None]:
+        if not ctx.gradient:
+            ctx.gradient.append(of_block.new_zeros(ctx.shape))
+        ctx.gradient[0][ctx.block] += of_block
+        return of_block.new_zeros(()), None, None, None

@@ -37,8 +37,9 @@ def nodes_of(rank: int, ranks: int, nodes: int) -> slice:
 class NodeParallel(UrbanPG):
     """UrbanPG on one rank's nodes, ``here``, of the whole city's ``prompts``; ``forward`` takes and gives those nodes.
 
-    mesh: ``init_device_mesh(device, (data, nodes), mesh_dim_names=("data", "nodes"))`` over all ranks. Every method
-    but ``check`` is a collective. Weights start as the first rank's; a node's row as that of the first rank with it.
+    mesh: ``init_device_mesh(device, (data, nodes), mesh_dim_names=("data", "nodes"))`` over all ranks. Weights start as
+    the first rank's; a node's row as that of the first rank with it. Every method but ``check`` and
+    ``shared_parameters`` is a collective: a rank whose input is refused leaves the others waiting for it.
     """
 
     def __init__(self, backbone: Backbone, prompts: Prompts, mesh: DeviceMesh) -> None:
