@@ -22,6 +22,7 @@ from stdist.training.engine import MOMENTS, ParameterGroup, adamw
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 try:
     import deepspeed
+    from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 except ModuleNotFoundError as error:
     raise InputError(
@@ -43,6 +44,14 @@ _MARKS = {
     *("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_zero_optimizer"),
 }
 """What DeepSpeed 0.19 leaves on parameters and modules, beside ds_...; some of it holds the optimizer's memory."""
+
+
+def _bound_waiting(device: torch.device) -> None:
+    """Has DeepSpeed's collectives wait for a silent learner as long as the launcher's; in a group that DeepSpeed makes
+    itself they wait for half an hour."""
+    if deepspeed_groups._WORLD_GROUP is None:
+        whole = dist.distributed_c10d._get_default_group()
+        deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=whole._get_backend(device).options._timeout)
 
 
 class DeepSpeedEngine:
@@ -69,6 +78,7 @@ class DeepSpeedEngine:
         self._dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
         self._linear = nn.functional.linear  # ZeRO-3 puts its own in this place, for every model of the process
         self._groups = [group for group in groups if group.parameters]
+        _bound_waiting(next(module.parameters()).device)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self._groups), config=configuration, dist_init_required=False
         )
