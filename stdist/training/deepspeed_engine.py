@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stdist.errors import InputError
-from stdist.training.engine import MOMENTS, ParameterGroup, adamw
+from stdist.training.engine import MOMENTS, ParameterGroup, Scheduled, adamw
 
 # Asked for, it is neither looked for nor talked about.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +54,7 @@ def _bound_waiting(device: torch.device) -> None:
         deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=whole._get_backend(device).options._timeout)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Scheduled):
     """See :class:`stdist.training.engine.Engine`.
 
     Args:
@@ -74,10 +74,10 @@ class DeepSpeedEngine:
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; launchers of many learners set it
-        self._module, self._schedule, self._steps = module, schedule, 0
+        super().__init__(groups, schedule)
+        self._module = module
         self._dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
         self._linear = nn.functional.linear  # ZeRO-3 puts its own in this place, for every model of the process
-        self._groups = [group for group in groups if group.parameters]
         _bound_waiting(next(module.parameters()).device)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self._groups), config=configuration, dist_init_required=False
@@ -87,19 +87,6 @@ class DeepSpeedEngine:
         if self._stage == 3:
             self._keep_whole(persistent)
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the first group, for the step to come."""
-        return self._groups[0].learning_rate * self._schedule(self._steps)
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for group in self._groups for name, parameter in group.parameters.items()}
-
     def backward(self, loss: Tensor) -> None:
         if self._stage == 3:
             # Tells ZeRO-3 that the backward pass before is over; DeepSpeed does so in the model's forward, which is
@@ -108,8 +95,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self) -> float:
-        for torch_group, group in zip(self._zero.param_groups, self._groups, strict=True):
-            torch_group["lr"] = group.learning_rate * self._schedule(self._steps)
+        self._set_rates(self._zero.param_groups)
         self._engine.step()
         self._forget_gradients()
         self._steps += 1

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -92,13 +92,12 @@ def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
     )
 
 
-class TorchEngine:
-    """AdamW with gradient clipping by global norm, for one learner."""
+class Scheduled:
+    """What every engine knows of its groups and of how far it is."""
 
-    def __init__(self, groups: Iterable[ParameterGroup], schedule: Callable[[int], float], max_grad_norm: float):
+    def __init__(self, groups: Iterable[ParameterGroup], schedule: Callable[[int], float]):
         self._groups = [group for group in groups if group.parameters]
-        self._optimizer = adamw(self._groups)
-        self._schedule, self._max_grad_norm, self._steps = schedule, max_grad_norm, 0
+        self._schedule, self._steps = schedule, 0
 
     @property
     def learning_rate(self) -> float:
@@ -113,13 +112,25 @@ class TorchEngine:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for group in self._groups for name, parameter in group.parameters.items()}
 
+    def _set_rates(self, param_groups: list[dict[str, Any]]) -> None:
+        """Gives an optimizer's groups the learning rates of the step to come."""
+        for torch_group, group in zip(param_groups, self._groups, strict=True):
+            torch_group["lr"] = group.learning_rate * self._schedule(self._steps)
+
+
+class TorchEngine(Scheduled):
+    """AdamW with gradient clipping by global norm, for one learner."""
+
+    def __init__(self, groups: Iterable[ParameterGroup], schedule: Callable[[int], float], max_grad_norm: float):
+        super().__init__(groups, schedule)
+        self._optimizer, self._max_grad_norm = adamw(self._groups), max_grad_norm
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._max_grad_norm)
-        for torch_group, group in zip(self._optimizer.param_groups, self._groups, strict=True):
-            torch_group["lr"] = group.learning_rate * self._schedule(self._steps)
+        self._set_rates(self._optimizer.param_groups)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._steps += 1
