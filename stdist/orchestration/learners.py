@@ -46,6 +46,8 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     recipe.check_learners(config, Group(0, learners.num_workers))
     recipe.refuse_foreign_folder(config.run_dir, config, recipe.open_task(config).store.digest)
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
+    # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with _cluster():
         resources = _resources_per_worker(config)
         say(f"{learners.num_workers} learners with {resources} each")
@@ -147,7 +149,8 @@ def _first_lost(failures: Mapping[int, Exception]) -> str:
     # One that only lost its partner says nothing of the cause.
     causes = {rank: e for rank, e in named.items() if not isinstance(e, SilentLearner)} or named
     rank, cause = next(iter(causes.items()))
-    text = " ".join(str(cause).split())[:300]
+    said = " ".join(str(cause).split())
+    text = (said.partition("The actor is dead because ")[2] or said)[:300]  # not who it was
     if isinstance(cause, OutOfMemoryError):
         text = f"out of memory on its host: {text}"
     return f"learner {rank} ({text})"

@@ -63,6 +63,7 @@ def test_a_full_disk(two, runs, undisturbed):
     runs.require_same("full", undisturbed)
 
 
+@pytest.mark.slow
 def test_two_learners_then_one_with_plain_torch(two, alone, runs, interrupted, undisturbed):
     interrupted("to-one")
     alone("to-one")
