@@ -27,8 +27,8 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
     from ray.train.v2._internal.execution import context as train_context
     from ray.train.v2.api.config import LoggingConfig
-except ModuleNotFoundError as error:
-    raise InputError("Ray is not installed; pip install 'stdist[cluster]', or set learners.num_workers: 1") from error
+except ImportError as error:  # also where Ray is there without what its training needs
+    raise InputError("Ray Train is not installed; pip install 'stdist[cluster]', or set num_workers: 1") from error
 
 FINAL = (InputError, DivergenceError, ResourceError)
 """What another try would meet again."""

@@ -14,9 +14,10 @@ from stdist.config import Config, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
-from stdist.training.engine import TorchEngine
 from stdist.vision_llm import recipe, scoring
 from stdist.vision_llm.checkpoints import load_policy
+from stdist.vision_llm.grpo import GRPOStage
+from stdist.vision_llm.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
 
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
@@ -169,21 +170,18 @@ def test_a_killed_run_resumes_to_the_same_losses(
 ) -> None:
     """Killed twice between checkpoints, in fine-tuning and in GRPO: log, forecasts and scores are those of ``run``."""
     config = config_of(store, tmp_path)
-    calls, step = 0, TorchEngine.step
+    for stage, name, last in ((SFTStage, "sft", 3), (GRPOStage, "grpo", 2)):
+        step = stage.step
 
-    def dying(engine: TorchEngine) -> float:
-        nonlocal calls
-        calls += 1
-        if calls in (2 + 2 + 4, 2 + 2 + 4 + 2 + 3):  # the 4th step of sft; then two of its again, and the 3rd of grpo
-            raise KeyboardInterrupt
-        return step(engine)
+        def dying(self: Any, number: int, backward: Any, step: Any = step, last: int = last) -> dict[str, float]:
+            if number == last:
+                raise KeyboardInterrupt
+            return step(self, number, backward)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TorchEngine, "step", dying)
-        for stage, last in (("sft", 3), ("grpo", 2)):
-            with pytest.raises(KeyboardInterrupt):
-                recipe.train(config, quiet)
-            assert trained_losses(config.run_dir)[-1][:2] == (stage, last)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stage, "step", dying)
+            recipe.train(config, quiet)
+        assert trained_losses(config.run_dir)[-1][:2] == (name, last)
     assert not (config.run_dir / "forecasts").exists()
     resumed = recipe.train(config, quiet)
     assert trained_losses(config.run_dir) == trained_losses(run)
