@@ -162,6 +162,7 @@ def start(runs, cluster, tmp_path) -> Iterator[Callable[..., Driver]]:
         driver.process.communicate()
 
 
+@pytest.mark.slow
 def test_a_learner_killed_in_mid_step(start, runs, undisturbed):
     driver = start("killed-learner", *ZERO2, trap="step sft 5 1")
     pid = driver.pid_in_trap()
