@@ -93,6 +93,7 @@ def before_grpo(finished_run, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_grpo(hanging_training, finish_training, stdist, before_grpo, finished_run, city):
     """SIGINT behind step 2: step 3 is saved, though no save is due, the exit code is 130, and the run goes on there."""
     process = hanging_training(before_grpo, "grpo", 2)
