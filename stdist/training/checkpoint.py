@@ -2,8 +2,8 @@
 
 A checkpoint is the model in Hugging Face layout (written by its first learner) plus ``trainer_state/`` for exact
 resume: every learner writes what it keeps of the optimizer, under names that know no engine, stage of ZeRO or number of
-learners, so that any of them goes on from it. Training waits while tensors are copied; files are
-written beside it, and the checkpoint counts once all learners have written theirs. No pickle is ever read.
+learners, so that any of them goes on from it. Training waits while tensors are copied; files are written beside it,
+and the checkpoint counts once all learners have written theirs. No pickle is ever read.
 """
 
 import json

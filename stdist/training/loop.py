@@ -190,13 +190,15 @@ class _Run:
             self._evaluate()
             self._save(started)
         while self.step < settings.max_steps and not (settings.patience and progress.stale >= settings.patience):
-            stop, scalars = self._one_step(interrupted)
+            scalars = self._one_step()
             advance(scalars["loss"])
             if self.step % settings.logging_steps == 0 or self.step == settings.max_steps:
                 self._log(scalars)
             evaluated = self.step % settings.eval_steps == 0 or self.step == settings.max_steps
             if evaluated:
                 self._evaluate()
+            # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
+            stop = any(self.group.gather(interrupted()))
             if evaluated or stop or self.step % settings.save_steps == 0:
                 self._save(started)
             else:
@@ -221,12 +223,12 @@ class _Run:
         with self.naming("checkpoint"):
             self.checkpoints.settle(wait)
 
-    def _one_step(self, interrupted: Callable[[], bool]) -> tuple[bool, dict[str, float]]:
-        """Makes a step. Returns whether a learner was told to stop, and the step's scalars over all learners."""
+    def _one_step(self) -> dict[str, float]:
+        """Makes a step. Returns its scalars over all learners."""
         name, group, number = self.stage.name, self.group, self.step + 1
         with naming_exhaustion(name, "forward and backward", number, group):
             mine = self.stage.step(self.step, self.engine.backward)
-            scalars_of, stops = zip(*group.gather((mine, interrupted())), strict=True)
+            scalars_of = group.gather(mine)
         losses = [scalars["loss"] for scalars in scalars_of]
         require_sane(losses, self.progress.ceiling, name, number, group, lambda: self.stage.examples(self.step))
         scalars = {key: _over_learners(key, [each[key] for each in scalars_of]) for key in mine}
@@ -242,7 +244,7 @@ class _Run:
         if len(self.progress.first_losses) < FIRST_STEPS:
             self.progress.first_losses.append(scalars["loss"])
         self.step += 1
-        return any(stops), scalars
+        return scalars
 
     def _save(self, started: float) -> None:
         self.progress.seconds = time.monotonic() - started

@@ -1,9 +1,11 @@
 """Modules as folders: ``config.json``, the spec, and ``model.safetensors``, the weights. Nothing here is pickled."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -14,6 +16,7 @@ from stdist.files import write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Spec = TypeVar("Spec", bound=BaseModel)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_module(module: nn.Module, spec: BaseModel, folder: Path) -> None:
@@ -29,7 +32,7 @@ def save_module(module: nn.Module, spec: BaseModel, folder: Path) -> None:
     write_atomically(folder / CONFIG, spec.model_dump_json(indent=1))
 
 
-def load_spec(kind: type[Spec], folder: Path) -> Spec:
+def _load_spec(kind: type[Spec], folder: Path) -> Spec:
     """The spec of a saved module. Raises InputError where the folder holds none of this kind."""
     try:
         return kind.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
@@ -41,7 +44,16 @@ def load_spec(kind: type[Spec], folder: Path) -> Spec:
         raise InputError(f"{folder / CONFIG} is not of a {kind.__name__}: {where}: {first['msg']}") from None
 
 
-def load_weights(module: nn.Module, folder: Path) -> None:
+def load_module(kind: Callable[[Spec], Module], spec_kind: type[Spec], folder: Path) -> Module:
+    """A saved module, made of its spec. Raises InputError where the folder does not hold one of this kind."""
+    spec = _load_spec(spec_kind, folder)
+    with torch.device("meta"):
+        module = kind(spec)
+    _load_weights(module, folder)
+    return module
+
+
+def _load_weights(module: nn.Module, folder: Path) -> None:
     """Gives ``module``, made on the meta device or not, the saved weights. Raises InputError where they do not fit."""
     path = folder / WEIGHTS
     try:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from stdist.errors import InputError
-from stdist.urban.folders import load_spec, load_weights, save_module
+from stdist.urban.folders import load_module, save_module
 
 MINUTES_PER_DAY = 24 * 60
 INITIAL_STD = 0.02
@@ -182,11 +182,7 @@ class Prompts(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Prompts":
         """Raises InputError where the folder does not hold prompts."""
-        spec = load_spec(PromptSpec, Path(folder))
-        with torch.device("meta"):
-            prompts = cls(spec)
-        load_weights(prompts, Path(folder))
-        return prompts
+        return load_module(cls, PromptSpec, Path(folder))
 
 
 def _rows(count: int, d: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stdist.errors import InputError
-from stdist.urban.folders import load_spec, load_weights, save_module
+from stdist.urban.folders import load_module, save_module
 from stdist.urban.prompts import Prompts
 
 BACKBONE, PROMPTS = "backbone", "prompts"
@@ -126,11 +126,7 @@ class Backbone(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Backbone":
         """Raises InputError where the folder does not hold a backbone."""
-        spec = load_spec(BackboneSpec, Path(folder))
-        with torch.device("meta"):
-            backbone = cls(spec)
-        load_weights(backbone, Path(folder))
-        return backbone
+        return load_module(cls, BackboneSpec, Path(folder))
 
 
 class UrbanPG(nn.Module):

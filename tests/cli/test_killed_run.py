@@ -95,8 +95,8 @@ def before_grpo(finished_run, tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_ctrl_c_in_grpo(hanging_training, finish_training, stdist, before_grpo, finished_run, city):
-    """SIGINT behind step 2: step 3 is saved, though no save is due, the exit code is 130, and the run goes on there."""
-    process = hanging_training(before_grpo, "grpo", 2)
+    """SIGINT in step 3: that step is saved, though no save is due, the exit code is 130, and the run goes on there."""
+    process = hanging_training(before_grpo, "grpo", 3)
     process.send_signal(signal.SIGINT)
     (before_grpo / "go_on").touch()
     out, err = process.communicate(timeout=300)

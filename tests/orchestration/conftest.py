@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -34,6 +36,32 @@ CONFIG: dict[str, Any] = {
     "sft": FORECAST | {"trainable": "full"},
     "grpo": FORECAST | {"num_generations": 2},
 }
+
+
+TOKEN = secrets.token_hex(16)
+"""Ray reads a process's token once."""
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A real cluster of this process, of two cores; with a token of its own: nothing goes into the user's home."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
+    with pytest.MonkeyPatch.context() as environment:
+        # Ray sets it where it is absent, and knows no other way to tell its own processes.
+        environment.setenv("RAY_AUTH_MODE", "")
+        environment.delenv("RAY_AUTH_MODE")
+        environment.setenv("RAY_AUTH_TOKEN", TOKEN)
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100 * 2**20,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 class Runs:

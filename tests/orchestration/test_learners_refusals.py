@@ -49,6 +49,12 @@ def test_the_folder_of_another_config(refused, runs, alone):
     assert "belongs to another config (alignment.max_steps is 1 there, 2 here)" in line
 
 
+def test_a_cluster_that_is_not_there(refused, monkeypatch):
+    assert not ray.is_initialized()  # this test stands before those that start a cluster
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert refused("nowhere", *TWO, asks_ray=True).startswith("nothing answers at 127.0.0.1:1 (Connection refused)")
+
+
 @pytest.mark.parametrize(
     ("asked", "missing"),
     [
@@ -59,14 +65,6 @@ def test_the_folder_of_another_config(refused, runs, alone):
         ),
     ],
 )
-def test_more_than_the_cluster_has(refused, monkeypatch, asked, missing):
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
+def test_more_than_the_cluster_has(refused, local_ray, asked, missing):
     line = refused("large", *TWO, "alignment.train_batch_size=4", "sft.windows_per_step=4", asked)
     assert line.startswith(missing)
-
-
-def test_a_cluster_that_is_not_there(refused, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    assert refused("nowhere", *TWO, asks_ray=True).startswith("nothing answers at 127.0.0.1:1 (Connection refused)")

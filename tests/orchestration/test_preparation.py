@@ -1,8 +1,6 @@
 """Parts on a real Ray cluster of this machine: the same bytes as in one process, whatever happens to a worker."""
 
-import logging
 import os
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,27 +22,6 @@ from stdist.orchestration.preparation import ray_executor  # noqa: E402
 Read = Callable[[Part], Iterator[Day]]
 PATIENCE = 300
 """Seconds a worker may take to end on a crowded machine."""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two workers; a token of its own, so that nothing is written into the user's home."""
-    with pytest.MonkeyPatch.context() as environment:
-        # Ray sets it where it is absent, and knows no other way to tell its own processes.
-        environment.setenv("RAY_AUTH_MODE", "")
-        environment.delenv("RAY_AUTH_MODE")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=100 * 2**20,
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +61,7 @@ def dying(read: Read, name: str, flag: Path) -> Read:
     return read_and_die
 
 
-def test_the_store_of_a_cluster_is_that_of_one_process(cluster, plan, digest, tmp_path):
+def test_the_store_of_a_cluster_is_that_of_one_process(local_ray, plan, digest, tmp_path):
     told: list[tuple[int, int]] = []
     with ray_executor("auto") as executor:
         summary = prepare(plan, tmp_path / "city.zarr", progress=lambda *step: told.append(step), executor=executor)
@@ -93,7 +70,7 @@ def test_the_store_of_a_cluster_is_that_of_one_process(cluster, plan, digest, tm
     assert ray.is_initialized()  # a connection that was there is left
 
 
-def test_the_part_of_a_killed_worker_is_run_again(cluster, plan, digest, tmp_path):
+def test_the_part_of_a_killed_worker_is_run_again(local_ray, plan, digest, tmp_path):
     flag = tmp_path / "lives"
     flag.write_bytes(b"x")
     with ray_executor("auto") as executor:
@@ -103,7 +80,7 @@ def test_the_part_of_a_killed_worker_is_run_again(cluster, plan, digest, tmp_pat
     assert flag.read_bytes() == b"" and summary.digest == digest
 
 
-def test_a_part_that_kills_every_worker_ends_it_and_a_restart_finishes(cluster, plan, digest, tmp_path, monkeypatch):
+def test_a_part_that_kills_every_worker_ends_it_and_a_restart_finishes(local_ray, plan, digest, tmp_path, monkeypatch):
     """What was done stays: after the restart the bytes are those of an undisturbed preparation."""
     monkeypatch.setattr(preparation, "MAX_RETRIES", 1)
     flag, out = tmp_path / "lives", tmp_path / "city.zarr"
@@ -116,7 +93,7 @@ def test_a_part_that_kills_every_worker_ends_it_and_a_restart_finishes(cluster, 
         assert prepare(plan, out, executor=executor).digest == digest
 
 
-def test_bad_input_in_a_part_is_one_line_and_stops_the_others(cluster, plan, tmp_path):
+def test_bad_input_in_a_part_is_one_line_and_stops_the_others(local_ray, plan, tmp_path):
     endless = tmp_path / "endless"
 
     def read(part: Part) -> Iterator[Day]:
@@ -137,7 +114,7 @@ def test_bad_input_in_a_part_is_one_line_and_stops_the_others(cluster, plan, tmp
         time.sleep(0.1)
 
 
-def test_results_come_as_parts_finish(cluster, tmp_path):
+def test_results_come_as_parts_finish(local_ray, tmp_path):
     seen = tmp_path / "seen"
 
     def run(part: Part) -> PartResult:
@@ -152,7 +129,7 @@ def test_results_come_as_parts_finish(cluster, tmp_path):
         assert [result.name for result in results] == ["slow"]
 
 
-def test_polars_keeps_to_the_core_of_its_task(cluster):
+def test_polars_keeps_to_the_core_of_its_task(local_ray):
     def run(part: Part) -> PartResult:
         import polars
 
