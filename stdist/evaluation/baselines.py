@@ -1,7 +1,8 @@
 """Forecasters that a model has to beat: last value, yesterday, last week, weekly profile, ridge.
 
 All of them see what the model sees of the past of a window and of the training span, and nothing else.
-Arrays are [T, C]: every frame of the store, the cells of one tile of the region flattened row by row.
+Arrays are [T, C]: every frame of the store, the cells of one tile of the region flattened row by row, or its nodes.
+NaN: a frame in a gap, or a node that is not there yet.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ Forecaster = Callable[[Int[np.ndarray, " N"]], Float[np.ndarray, "N K C"]]
 
 @dataclass(frozen=True, eq=False)
 class BaselineForecasts:
-    """Forecasts [n, K, h, w] in the data's units; ``fallbacks`` of the city's are persistence."""
+    """Forecasts [n, K, h, w] or [n, K, nodes] in the data's units; ``fallbacks`` of the city's are persistence."""
 
-    values: Float[np.ndarray, "n K h w"]
+    values: Float[np.ndarray, "n K *cells"]
     fallbacks: int
 
 
@@ -49,16 +50,18 @@ def forecast_baselines(
 
     Fitted on the windows that lie wholly in the days ``train``, for every cell on its own. Keys: ``persistence``,
     ``same time yesterday``, ``same time last week``, ``mean by weekday and slot`` and ``ridge``. A value of the
-    others that is missing (before the data's start, in a gap, never seen in training) is replaced by persistence
-    and counted. Raises InputError where no window fits ``train``.
+    others that is missing (before the start of the data or of a node, in a gap, never seen in training) is replaced by
+    persistence and counted. Raises InputError where no window fits ``train``.
     """
     S, K, channel, frames = windows.S, windows.K, windows.channel, len(store.times)
     fit = store.windows(train, S, K, channel=channel, region=windows.region, history_inside=True)
     fit_frames = slice(*store.frames_of(fit.span))
-    slots = week_slots(store)
+    slots, days = week_slots(store), store.local_times.astype("datetime64[D]")
     features = calendar(slots, store.slots_per_day, fit_frames.stop - fit_frames.start)
     for tile in tiles(windows.region, SERIES_IN_MEMORY // frames):
-        series = store.values(channel, 0, frames, tile).reshape(frames, -1).astype(np.float64)
+        filled = store.values(channel, 0, frames, tile).reshape(frames, -1)
+        late = False if store.since is None else days[:, None] < store.since[tile.slices]
+        series = np.where(late, np.nan, filled).astype(np.float64)
         inside = store.inside[tile.slices].ravel()
         forecasters: dict[str, Forecaster] = {
             "same time yesterday": partial(same_slot_before, series, K, store.slots_per_day),
@@ -67,7 +70,7 @@ def forecast_baselines(
             "ridge": ridge(series, features, fit.origins, S, K),
         }
         for block in cut(len(windows), max(1, forecast_header.POINTS_IN_MEMORY // (K * inside.size))):
-            last = persistence(series, K, windows.origins[block])
+            last = persistence(filled, K, windows.origins[block])
             shape = (*last.shape[:2], *tile.shape)
             made = {"persistence": BaselineForecasts(last.reshape(shape).astype(np.float32), 0)}
             for name, forecaster in forecasters.items():
@@ -141,14 +144,20 @@ def ridge(
 ) -> Forecaster:
     """Ridge regression of all K targets on S lags and the origin's calendar, in closed form per cell.
 
-    Lags and targets are scaled by the mean and deviation of the cell over the training windows.
+    Lags and targets are scaled by the mean and deviation of the cell over the training windows, those without a
+    missing value; NaN where there is none.
     """
     fits = []
     for cell in series.T:
         history = sliding_window_view(cell, S)[fit_origins - S + 1]  # row i of the view: frames i .. i+S-1
         targets = sliding_window_view(cell, K)[fit_origins + 1]
+        known = ~np.isnan(history).any(axis=1) & ~np.isnan(targets).any(axis=1)
+        if not known.any():
+            fits.append((np.nan, 1.0, np.zeros((S + calendar.shape[1], K))))
+            continue
+        history, targets = history[known], targets[known]
         mean, deviation = history.mean(), history.std() or 1.0
-        x = np.concatenate([(history - mean) / deviation, calendar[fit_origins]], axis=1)
+        x = np.concatenate([(history - mean) / deviation, calendar[fit_origins[known]]], axis=1)
         gram = x.T @ x + RIDGE_PENALTY * np.eye(x.shape[1])
         fits.append((mean, deviation, np.linalg.solve(gram, x.T @ ((targets - mean) / deviation))))
 

@@ -17,9 +17,9 @@ MASK_RULE = "observed points only; inputs may be imputed"
 class ForecastContract(BaseModel):
     """What a forecaster promised to forecast; travels with its forecasts.
 
-    ``region`` is (r0, r1, c0, c1), half-open, row 0 in the south; ``split`` covers the local days
-    ``first_day`` to ``last_day`` (ISO dates, both included), windows' history too where ``history_inside``;
-    ``S`` and ``K`` count frames.
+    ``region`` is (r0, r1, c0, c1) of a grid, half-open, row 0 in the south, or (n0, n1) of nodes; ``split`` covers
+    the local days ``first_day`` to ``last_day`` (ISO dates, both included), windows' history too where
+    ``history_inside``; ``S`` and ``K`` count frames.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,14 +36,14 @@ class ForecastContract(BaseModel):
     cadence_seconds: int
     S: int
     K: int
-    region: tuple[int, int, int, int]
+    region: tuple[int, int, int, int] | tuple[int, int]
 
 
 class EvaluationContract(ForecastContract):
     """What was scored: the protocol that every error figure carries.
 
     ``windows`` were scored of the ``windows_in_split`` that the split holds; ``points`` are observed
-    (window, step, cell) values; ``first_target`` and ``last_target`` are UTC stamps.
+    (window, step, cell or node) values; ``first_target`` and ``last_target`` are UTC stamps.
     """
 
     windows: int

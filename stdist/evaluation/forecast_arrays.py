@@ -9,7 +9,7 @@ import xarray as xr
 import zarr
 from jaxtyping import Float
 
-from stdist.data import Region
+from stdist.data.spans import AnyRegion
 from stdist.evaluation.blocks import cut
 from stdist.evaluation.forecast_header import (
     METADATA_KEY,
@@ -23,14 +23,14 @@ from stdist.evaluation.forecast_header import (
 
 def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
     contract = header.metadata.contract
-    r0, r1, c0, c1 = contract.region
-    dims = ("origin", "step", "row", "col")
+    space = header.dims[2:]
+    ids = header.cell_ids
     coords: dict[str, Any] = {
         "origin": ("origin", header.origins.astype("datetime64[ns]"), {"standard_name": "time"}),
         "step": ("step", np.arange(1, contract.K + 1)),
-        "row": ("row", np.arange(r0, r1)),
-        "col": ("col", np.arange(c0, c1)),
-        "cell": (("row", "col"), header.cell_ids),
+        **{dim: (dim, np.arange(s.start, s.stop)) for dim, s in zip(space, header.region.slices, strict=True)},
+        # As objects, text becomes Zarr's one type of text that has a specification.
+        "cell": (space, ids.astype(object) if ids.dtype.kind == "U" else ids),
     }
     if header.has_quantiles:
         coords["quantile"] = ("quantile", np.array(QUANTILES))
@@ -46,7 +46,7 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
             chunks=(*(1 for _ in leading), *block),
             dtype="float32",
             fill_value=np.nan,
-            dimension_names=(*(dim for dim, _ in leading), *dims),
+            dimension_names=(*(dim for dim, _ in leading), *header.dims),
             # xarray finds the coordinates that are not dimensions by this attribute alone.
             attributes={"units": contract.units, "coordinates": "cell"},
         )
@@ -69,14 +69,14 @@ def open_zarr(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         header = ForecastHeader(
             read_metadata(dataset.attrs.get(METADATA_KEY), path),
             dataset["origin"].values.astype("datetime64[ns]"),
-            dataset["cell"].values,
+            np.array(dataset["cell"].values.tolist()),
             has_quantiles="quantile" in dataset["forecast"].dims,
         )
     forecast = zarr.open_array(path / "forecast", mode="r")
     point = zarr.open_array(path / "point", mode="r") if header.has_quantiles else forecast
     header.require_shape(point.shape)
 
-    def read(windows: slice, tile: Region, quantiles: bool) -> Float[np.ndarray, "quantity n K h w"]:
+    def read(windows: slice, tile: AnyRegion, quantiles: bool) -> Float[np.ndarray, "quantity n K *cells"]:
         place = header.place(windows, tile)
         values = np.asarray(point[place])[None]
         if not (quantiles and header.has_quantiles):

@@ -1,6 +1,7 @@
 """What a file of forecasts says beside their values, and the blocks that are in memory of them."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from stdist.data import Region
+from stdist.data.spans import AnyRegion, NodeRange, Region
 from stdist.errors import InputError
 from stdist.evaluation.blocks import cut, tile_shape, tiles
 from stdist.evaluation.contract import ForecastMetadata, parsed
@@ -18,10 +19,10 @@ METADATA_KEY = "stdist"
 POINTS_IN_MEMORY = 2**20
 """Values (window, step, cell) that are read together, and written together unless one window has more."""
 
-ReadWindows = Callable[[slice], Float[np.ndarray, "quantity n K h w"]]
+ReadWindows = Callable[[slice], Float[np.ndarray, "quantity n K *cells"]]
 """Gives n consecutive windows: the point forecast, then the quantiles if there are any."""
 
-ReadBlock = Callable[[slice, Region, bool], Float[np.ndarray, "quantity n K h w"]]
+ReadBlock = Callable[[slice, AnyRegion, bool], Float[np.ndarray, "quantity n K *cells"]]
 """Gives n consecutive windows of a tile of the region: the point forecast, then, if wanted, the quantiles there are."""
 
 
@@ -31,16 +32,22 @@ class ForecastHeader:
 
     metadata: ForecastMetadata
     origins: Shaped[np.ndarray, " N"]
-    cell_ids: Shaped[np.ndarray, "h w"]
+    cell_ids: Shaped[np.ndarray, "*cells"]
     has_quantiles: bool
 
     @property
-    def region(self) -> Region:
-        return Region(*self.metadata.contract.region)
+    def region(self) -> AnyRegion:
+        edges = self.metadata.contract.region
+        return NodeRange(*edges) if len(edges) == 2 else Region(*edges)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(N, K, h, w)."""
+    def dims(self) -> tuple[str, ...]:
+        """Names of the axes of ``shape``."""
+        return ("origin", "step", *(("node",) if len(self.region.shape) == 1 else ("row", "col")))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K, h, w) of a grid, (N, K, n) of nodes."""
         return len(self.origins), self.metadata.contract.K, *self.region.shape
 
     @property
@@ -49,29 +56,28 @@ class ForecastHeader:
         return 1 + len(QUANTILES) * self.has_quantiles
 
     @property
-    def block(self) -> tuple[int, int, int, int]:
-        """(n, K, rows, cols) that are in memory together: ``POINTS_IN_MEMORY`` at most, while K is not more."""
+    def block(self) -> tuple[int, ...]:
+        """(n, K, rows, cols) or (n, K, nodes) in memory together: ``POINTS_IN_MEMORY`` at most, while K is not more."""
         windows, k, *cells = self.shape
-        together = POINTS_IN_MEMORY // max(1, k * int(np.prod(cells)))
-        rows, cols = tile_shape(tuple(cells), POINTS_IN_MEMORY // k)
-        return max(1, min(windows, together)), k, rows, cols
+        together = POINTS_IN_MEMORY // max(1, k * math.prod(cells))
+        return max(1, min(windows, together)), k, *tile_shape(tuple(cells), POINTS_IN_MEMORY // k)
 
-    def blocks(self) -> Iterator[tuple[slice, Region]]:
+    def blocks(self) -> Iterator[tuple[slice, AnyRegion]]:
         """All windows and cells, block by block: every window of one tile, then of the next."""
-        size, k, _, _ = self.block
+        size, k, *_ = self.block
         for tile in tiles(self.region, POINTS_IN_MEMORY // k):
             yield from ((windows, tile) for windows in cut(self.shape[0], size))
 
-    def place(self, windows: slice, tile: Region) -> tuple[slice, slice, slice, slice]:
-        """Where a block lies in an array [N, K, h, w]."""
-        r0, _, c0, _ = self.metadata.contract.region
-        return windows, slice(None), slice(tile.r0 - r0, tile.r1 - r0), slice(tile.c0 - c0, tile.c1 - c0)
+    def place(self, windows: slice, tile: AnyRegion) -> tuple[slice, ...]:
+        """Where a block lies in an array of ``shape``."""
+        pairs = zip(tile.slices, self.region.slices, strict=True)
+        return windows, slice(None), *(slice(t.start - r.start, t.stop - r.start) for t, r in pairs)
 
     def require_shape(self, shape: tuple[int, ...]) -> None:
-        """Raises InputError where an array of point forecasts is not [N, K, h, w]."""
+        """Raises InputError where an array of point forecasts is not of ``shape``."""
         if shape != self.shape:
             raise InputError(
-                f"forecasts have shape {shape}, their origins and contract say {self.shape} (origin, step, row, col)"
+                f"forecasts have shape {shape}, their origins and contract say {self.shape} ({', '.join(self.dims)})"
             )
         if self.cell_ids.shape != self.shape[2:]:
             raise InputError(f"cell ids have shape {self.cell_ids.shape}, the region is {self.shape[2:]}")

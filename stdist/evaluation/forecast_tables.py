@@ -9,7 +9,7 @@ import polars as pl
 from jaxtyping import Float, Shaped
 from polars.io.plugins import register_io_source
 
-from stdist.data import Region
+from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import forecast_header
 from stdist.evaluation.blocks import cut
@@ -21,7 +21,7 @@ STAMP = pl.col("origin").dt.replace_time_zone(None).cast(pl.Datetime("ns"))
 
 
 def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
-    _, k, h, w = header.shape
+    _, k, *cells = header.shape
 
     def tables(*_pushed_down: object) -> Iterator[pl.DataFrame]:
         for windows in cut(header.shape[0], header.block[0]):
@@ -30,7 +30,7 @@ def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None
             for steps in cut(k, max(1, together)):  # all at once, but of a large window
                 yield _table(header, windows, steps, values[:, :, steps])
 
-    nothing = _table(header, slice(0, 0), slice(0, k), np.empty((header.quantities, 0, k, h, w), np.float32))
+    nothing = _table(header, slice(0, 0), slice(0, k), np.empty((header.quantities, 0, k, *cells), np.float32))
     metadata = {
         METADATA_KEY: header.metadata.model_dump_json(),
         CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
@@ -39,12 +39,13 @@ def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None
 
 
 def _table(
-    header: ForecastHeader, windows: slice, steps: slice, values: Float[np.ndarray, "quantity n k h w"]
+    header: ForecastHeader, windows: slice, steps: slice, values: Float[np.ndarray, "quantity n k *cells"]
 ) -> pl.DataFrame:
     """The rows of some windows and steps (counted from 0), cells without a forecast left out."""
-    _, n, k, h, w = values.shape
-    origin = np.repeat(header.origins[windows].astype("datetime64[ns]"), k * h * w)
-    step = np.tile(np.repeat(np.arange(steps.start + 1, steps.stop + 1, dtype=np.int32), h * w), n)
+    _, n, k = values.shape[:3]
+    cells = header.cell_ids.size
+    origin = np.repeat(header.origins[windows].astype("datetime64[ns]"), k * cells)
+    step = np.tile(np.repeat(np.arange(steps.start + 1, steps.stop + 1, dtype=np.int32), cells), n)
     cadence = np.timedelta64(header.metadata.contract.cadence_seconds, "s")
     flat = values.reshape(len(values), -1).astype(np.float32)
     columns = {
@@ -78,7 +79,7 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         raise InputError(f"{path}: steps {steps[0]} to {steps[-1]}, the contract says 1 to {k}")
     header = ForecastHeader(metadata, origins, cell_ids, QUANTILE_COLUMNS[0] in table.collect_schema())
 
-    def read(windows: slice, tile: Region, quantiles: bool) -> Float[np.ndarray, "quantity n K h w"]:
+    def read(windows: slice, tile: AnyRegion, quantiles: bool) -> Float[np.ndarray, "quantity n K *cells"]:
         columns = ["forecast", *(QUANTILE_COLUMNS if quantiles and header.has_quantiles else ())]
         chosen, ids = origins[windows], cell_ids[header.place(windows, tile)[2:]]
         values = np.full((len(columns), len(chosen), k, ids.size), np.nan, np.float32)
@@ -94,7 +95,7 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         place = (
             np.searchsorted(chosen, rows["origin"].to_numpy()),
             rows["step"].to_numpy() - 1,
-            by_id[np.searchsorted(ids.ravel(), rows["cell"].to_numpy(), sorter=by_id)],
+            by_id[np.searchsorted(ids.ravel(), rows["cell"].to_numpy().astype(ids.dtype), sorter=by_id)],
         )
         written = np.zeros(values.shape[1:], bool)
         written[place] = True
@@ -106,5 +107,5 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
     return header, read
 
 
-def _is_one_of(cell_ids: Shaped[np.ndarray, "h w"]) -> pl.Expr:
+def _is_one_of(cell_ids: Shaped[np.ndarray, "*cells"]) -> pl.Expr:
     return pl.col("cell").is_in(pl.lit(pl.Series(cell_ids.ravel())).implode())

@@ -157,7 +157,7 @@ class ForecastWriter:
 
     def _begin(self) -> None:
         self._forget()
-        _, horizon, _, _ = self._header.shape
+        horizon = self._header.shape[1]
         self._pieces = zarr.create_array(
             self.partial / "pieces.zarr",
             shape=(self._header.quantities, self.plan.windows, horizon, self.plan.cells),
@@ -177,12 +177,12 @@ class ForecastWriter:
         progress = {"whole": self._whole, "counts": self.counts, "work": self._work}
         write_atomically(self.partial / "progress.json", json.dumps(progress))
 
-    def _read(self, windows: slice) -> Float[np.ndarray, "quantity n K h w"]:
+    def _read(self, windows: slice) -> Float[np.ndarray, "quantity n K *cells"]:
         values = np.asarray(self._pieces[:, windows])
-        _, _, height, width = self._header.shape
-        grid = np.full((*values.shape[:3], height * width), np.nan, np.float32)
+        ids = self._header.cell_ids
+        grid = np.full((*values.shape[:3], ids.size), np.nan, np.float32)
         grid[..., self._cells] = values
-        return grid.reshape(*values.shape[:3], height, width)
+        return grid.reshape(*values.shape[:3], *ids.shape)
 
 
 def _lock(path: Path, wanted: Path) -> IO[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float, Shaped
 
-from stdist.data import Region
+from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation.contract import ForecastMetadata
 from stdist.evaluation.forecast_arrays import open_zarr, write_zarr
@@ -28,25 +28,29 @@ class ForecastFile:
     header: ForecastHeader
     _read: ReadBlock
 
-    def read(self, windows: slice, tile: Region, *, quantiles: bool = False) -> Float[np.ndarray, "quantity n K h w"]:
+    def read(
+        self, windows: slice, tile: AnyRegion, *, quantiles: bool = False
+    ) -> Float[np.ndarray, "quantity n K *cells"]:
         """See ``ReadBlock``; NaN where there is no forecast. Raises InputError where the file is damaged."""
         return self._read(windows, tile, quantiles)
 
 
 @dataclass(frozen=True, eq=False)
 class Forecasts:
-    """Point forecasts of N windows, K steps and the h x w cells of one region, in the data's units.
+    """Point forecasts of N windows, K steps and the cells of one region, in the data's units.
+
+    Cells are h x w of a grid, or n nodes.
 
     ``origins`` are the UTC stamps (datetime64[ns]) of the last history frames; step k (from 1) is the value
     k frames later. ``quantiles`` holds the 0.1, 0.5 and 0.9 quantiles of the candidates, or None for a
     single candidate. Cells nobody forecast (outside the city) are NaN.
     """
 
-    values: Float[np.ndarray, "N K h w"]
+    values: Float[np.ndarray, "N K *cells"]
     origins: Shaped[np.ndarray, " N"]
-    cell_ids: Shaped[np.ndarray, "h w"]
+    cell_ids: Shaped[np.ndarray, "*cells"]
     metadata: ForecastMetadata
-    quantiles: Float[np.ndarray, "3 N K h w"] | None = None
+    quantiles: Float[np.ndarray, "3 N K *cells"] | None = None
 
     def __post_init__(self) -> None:
         self.header.require_shape(self.values.shape)
@@ -58,7 +62,9 @@ class Forecasts:
     def header(self) -> ForecastHeader:
         return ForecastHeader(self.metadata, self.origins, self.cell_ids, self.quantiles is not None)
 
-    def read(self, windows: slice, tile: Region, *, quantiles: bool = False) -> Float[np.ndarray, "quantity n K h w"]:
+    def read(
+        self, windows: slice, tile: AnyRegion, *, quantiles: bool = False
+    ) -> Float[np.ndarray, "quantity n K *cells"]:
         """What ``ForecastFile.read`` gives."""
         place = self.header.place(windows, tile)
         wanted = self.quantiles if quantiles and self.quantiles is not None else np.empty((0, *self.values.shape))
@@ -68,15 +74,15 @@ class Forecasts:
 def write_forecasts(forecasts: Forecasts, path: Path | str) -> Path:
     """Write to ``path``, by its suffix; the name appears only when the file is whole, replacing an older one.
 
-    ``.zarr``: array ``forecast (origin, step, row, col)``; with quantiles ``forecast (quantile, origin,
-    step, row, col)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value, cells
-    without a forecast left out. Raises InputError for another suffix.
+    ``.zarr``: array ``forecast (origin, step, row, col)``, of nodes ``(origin, step, node)``; with quantiles
+    ``forecast (quantile, origin, …)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value,
+    cells without a forecast left out. Raises InputError for another suffix.
     """
     path = require_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = forecasts.header
 
-    def read(windows: slice) -> Float[np.ndarray, "quantity n K h w"]:
+    def read(windows: slice) -> Float[np.ndarray, "quantity n K *cells"]:
         return forecasts.read(windows, header.region, quantiles=True)
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:

@@ -1,8 +1,11 @@
-"""MAE, RMSE and NRMSE as sums and counts: any batch size, any number of ranks, one answer.
+"""MAE, RMSE, MAPE and NRMSE as sums and counts: any batch size, any number of ranks, one answer.
 
 Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23. Papers report these either pooled over all
 points or as the mean of the horizons' figures; the two differ, so both are always given. Only observed
 points are scored (docs/decisions.md).
+
+MAPE is the field's: a ratio (0.12 is 12 %), over the points whose truth is not zero. As BasicTS does, a truth within
+``ZERO`` of zero, in the data's units, counts as zero: one value of 1e-9 would otherwise outweigh all others.
 """
 
 from __future__ import annotations
@@ -16,24 +19,29 @@ from jaxtyping import Bool, Float, Int
 
 from stdist.errors import InputError
 
+ZERO = 5e-5
+
 
 @dataclass(frozen=True, eq=False)
 class ErrorState:
     """Sums over observed points, one entry per horizon step (or per cell, see ``of_cells``).
 
     States add with ``+``; the sum of the states of any partition of the windows is the state of all of
-    them, up to float64 rounding. Sums are in the data's units (``sum_squared_error`` in units squared).
+    them, up to float64 rounding. Sums are in the data's units (``sum_squared_error`` in units squared,
+    ``sum_relative_error`` without any); ``nonzero_count`` of the ``count`` points have a truth that MAPE divides by.
     """
 
     count: Int[np.ndarray, " K"]
+    nonzero_count: Int[np.ndarray, " K"]
     sum_absolute_error: Float[np.ndarray, " K"]
     sum_squared_error: Float[np.ndarray, " K"]
     sum_truth: Float[np.ndarray, " K"]
+    sum_relative_error: Float[np.ndarray, " K"]
 
     @classmethod
     def empty(cls, size: int) -> ErrorState:
         """The state that has seen nothing, for ``size`` horizon steps."""
-        return cls(np.zeros(size, np.int64), *(np.zeros(size) for _ in range(3)))
+        return cls(np.zeros(size, np.int64), np.zeros(size, np.int64), *(np.zeros(size) for _ in range(4)))
 
     @classmethod
     def of(
@@ -59,29 +67,32 @@ class ErrorState:
                 place = ", ".join(str(i) for i in np.argwhere(bad)[0])
                 raise InputError(
                     f"{name} is not finite at {int(bad.sum())} observed points, first at index ({place}) of "
-                    "(window, step, row, col): make the forecast again, or mark the points as not observed"
+                    "(window, step, row, col or node): make the forecast again, or mark the points as not observed"
                 )
         truth64 = np.where(observed, truth, 0).astype(np.float64)
         error = np.where(observed, forecast, 0).astype(np.float64) - truth64
+        nonzero = np.abs(truth64) > ZERO  # what is not observed is 0 here
         axes = (0, *range(2, truth.ndim))
         return cls(
             observed.sum(axes, dtype=np.int64),
+            nonzero.sum(axes, dtype=np.int64),
             np.abs(error).sum(axes),
             np.square(error).sum(axes),
             truth64.sum(axes),
+            np.abs(np.divide(error, truth64, out=np.zeros_like(error), where=nonzero)).sum(axes),
         )
 
     @classmethod
     def of_cells(
         cls,
-        forecast: Float[np.ndarray, "B K h w"],
-        truth: Float[np.ndarray, "B K h w"],
-        observed: Bool[np.ndarray, "B K h w"],
+        forecast: Float[np.ndarray, "B K *cells"],
+        truth: Float[np.ndarray, "B K *cells"],
+        observed: Bool[np.ndarray, "B K *cells"],
     ) -> ErrorState:
-        """The state with one entry per cell, row by row (h*w entries), pooled over windows and horizons."""
+        """The state with one entry per cell (row by row) or node, pooled over windows and horizons."""
 
         def by_cell(array: np.ndarray) -> np.ndarray:
-            return array.reshape(-1, array.shape[2] * array.shape[3])
+            return array.reshape(-1, math.prod(array.shape[2:]))
 
         return cls.of(by_cell(forecast), by_cell(truth), by_cell(observed))
 
@@ -105,23 +116,28 @@ class ErrorState:
             getattr(self, f.name)[cells] += getattr(part, f.name)
 
     def errors(self) -> dict[str, Float[np.ndarray, " K"]]:
-        """``mae``, ``rmse``, ``nrmse`` of each entry (Eq. 21, 22, 23); NaN where nothing was observed."""
+        """``mae``, ``rmse``, ``mape``, ``nrmse`` of each entry (Eq. 21, 22, 23); NaN where nothing was observed.
+
+        MAPE is NaN too where no truth differs from zero.
+        """
         with np.errstate(invalid="ignore", divide="ignore"):
             mae = self.sum_absolute_error / self.count
             rmse = np.sqrt(self.sum_squared_error / self.count)
+            mape = self.sum_relative_error / self.nonzero_count
             mean_truth = self.sum_truth / self.count
             nrmse = np.where(mean_truth > 0, rmse / mean_truth, np.nan)
-        return {"mae": mae, "rmse": rmse, "nrmse": nrmse}
+        return {"mae": mae, "rmse": rmse, "mape": mape, "nrmse": nrmse}
 
     def pooled(self) -> dict[str, float]:
-        """``mae``, ``rmse``, ``nrmse`` over all points of all horizons at once, and ``points``."""
+        """``mae``, ``rmse``, ``mape``, ``nrmse`` over all points of all horizons at once, and ``points``."""
         whole = ErrorState(*(getattr(self, f.name).sum(keepdims=True) for f in fields(self)))
         return {**{name: float(v[0]) for name, v in whole.errors().items()}, "points": int(self.count.sum())}
 
     def mean_of_horizons(self) -> dict[str, float]:
-        """Mean over the horizons of each horizon's figure; horizons with no observed point are left out."""
-        scored = self.count > 0
-        means = {n: float(v[scored].mean()) if scored.any() else math.nan for n, v in self.errors().items()}
+        """Mean over the horizons of each horizon's figure; horizons with no point that counts are left out."""
+        counts = {"mape": self.nonzero_count}
+        scored = {n: v[counts.get(n, self.count) > 0] for n, v in self.errors().items()}
+        means = {n: float(v.mean()) if v.size else math.nan for n, v in scored.items()}
         return {**means, "points": int(self.count.sum())}
 
     def summary(self) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from stdist.data import DaySpan, GridStore, Region, Windows, open_store
+from stdist.data import DaySpan, GridStore, Windows, open_store
 from stdist.data.audit import data_digest, refuse_leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
@@ -32,13 +32,8 @@ class EvaluationResult:
 
 
 def forecast_contract(windows: Windows) -> ForecastContract:
-    """The contract of forecasts that are about to be made of ``windows``, or of some of them.
-
-    Raises InputError for a store of nodes.
-    """
-    store, region = windows.store, windows.region
-    if not isinstance(region, Region):
-        raise InputError(f"{store.path} holds nodes; forecasts are kept and scored of grids only")
+    """The contract of forecasts that are about to be made of ``windows``, or of some of them."""
+    store = windows.store
     inside = "targets and history" if windows.history_inside else "targets"
     return ForecastContract(
         city=store.city,
@@ -53,14 +48,14 @@ def forecast_contract(windows: Windows) -> ForecastContract:
         cadence_seconds=int(store.cadence / np.timedelta64(1, "s")),
         S=windows.S,
         K=windows.K,
-        region=(region.r0, region.r1, region.c0, region.c1),
+        region=astuple(windows.region),
     )
 
 
 def evaluate(forecasts: Forecasts | Path | str, store: GridStore | Path | str) -> EvaluationResult:
     """Score forecasts (or a file of them) against the store they were made on, observed points only.
 
-    MAE, RMSE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23),
+    MAE, RMSE, MAPE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23),
     pooled and per horizon. A file is read block by block (``ForecastHeader.blocks``), and the truth through the
     store's ``frame_cache``: neither the number of windows nor that of cells decides what is in memory. Raises
     InputError where the forecasts were made on other data, reach past it, name cells or times it does not have,
@@ -115,9 +110,8 @@ def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, In
             f"{int(foreign.sum())} forecast cells are not in {store.path}, first "
             f"{header.cell_ids[foreign][0]}: score them on the store they were made on"
         )
-    r0, r1, c0, c1 = contract.region
-    if not np.array_equal(store.cell_ids[r0:r1, c0:c1], header.cell_ids):
-        raise InputError(f"the forecast cells are not those of region {r0}:{r1},{c0}:{c1} of {store.path}")
+    if not np.array_equal(store.cell_ids[store.region(header.region).slices], header.cell_ids):
+        raise InputError(f"the forecast cells are not those of region {header.region} of {store.path}")
     if not len(header.origins):
         raise InputError("the forecasts hold no window; there is nothing to score")
     index = np.searchsorted(store.times, header.origins)

@@ -1,11 +1,11 @@
-"""A small hourly city with everything that can go wrong: missing values, a gap, a cell outside the city."""
+"""Small cities with everything that can go wrong: missing values, a gap, a cell outside, a node that comes late."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stdist.data import GridSpec, GridStore, GridWriter, Split, open_store
+from stdist.data import GridSpec, GridStore, GridWriter, NodeSpec, Split, open_store
 from stdist.evaluation import ForecastMetadata, Forecasts, forecast_contract
 
 DAYS, SLOTS, H, W = 21, 24, 4, 3
@@ -37,6 +37,33 @@ def write_city(out: Path, city: str = "toyville", seed: int = 0) -> GridStore:
         return open_store(writer.finalise(split))
 
 
+def write_nodes(out: Path, days: int = 21, cadence: int = 60, **places: np.ndarray) -> GridStore:
+    """Ten sensors with ids of text and true zeros; the last day is tested, the one before validation; UTC-8.
+
+    Sensor 7 is there from the third day.
+    """
+    rng, per_day, first = np.random.default_rng(2), 24 * 60 // cadence, np.datetime64("2024-03-04")
+    t = np.arange(days * per_day)
+    shape = 60 + 40 * np.sin(2 * np.pi * t / per_day)
+    values = (shape[:, None] * rng.uniform(0.2, 3, 10) * rng.uniform(0.9, 1.1, (len(t), 10))).astype(np.float32)
+    values[rng.random(values.shape) < 0.02] = np.nan
+    values[rng.random(values.shape) < 0.02] = 0
+    since = np.full(10, first)
+    since[7] += 2
+    values[: 2 * per_day, 7] = np.nan
+    ids, last = np.array([f"s{i}" for i in range(10)]), first + days - 1
+    spec = NodeSpec("sensors", ("flow",), first, last, ids, cadence, -480, "vehicles", since=since, **places)
+    with GridWriter(out, spec, {"made by": "a test"}) as writer:
+        for day in range(days):
+            writer.write_day(day, {"flow": values[day * per_day : (day + 1) * per_day]})
+        return open_store(writer.finalise(Split.parse([first, last - 2], [last - 1, last - 1], [last, last])))
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
+    return write_nodes(tmp_path_factory.mktemp("nodes") / "sensors.zarr")
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
     return write_city(tmp_path_factory.mktemp("city") / "toyville.zarr")
@@ -47,7 +74,7 @@ def make_forecasts(windows, *, quantiles: bool = False, error: float = 5.0) -> F
     rng = np.random.default_rng(7)
     truth = windows.read(np.arange(len(windows))).target
     values = (truth + rng.normal(0, error, truth.shape)).astype(np.float32)
-    spread = np.array([-3, 0, 4], np.float32).reshape(3, 1, 1, 1, 1)
+    spread = np.array([-3, 0, 4], np.float32).reshape(3, *(1 for _ in values.shape))
     region = windows.region
     values[:, :, ~windows.store.inside[region.slices]] = np.nan
     return Forecasts(

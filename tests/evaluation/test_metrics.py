@@ -18,7 +18,9 @@ FORECAST = TRUTH + np.array([[1.0, -3.0], [2.0, 0.0]])[..., None, None]
 
 def random_batch(rng, n, k=3, h=2, w=2):
     truth = rng.gamma(2.0, 50.0, (n, k, h, w))
-    return truth + rng.normal(0, 20, truth.shape), truth, rng.random(truth.shape) < 0.8
+    forecast = truth + rng.normal(0, 20, truth.shape)
+    truth[rng.random(truth.shape) < 0.1] = 0
+    return forecast, truth, rng.random(truth.shape) < 0.8
 
 
 def test_eq21_mae_by_hand():
@@ -58,14 +60,34 @@ def test_unobserved_points_count_nowhere():
     assert pooled == {
         "mae": 1.0,
         "rmse": pytest.approx(math.sqrt(5 / 3)),
+        "mape": pytest.approx((1 / 2 + 2 / 4 + 0) / 3),
         "nrmse": pytest.approx(math.sqrt(5 / 3) / (14 / 3)),
         "points": 3,
     }
 
 
-def test_true_zeros_are_scored():
+def test_true_zeros_are_scored_but_not_by_mape():
     truth = np.array([0.0, 10.0]).reshape(2, 1, 1, 1)
-    assert ErrorState.of(truth + 2, truth).pooled() == {"mae": 2.0, "rmse": 2.0, "nrmse": 0.4, "points": 2}
+    expected = {"mae": 2.0, "rmse": 2.0, "mape": 0.2, "nrmse": 0.4, "points": 2}
+    assert ErrorState.of(truth + 2, truth).pooled() == expected
+
+
+def test_mape_by_hand():
+    summary = ErrorState.of(FORECAST, TRUTH).summary()
+    assert summary["pooled"]["mape"] == pytest.approx((1 / 2 + 3 / 6 + 2 / 4 + 0) / 4)
+    assert [step["mape"] for step in summary["per_horizon"]] == pytest.approx([(1 / 2 + 2 / 4) / 2, (3 / 6) / 2])
+    # Of nodes; a truth of next to nothing does not count, a negative one does.
+    state = ErrorState.of(np.array([[[5.0, 1.0, 3.0]]]), np.array([[[4.0, 1e-6, -2.0]]]))
+    assert state.pooled()["mape"] == pytest.approx((1 / 4 + 5 / 2) / 2)
+    assert state.nonzero_count == 2 and state.count == 3
+
+
+def test_a_horizon_of_zeros_has_no_mape_and_is_left_out_of_its_mean():
+    truth = np.array([[[4.0], [0.0]]])
+    summary = ErrorState.of(truth + 1, truth).summary()
+    assert math.isnan(summary["per_horizon"][1]["mape"]) and summary["per_horizon"][1]["mae"] == 1
+    assert summary["mean_of_horizons"]["mape"] == 0.25
+    assert math.isnan(ErrorState.of(np.ones((1, 1, 1)), np.zeros((1, 1, 1))).pooled()["mape"])
 
 
 def test_horizon_without_observation_is_left_out_of_the_mean():
@@ -86,8 +108,8 @@ def test_sum_of_any_split_is_the_single_pass(seed, cuts, order):
     for part in parts:
         state = state.update(forecast[part], truth[part], observed[part])
     whole = ErrorState.of(forecast, truth, observed)
-    assert np.array_equal(state.count, whole.count)
-    for name in ("sum_absolute_error", "sum_squared_error", "sum_truth"):
+    assert np.array_equal(state.count, whole.count) and np.array_equal(state.nonzero_count, whole.nonzero_count)
+    for name in ("sum_absolute_error", "sum_squared_error", "sum_truth", "sum_relative_error"):
         np.testing.assert_allclose(getattr(state, name), getattr(whole, name), rtol=1e-12)
 
 

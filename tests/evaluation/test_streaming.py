@@ -85,6 +85,7 @@ def test_figures_are_those_of_plain_xarray(store, windows, suffix, tmp_path, mon
     expected = {
         "mae": float(abs(error).mean()),
         "rmse": float((error**2).mean() ** 0.5),
+        "mape": float(abs(error / truth).where(abs(truth) > 0).mean()),
         "nrmse": float((error**2).mean() ** 0.5 / truth.astype(float).where(observed).mean()),
         "points": int(observed.sum()),
     }
