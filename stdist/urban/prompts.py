@@ -7,7 +7,6 @@ with standard deviation ``INITIAL_STD``, so that a noisy node looks like one tha
 """
 
 import copy
-import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -19,9 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from stdist.errors import InputError
+from stdist.urban.city import MINUTES_PER_DAY, City
 from stdist.urban.folders import load_module, save_module
 
-MINUTES_PER_DAY = 24 * 60
 INITIAL_STD = 0.02
 """On a synthetic city of 300 nodes, 600 steps of AdamW left a test MAE of 13.0 with it, and of 15.1 with 1."""
 DRAWN_TOGETHER = 16384
@@ -56,19 +55,16 @@ class PromptSpec(BaseModel):
         return MINUTES_PER_DAY // self.cadence
 
 
-class Prompts(nn.Module):
+class Prompts(City):
     """E_tod [slots, d], E_dow [7, d], E_s [N, d] in one tensor per period, E_d [d]; mean and std in the data's units.
 
     ``first_node``: number, in the whole city, of the first node that is here (:meth:`part`). Raises InputError where
     the spec makes no sense.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, spec: PromptSpec, mean: float = 0.0, std: float = 1.0) -> None:
-        super().__init__()
-        _check(spec, mean, std)
+        super().__init__(f"prompts {spec.scenario!r}", spec.cadence, mean, std)
+        _check(spec)
         self.spec, self.first_node = spec, 0
         if spec.temporal:
             self.time_of_day = nn.Parameter(_rows(spec.slots, spec.d))
@@ -76,17 +72,6 @@ class Prompts(nn.Module):
         self.node_rows = nn.ParameterList(nn.Parameter(_rows(count, spec.d)) for count in spec.periods if spec.spatial)
         if spec.spatial:
             self.shared = nn.Parameter(_rows(1, spec.d)[0])
-        self.register_buffer("mean", torch.tensor(float(mean)))
-        self.register_buffer("std", torch.tensor(float(std)))
-
-    def normalise(self, history: Float[Tensor, "B S N"]) -> Float[Tensor, "B N S"]:
-        """z-scores; a missing value (NaN) is the mean."""
-        scores = (history - self.mean) / self.std
-        return scores.masked_fill(scores.isnan(), 0.0).transpose(1, 2)
-
-    def restore(self, scores: Float[Tensor, "B N K"]) -> Float[Tensor, "B K N"]:
-        """z-scores in the data's units."""
-        return torch.addcmul(self.mean, scores, self.std).transpose(1, 2)
 
     def temporal(self, slot: Int64[Tensor, "B"], weekday: Int64[Tensor, "B"]) -> Float[Tensor, "B d"] | None:
         """P_t (Eq. 3): one row for all nodes of a sample. None without temporal context."""
@@ -125,20 +110,6 @@ class Prompts(nn.Module):
             noisy.append(chosen[here] - first)
             noise.append(normal[here])
         return torch.cat(replaced), torch.cat(noisy), torch.cat(noise).to(rows.dtype) * INITIAL_STD
-
-    def calendar(self, local_times: np.ndarray) -> tuple[Int64[Tensor, "B"], Int64[Tensor, "B"]]:
-        """Slot of the day and weekday (Monday 0) of last history frames, datetime64 [B] in the city's local time.
-
-        Raises InputError where one lies between two slots: the data has another cadence than the prompts.
-        """
-        minutes = local_times.astype("datetime64[m]").astype(np.int64)
-        if np.any(off := minutes % self.spec.cadence):
-            raise InputError(
-                f"{local_times[off != 0][0]} is no time of prompts {self.spec.scenario!r}, which have a slot every "
-                f"{self.spec.cadence} min; make prompts of the data's cadence"
-            )
-        slot, days = minutes % MINUTES_PER_DAY // self.spec.cadence, minutes // MINUTES_PER_DAY
-        return torch.from_numpy(slot), torch.from_numpy((days + 3) % 7)  # 1 January 1970 was a Thursday
 
     def expand(self, new_nodes: int, *, train_old_rows: bool = False) -> "Prompts":
         """Prompts for ``new_nodes`` more nodes behind the old ones (Eq. 9), whose rows are copied bit by bit.
@@ -189,15 +160,11 @@ def _rows(count: int, d: int) -> Tensor:
     return torch.normal(0.0, INITIAL_STD, (count, d))
 
 
-def _check(spec: PromptSpec, mean: float, std: float) -> None:
+def _check(spec: PromptSpec) -> None:
     what = f"prompts {spec.scenario!r}"
     if not re.fullmatch(r"[\w.-]*\w", spec.scenario):
         raise InputError(f"{what}: the scenario names a folder; give letters, digits, '-', '_' and '.' only")
-    if spec.cadence < 1 or MINUTES_PER_DAY % spec.cadence:
-        raise InputError(f"{what}: a cadence of {spec.cadence} min does not divide a day; give whole minutes that do")
     if not spec.periods or min(spec.periods) < 1 or spec.d < 1:
         raise InputError(f"{what}: {list(spec.periods)} nodes with d {spec.d}; give at least 1 of each")
     if not (0 <= spec.p < 1 and 0 <= spec.q < 1):
         raise InputError(f"{what}: p {spec.p}, q {spec.q}; Eq. 4 takes both from [0, 1)")
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise InputError(f"{what}: mean {mean}, std {std}; give those of the training span, std above 0")

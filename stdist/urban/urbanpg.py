@@ -179,33 +179,9 @@ class UrbanPG(nn.Module):
 
     def check(self, history: Tensor, slot: Tensor, weekday: Tensor) -> None:
         """Raises InputError as ``forward`` does; waits for the device once."""
-        spec, S = self.prompts.spec, self.backbone.spec.history
-        who = f"prompts {spec.scenario!r}"
-        if history.ndim != 3 or history.shape[1] != S:
-            raise InputError(f"history is {list(history.shape)}; the backbone needs [B, {S}, N]")
-        if history.shape[2] != spec.nodes:
-            raise InputError(
-                f"history has {history.shape[2]} nodes, {who} have {spec.nodes}; expand them for nodes that joined, "
-                "or fit new prompts on the frozen backbone"
-            )
-        if slot.shape != history.shape[:1] or weekday.shape != slot.shape:
-            raise InputError(f"slot {list(slot.shape)}, weekday {list(weekday.shape)}: give one of each per sample")
-        empty = history.isnan().all(1)
-        wrong = (slot < 0) | (slot >= spec.slots), (weekday < 0) | (weekday > 6)
-        if not torch.stack([empty.any(), *(w.any().to(empty.device) for w in wrong)]).any():
-            return
-        if wrong[0].any():
-            raise InputError(
-                f"slot {int(slot[wrong[0]][0])} is not in the calendar of {who}: {spec.slots} slots of "
-                f"{spec.cadence} min, from 0; is the data of another cadence?"
-            )
-        if wrong[1].any():
-            raise InputError(f"weekday {int(weekday[wrong[1]][0])} is none; give 0 (Monday) to 6")
-        sample, node = empty.nonzero()[0].tolist()
-        raise InputError(
-            f"node {self.prompts.first_node + node} has no value in the history of sample {sample} "
-            f"({int(empty.any(0).sum())} such nodes in the batch); impute them, or leave them out"
-        )
+        remedy = "expand them for nodes that joined, or fit new prompts on the frozen backbone"
+        frames, nodes = self.backbone.spec.history, self.prompts.spec.nodes
+        self.prompts.check_batch(history, slot, weekday, frames, nodes, remedy, self.prompts.first_node)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``backbone/`` and ``prompts/SCENARIO/`` in ``folder``; other scenarios there stay."""
