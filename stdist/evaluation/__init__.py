@@ -8,10 +8,21 @@ from stdist.evaluation.forecasts import Forecasts, open_forecasts, read_forecast
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
 from stdist.evaluation.report import build_report
-from stdist.evaluation.run_files import RunMetrics, add_variants, write_metrics
+from stdist.evaluation.run_files import (
+    Efficiency,
+    Embeddings,
+    Projection,
+    RunMetrics,
+    Table,
+    add_variants,
+    write_embeddings,
+    write_metrics,
+)
 
 __all__ = [
     "BaselineForecasts",
+    "Efficiency",
+    "Embeddings",
     "ErrorState",
     "EvaluationContract",
     "EvaluationResult",
@@ -22,7 +33,9 @@ __all__ = [
     "Forecasts",
     "Piece",
     "PiecePlan",
+    "Projection",
     "RunMetrics",
+    "Table",
     "add_variants",
     "build_report",
     "evaluate",
@@ -31,6 +44,7 @@ __all__ = [
     "open_forecasts",
     "read_forecasts",
     "score_baselines",
+    "write_embeddings",
     "write_forecasts",
     "write_metrics",
 ]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from stdist.evaluation.run_files import StageLog
+from stdist.evaluation.run_files import Projection, StageLog
 
 MODEL = "#c2410c"
 TRUTH = "#1f2937"
@@ -201,4 +201,63 @@ def error_map(
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return figure
+
+
+def node_errors(
+    nrmse: Float[np.ndarray, " n"],
+    mae: Float[np.ndarray, " n"],
+    mean: Float[np.ndarray, " n"],
+    places: Float[np.ndarray, "2 n"] | None,
+    units: str,
+) -> Figure:
+    """Each scored node's NRMSE on a map, or the largest first where no ``places`` (longitude, latitude) are known;
+    its MAE against its mean. A node without an observed point (NaN) is left out."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        size = np.clip(3000 / len(mean), 3, 40)
+        seen = ~np.isnan(nrmse)
+        if places is None:
+            left.plot(np.arange(1, seen.sum() + 1), np.sort(nrmse[seen])[::-1], color=MODEL, linewidth=1.8)
+            left.set(title="Error of each node, sorted", xlabel="rank of the node", ylabel="NRMSE")
+            left.set_ylim(bottom=0)
+            left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        else:
+            most = np.nanpercentile(nrmse, 98) if seen.any() else 1.0  # one broken sensor must not dim all others
+            share = np.maximum(mean, 0) / max(float(np.max(mean)), 1e-9)
+            dots = left.scatter(
+                *places[:, seen], c=nrmse[seen], s=size * (0.4 + 2 * share[seen]), cmap="YlOrBr", vmin=0, vmax=most
+            )
+            dots.set(edgecolor="#78716c", linewidth=0.3)
+            figure.colorbar(dots, ax=left, label="NRMSE", shrink=0.8, extend="max")
+            left.set_aspect(1 / max(np.cos(np.radians(np.mean(places[1]))), 0.1), adjustable="datalim")
+            left.set(title="Error of each node; size: its mean", xlabel="longitude", ylabel="latitude")
+            left.xaxis.set_major_locator(MaxNLocator(4))
+            left.ticklabel_format(useOffset=False)
+        right.scatter(mean[seen], mae[seen], s=size, color=MODEL, alpha=0.6, linewidth=0)
+        if np.min(mean[seen], initial=np.inf) > 0 and np.max(mean[seen]) > 20 * np.min(mean[seen]):
+            right.set(xscale="log", yscale="log")
+        right.set(title="Error against traffic", xlabel=f"mean of the scored points ({units})", ylabel=f"MAE ({units})")
+        return figure
+
+
+def projections(parts: Sequence[Projection]) -> Figure:
+    """Embeddings in a plane, three in a row; axes have no meaning of their own, only what lies close does."""
+    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
+        rows = -(-len(parts) // 3)
+        figure = Figure(figsize=(WIDTH, 3.5 * rows), layout="constrained")
+        for i, part in enumerate(parts):
+            axes = figure.add_subplot(rows, min(3, len(parts)), i + 1)
+            x, y = np.array(part.points, float).T
+            values = np.array(part.values, float)
+            dots = axes.scatter(
+                x, y, c=values, s=np.clip(3000 / len(x), 3, 40), cmap="twilight_shifted" if part.cyclic else "viridis"
+            )
+            for name, at in zip(part.names, part.points, strict=bool(part.names)):
+                axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            if not part.names:
+                figure.colorbar(dots, ax=axes, label=part.quantity, location="bottom", shrink=0.9)
+            axes.set(title=part.title, xticks=[], yticks=[])
+            axes.margins(0.15)
         return figure

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from stdist.data import GridStore, Region, open_store
 from stdist.errors import InputError
 from stdist.evaluation import figures, forecast_header
 from stdist.evaluation.blocks import tiles
+from stdist.evaluation.forecast_header import ForecastHeader
 from stdist.evaluation.forecasts import ForecastFile, open_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_windows, read_targets
-from stdist.evaluation.run_files import RunMetrics, Scores, read_log, read_metrics
+from stdist.evaluation.run_files import RunMetrics, Scores, read_embeddings, read_log, read_metrics
 from stdist.files import write_atomically
 
 DOTS_PER_INCH = 160
@@ -40,7 +41,7 @@ class Image:
 
 @dataclass(frozen=True)
 class ForecastPictures:
-    """Traces of some cells, the error map, and the pooled NRMSE of the forecasts they show."""
+    """Traces of some cells or nodes, where the errors are, and the pooled NRMSE of the forecasts they show."""
 
     traces: list[Image]
     error_map: Image
@@ -91,8 +92,12 @@ def build_report(run_dir: Path) -> Path:
         pictures = _forecast_pictures(run_dir, config_text, gallery)
     except InputError as error:
         missing.append(f"No figures of forecasts: {error}")
+    embeddings = None
+    if (run_dir / "report" / "embeddings.json").is_file():
+        found = read_embeddings(run_dir)
+        embeddings = gallery.add("embeddings", figures.projections(found.projections), found.caption)
     page = Environment(loader=PackageLoader("stdist.evaluation", "."), autoescape=True, trim_blocks=True)
-    page.filters |= {"readable": readable, "change_to": change}
+    page.filters |= {"readable": readable, "percent": percent, "memory": memory, "change_to": change}
     html = page.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         metrics=metrics,
@@ -103,6 +108,7 @@ def build_report(run_dir: Path) -> Path:
         horizons=_horizon_figure(metrics, gallery) if metrics else None,
         curves=curves,
         pictures=pictures,
+        embeddings=embeddings,
         missing=missing,
         config=config_text,
     )
@@ -197,39 +203,46 @@ def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> Fo
     header = forecasts.header
     store = _store_of(run_dir, config_text)
     windows, origins = match_windows(header, store)
-    grid = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
-    cells = ErrorState.empty(grid.size)
+    numbers = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
+    cells = ErrorState.empty(numbers.size)
     for block, tile in header.blocks():
         batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
-        cells.add_at(grid[header.place(block, tile)[2:]].ravel(), ErrorState.of_cells(*batch))
+        cells.add_at(numbers[header.place(block, tile)[2:]].ravel(), ErrorState.of_cells(*batch))
     mean_truth = cells.sum_truth / np.maximum(cells.count, 1)
     traces = [
         _trace(label, int(cell), forecasts, store, origins, gallery)
         for label, cell in representative_cells(mean_truth).items()
     ]
+    if isinstance(header.region, Region):
+        figure = _grid_errors(header, header.region, store, int(origins[0]) + 1, cells)
+        caption = "Traffic of the first scored day, and the error of each cell"
+    else:
+        errors, places = cells.errors(), None
+        if {"longitude", "latitude"} <= set(store.dataset.coords):
+            degrees = np.stack([store.dataset[name].values for name in ("longitude", "latitude")])
+            places = degrees[:, *header.region.slices]
+        figure = figures.node_errors(errors["nrmse"], errors["mae"], mean_truth, places, store.units)
+        caption = "The error of each node, and against its mean"
+    return ForecastPictures(traces, gallery.add("error-map", figure, caption), cells.pooled()["nrmse"])
+
+
+def _grid_errors(header: ForecastHeader, region: Region, store: GridStore, first: int, cells: ErrorState) -> Figure:
+    """The error map, beside the city's traffic of the day from frame ``first`` on."""
     city_mean = np.empty(store.shape)
     for part in tiles(store.region(), forecast_header.POINTS_IN_MEMORY // store.slots_per_day):
-        day = store.values(windows.channel, origins[0] + 1, origins[0] + 1 + store.slots_per_day, part)
+        day = store.values(header.metadata.contract.channel, first, first + store.slots_per_day, part)
         # Cells outside the city are never known; frames of a gap are not either.
         city_mean[part.slices] = np.nansum(day, axis=0) / np.maximum((~np.isnan(day)).sum(axis=0), 1)
-    figure = figures.error_map(
-        cells.errors()["nrmse"].reshape(grid.shape),
-        header.metadata.contract.region,
-        city_mean,
-        store.units,
-        store.inside,
-    )
-    caption = "Traffic of the first scored day, and the error of each cell"
-    error_map = gallery.add("error-map", figure, caption)
-    return ForecastPictures(traces, error_map, cells.pooled()["nrmse"])
+    nrmse = cells.errors()["nrmse"].reshape(region.shape)
+    return figures.error_map(nrmse, astuple(region), city_mean, store.units, store.inside)
 
 
 def representative_cells(mean_truth: np.ndarray) -> dict[str, int]:
-    """The cells of the largest, the median and a small (tenth percentile) mean, among cells with traffic."""
+    """The cells or nodes of the largest, the median and a small (tenth percentile) mean, among those with traffic."""
     active = np.flatnonzero(mean_truth > 0)
     ranked = active[np.argsort(mean_truth[active])]
     labels: dict[int, str] = {}
-    for label, place in (("Largest cell", -1), ("Median cell", len(ranked) // 2), ("Small cell", len(ranked) // 10)):
+    for label, place in (("Largest", -1), ("Median", len(ranked) // 2), ("Small", len(ranked) // 10)):
         if len(ranked):
             labels.setdefault(int(ranked[place]), label)
     return {label: cell for cell, label in labels.items()}
@@ -240,15 +253,18 @@ def _trace(
 ) -> Image:
     header = forecasts.header
     contract = header.metadata.contract
-    row, col = np.unravel_index(cell, header.cell_ids.shape)
-    r, c = contract.region[0] + int(row), contract.region[2] + int(col)
+    index = np.unravel_index(cell, header.cell_ids.shape)
+    place = [axis.start + int(i) for axis, i in zip(header.region.slices, index, strict=True)]
     first, stop = int(origins.min()), int(origins.max()) + contract.K + 1
-    only = Region(r, r + 1, c, c + 1)
-    seen = store.observed(contract.channel, first, stop, only)[:, 0, 0]
-    truth = np.where(seen, store.values(contract.channel, first, stop, only)[:, 0, 0], np.nan)
-    point, *quantiles = forecasts.read(slice(0, len(origins)), only, quantiles=True)[..., 0, 0]
+    only = type(header.region)(*(edge for i in place for edge in (i, i + 1)))
+    seen = store.observed(contract.channel, first, stop, only).ravel()
+    truth = np.where(seen, store.values(contract.channel, first, stop, only).ravel(), np.nan)
+    read = forecasts.read(slice(0, len(origins)), only, quantiles=True)
+    point, *quantiles = read.reshape(read.shape[:3])
+    where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], place, strict=True))
+    label = f"{label} {'node' if len(place) == 1 else 'cell'}"
     figure = figures.cell_traces(
-        f"{label} {header.cell_ids[row, col]} (row {r}, column {c})",
+        f"{label} {header.cell_ids[index]} ({where})",
         contract.units,
         store.local_times[first:stop],
         truth,
@@ -268,12 +284,26 @@ def _store_of(run_dir: Path, config_text: str) -> GridStore:
     return open_store(Path(data["store"]))
 
 
-def readable(value: float | None) -> str:
-    """Four decimals below 10, two below 1000, none above; a dash for nothing."""
+def readable(value: str | float | None) -> str:
+    """Four decimals below 10, two below 1000, none above or for a count; a dash for nothing; text as it is."""
     if value is None:
         return "–"
+    if isinstance(value, str | int):
+        return value if isinstance(value, str) else f"{value:,}"
     decimals = 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
     return f"{value:,.{decimals}f}"
+
+
+def percent(ratio: float | None) -> str:
+    """A ratio in per cent, as 12.3 %; a dash for nothing."""
+    return "–" if ratio is None else f"{100 * ratio:,.1f} %"
+
+
+def memory(size: int | None) -> str:
+    """Bytes in GiB, or in MiB below one; a dash for nothing."""
+    if size is None:
+        return "–"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def change(before: float | None, after: float) -> str:

@@ -1,4 +1,4 @@
-"""The files of a run folder that its report is made of: `report/metrics.json` and `log.jsonl`."""
+"""What a run folder has for its report: `report/metrics.json`, `report/embeddings.json` and `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stdist.errors import InputError
-from stdist.evaluation.contract import parsed
+from stdist.evaluation.contract import Model, parsed
 from stdist.files import write_atomically
 
 NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
 
 
 class Errors(BaseModel):
-    """MAE, RMSE (data's units) and NRMSE of ``points`` observed values; None where there are none."""
+    """MAE, RMSE (data's units), MAPE (a ratio) and NRMSE of ``points`` observed values; None where there are none."""
 
     model_config = ConfigDict(extra="ignore")
 
     mae: float | None
     rmse: float | None
+    mape: float | None = None
     nrmse: float | None
     points: int
 
@@ -56,6 +57,60 @@ class StageScores(BaseModel):
     summary: str = ""
 
 
+class Efficiency(BaseModel):
+    """What one stage or forecaster cost on ``hardware``, at ``batch_size`` windows; None where it was not measured.
+
+    ``samples_per_second`` and ``inference_samples_per_second`` count windows; ``peak_memory_bytes`` is of one process.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    parameters: int
+    trained_parameters: int
+    batch_size: int
+    hardware: str
+    seconds_per_epoch: float | None = None
+    samples_per_second: float | None = None
+    inference_samples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+class Table(BaseModel):
+    """Any other figures that a recipe has to show; a row has a value for every column, None where there is none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]]
+
+
+class Projection(BaseModel):
+    """Rows of an embedding as ``points`` in a plane, coloured by ``values``, which are of ``quantity``.
+
+    ``cyclic``: the largest value is next to the smallest, as hours are. ``names``: text beside each point.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str
+    points: list[tuple[float, float]]
+    values: list[float | None]
+    quantity: str
+    cyclic: bool = False
+    names: list[str] = Field(default_factory=list)
+
+
+class Embeddings(BaseModel):
+    """The content of `report/embeddings.json`; ``caption`` says what was projected, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    projections: list[Projection]
+    caption: str
+
+
 class RunMetrics(BaseModel):
     """The content of `report/metrics.json`.
 
@@ -69,6 +124,8 @@ class RunMetrics(BaseModel):
     baselines: dict[str, Scores]
     stages: dict[str, StageScores] = Field(default_factory=dict)
     variants: dict[str, Scores] = Field(default_factory=dict)
+    efficiency: list[Efficiency] = Field(default_factory=list)
+    tables: list[Table] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
 
@@ -88,9 +145,22 @@ def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
 
 def read_metrics(run_dir: Path) -> RunMetrics:
     """Read `report/metrics.json` of a run. Raises InputError where it is absent or damaged."""
-    path = run_dir / "report" / "metrics.json"
+    return _read(run_dir / "report" / "metrics.json", RunMetrics)
+
+
+def write_embeddings(run_dir: Path, embeddings: Embeddings) -> Path:
+    """Write `report/embeddings.json` of a run."""
+    return write_atomically(run_dir / "report" / "embeddings.json", embeddings.model_dump_json() + "\n")
+
+
+def read_embeddings(run_dir: Path) -> Embeddings:
+    """Read `report/embeddings.json` of a run. Raises InputError where it is absent or damaged."""
+    return _read(run_dir / "report" / "embeddings.json", Embeddings)
+
+
+def _read(path: Path, model: type[Model]) -> Model:
     try:
-        return parsed(RunMetrics, json.loads(path.read_text(encoding="utf-8")), str(path), "evaluate the run again")
+        return parsed(model, json.loads(path.read_text(encoding="utf-8")), str(path), "evaluate the run again")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; name the folder of a finished `stdist train`") from None
     except json.JSONDecodeError as error:

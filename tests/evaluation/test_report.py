@@ -7,14 +7,24 @@ import struct
 import numpy as np
 import pytest
 
-from stdist.data import Region
+from stdist.data import NodeRange, Region
 from stdist.errors import InputError
-from stdist.evaluation import build_report, evaluate, score_baselines, write_forecasts, write_metrics
-from stdist.evaluation.figures import horizon_curves, smoothed
-from stdist.evaluation.report import change, readable, representative_cells
+from stdist.evaluation import (
+    Embeddings,
+    Projection,
+    build_report,
+    evaluate,
+    score_baselines,
+    write_embeddings,
+    write_forecasts,
+    write_metrics,
+)
+from stdist.evaluation.figures import horizon_curves, node_errors, smoothed
+from stdist.evaluation.figures import projections as draw_projections
+from stdist.evaluation.report import change, memory, percent, readable, representative_cells
 from stdist.evaluation.run_files import read_log, read_metrics
 
-from .conftest import make_forecasts
+from .conftest import make_forecasts, write_nodes
 
 
 @pytest.fixture
@@ -62,6 +72,7 @@ def test_the_page_holds_the_numbers(run_dir, metrics):
         for convention in ("pooled", "mean_of_horizons"):
             for error in ("mae", "rmse", "nrmse"):
                 assert readable(scores[convention][error]) in text
+            assert percent(scores[convention]["mape"]) in text
     ridge = metrics["model"]["pooled"]["nrmse"] / metrics["baselines"]["ridge"]["pooled"]["nrmse"]
     assert f"{ridge:.3f}" in text
     assert "toyville" in text and "vehicles" in text and metrics["contract"]["store_digest"] in text
@@ -85,6 +96,87 @@ def test_the_page_is_self_contained_and_its_figures_are_files_too(run_dir):
     for data in files.values():
         width, height = struct.unpack(">II", data[16:24])
         assert data[:4] == b"\x89PNG" and width > 1000 and height > 300
+
+
+@pytest.fixture
+def node_run(tmp_path):
+    """A run on nodes; the function takes the places of the ten of them, if they are known."""
+
+    def make(**places):
+        store = write_nodes(tmp_path / "sensors.zarr", **places)
+        run, windows = tmp_path / "run", store.windows("test", 6, 4, channel="flow", region=NodeRange(1, 10))
+        forecasts = make_forecasts(windows, error=3.0)
+        write_forecasts(forecasts, run / "forecasts" / "test.zarr")
+        (run / "config.yaml").write_text(f"data:\n  store: {store.path}\n")
+        scores = evaluate(forecasts, store).to_json()
+        metrics = {
+            "contract": scores.pop("contract"),
+            "model": scores,
+            "baselines": score_baselines(store, "train", windows),
+            "efficiency": [
+                {
+                    "name": "pre-training", "parameters": 123456, "trained_parameters": 23456, "batch_size": 64,
+                    "hardware": "2 cores", "seconds_per_epoch": 12.5, "peak_memory_bytes": 3 * 2**29,
+                }
+            ],
+            "tables": [{"title": "Old nodes", "columns": ["period", "MAE"], "rows": [["2024", 1.25], ["<5>", None]]}],
+        }  # fmt: skip
+        write_metrics(run, metrics)
+        return run, metrics
+
+    return make
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["places", "no places"])
+def test_a_run_on_nodes(node_run, known):
+    rng = np.random.default_rng(0)
+    places = {"latitude": rng.uniform(32, 33, 10), "longitude": rng.uniform(-118, -117, 10)} if known else {}
+    run, metrics = node_run(**places)
+    text = text_of(page := build_report(run))
+    assert "Largest node" in page.read_text() and "No figures of forecasts" not in text
+    for scores in (metrics["model"], *metrics["baselines"].values()):
+        for convention in ("pooled", "mean_of_horizons"):
+            assert percent(scores[convention]["mape"]) in text and readable(scores[convention]["mae"]) in text
+    assert "pre-training 123,456 23,456 64 12.50 – – 1.50 GiB 2 cores" in text
+    assert "Old nodes period MAE 2024 1.2500 &lt;5&gt; –" in text
+    names = {path.stem for path in (run / "report" / "figures").iterdir()}
+    nodes = {f"forecast-{size}-node" for size in ("largest", "median", "small")}
+    assert names == {"horizons", "error-map", *nodes}
+
+
+def test_node_figure_draws_every_node_that_was_scored():
+    nrmse, mae, mean = np.array([0.3, np.nan, 0.1]), np.array([3.0, np.nan, 4.0]), np.array([10.0, 0.0, 40.0])
+    places = np.array([[-118.0, -117.5, -117.0], [32.0, 32.5, 33.0]])
+    spots, against = (axes.collections[0] for axes in node_errors(nrmse, mae, mean, places, "cars").axes[:2])
+    np.testing.assert_array_equal(spots.get_offsets(), [[-118, 32], [-117, 33]])
+    np.testing.assert_array_equal(spots.get_array(), [0.3, 0.1])
+    np.testing.assert_array_equal(against.get_offsets(), [[10, 3], [40, 4]])
+    np.testing.assert_array_equal(node_errors(nrmse, mae, mean, None, "cars").axes[0].lines[0].get_ydata(), [0.3, 0.1])
+
+
+def test_embeddings_are_drawn_where_there_are_any(run_dir):
+    projections = [
+        Projection(title="Nodes", points=[(0, 1), (2, 3)], values=[5, None], quantity="mean"),
+        Projection(title="Days", points=[(0, 1), (2, 3)], values=[0, 1], quantity="day", names=["Mon", "Tue"]),
+    ]
+    write_embeddings(run_dir, Embeddings(projections=projections, caption="t-SNE of <a city>"))
+    assert "What the prompts learnt" in text_of(page := build_report(run_dir))
+    assert "t-SNE of &lt;a city&gt;" in page.read_text()
+    assert (run_dir / "report" / "figures" / "embeddings.png").is_file()
+    nodes, _bar, days = draw_projections(projections).axes
+    np.testing.assert_array_equal(nodes.collections[0].get_offsets(), [[0, 1], [2, 3]])
+    assert [text.get_text() for text in days.texts] == ["Mon", "Tue"]
+    (run_dir / "report" / "embeddings.json").write_text('{"projections": 3}')
+    with pytest.raises(InputError, match=r"embeddings\.json: 'projections'"):
+        build_report(run_dir)
+
+
+def test_metrics_of_before_there_was_mape_are_read(run_dir, metrics):
+    for errors in (metrics["model"]["pooled"], metrics["model"]["mean_of_horizons"]):
+        del errors["mape"]
+    write_metrics(run_dir, metrics)
+    assert read_metrics(run_dir).model.pooled.mape is None
+    assert "–" in text_of(build_report(run_dir))
 
 
 def test_a_lost_comparison_is_said_plainly(run_dir, metrics):
@@ -170,8 +262,8 @@ def test_log_of_a_resumed_and_killed_run(tmp_path):
 
 def test_representative_cells():
     mean = np.array([0.0, 5.0, 1.0, np.nan, 9.0, 3.0])
-    assert representative_cells(mean) == {"Largest cell": 4, "Median cell": 1, "Small cell": 2}
-    assert representative_cells(np.array([2.0])) == {"Largest cell": 0}
+    assert representative_cells(mean) == {"Largest": 4, "Median": 1, "Small": 2}
+    assert representative_cells(np.array([2.0])) == {"Largest": 0}
     assert representative_cells(np.zeros(3)) == {}
 
 
@@ -194,6 +286,9 @@ def test_readable_numbers():
     assert [readable(v) for v in (None, 0.19494, 9.5, 38.517, 53.0, 12345.6)] == [
         "–", "0.1949", "9.5000", "38.52", "53.00", "12,346",
     ]  # fmt: skip
+    assert [readable(v) for v in ("2024", 3, 1234567)] == ["2024", "3", "1,234,567"]
+    assert [percent(v) for v in (None, 0.1234, 12.0)] == ["–", "12.3 %", "1,200.0 %"]
+    assert [memory(v) for v in (None, 5 * 2**20, 3 * 2**29)] == ["–", "5 MiB", "1.50 GiB"]
     assert [change(b, a) for b, a in ((2.0, 1.0), (0.001, 0.97), (0.0, 1.0), (None, 1.0))] == [
         "-50.0 %", "× 970", "–", "–",
     ]  # fmt: skip
