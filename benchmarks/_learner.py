@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stdist.config import Config, LearnersConfig, parse_config
+from stdist.config import LearnersConfig, VisionLLMConfig, parse_config
 from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import MOMENTS, Engine
 from stdist.training.group import Group
@@ -73,7 +73,7 @@ class Saved:
 class Trainer:
     """SFT with one kind of engine."""
 
-    def __init__(self, kind: str, config: Config, group: Group, folder: Path):
+    def __init__(self, kind: str, config: VisionLLMConfig, group: Group, folder: Path):
         self._group = group
         task = open_task(config)
         self._policy = build_policy(policy_spec(config, task), config.seed)
@@ -159,7 +159,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 class Learners:
     """``size`` processes that train together, one thread each; a method of their trainers is called in all at once."""
 
-    def __init__(self, size: int, kinds: Sequence[str], config: Config, folder: Path):
+    def __init__(self, size: int, kinds: Sequence[str], config: VisionLLMConfig, folder: Path):
         context, port = get_context("spawn"), _free_port()
         self._pipes: list[Connection] = []
         self._processes: list[SpawnProcess] = []

@@ -129,7 +129,7 @@ def train(
     if loaded.learners.num_workers > 1:
         from stdist.orchestration.learners import train as run
     else:
-        from stdist.vision_llm.recipe import train as run
+        from stdist.recipes import train as run
     result = run(loaded, say)
     finish(result, as_json, result["report"])
 
@@ -157,11 +157,11 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast a region of a store for every window of a split."""
-    from stdist.vision_llm import scoring
+    from stdist import recipes
 
     if out.suffix not in (".zarr", ".parquet"):
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
-    result = scoring.forecast(run, store, region, split, out, say)
+    result = recipes.forecast(run, store, region, split, out, say)
     finish(result, as_json, str(out))
 
 
@@ -243,10 +243,11 @@ def plan(
 ) -> None:
     """Say what every stage of a run will hold, compute and send, before anything starts; nothing is loaded."""
     from stdist.config import load_config
+    from stdist.recipes import as_vision_llm
     from stdist.vision_llm.plan import parse_memory, plan_run
 
     memory = None if device_memory is None else parse_memory(device_memory)
-    result = plan_run(load_config(config, overrides), memory, device_flops)
+    result = plan_run(as_vision_llm(load_config(config, overrides)), memory, device_flops)
     if not as_json:
         Console(highlight=False).print(result.as_tables())
     finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))

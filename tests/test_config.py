@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stdist.config import Config, dump_config, load_config, parse_config
+from stdist.config import VisionLLMConfig, dump_config, load_config, parse_config
 from stdist.errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ def _write(folder: Path, tree: object) -> Path:
     return path
 
 
-def _load(folder: Path, *overrides: str, tree: dict | None = None) -> Config:
+def _load(folder: Path, *overrides: str, tree: dict | None = None) -> VisionLLMConfig:
     return load_config(_write(folder, tree or SMALLEST), list(overrides))
 
 

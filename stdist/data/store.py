@@ -220,23 +220,24 @@ class GridStore:
         days = [int((day - first).astype(int)) for day in (span.first_day, span.last_day)]
         return days[0] * self.slots_per_day, (days[1] + 1) * self.slots_per_day
 
-    def statistics(self, channel: str, span: DaySpan) -> Statistics:
-        """Statistics fitted on the observed values of exactly ``span``; the stored ones where it is theirs.
-
-        Raises InputError where the span holds no observed value.
+    def statistics(self, channel: str, span: DaySpan, region: AnyRegion | None = None) -> Statistics:
+        """Statistics fitted on the observed values of exactly ``span`` and ``region``, all of the store by default;
+        the stored ones where they are theirs. Raises InputError where there is no observed value.
         """
-        stored = self.attributes["train_statistics"].get(self._known(channel))
-        if stored and DaySpan.parse(stored["span"]) == span:
+        stored, where = self.attributes["train_statistics"].get(self._known(channel)), self.region(region)
+        if stored and DaySpan.parse(stored["span"]) == span and where == whole(self.shape):
             scalars = {name: stored[name] for name in ("mean", "std", "maximum", "count")}
             return Statistics(**scalars, cell_mean=np.asarray(self._array(train_mean_name(channel))[:]), span=span)
         first, stop = self.frames_of(span)
-        state = StatisticsState(self.shape)
+        state = StatisticsState(where.shape)
         days = [slice(start, start + self.slots_per_day) for start in range(first, stop, self.slots_per_day)]
         present = [day for day in days if self.present[day].any()]
-        for tile in tiles_of(self.slots_per_day, self.shape):
-            part = StatisticsState(self.inside[tile].shape)
+        for tile in tiles_of(self.slots_per_day, where.shape):
+            part = StatisticsState(tuple(side.stop - side.start for side in tile))
+            corner = [axis.start for axis in where.slices]
+            cells = [slice(o + side.start, o + side.stop) for o, side in zip(corner, tile, strict=True)]
             for day in present:
-                part.add(*(np.asarray(self._array(name)[(day, *tile)]) for name in (channel, observed_name(channel))))
+                part.add(*(np.asarray(self._array(n)[(day, *cells)]) for n in (channel, observed_name(channel))))
             state.merge(part, tile)
         if state.count == 0:
             raise InputError(f"span {span} of {self.path} holds no observed value of {channel}; choose other days")

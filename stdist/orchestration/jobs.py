@@ -21,7 +21,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from stdist.config import Config, LearnersConfig, load_config
+from stdist.config import LearnersConfig, RunConfig, load_config
 from stdist.errors import InputError, Interrupted
 
 try:
@@ -123,7 +123,7 @@ class Job:
 
 def submit(
     config: Path, overrides: list[str], address: str, working_dir: Path, submission_id: str | None = None
-) -> tuple[Job, Config]:
+) -> tuple[Job, RunConfig]:
     """Submits ``stdist train CONFIG key=value …`` to the cluster whose dashboard is at ``address``, http://HOST:8265.
 
     ``config`` and the relative paths in it are relative to ``working_dir``. A run of one learner claims
@@ -141,8 +141,10 @@ def submit(
     with chdir(root):
         parsed = load_config(path, overrides)
     shared = {"data.store": parsed.data.store, "output_dir": root / parsed.output_dir}
-    if ((base := root / parsed.policy.base) / "config.json").is_file():
+    if isinstance(parsed, VisionLLMConfig) and ((base := root / parsed.policy.base) / "config.json").is_file():
         shared["policy.base"] = base
+    if isinstance(parsed, UrbanConfig) and parsed.few_shot:
+        shared["few_shot.backbone"] = parsed.few_shot.backbone
     excludes = [*DATA, *(f"/{folder.relative_to(root)}" for folder in shared.values() if root in folder.parents)]
     _require_small(root, excludes, path)
     client = _connect(address)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from stdist.config import Config, parse_config
+from stdist import recipes
+from stdist.config import RunConfig, parse_config
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.orchestration.preparation import connect
 from stdist.training.group import Group
-from stdist.vision_llm import recipe
 
 try:
     import ray
@@ -34,17 +34,16 @@ FINAL = (InputError, DivergenceError, ResourceError)
 """What another try would meet again."""
 
 
-def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
-    """``recipe.train`` on ``learners.num_workers`` processes of the cluster that this process belongs to, else of the
+def train(config: RunConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """``recipes.train`` on ``learners.num_workers`` processes of the cluster that this process belongs to, else of the
     one that RAY_ADDRESS names or that runs on this machine, else of one that is started for it.
 
-    Raises what ``recipe.train`` raises; InputError where the cluster cannot hold the learners, at once; ResourceError
+    Raises what ``recipes.train`` raises; InputError where the cluster cannot hold the learners, at once; ResourceError
     where more than ``max_failures`` were lost; Interrupted on Ctrl-C, the newest checkpoint stays.
     """
     learners = config.learners
     # As each learner will, but here, before anything is started.
-    recipe.check_learners(config, Group(0, learners.num_workers))
-    recipe.refuse_foreign_folder(config.run_dir, config, recipe.open_task(config).store.digest)
+    recipes.check(config, Group(0, learners.num_workers))
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -88,14 +87,14 @@ def train(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _learn(tree: dict[str, Any]) -> dict[str, Any]:
-    """One learner: see ``recipe.train``."""
+    """One learner: see ``recipes.train``."""
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     config = parse_config(tree, where="the submitted config")
     # Ray Train would show what is printed twice.
-    return recipe.train(config, _say, ray.train.report)
+    return recipes.train(config, _say, ray.train.report)
 
 
 def _say(line: str) -> None:
@@ -126,7 +125,7 @@ def _cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def _resources_per_worker(config: Config) -> dict[str, float]:
+def _resources_per_worker(config: RunConfig) -> dict[str, float]:
     """What each learner takes. Raises InputError, naming what is missing, where the cluster does not have it for all:
     Ray itself would wait for it for ever."""
     learners, there = config.learners, ray.cluster_resources()

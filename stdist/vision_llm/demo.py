@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from data_prep import READERS
-from stdist.config import parse_config
+from stdist.config import VisionLLMConfig
 from stdist.data import open_store
 from stdist.vision_llm import recipe
 
@@ -30,7 +30,7 @@ def run_demo(out: Path, data: Path | None, say: Callable[[str], None]) -> dict[s
         (r0, r1), (c0, c1) = (_middle(size, 6) for size in store.shape)
         tree["data"] |= {"store": str(data), "channel": store.channels[0], "region": f"{r0}:{r1},{c0}:{c1}"}
         tree["frames"]["pixels_per_cell"] = "auto"
-    return recipe.train(parse_config(tree, where="the demo's config"), say)
+    return recipe.train(VisionLLMConfig.model_validate(tree), say)
 
 
 def _generated_city(path: Path, say: Callable[[str], None]) -> Path:

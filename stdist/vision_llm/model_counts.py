@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from stdist.config import Config
+from stdist.config import VisionLLMConfig
 from stdist.data import Region, open_store
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
@@ -93,7 +93,7 @@ def _pretrained_config(name: str) -> Qwen2_5_VLConfig:
     return config
 
 
-def read_shape(config: Config) -> Shape:
+def read_shape(config: VisionLLMConfig) -> Shape:
     """Prompts of the run's own wording on its store's grid. Where there is no store yet, on a grid of 100 × 100 cells;
     text is counted by the presets' tokenizer, which knows the wording's words and digits as Qwen's does."""
     data = config.data
@@ -125,7 +125,7 @@ def read_shape(config: Config) -> Shape:
     )
 
 
-def stage_weights(config: Config, stage: str, base: Base) -> list[Weights]:
+def stage_weights(config: VisionLLMConfig, stage: str, base: Base) -> list[Weights]:
     """Everything a learner has at a stage, and what of it trains (``Policy.train_only``).
 
     Numeral rows and LoRA are float32 (peft keeps adapters of a half-precision base so), unless DeepSpeed trains the
@@ -163,5 +163,5 @@ def vocabulary_of(mantissa_digits: int) -> Vocabulary:
     return Vocabulary(mantissa_digits)
 
 
-def itemsize(config: Config) -> int:
+def itemsize(config: VisionLLMConfig) -> int:
     return 2 if config.policy.dtype == "bfloat16" else 4

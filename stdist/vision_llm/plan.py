@@ -8,7 +8,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Group as Lines
 from rich.table import Table
 
-from stdist.config import Config, ForecastStageConfig, parse_config
+from stdist.config import ForecastStageConfig, VisionLLMConfig
 from stdist.errors import InputError
 from stdist.training import memory_plan
 from stdist.training.group import Group
@@ -74,7 +74,7 @@ class StagePlan:
         }
 
 
-def plan_stage(config: Config, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
+def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
     """One stage of a run, from its configuration alone.
 
     Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
@@ -112,7 +112,9 @@ class RunPlan:
         return Lines(*map(_memory_table, self.stages), _step_table(self.stages))
 
 
-def plan_run(config: Config, device_memory: int | None, device_flops: float = memory_plan.PEAK_FLOPS) -> RunPlan:
+def plan_run(
+    config: VisionLLMConfig, device_memory: int | None, device_flops: float = memory_plan.PEAK_FLOPS
+) -> RunPlan:
     """``device_memory`` (bytes) and ``device_flops`` (peak a second) are of one learner's. See :func:`plan_stage`.
 
     Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
@@ -143,7 +145,7 @@ def parse_memory(text: str) -> int:
     return int(memory)
 
 
-def _verdict(config: Config, plan: StagePlan, device_memory: int) -> str:
+def _verdict(config: VisionLLMConfig, plan: StagePlan, device_memory: int) -> str:
     of = f"{plan.stage}: {plan.device_bytes / GIB:.1f} GiB of {device_memory / GIB:.1f}"
     if plan.device_bytes <= device_memory:
         return f"{of}, fits"
@@ -155,7 +157,7 @@ def _verdict(config: Config, plan: StagePlan, device_memory: int) -> str:
     return f"{of}, does not fit:{tried} take a larger device or a smaller base"
 
 
-def _smaller(config: Config, plan: StagePlan, device_memory: int) -> tuple[dict[str, Any], StagePlan]:
+def _smaller(config: VisionLLMConfig, plan: StagePlan, device_memory: int) -> tuple[dict[str, Any], StagePlan]:
     """The first changes, in the order of what they cost, under which the stage fits; none of them needless."""
     kept: list[dict[str, Any]] = []
     best = plan
@@ -176,7 +178,7 @@ def _smaller(config: Config, plan: StagePlan, device_memory: int) -> tuple[dict[
     return {key: value for change in kept for key, value in change.items()}, best
 
 
-def _changes(config: Config, stage: str) -> Iterator[dict[str, Any]]:
+def _changes(config: VisionLLMConfig, stage: str) -> Iterator[dict[str, Any]]:
     settings, learners = stage_config(config, stage), config.learners
     if isinstance(settings, ForecastStageConfig):
         yield {f"{stage}.activation_memory": min(1.0, settings.activation_memory)}
@@ -192,7 +194,7 @@ def _changes(config: Config, stage: str) -> Iterator[dict[str, Any]]:
     yield {"numerals.mantissa_digits": 3}
 
 
-def _changed(config: Config, changes: list[dict[str, Any]]) -> Config | None:
+def _changed(config: VisionLLMConfig, changes: list[dict[str, Any]]) -> VisionLLMConfig | None:
     """None where such a configuration could not be trained."""
     tree = config.model_dump(mode="json")
     for change in changes:
@@ -200,9 +202,9 @@ def _changed(config: Config, changes: list[dict[str, Any]]) -> Config | None:
             section, key = path.split(".")
             tree[section][key] = value
     try:
-        changed = parse_config(tree, "plan")
+        changed = VisionLLMConfig.model_validate(tree)
         check_learners(changed, Group(0, changed.learners.num_workers))
-    except InputError:
+    except (ValidationError, InputError):
         return None
     return changed
 

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from stdist.config import AlignmentConfig, Config, ForecastStageConfig, LearnersConfig, StageConfig, dump_config
+from stdist.config import (
+    AlignmentConfig,
+    ForecastStageConfig,
+    StageConfig,
+    VisionLLMConfig,
+)
 from stdist.errors import InputError
-from stdist.files import write_atomically
+from stdist.training import engines
 from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.deepspeed_json import deepspeed_json
-from stdist.training.engine import Engine, ParameterGroup, TorchEngine, cosine_schedule
+from stdist.training.engine import Engine, ParameterGroup
 from stdist.training.group import Group
 from stdist.training.loop import LoopSettings, Stage, run_stage
+from stdist.training.run_folder import begin_run_folder, open_together, refuse_foreign_folder
 from stdist.training.run_log import RunLog
 from stdist.vision_llm.alignment import AlignmentStage
 from stdist.vision_llm.checkpoints import build_policy, load_weights, snapshot_policy
@@ -32,13 +37,9 @@ from stdist.vision_llm.scoring import forecast_and_score, stage_sentence
 from stdist.vision_llm.sft import SFTStage
 from stdist.vision_llm.task import Task, open_task, policy_spec, stage_config
 
-STORE_DIGEST = (
-    "store_digest"  # in the run folder: the data it was trained on, which the same path may not hold for ever
-)
-
 
 def train(
-    config: Config,
+    config: VisionLLMConfig,
     say: Callable[[str], None],
     report: Callable[[dict[str, float]], None] = lambda scalars: None,
 ) -> dict[str, Any]:
@@ -51,19 +52,9 @@ def train(
     group = Group.current()
     say = say if group.leads else lambda line: None
     run_dir = config.run_dir
-    try:
-        opened, problem = _open(config, group), None
-    except InputError as error:
-        opened, problem = None, str(error)
-    # Nothing is written before all of the input is known to be good, to all learners.
-    if problems := [each for each in group.gather(problem) if each]:
-        raise InputError(problems[0])
-    assert opened
-    task, policy, clamped = opened
+    task, policy, clamped = open_together(group, partial(_open, config, group))
     if group.leads:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / STORE_DIGEST, task.store.digest)
-        write_atomically(run_dir / "config.yaml", dump_config(config))
+        begin_run_folder(config, task.store.digest)
     say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
     say(f"attention: {policy.attention_choice.reason}")
     if clamped:
@@ -75,19 +66,25 @@ def train(
     return {"run": str(run_dir), "stages": summaries, **result}
 
 
-def _open(config: Config, group: Group) -> tuple[Task, Policy, str | None]:
+def _open(config: VisionLLMConfig, group: Group) -> tuple[Task, Policy, str | None]:
     """The run's data, its policy on the device, and what is to be said of values that were clamped. Raises InputError
     for whatever would stop the run later."""
-    check_learners(config, group)
-    task = open_task(config)
-    refuse_foreign_folder(config.run_dir, config, task.store.digest)
+    task = check(config, group)
     policy = build_policy(policy_spec(config, task), config.seed)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     windows = (task.train, task.validation, task.test)
     return task, policy, find_unwritable(windows, policy.vocabulary, config.numerals.out_of_range == "clamp")
 
 
-def check_learners(config: Config, group: Group) -> None:
+def check(config: VisionLLMConfig, group: Group) -> Task:
+    """The run's data. Raises InputError where ``group`` cannot train ``config`` on it, or its folder is another's."""
+    check_learners(config, group)
+    task = open_task(config)
+    refuse_foreign_folder(config, task.store.digest)
+    return task
+
+
+def check_learners(config: VisionLLMConfig, group: Group) -> None:
     """Raises InputError where ``group`` cannot share a stage's batch evenly, or its engine cannot train this policy."""
     learners = config.learners
     for name in config.stages:
@@ -109,37 +106,6 @@ def check_learners(config: Config, group: Group) -> None:
             raise InputError(f"learners.zero_stage 3 shards the weights that {reason}; set zero_stage to 1 or 2")
 
 
-def refuse_foreign_folder(run_dir: Path, config: Config, store_digest: str) -> None:
-    """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
-
-    On how many learners it is trained, and how, may change, since the batches do not; and so may the way to it."""
-    path = run_dir / "config.yaml"
-    if path.exists():
-        there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
-        for key in ("learners", "output_dir"):
-            here[key] = there.get(key)
-        difference = _first_difference(there, here)
-        if difference:
-            raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
-    known = run_dir / STORE_DIGEST
-    if known.exists() and known.read_text() != store_digest:
-        there, here = known.read_text()[:12], store_digest[:12]
-        raise InputError(
-            f"{run_dir} was trained on other data: {config.data.store} had digest {there}… then, {here}… now; "
-            "choose another name= or delete it"
-        )
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
-            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-            if found:
-                return found
-        return None
-    return None if old == new else f"{key} is {old!r} there, {new!r} here"
-
-
 @dataclass(frozen=True)
 class PolicyFiles:
     """See :class:`stdist.training.loop.Model`."""
@@ -154,7 +120,7 @@ class PolicyFiles:
 
 
 def train_stages(
-    config: Config,
+    config: VisionLLMConfig,
     task: Task,
     policy: Policy,
     say: Callable[[str], None],
@@ -186,7 +152,7 @@ def train_stages(
             facts={
                 "device": str(policy.device),
                 "attention": policy.attention_choice.reason,
-                "learners": f"{group.size}, {_engine_name(config.learners)}",
+                "learners": f"{group.size}, {engines.engine_name(config.learners)}",
             },
             report=report,
         )
@@ -196,28 +162,22 @@ def train_stages(
     return summaries
 
 
-def make_engine(config: Config, settings: StageConfig, policy: Policy, group: Group) -> Engine:
+def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, group: Group) -> Engine:
     """The configured engine on what trains in the stage."""
-    groups, learners = parameter_groups(policy, settings), config.learners
-    schedule = cosine_schedule(settings.warmup_steps, settings.max_steps)
-    if learners.engine == "torch":
-        return TorchEngine(groups, schedule, settings.max_grad_norm)
-    # Seconds to import, and not installed everywhere.
-    from stdist.training.deepspeed_engine import DeepSpeedEngine
-
-    bf16 = any(p.dtype == torch.bfloat16 for each in groups for p in each.parameters.values())
-    configuration = deepspeed_json(learners, settings.max_grad_norm, bf16, group.size)
-    return DeepSpeedEngine(policy, groups, schedule, configuration, policy.read_in_place)
-
-
-def _engine_name(learners: LearnersConfig) -> str:
-    if learners.engine == "torch":
-        return "torch"
-    return f"DeepSpeed ZeRO-{learners.zero_stage}{', optimizer on the CPU' if learners.offload_optimizer else ''}"
+    groups = parameter_groups(policy, settings)
+    return engines.make_engine(
+        config.learners, settings, settings.max_steps, policy, groups, group.size, policy.read_in_place
+    )
 
 
 def _build_stage(
-    config: Config, name: str, task: Task, policy: Policy, group: Group, train: CityWindows, validation: CityWindows
+    config: VisionLLMConfig,
+    name: str,
+    task: Task,
+    policy: Policy,
+    group: Group,
+    train: CityWindows,
+    validation: CityWindows,
 ) -> Stage:
     decoding = _validation_decoding(config)
     if name == "grpo":
@@ -234,7 +194,7 @@ def _build_stage(
     return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
 
 
-def _validation_decoding(config: Config) -> Decoding:
+def _validation_decoding(config: VisionLLMConfig) -> Decoding:
     """What validation decodes with: the run's own decoding, the median where that one samples."""
     return "median" if config.forecast.decoding == "sample" else config.forecast.decoding
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stdist.config import Config, load_config
+from stdist.config import VisionLLMConfig
 from stdist.data import DaySpan, GridStore, Region, Split, open_store
 from stdist.data.audit import data_digest, leak_line, leaks
 from stdist.errors import InputError
@@ -23,6 +23,7 @@ from stdist.evaluation import (
 from stdist.files import write_atomically
 from stdist.progress import progress_bar
 from stdist.training.checkpoint import StageCheckpoints, naming_damage
+from stdist.training.run_folder import read_run_config
 from stdist.vision_llm.checkpoints import load_policy
 from stdist.vision_llm.city_windows import CityWindows
 from stdist.vision_llm.forecaster import candidates_per_cell, forecast_windows, plan_pieces
@@ -49,7 +50,7 @@ def stage_sentence(summary: dict[str, Any]) -> str:
 
 
 def forecast_and_score(
-    config: Config,
+    config: VisionLLMConfig,
     task: Task,
     policy: Policy,
     summaries: dict[str, Any],
@@ -92,7 +93,7 @@ def forecast_and_score(
 
 
 def open_writer(
-    config: Config, city: CityWindows, summary: dict[str, Any], out: Path, say: Callable[[str], None]
+    config: VisionLLMConfig, city: CityWindows, summary: dict[str, Any], out: Path, say: Callable[[str], None]
 ) -> ForecastWriter:
     """A writer of the city's forecasts with run, checkpoint and contract, and what it has from before.
 
@@ -122,12 +123,12 @@ def open_writer(
     return ForecastWriter(out, header, city.cells, plan, work, say)
 
 
-def checkpoint_name(config: Config, summary: dict[str, Any]) -> str:
+def checkpoint_name(config: VisionLLMConfig, summary: dict[str, Any]) -> str:
     """STAGE/step-N of the last stage's result, by the stage's closing summary."""
     return f"{config.stages[-1]}/{summary['checkpoint']}"
 
 
-def make_forecasts(config: Config, policy: Policy, city: CityWindows, writer: ForecastWriter) -> list[str]:
+def make_forecasts(config: VisionLLMConfig, policy: Policy, city: CityWindows, writer: ForecastWriter) -> list[str]:
     """Forecasts every window that the writer lacks. Returns what a reader of them should know: values that the frames
     could not show."""
     with progress_bar("forecast", unit="cells") as progress:
@@ -146,9 +147,8 @@ def forecast(
     ``A:B``. The same command run again goes on where a killed one was. Raises InputError for an unfinished run, a
     region outside the grid, days without windows, another suffix of ``out`` than .zarr or .parquet.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise InputError(f"{run_dir} is no run folder, it has no config.yaml; name the folder of a `stdist train`")
-    config = load_config(run_dir / "config.yaml")
+    config = read_run_config(run_dir)
+    assert isinstance(config, VisionLLMConfig)
     stage = config.stages[-1]
     finished = StageCheckpoints(run_dir / "checkpoints" / stage).finished
     if finished is None:

@@ -11,7 +11,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
-from stdist.config import AlignmentConfig, Config, ForecastStageConfig, GRPOConfig
+from stdist.config import AlignmentConfig, ForecastStageConfig, GRPOConfig, VisionLLMConfig
 from stdist.numerals.alignment_tasks import Piece
 from stdist.training.group import Group
 from stdist.training.memory_plan import Ranks, Weights, gathered_bytes
@@ -52,13 +52,13 @@ class Work:
     micro_batches: list[int]
 
 
-def ranks_of(config: Config) -> Ranks:
+def ranks_of(config: VisionLLMConfig) -> Ranks:
     learners = config.learners
     stage = learners.zero_stage if learners.engine == "deepspeed" else 0
     return Ranks(learners.num_workers, stage, learners.offload_optimizer)
 
 
-def stage_work(config: Config, stage: str, base: Base, weights: list[Weights], shape: Shape) -> Work:
+def stage_work(config: VisionLLMConfig, stage: str, base: Base, weights: list[Weights], shape: Shape) -> Work:
     """Raises InputError where the learners cannot share the stage's batch evenly."""
     if isinstance(stage_config(config, stage), AlignmentConfig):
         work = _alignment_work(config, stage, base, weights)
@@ -72,12 +72,12 @@ def stage_work(config: Config, stage: str, base: Base, weights: list[Weights], s
     return work
 
 
-def _share(config: Config, count: int, what: str) -> int:
+def _share(config: VisionLLMConfig, count: int, what: str) -> int:
     mine = Group(0, config.learners.num_workers).share(count, what)
     return mine.stop - mine.start
 
 
-def _window_work(config: Config, stage: str, base: Base, weights: list[Weights], shape: Shape) -> Work:
+def _window_work(config: VisionLLMConfig, stage: str, base: Base, weights: list[Weights], shape: Shape) -> Work:
     settings: ForecastStageConfig = getattr(config, stage)
     windows = _share(config, settings.windows_per_step, f"{stage}.windows_per_step")
     cells = min(settings.cells_per_window, shape.cells)
@@ -110,7 +110,7 @@ def _window_work(config: Config, stage: str, base: Base, weights: list[Weights],
     return Work(total, flops, *_passes(weights, calls[0], sum(calls), calls[-1]), phases, at_once)
 
 
-def _alignment_work(config: Config, stage: str, base: Base, weights: list[Weights]) -> Work:
+def _alignment_work(config: VisionLLMConfig, stage: str, base: Base, weights: list[Weights]) -> Work:
     settings: AlignmentConfig = getattr(config, stage)
     tokenizer = build_tokenizer()
     batch = BATCHES[stage](
@@ -186,7 +186,7 @@ def _flops(weights: list[Weights], units: dict[str, int], forwards: int, recompu
     return total
 
 
-def activation_bytes_per_token(config: Config, base: Base, weights: list[Weights]) -> float:
+def activation_bytes_per_token(config: VisionLLMConfig, base: Base, weights: list[Weights]) -> float:
     """What autograd keeps of one token in the decoder, keys and values for its children included.
 
     A layer keeps, of ``b`` bytes an element: two norms' inputs in float32, query and attention's output, key and value,
@@ -212,7 +212,7 @@ def activation_bytes_per_token(config: Config, base: Base, weights: list[Weights
     return around + text.num_hidden_layers * layer
 
 
-def _vision_bytes_per_patch(config: Config, base: Base) -> float:
+def _vision_bytes_per_patch(config: VisionLLMConfig, base: Base) -> float:
     """The same of a trained vision tower, with what its rotation and its cut into images copy."""
     vision: Any = base.config.vision_config
     b = itemsize(config)
@@ -230,7 +230,7 @@ def _tile_bytes(base: Base, weights: list[Weights], kinds: list[str]) -> float:
 
 
 def _sampling_bytes(
-    config: Config, base: Base, weights: list[Weights], grpo: GRPOConfig, shape: Shape, sequences: list[int]
+    config: VisionLLMConfig, base: Base, weights: list[Weights], grpo: GRPOConfig, shape: Shape, sequences: list[int]
 ) -> dict[str, float]:
     """Memory of writing the candidates, as :class:`DecodeBatch` and the sampler hold it."""
     text, b = base.config.get_text_config(), itemsize(config)

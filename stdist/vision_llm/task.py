@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stdist.config import Config, StageConfig
+from stdist.config import StageConfig, VisionLLMConfig
 from stdist.data import DaySpan, GridStore, Region, Split, Statistics, Windows, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
@@ -24,7 +24,7 @@ class Task:
     statistics: Statistics
 
 
-def open_task(config: Config) -> Task:
+def open_task(config: VisionLLMConfig) -> Task:
     """Opens the store and its windows. Raises InputError for a region, channel, split or window that cannot be."""
     data = config.data
     store = open_store(data.store)
@@ -60,7 +60,7 @@ def span_of(split: Split, name: str, store: GridStore) -> DaySpan:
     return span
 
 
-def policy_spec(config: Config, task: Task) -> PolicySpec:
+def policy_spec(config: VisionLLMConfig, task: Task) -> PolicySpec:
     height, width = task.store.shape
     if task.statistics.maximum <= 0:
         raise InputError(
@@ -98,7 +98,7 @@ def policy_spec(config: Config, task: Task) -> PolicySpec:
     )
 
 
-def fitted_on_data(config: Config, task: Task) -> tuple[Fitted, ...]:
+def fitted_on_data(config: VisionLLMConfig, task: Task) -> tuple[Fitted, ...]:
     """What a run fits on its training days, for the leak audit; the alignment stages read no traffic."""
     of_stage = {"sft": {"weights"}, "grpo": {"weights", "reward normalizer"}}
     whats = {"t_max of the frames"} if config.frames.enabled else set()
@@ -116,5 +116,5 @@ def first_cell(store: GridStore) -> tuple[int, int]:
     return int(store.dataset["row"][0]), int(store.dataset["col"][0])
 
 
-def stage_config(config: Config, name: str) -> StageConfig:
+def stage_config(config: VisionLLMConfig, name: str) -> StageConfig:
     return getattr(config, name)

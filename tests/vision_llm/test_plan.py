@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig
 
 from data_prep import READERS
 from stdist import cli
-from stdist.config import Config, parse_config
+from stdist.config import VisionLLMConfig, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.training.engine import TorchEngine, cosine_schedule
@@ -36,10 +36,10 @@ DEEPSPEED = {"engine": "deepspeed", "num_workers": 8}
 
 
 @pytest.fixture
-def config(store: GridStore) -> Callable[..., Config]:
+def config(store: GridStore) -> Callable[..., VisionLLMConfig]:
     """A run of the preset tiny on the toy city; keywords replace whole sections, merged with these."""
 
-    def make(**sections: Any) -> Config:
+    def make(**sections: Any) -> VisionLLMConfig:
         tree: dict[str, Any] = {
             "name": "toy",
             "data": {"store": str(store.path), "history": HISTORY, "horizon": HORIZON},
@@ -80,7 +80,7 @@ def seven_b(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def policy_at(config: Config, stage: str) -> Policy:
+def policy_at(config: VisionLLMConfig, stage: str) -> Policy:
     """As :mod:`recipe` has it when ``stage`` begins."""
     policy = build_policy(policy_spec(config, open_task(config)), seed=0)
     for name in config.stages:
@@ -238,7 +238,7 @@ def test_activations_are_what_autograd_keeps(config, trainable, dtype, checkpoin
 # --- the 7B ---------------------------------------------------------------------------------------------------------
 
 
-def seven_b_run(config, seven_b: str, **sections: Any) -> Config:
+def seven_b_run(config, seven_b: str, **sections: Any) -> VisionLLMConfig:
     policy = {"base": seven_b, "dtype": "bfloat16", "lora_r": 16} | sections.pop("policy", {})
     return config(policy=policy, numerals={"mantissa_digits": 4}, stages=["sft"], **sections)
 

@@ -10,7 +10,7 @@ import pytest
 import xarray
 
 from data_prep import READERS
-from stdist.config import Config, parse_config
+from stdist.config import VisionLLMConfig, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
@@ -23,7 +23,7 @@ from stdist.vision_llm.task import open_task, policy_spec
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
 
 
-def config_of(store: GridStore, output_dir: Path, **changes: Any) -> Config:
+def config_of(store: GridStore, output_dir: Path, **changes: Any) -> VisionLLMConfig:
     few = {"warmup_steps": 1, "logging_steps": 1, "save_steps": 2, "eval_steps": 4}
     numbers = {
         **few,
@@ -62,18 +62,18 @@ def trained_losses(run: Path) -> list[tuple[str, int, float]]:
 
 
 @pytest.fixture(scope="module")
-def config(store: GridStore, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(store: GridStore, tmp_path_factory: pytest.TempPathFactory) -> VisionLLMConfig:
     return config_of(store, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def result(config: Config) -> dict[str, Any]:
+def result(config: VisionLLMConfig) -> dict[str, Any]:
     """The one whole run that the tests below look at."""
     return recipe.train(config, quiet)
 
 
 @pytest.fixture(scope="module")
-def run(config: Config, result: dict[str, Any]) -> Path:
+def run(config: VisionLLMConfig, result: dict[str, Any]) -> Path:
     return config.run_dir
 
 
@@ -118,7 +118,7 @@ def test_test_forecasts_are_of_the_region_and_scored(run: Path, store: GridStore
     assert scores["pooled"] == result["test"]
 
 
-def test_forecasts_are_the_final_checkpoints_own(run: Path, config: Config, store: GridStore) -> None:
+def test_forecasts_are_the_final_checkpoints_own(run: Path, config: VisionLLMConfig, store: GridStore) -> None:
     """One window, one cell, by the notebook's call on the checkpoint that the run names."""
     final = run / "checkpoints" / "grpo"
     checkpoint = json.loads((final / "finished.json").read_text())["checkpoint"]
@@ -138,7 +138,7 @@ def test_the_log_says_what_every_stage_was_trained_with(run: Path) -> None:
     assert all(entry["tokens"] > 0 and entry["tokens_saved"] >= 0 for entry in trained)
 
 
-def test_the_same_command_again_trains_nothing(run: Path, config: Config, result: dict[str, Any]) -> None:
+def test_the_same_command_again_trains_nothing(run: Path, config: VisionLLMConfig, result: dict[str, Any]) -> None:
     log = (run / "log.jsonl").read_text()
     forecasts = (run / "forecasts" / "test.zarr" / "zarr.json").stat().st_mtime_ns
     again = recipe.train(config, quiet)
@@ -147,7 +147,7 @@ def test_the_same_command_again_trains_nothing(run: Path, config: Config, result
     assert again == result
 
 
-def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: Config) -> None:
+def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: VisionLLMConfig) -> None:
     before = (run / "config.yaml").read_text()
     sft = config.sft.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(InputError, match=r"sft\.learning_rate is 0\.001 there, 0\.5 here"):
@@ -155,7 +155,7 @@ def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: Co
     assert (run / "config.yaml").read_text() == before
 
 
-def test_other_data_at_the_same_path_is_refused(run: Path, config: Config) -> None:
+def test_other_data_at_the_same_path_is_refused(run: Path, config: VisionLLMConfig) -> None:
     digest = (run / "store_digest").read_text()
     (run / "store_digest").write_text("0" * 64)
     try:
@@ -209,14 +209,14 @@ def test_forecast_another_citys_grid(run: Path, other_city: Path, tmp_path: Path
 
 
 def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
-    run: Path, config: Config, other_city: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, config: VisionLLMConfig, other_city: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """t_max, in the data's units, stays the training city's."""
     half_hourly = tmp_path / "half.zarr"
     READERS["synthetic"].prepare([], half_hourly, city="half", height=4, width=4, days=6, cadence=30, seed=8)
     seen = []
 
-    def spy(config: Config, policy: Any, *rest: Any) -> None:
+    def spy(config: VisionLLMConfig, policy: Any, *rest: Any) -> None:
         seen.append(policy.spec)
         raise InputError("enough")
 
@@ -231,7 +231,7 @@ def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
 
 
 def test_forecast_quantiles_where_candidates_are_sampled(
-    run: Path, config: Config, store: GridStore, tmp_path: Path
+    run: Path, config: VisionLLMConfig, store: GridStore, tmp_path: Path
 ) -> None:
     text = (run / "config.yaml").read_text()
     try:

@@ -1,0 +1,105 @@
+"""What every run's configuration has: its data, its learners, and how a stage trains."""
+
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Days = tuple[date, date]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitConfig(Strict):
+    """Inclusive local calendar days, as ["2013-11-01", "2013-11-20"]."""
+
+    train: Days
+    validation: Days
+    test: Days
+
+
+class DataConfig(Strict):
+    """Which windows of which store. ``fraction`` takes the first part of the training days (few-shot)."""
+
+    store: Path
+    channel: str = "internet"
+    history: int = Field(12, ge=1, description="S, frames a window looks back")
+    horizon: int = Field(12, ge=1, description="K, steps forecast")
+    region: str | None = Field(None, description="r0:r1,c0:c1, cells to forecast; the whole grid if absent")
+    split: SplitConfig | None = Field(None, description="the store's own split if absent")
+    fraction: float = Field(1.0, gt=0, le=1)
+
+    @field_validator("store")
+    @classmethod
+    def _absolute(cls, store: Path) -> Path:
+        """So that a run's config.yaml finds its data from any folder."""
+        return store.expanduser().absolute()
+
+
+class OptimizerConfig(Strict):
+    """How any stage's weights are updated: AdamW, a linear warm-up, then a cosine."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    logging_steps: int = Field(10, ge=1)
+
+
+class LearnersConfig(Strict):
+    """How a run is spread over processes, in Ray Train's and DeepSpeed's names; it may change between a run and its
+    continuation, but for the ``engine`` of a stage that trains bfloat16 weights in full. One learner without Ray unless
+    ``num_workers`` asks for more.
+
+    ``engine``: plain torch (one learner) or DeepSpeed. ``zero_stage``: what is sharded, 1 optimizer state, 2 gradients
+    too, 3 weights too. ``offload_optimizer`` keeps the optimizer in CPU memory. ``deepspeed``: a DeepSpeed JSON of the
+    user's own, merged under what the other keys say. ``resources_per_worker``: as {GPU: 1, CPU: 8}; a GPU each where
+    the cluster has any, if absent. ``max_failures``: lost workers or nodes before the run gives up. ``timeout``:
+    seconds a learner waits for the others before it calls them hung.
+    """
+
+    num_workers: int = Field(1, ge=1)
+    engine: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: Literal[1, 2, 3] = 1
+    offload_optimizer: bool = False
+    deepspeed: Path | None = None
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: int = Field(3, ge=0)
+    timeout: float = Field(1800.0, gt=0)
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _deepspeed_where_it_is_needed(self) -> "LearnersConfig":
+        if self.engine == "torch" and (self.num_workers > 1 or self.offload_optimizer or self.deepspeed):
+            raise ValueError("num_workers, offload_optimizer and deepspeed need engine: deepspeed")
+        return self
+
+
+class RunConfig(Strict):
+    """A run of any recipe."""
+
+    recipe: str
+    name: str
+    seed: int = Field(0, ge=0)
+    output_dir: Path = Path("runs")
+    data: DataConfig
+    learners: LearnersConfig = LearnersConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_folder(cls, name: str) -> str:
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError("must name one folder below output_dir, without slashes")
+        return name
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name

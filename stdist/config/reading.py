@@ -1,0 +1,112 @@
+"""From YAML to a run's configuration: unknown keys are errors that name the nearest right key.
+
+Hyper-parameter names follow Hugging Face and TRL; the papers' letters stand where those are the field's names.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from stdist.config.base import RunConfig
+from stdist.config.urban import UrbanConfig
+from stdist.config.vision_llm import VisionLLMConfig
+from stdist.errors import InputError
+
+DEFAULT_RECIPE = "vision-llm"
+KINDS: dict[str, type[RunConfig]] = {
+    recipe: kind
+    for kind in (VisionLLMConfig, UrbanConfig)
+    for recipe in get_args(kind.model_fields["recipe"].annotation)
+}
+"""Which tree a recipe has."""
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML file and applies ``key.sub=value`` overrides.
+
+    Raises InputError: file missing or not YAML, an unknown key (with the nearest right one), a wrong value.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"config {path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"config {path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError where a date is none or the text is not UTF-8
+        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"config {path} must be a mapping of keys to values")
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
+    """Validates a tree; ``where`` names its source in errors."""
+    recipe = tree.get("recipe", DEFAULT_RECIPE)
+    if not isinstance(recipe, str) or recipe not in KINDS:
+        raise InputError(f"{where}: recipe {recipe!r} is none; choose one of {', '.join(KINDS)}")
+    kind = KINDS[recipe]
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_first_problem(error, kind)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise InputError(f"override {override!r} must look like key.sub=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"override {override!r}: {parent} is a value, not a group of keys")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def _first_problem(error: ValidationError, kind: type[RunConfig]) -> str:
+    """The first unknown key, else the first wrong value; a key that may be one of several kinds says all of them."""
+    problems = error.errors()
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    if problem["type"] == "extra_forbidden":
+        *group, name = (part for part in problem["loc"] if isinstance(part, str))
+        known = list(_fields_at(kind, group))
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key {'.'.join([*group, name])!r}; {hint}"
+    key = _key(problem, kind)
+    same = [p for p in problems if _key(p, kind) == key and p["input"] == problem["input"]]
+    message = " or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in same))
+    given = f" (given: {problem['input']!r})" if key and problem["type"] != "missing" else ""
+    return f"{key or 'config'}: {message}{given}"
+
+
+def _key(problem: Any, kind: type[RunConfig]) -> str:
+    """The dotted key of a problem, without what pydantic adds behind it: the item, the kind that was tried."""
+    path: list[str] = []
+    for part in problem["loc"]:
+        if part not in _fields_at(kind, path):
+            break
+        path.append(part)
+    return ".".join(path)
+
+
+def _fields_at(kind: type[RunConfig], path: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = kind.model_fields
+    for part in path:
+        annotation = fields[part].annotation
+        models = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+        fields = models[0].model_fields if models else {}
+    return fields

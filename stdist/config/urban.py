@@ -1,0 +1,130 @@
+"""The tree of the recipes for nodes: ``urbanpg-train``, ``few-shot`` and ``continual``."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stdist.config.base import Days, OptimizerConfig, RunConfig, Strict
+
+URBANPG_ONLY = ("temporal", "spatial", "p", "q", "stca", "stca_normalizer")
+
+
+class ModelConfig(Strict):
+    """``kind``: UrbanPG, or a baseline trained in the same harness. ``d``: hidden width, 256 for UrbanPG and the
+    authors' for a baseline where absent; a backbone that is given has its own.
+
+    UrbanPG's ablations: ``temporal`` or ``spatial`` false leave out these contexts (w/o TC, w/o SC), ``p: 0`` the
+    random perturbation of Eq. 4 (w/o RPR), ``stca: false`` Eq. 6 (w/o STCA). ``stca_normalizer``: ``none`` is the
+    paper, ``sum`` makes the attention's weights a mean, so that its scale does not grow with the nodes.
+    """
+
+    kind: Literal["urbanpg", "stid", "graph_wavenet", "stgcn"] = "urbanpg"
+    d: int | None = Field(None, ge=1)
+    temporal: bool = True
+    spatial: bool = True
+    p: float = Field(0.1, ge=0, lt=1)
+    q: float = Field(0.5, ge=0, lt=1)
+    stca: bool = True
+    stca_normalizer: Literal["none", "sum"] = "none"
+
+    @model_validator(mode="after")
+    def _ablations_are_of_urbanpg(self) -> "ModelConfig":
+        changed = [key for key in URBANPG_ONLY if getattr(self, key) != type(self).model_fields[key].default]
+        if self.kind != "urbanpg" and changed:
+            raise ValueError(f"{changed[0]} is UrbanPG's, and kind is {self.kind}")
+        return self
+
+
+class EpochsConfig(OptimizerConfig):
+    """Training by epochs over all windows of the span, ``train_batch_size`` windows a step over all learners.
+    ``patience`` epochs without a fall of the validation MAE end it; the best epoch's weights are the result."""
+
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(5.0, gt=0)
+    max_epochs: int = Field(300, ge=1)
+    patience: int = Field(30, ge=1)
+    train_batch_size: int = Field(64, ge=1)
+
+
+class NodesConfig(Strict):
+    """``ranks``: learners that share the nodes of a window; the rest of ``learners.num_workers`` share the batch.
+    ``block_nodes``: nodes that are computed together, twice, where not all fit (``stdist.urban.blocks``)."""
+
+    ranks: int = Field(1, ge=1)
+    block_nodes: int | None = Field(None, ge=1)
+
+
+class FewShotConfig(Strict):
+    """``backbone``: the run that trained it, or a saved ``UrbanPG`` or ``Backbone``; it is frozen (Eq. 8)."""
+
+    backbone: Path
+
+    @field_validator("backbone")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+
+class PeriodConfig(Strict):
+    """One period's local days; ``nodes``: how many of the store's nodes there are by then, the first ones."""
+
+    train: Days
+    validation: Days
+    test: Days
+    nodes: int = Field(ge=1)
+
+
+class ContinualConfig(Strict):
+    """Periods in order. From the second one on the backbone (Eq. 10) and the rows of nodes that were there before
+    are frozen, unless ``train_backbone`` or ``train_old_rows``."""
+
+    periods: tuple[PeriodConfig, ...] = Field(min_length=2)
+    train_backbone: bool = False
+    train_old_rows: bool = False
+
+    @field_validator("periods")
+    @classmethod
+    def _in_order(cls, periods: tuple[PeriodConfig, ...]) -> tuple[PeriodConfig, ...]:
+        for number, (before, after) in enumerate(pairwise(periods), 2):
+            if after.nodes < before.nodes:
+                raise ValueError(f"period {number} has {after.nodes} nodes, the one before {before.nodes}; none may go")
+            if after.train[0] <= before.train[0]:
+                raise ValueError(f"period {number} does not begin after the one before")
+        return periods
+
+
+class UrbanConfig(RunConfig):
+    """A run on a store of nodes. ``few_shot`` and ``continual`` belong to the recipes of these names."""
+
+    recipe: Literal["urbanpg-train", "few-shot", "continual"]
+    model: ModelConfig = ModelConfig()
+    training: EpochsConfig = EpochsConfig()
+    nodes: NodesConfig = NodesConfig()
+    few_shot: FewShotConfig | None = None
+    continual: ContinualConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_the_recipe(cls, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            for recipe, key in (("few-shot", "few_shot"), ("continual", "continual")):
+                if (tree.get(key) is not None) != (tree.get("recipe") == recipe):
+                    raise ValueError(f"recipe {recipe} and the key {key} go together, and recipe is {tree['recipe']}")
+        return tree
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> "UrbanConfig":
+        if self.recipe != "urbanpg-train" and self.model.kind != "urbanpg":
+            raise ValueError(f"recipe {self.recipe} is UrbanPG's, and model.kind is {self.model.kind}")
+        if self.model.kind != "urbanpg" and (self.nodes.ranks > 1 or self.nodes.block_nodes):
+            raise ValueError(f"nodes.ranks and nodes.block_nodes need UrbanPG, and model.kind is {self.model.kind}")
+        if self.learners.num_workers % self.nodes.ranks:
+            raise ValueError(
+                f"learners.num_workers {self.learners.num_workers} is no multiple of nodes.ranks {self.nodes.ranks}"
+            )
+        if self.continual and (self.data.split or self.data.region or self.data.fraction < 1):
+            raise ValueError("data.split, data.region and data.fraction come from continual.periods in this recipe")
+        return self

@@ -1,0 +1,118 @@
+"""A forecaster of nodes as files: the model's own, and what it was fitted on."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from stdist.config import RunConfig, UrbanConfig
+from stdist.data.audit import Fitted
+from stdist.errors import InputError
+from stdist.files import write_atomically
+from stdist.training.checkpoint import StageCheckpoints, naming_damage
+from stdist.training.run_folder import CONFIG, read_run_config
+from stdist.urban.backbones import NodeForecaster
+from stdist.urban.city import City
+from stdist.urban.node_parallel import NodeParallel
+from stdist.urban.urbanpg import BACKBONE, PROMPTS, Backbone, UrbanPG
+
+Model = UrbanPG | NodeForecaster
+FITTED = "fitted.json"
+
+
+def city_of(model: Model) -> City:
+    """What ``model`` knows of its city's data."""
+    return model.prompts if isinstance(model, UrbanPG) else model
+
+
+def nodes_of_model(model: Model) -> int | None:
+    """How many nodes it forecasts, None where it fits any number."""
+    return model.total_nodes if isinstance(model, UrbanPG) else model.nodes
+
+
+@dataclass(frozen=True)
+class ForecasterFiles:
+    """See :class:`stdist.training.loop.Model`. ``fitted`` is kept beside the weights."""
+
+    model: Model
+    fitted: tuple[Fitted, ...]
+
+    def snapshot(self) -> Callable[[Path], None]:
+        parallel = isinstance(self.model, NodeParallel)
+        save = self.model.snapshot() if parallel else copy.deepcopy(self.model).save_pretrained
+
+        def write(folder: Path) -> None:
+            save(folder)
+            write_atomically(folder / FITTED, json.dumps([asdict(each) for each in self.fitted], indent=1))
+
+        return write
+
+    def read(self, path: Path) -> None:
+        if isinstance(self.model, NodeParallel):
+            self.model.read(path)
+        else:
+            self.model.load_state_dict(load_forecaster(path).state_dict())
+
+
+def load_forecaster(folder: Path) -> Model:
+    """What a checkpoint holds, in evaluation mode. Raises InputError where that is no forecaster."""
+    if not (folder / BACKBONE).is_dir():
+        return NodeForecaster.from_pretrained(folder)
+    scenarios = sorted(path.name for path in (folder / PROMPTS).glob("*/"))
+    if len(scenarios) != 1:
+        raise InputError(f"{folder} has prompts of {len(scenarios)} scenarios; a checkpoint has those of one")
+    return UrbanPG.from_pretrained(folder, scenarios[0])
+
+
+def load_fitted(folder: Path) -> tuple[Fitted, ...] | None:
+    """What was fitted of the forecaster in ``folder``, and on which data; None where nobody noted it."""
+    path = folder / FITTED
+    if not path.exists():
+        return None
+    with naming_damage(folder):
+        return tuple(Fitted(**each) for each in json.loads(path.read_text()))
+
+
+def stage_names(config: UrbanConfig) -> tuple[str, ...]:
+    """A run's stages in order: one, or one for each period."""
+    if config.continual:
+        return tuple(f"period-{number}" for number in range(1, len(config.continual.periods) + 1))
+    return ("prompts",) if config.recipe == "few-shot" else ("train",)
+
+
+def result_of(run_dir: Path, config: RunConfig) -> Path:
+    """The checkpoint that a finished run forecasts with. Raises InputError where it is not finished, or no such run."""
+    if not isinstance(config, UrbanConfig):
+        raise InputError(f"{run_dir} is a run of recipe {config.recipe}; name one of a forecaster of nodes")
+    stage = StageCheckpoints(run_dir / "checkpoints" / stage_names(config)[-1])
+    if stage.finished is None:
+        raise InputError(
+            f"{run_dir} has not finished its stage {stage.folder.name}; run `stdist train` on its config again"
+        )
+    return stage.folder / stage.finished["checkpoint"]
+
+
+def load_backbone(path: Path) -> tuple[Backbone, tuple[Fitted, ...] | None]:
+    """The backbone of a run folder, a saved UrbanPG or a saved Backbone, and what it was fitted on if that is known.
+
+    Raises InputError where ``path`` is none of these.
+    """
+    if (path / CONFIG).is_file():
+        path = result_of(path, read_run_config(path))
+    folder = path / BACKBONE if (path / BACKBONE).is_dir() else path
+    if not folder.is_dir():
+        raise InputError(f"backbone {folder} does not exist; name a run of recipe urbanpg-train, or a saved backbone")
+    return Backbone.from_pretrained(folder), load_fitted(path)
+
+
+def digest_of(model: nn.Module, names: Iterable[str]) -> str:
+    """One sha256 over the bytes of these parameters."""
+    parameters, digest = dict(model.named_parameters()), hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(parameters[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""Forecasters of nodes from a configuration to a scored forecast, in UrbanPG's three paradigms: pre-training (or
+training from scratch), few-shot (Eq. 8) and continual learning (Eq. 9–10). Baselines train in the same harness.
+
+Every step is skipped when its result is already in the run folder, so the same command run again resumes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from stdist.config import EpochsConfig, UrbanConfig
+from stdist.data import NodeRange
+from stdist.data.audit import Fitted, data_digest
+from stdist.evaluation.run_files import Efficiency
+from stdist.files import write_atomically
+from stdist.training.checkpoint import StageCheckpoints
+from stdist.training.deepspeed_json import deepspeed_json
+from stdist.training.engine import Engine, ParameterGroup, cosine_schedule
+from stdist.training.engines import engine_name, make_engine
+from stdist.training.group import Group
+from stdist.training.loop import LoopSettings, run_stage
+from stdist.training.run_folder import begin_run_folder, open_together, refuse_foreign_folder
+from stdist.training.run_log import RunLog
+from stdist.urban import efficiency
+from stdist.urban.checkpoints import ForecasterFiles, Model, digest_of, load_backbone, load_forecaster, stage_names
+from stdist.urban.continual import expanded, period_row
+from stdist.urban.models import new_baseline, new_urbanpg, prompts_on
+from stdist.urban.node_learners import NodeLearners, check_grid
+from stdist.urban.node_parallel import NodeParallel
+from stdist.urban.scoring import EFFICIENCY, forecast_and_score, stage_sentence
+from stdist.urban.stage import ForecastStage, WindowForecasts
+from stdist.urban.task import Task, open_period, open_task
+from stdist.urban.urbanpg import UrbanPG
+
+
+@dataclass
+class Run:
+    """A run in progress on one learner."""
+
+    config: UrbanConfig
+    learners: NodeLearners
+    device: torch.device
+    log: RunLog | None
+    say: Callable[[str], None]
+    report: Callable[[dict[str, float]], None]
+    notes: list[str]
+
+    @property
+    def group(self) -> Group:
+        return self.learners.group
+
+
+def train(
+    config: UrbanConfig,
+    say: Callable[[str], None],
+    report: Callable[[dict[str, float]], None] = lambda scalars: None,
+) -> dict[str, Any]:
+    """Runs or resumes everything ``config`` names. Returns the test metrics, the stages' summaries and paths.
+
+    As one of several learners (torch.distributed is up) this process trains its share; the first one also writes the
+    run folder, forecasts and scores, and only its result has the metrics. See :func:`stdist.recipes.train`.
+    """
+    group = Group.current()
+    say = say if group.leads else lambda line: None
+    tasks, model, fitted, notes = open_together(group, partial(_open, config, group))
+    store = tasks[0].store
+    if group.leads:
+        begin_run_folder(config, store.digest)
+    say(f"run {config.run_dir}: {store.city}, {tasks[-1].nodes.shape[0]} nodes, {len(tasks[0].train)} training windows")
+    for note in notes:
+        say(note)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learners = NodeLearners.current(tasks[0].nodes.shape[0], config.nodes.ranks)
+    run = Run(config, learners, device, RunLog(config.run_dir) if group.leads else None, say, report, notes)
+    summaries, rows = {}, []
+    for number, (name, task) in enumerate(zip(stage_names(config), tasks, strict=True)):
+        before = model
+        if config.continual and number:
+            model = expanded(before, task, config.continual, config.seed)
+        fitted = (*fitted, Fitted.on("weights", task.statistics.span, data_digest(task.store, config.data.channel)))
+        summaries[name], model = fit(run, name, task, model, fitted)
+        if config.continual and group.leads:
+            previous, settings = before if number else None, config.training
+            rows.append(
+                period_row(number + 1, task, previous, model, settings.train_batch_size, config.nodes.block_nodes)
+            )
+    if run.log:
+        run.log.close()
+    if not group.leads:
+        return {"run": str(config.run_dir), "stages": summaries}
+    result = forecast_and_score(config, tasks[-1], model, fitted, summaries, rows, notes, say)
+    return {"run": str(config.run_dir), "stages": summaries, **result}
+
+
+def check(config: UrbanConfig, group: Group) -> list[Task]:
+    """What the run reads, a task for every stage. Raises InputError where ``group`` cannot train ``config`` on it, or
+    its folder is another run's."""
+    learners = config.learners
+    periods = config.continual.periods if config.continual else ()
+    tasks = [open_period(config.data, period) for period in periods] or [open_task(config.data)]
+    refuse_foreign_folder(config, tasks[0].store.digest)
+    check_grid(group.size, config.nodes.ranks, tasks[0].nodes.shape[0], learners.zero_stage)
+    Group(0, group.size // config.nodes.ranks).share(config.training.train_batch_size, "training.train_batch_size")
+    if learners.engine == "deepspeed":
+        deepspeed_json(learners, config.training.max_grad_norm, False, group.size // config.nodes.ranks)
+    return tasks
+
+
+Opened = tuple[list[Task], Model, tuple[Fitted, ...], list[str]]
+
+
+def _open(config: UrbanConfig, group: Group) -> Opened:
+    """The run's data, its first model, what that was fitted on before, and what is to be said. Raises InputError for
+    whatever would stop the run later."""
+    tasks = check(config, group)
+    task, model_config, seed = tasks[0], config.model, config.seed
+    if config.few_shot:
+        backbone, fitted = load_backbone(config.few_shot.backbone)
+        model: Model = prompts_on(backbone, model_config, task, seed)
+        unknown = f"nothing says which data the backbone {config.few_shot.backbone} was trained on"
+        return tasks, model, fitted or (), [] if fitted else [unknown]
+    new = new_urbanpg if model_config.kind == "urbanpg" else new_baseline
+    return tasks, new(model_config, task, seed), (), []
+
+
+def fit(run: Run, name: str, task: Task, model: Model, fitted: tuple[Fitted, ...]) -> tuple[dict[str, Any], Model]:
+    """Trains ``model`` on the windows of ``task`` as the stage ``name``, or only loads what that left. Returns its
+    closing summary, and the whole city's model with its result, read from the checkpoint.
+
+    Raises RuntimeError where a byte of what is frozen changed.
+    """
+    config, settings = run.config, run.config.training
+    learners = run.learners = run.learners.of_nodes(task.nodes.shape[0])
+    frozen = [each for each, parameter in model.named_parameters() if not parameter.requires_grad]
+    before, counts = digest_of(model, frozen), (efficiency.count(model), efficiency.count(model, trained=True))
+    if isinstance(model, UrbanPG) and learners.node_ranks > 1:
+        model = NodeParallel(model.backbone, model.prompts, learners)
+    model.to(run.device).train()
+    here = NodeRange(task.nodes.n0 + learners.here.start, task.nodes.n0 + learners.here.stop)
+    train, validation = (
+        WindowForecasts(model, windows.of_region(here), learners, config.nodes.block_nodes)
+        for windows in (task.train, task.validation)
+    )
+    stage = ForecastStage(name, train, validation, settings, config.seed)
+    epoch = stage.steps_per_epoch
+    steps = settings.max_epochs * epoch
+    checkpoints = StageCheckpoints(config.run_dir / "checkpoints" / name, run.group)
+    summary = run_stage(
+        stage,
+        ForecasterFiles(model, fitted),
+        partial(_engine, run, settings, steps, model),
+        LoopSettings(steps, settings.logging_steps, epoch, epoch, settings.patience),
+        checkpoints,
+        run.log,
+        run.say,
+        facts={"device": str(run.device), "learners": f"{run.group.size}, {engine_name(config.learners)}"},
+        report=run.report,
+    )
+    result = load_forecaster(checkpoints.folder / summary["checkpoint"])
+    if digest_of(result, frozen) != before:
+        raise RuntimeError(f"weights that {name} froze are not in {checkpoints.folder} as they were; this is a bug")
+    if run.log and stage.seconds_per_epoch is not None:
+        cost = Efficiency(
+            name=name,
+            parameters=counts[0],
+            trained_parameters=counts[1],
+            batch_size=settings.train_batch_size,
+            hardware=efficiency.hardware(run.device, run.group.size),
+            seconds_per_epoch=stage.seconds_per_epoch,
+            samples_per_second=epoch * settings.train_batch_size / stage.seconds_per_epoch,
+            peak_memory_bytes=efficiency.peak_memory(run.device),
+        )
+        write_atomically(checkpoints.folder / EFFICIENCY, cost.model_dump_json(indent=1))
+    run.say(stage_sentence(summary))
+    if frozen:
+        size = sum(parameter.nbytes for each, parameter in result.named_parameters() if each in frozen)
+        note = f"{name}: {size:,} bytes of frozen weights are in its result as they were (sha256 {before[:12]}…)"
+        run.notes.append(note)
+        run.say(note)
+    for each, parameter in result.named_parameters():
+        parameter.requires_grad = each not in frozen
+    return summary, result.to(run.device)
+
+
+def _engine(run: Run, settings: EpochsConfig, steps: int, model: Model) -> Engine:
+    learners, data_ranks = run.config.learners, run.learners.data_ranks
+    if isinstance(model, NodeParallel):
+        # Imports DeepSpeed, which is not installed everywhere.
+        from stdist.urban.node_engine import NodeEngine
+
+        weights = ParameterGroup(model.trained_parameters(), settings.learning_rate, settings.weight_decay)
+        schedule = cosine_schedule(settings.warmup_steps, steps)
+        configuration = deepspeed_json(learners, settings.max_grad_norm, False, data_ranks)
+        return NodeEngine(model, [weights], schedule, configuration)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = ParameterGroup(trained, settings.learning_rate, settings.weight_decay)
+    return make_engine(learners, settings, steps, model, [weights], data_ranks)

@@ -1,0 +1,240 @@
+"""From a trained forecaster of nodes to scored forecasts: the closing step of a run, and ``stdist forecast``."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stdist.config import UrbanConfig
+from stdist.data import DaySpan, GridStore, NodeRange, Split, Windows, open_store
+from stdist.data.audit import Fitted, data_digest, leak_line, leaks
+from stdist.data.loader import WindowLoader
+from stdist.data.sampler import WindowSampler
+from stdist.errors import InputError
+from stdist.evaluation import (
+    Efficiency,
+    ForecastHeader,
+    ForecastMetadata,
+    ForecastWriter,
+    PiecePlan,
+    Table,
+    build_report,
+    evaluate,
+    forecast_contract,
+    score_baselines,
+    write_embeddings,
+    write_metrics,
+)
+from stdist.files import write_atomically
+from stdist.progress import progress_bar
+from stdist.training.run_folder import read_run_config
+from stdist.urban.checkpoints import (
+    Model,
+    city_of,
+    load_fitted,
+    load_forecaster,
+    nodes_of_model,
+    result_of,
+    stage_names,
+)
+from stdist.urban.continual import COLUMNS, TITLE
+from stdist.urban.embeddings import project_embeddings
+from stdist.urban.node_learners import NodeLearners
+from stdist.urban.stage import WindowForecasts
+from stdist.urban.task import Task
+from stdist.urban.urbanpg import UrbanPG
+
+EFFICIENCY = "efficiency.json"
+"""Beside a stage's checkpoints: what the training cost."""
+
+
+def stage_sentence(summary: dict[str, Any]) -> str:
+    """What a stage bought, in a line."""
+    before, after = summary["before"], summary["after"]
+    changes = ", ".join(f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in ("mae", "rmse", "mape"))
+    result = summary["checkpoint"].removeprefix("step-")
+    return (
+        f"{summary['stage']}: validation {changes} (kept step {result} of {summary['steps']}, "
+        f"{summary['seconds']:.0f} s)"
+    )
+
+
+def forecast_and_score(
+    config: UrbanConfig,
+    task: Task,
+    model: Model,
+    fitted: tuple[Fitted, ...],
+    summaries: dict[str, dict[str, Any]],
+    periods: list[list[str | float | None]],
+    notes: list[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Forecasts the last stage's test windows, scores them beside the baselines, writes ``report/``."""
+    run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
+    speed_path = path.parent / "windows_per_second"
+    if not path.exists():
+        speed = make_forecasts(config, model, task.test, fitted, summaries, path, say)
+        write_atomically(speed_path, json.dumps(speed))
+    scores = evaluate(path, task.store).to_json()
+    contract = scores.pop("contract")
+    baselines = score_baselines(task.store, task.train.span, task.test)
+    metrics = {
+        "contract": contract,
+        "model": scores,
+        "baselines": baselines,
+        "stages": {
+            name: {"before": s["before"], "after": s["after"], "summary": stage_sentence(s)}
+            for name, s in summaries.items()
+        },
+        "efficiency": _efficiency(config, json.loads(speed_path.read_text())),
+        "tables": [Table(title=TITLE, columns=COLUMNS, rows=periods)] if periods else [],
+        "notes": notes,
+    }
+    write_metrics(run_dir, metrics)
+    if isinstance(model, UrbanPG):
+        write_embeddings(run_dir, project_embeddings(model.prompts, task.statistics.cell_mean, config.seed))
+    page = build_report(run_dir)
+    own = scores["pooled"]
+    say(f"test MAE {own['mae']:.4f}, RMSE {own['rmse']:.4f}, MAPE {own['mape']:.4f}")
+    say("MAE " + ", ".join(f"{name} {each['pooled']['mae']:.4f}" for name, each in baselines.items()))
+    pooled = {name: each["pooled"] for name, each in baselines.items()}
+    mean = scores["mean_of_horizons"]
+    return {"test": own, "mean_of_horizons": mean, "baselines": pooled, "report": str(page)}
+
+
+def _efficiency(config: UrbanConfig, windows_per_second: float | None) -> list[Efficiency]:
+    found = []
+    for name in stage_names(config):
+        path = config.run_dir / "checkpoints" / name / EFFICIENCY
+        if path.exists():
+            found.append(Efficiency.model_validate_json(path.read_text()))
+    if found:
+        found[-1] = found[-1].model_copy(update={"inference_samples_per_second": windows_per_second})
+    return found
+
+
+def make_forecasts(
+    config: UrbanConfig,
+    model: Model,
+    windows: Windows,
+    fitted: tuple[Fitted, ...],
+    summaries: dict[str, dict[str, Any]],
+    path: Path,
+    say: Callable[[str], None],
+) -> float | None:
+    """Writes the forecasts of all ``windows``, whose history is of the model's nodes and whose targets may be of some
+    of them; goes on where a killed one was. Returns the windows it made in a second."""
+    stage, batch_size = stage_names(config)[-1], config.training.train_batch_size
+    _check_fits(model, windows)
+    targets, nodes = windows.region.slices[0], windows.region.shape[0]
+    first = windows.history_region.slices[0].start
+    own = slice(targets.start - first, targets.stop - first)
+    header = ForecastHeader(
+        metadata=ForecastMetadata(
+            run=config.name,
+            checkpoint=f"{stage}/{summaries[stage]['checkpoint']}",
+            contract=forecast_contract(windows),
+            fitted=fitted,
+        ),
+        origins=windows.origin_times,
+        cell_ids=windows.store.cell_ids[windows.region.slices],
+        has_quantiles=False,
+    )
+    plan = PiecePlan(len(windows), nodes, batch_size, nodes)
+    forecasts = WindowForecasts(model.eval(), windows, NodeLearners(first), config.nodes.block_nodes)
+    with (
+        ForecastWriter(path, header, np.arange(nodes), plan, {"training": summaries[stage]}, say) as writer,
+        progress_bar("forecast", unit="windows") as progress,
+    ):
+        left, began = writer.left, time.perf_counter()
+        sampler = WindowSampler(windows, batch_size, shuffle=False)
+        sampler.consumed = left[0].windows.start if left else 0
+        with torch.no_grad():
+            for piece, batch in zip(left, WindowLoader(sampler) if left else (), strict=True):
+                made, _ = forecasts(batch)
+                writer.write(piece, made[None, :, :, own].cpu().numpy())
+                progress(piece.windows.stop, len(windows))
+        seconds = time.perf_counter() - began
+        writer.finish()
+    return (len(windows) - left[0].windows.start) / seconds if left else None
+
+
+def _check_fits(model: Model, windows: Windows) -> None:
+    """Raises InputError where the model is of another cadence, of other numbers of frames or nodes than ``windows``,
+    or a node has no value."""
+    store, city = windows.store, city_of(model)
+    cadence = int(store.cadence / np.timedelta64(1, "m"))
+    if cadence != city.cadence:
+        raise InputError(
+            f"{store.path} has a value every {cadence} min, {city.who} are of {city.cadence} min; fit prompts to this "
+            "data with recipe few-shot"
+        )
+    history = torch.from_numpy(windows.read([0]).history)
+    model.check(history, *city.calendar(store.local_times[windows.origins[:1]]))
+
+
+def forecast(
+    run_dir: Path, store_path: Path, region: str | None, split: str, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """``stdist forecast``: a finished run's forecaster on a store of the same nodes, or some of its nodes.
+
+    ``region``: the nodes n0:n1 that are forecast, all of the run's by default; the history is that of all of them.
+    ``split``: a name (the run's own days on the store it was trained on, else the store's default split) or local days
+    ``A:B``. Raises InputError for an unfinished run, nodes, times or a cadence that the forecaster does not know.
+    """
+    config = read_run_config(run_dir)
+    assert isinstance(config, UrbanConfig)
+    checkpoint = result_of(run_dir, config)
+    model = load_forecaster(checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    store = open_store(store_path)
+    if len(store.shape) != 1:
+        raise InputError(f"{store_path} holds a grid; this run forecasts nodes")
+    known = _nodes_in(store, store_path, config, model)
+    wanted = NodeRange.parse(region) if region else known
+    if not (known.n0 <= wanted.n0 and wanted.n1 <= known.n1):
+        raise InputError(f"region {wanted} is not within the nodes {known} that {run_dir} was trained on")
+    windows = store.windows(
+        DaySpan.parse(split) if ":" in split else _days(store, store_path, config).named(split),
+        config.data.history,
+        config.data.horizon,
+        channel=config.data.channel,
+        region=wanted,
+        history_region=known,
+        history_inside=split == "train",
+        name=split if ":" not in split else "span",
+    )
+    fitted = load_fitted(checkpoint) or ()
+    say(windows.contract)
+    if found := leaks(fitted, windows.span, data_digest(store, windows.channel)):
+        say(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
+    summary = json.loads((checkpoint.parent / "finished.json").read_text())
+    make_forecasts(config, model, windows, fitted, {checkpoint.parent.name: summary}, out, say)
+    return {
+        "out": str(out),
+        "windows": len(windows),
+        "checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+    }
+
+
+def _nodes_in(store: GridStore, path: Path, config: UrbanConfig, model: Model) -> NodeRange:
+    """The run's own nodes in the store it was trained on; all of another one."""
+    first = 0
+    if path.resolve() == config.data.store.resolve():
+        first = NodeRange.parse(config.data.region).n0 if config.data.region else 0
+        return NodeRange(first, first + (nodes_of_model(model) or store.shape[0] - first)).within(store.shape)
+    return NodeRange(0, store.shape[0])
+
+
+def _days(store: GridStore, path: Path, config: UrbanConfig) -> Split:
+    if path.resolve() == config.data.store.resolve():
+        if config.continual:
+            last = config.continual.periods[-1]
+            return Split.parse(*([str(day) for day in span] for span in (last.train, last.validation, last.test)))
+        if config.data.split:
+            return Split.parse(**config.data.split.model_dump(mode="json"))
+    return store.default_split
