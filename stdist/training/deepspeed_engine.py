@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stdist.errors import InputError
 from stdist.training.engine import MOMENTS, ParameterGroup, Scheduled, adamw
+from stdist.training.group import patience
 
 # Asked for, it is neither looked for nor talked about.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -46,12 +47,10 @@ _MARKS = {
 """What DeepSpeed 0.19 leaves on parameters and modules, beside ds_...; some of it holds the optimizer's memory."""
 
 
-def _bound_waiting(device: torch.device) -> None:
-    """Has DeepSpeed's collectives wait for a silent learner as long as the launcher's; in a group that DeepSpeed makes
-    itself they wait for half an hour."""
+def _bound_waiting() -> None:
+    """Has DeepSpeed's collectives wait for a silent learner as long as the launcher's."""
     if deepspeed_groups._WORLD_GROUP is None:
-        whole = dist.distributed_c10d._get_default_group()
-        deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=whole._get_backend(device).options._timeout)
+        deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=patience())
 
 
 class DeepSpeedEngine(Scheduled):
@@ -61,6 +60,9 @@ class DeepSpeedEngine(Scheduled):
         module: the whole model, also what is frozen; never called itself, its submodules are.
         persistent: parameters that are read outside of their own submodules' ``forward``; ZeRO-3 keeps them whole.
         configuration: see :func:`stdist.training.deepspeed_json.deepspeed_json`.
+        mpu: says which learners hold different parts of the model, as DeepSpeed's argument of this name does: gradients
+            are averaged over its data-parallel group alone, and a parameter marked ``model_parallel`` counts in the
+            gradient norm on every rank of its model-parallel group, any other on the first. ZeRO 1 and 2 only.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class DeepSpeedEngine(Scheduled):
         schedule: Callable[[int], float],
         configuration: dict[str, Any],
         persistent: Collection[nn.Parameter] = (),
+        mpu: Any = None,
     ):
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -78,9 +81,9 @@ class DeepSpeedEngine(Scheduled):
         self._module = module
         self._dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
         self._linear = nn.functional.linear  # ZeRO-3 puts its own in this place, for every model of the process
-        _bound_waiting(next(module.parameters()).device)
+        _bound_waiting()
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw(self._groups), config=configuration, dist_init_required=False
+            model=module, optimizer=adamw(self._groups), config=configuration, mpu=mpu, dist_init_required=False
         )
         self._zero = self._engine.optimizer
         self._stage = self._engine.zero_optimization_stage()
@@ -216,6 +219,7 @@ class DeepSpeedEngine(Scheduled):
         # Garbage collection would destroy it once more, and with it the next engine's links from these parameters to
         # their moments: half of them would be saved as zeros.
         self._engine.optimizer = None
+        deepspeed_groups.mpu = None  # it would be the next engine's too
         nn.functional.linear = self._linear
         if self._stage == 3:
             self._zero.parameter_offload._remove_module_hooks()

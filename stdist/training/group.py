@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -59,3 +60,10 @@ class Group:
         if self.size > 1:
             dist.broadcast_object_list(things, src=0)
         return things[0]
+
+
+def patience() -> timedelta:
+    """How long the launcher's collectives wait for a silent learner; those of a group made later would wait for half an
+    hour, unless they are told."""
+    whole = dist.distributed_c10d._get_default_group()
+    return whole._get_backend(whole._device_types[0]).options._timeout

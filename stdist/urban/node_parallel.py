@@ -1,111 +1,154 @@
-"""UrbanPG with its nodes on several ranks, and several such groups side by side for parts of the batch.
+"""UrbanPG with its nodes on several learners, and several such groups side by side for parts of the batch.
 
-The ranks are a mesh of two dimensions, ``data`` and ``nodes``: ranks along ``nodes`` hold different nodes of the same
-samples, ranks along ``data`` the same nodes of different samples. A rank holds its own nodes' rows of E_s and all of
-the rest. Every rank's loss is its own points' share of one sum over all points, so gradients are sums everywhere:
+:class:`~stdist.urban.node_learners.NodeLearners` says who holds what: a learner has its own nodes' rows of E_s and all
+of the rest. Its loss is its own points' share of one sum over all points, so gradients are sums everywhere:
 
-* S, the sums of Eq. 6, is S = Σ_r S_r over the ranks of ``nodes``. Each rank r' computes with all of S, so
+* S, the sums of Eq. 6, is S = Σ_r S_r over the learners along ``nodes``. Each learner r' computes with all of S, so
   dL/dS_r = dL/dS = Σ_r' dL_r'/dS: the forward pass sums S over ``nodes``, the backward pass its gradient.
-* A row of E_s acts through its own rank's outputs and through S_r. With dL/dS whole, its gradient is whole: nothing is
-  summed over ``nodes``, only over ``data``, where ranks hold copies of it.
-* Every other weight is on all ranks and each has the part of its gradient that passes through the rank's own nodes
-  and samples, that of P_t in Eq. 6 included, which every rank forms again from S: summed over the whole mesh.
+* A row of E_s acts through its own learner's outputs and through S_r. With dL/dS whole, its gradient is whole: nothing
+  is summed over ``nodes``, only over ``data``, where learners hold copies of it.
+* Every other weight is on all learners and each has the part of its gradient that passes through the learner's own
+  nodes and windows, that of P_t in Eq. 6 included, which every learner forms again from S: summed over all of them.
 
-Along ``nodes`` a step sends the sums, their gradient, the other weights' gradient and one number: nothing depends on N.
+Along ``nodes`` a step sends the sums, their gradient and the other weights' gradient: nothing depends on N.
+:class:`~stdist.urban.node_engine.NodeEngine` trains it.
 """
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
 
 from stdist.errors import InputError
+from stdist.urban.node_learners import NodeLearners, nodes_of
 from stdist.urban.prompts import Prompts
 from stdist.urban.urbanpg import Backbone, UrbanPG
 
-DATA, NODES = "data", "nodes"
-
-
-def nodes_of(rank: int, ranks: int, nodes: int) -> slice:
-    """Which of ``nodes`` nodes a rank holds. Raises InputError where there are not enough of them."""
-    if nodes < ranks:
-        raise InputError(f"{nodes} nodes cannot be shared by {ranks} ranks; use at most {nodes} along {NODES!r}")
-    return slice(nodes * rank // ranks, nodes * (rank + 1) // ranks)
+ROWS = "prompts.node_rows"
 
 
 class NodeParallel(UrbanPG):
-    """UrbanPG on one rank's nodes, ``here``, of the whole city's ``prompts``; ``forward`` takes and gives those nodes.
+    """UrbanPG on one learner's nodes of the whole city's ``prompts``; ``forward`` takes and gives those nodes.
 
-    mesh: ``init_device_mesh(device, (data, nodes), mesh_dim_names=("data", "nodes"))`` over all ranks. Weights start as
-    the first rank's; a node's row as that of the first rank with it. Every method but ``check`` and
-    ``shared_parameters`` is a collective: a rank whose input is refused leaves the others waiting for it.
+    Weights start as the first learner's; a node's row as that of the first learner with it. ``forward`` and what says
+    so are collectives: a learner whose input is refused leaves the others waiting for it. Raises InputError where the
+    prompts are of another number of nodes than the learners share.
     """
 
-    def __init__(self, backbone: Backbone, prompts: Prompts, mesh: DeviceMesh) -> None:
-        if mesh.mesh_dim_names != (DATA, NODES) or mesh.size() != dist.get_world_size():
-            raise InputError(
-                f"a mesh {mesh.mesh_dim_names} of {mesh.size()} ranks; give ({DATA!r}, {NODES!r}) over all"
-            )
-        self.here = nodes_of(mesh.get_local_rank(NODES), mesh.size(1), prompts.spec.nodes)
-        super().__init__(backbone, prompts.part(self.here.start, self.here.stop))
-        self.total_nodes, self._periods = prompts.spec.nodes, prompts.spec.periods
+    def __init__(self, backbone: Backbone, prompts: Prompts, learners: NodeLearners) -> None:
+        if prompts.spec.nodes != learners.nodes:
+            raise InputError(f"prompts of {prompts.spec.nodes} nodes, learners of {learners.nodes}; give both the same")
+        super().__init__(backbone, prompts.part(learners.here.start, learners.here.stop))
+        self.learners, self.total_nodes, self._periods = learners, prompts.spec.nodes, prompts.spec.periods
         self._trains = [rows.requires_grad for rows in prompts.node_rows]
-        self._data, self._nodes = mesh.get_group(DATA), mesh.get_group(NODES)
-        for parameter in self.shared_parameters():
-            dist.broadcast(parameter.data, src=0)
+        self._gathered: list[Prompts] = []
         for rows in self.prompts.node_rows:
-            dist.broadcast(rows.data, group=self._data, group_src=0)
+            rows.model_parallel = True  # so DeepSpeed counts each row in the norm
+        if learners.group.size > 1:
+            for parameter in self.shared_parameters():
+                dist.broadcast(parameter.data, src=0)
+            for rows in self.prompts.node_rows:
+                dist.broadcast(rows.data, group=learners.along_data, group_src=0)
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Those that every rank has: all but the nodes' rows."""
+        """Those that every learner has: all but the nodes' rows."""
         rows = {id(row) for row in self.prompts.node_rows}
         return [parameter for parameter in self.parameters() if id(parameter) not in rows]
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is not frozen, by its name in the whole city's model, of which rows may be a part: for one
+        ``ParameterGroup``, since every learner must have the same groups and not all have rows that train."""
+        names = {f"{ROWS}.{number}": f"{ROWS}.{period}" for number, (period, _) in enumerate(self._pieces())}
+        return {names.get(name, name): p for name, p in self.named_parameters() if p.requires_grad}
+
+    def first_elements(self) -> dict[str, int]:
+        """Where in the whole city's tensors of rows this learner's begin, by :meth:`trained_parameters`' names."""
+        return {f"{ROWS}.{period}": row * self.prompts.spec.d for period, row in self._pieces()}
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """For each of ``prompts.node_rows``: the city's period, and the first row in it."""
+        first, here = 0, self.learners.here
+        for period, count in enumerate(self._periods):
+            if max(here.start, first) < min(here.stop, first + count):
+                yield period, max(here.start - first, 0)
+            first += count
+
     def meet(self, sums: Tensor) -> Tensor:
-        return _SumOverRanks.apply(sums, self._nodes)
+        return sums if self.learners.node_ranks == 1 else _SumOverRanks.apply(sums, self.learners.along_nodes)
 
     def draw(self, draw: int | None) -> int | None:
-        """One number for all ranks: a step has one perturbation, whoever has the samples."""
+        """One number for all learners: a step has one perturbation, whoever has the windows. Collective where it is not
+        given."""
         number = super().draw(draw)
-        if number is None or draw is not None:
+        if number is None or draw is not None or self.learners.group.size == 1:
             return number
         agreed = torch.tensor(number, device=self.prompts.mean.device)
         dist.broadcast(agreed, src=0)
         return int(agreed)
 
-    def total(self, count: Tensor) -> Tensor:
-        """A number summed over all ranks, without gradient: the points that the mean error is over."""
-        count = count.detach().clone()
-        dist.all_reduce(count)
-        return count
+    def sum_gradients(self) -> list[RemovableHandle]:
+        """From now on the backward pass of a loss that is this learner's share of the whole one, times ``data_ranks``,
+        is a collective and leaves gradients of which the mean over ``data`` is the whole loss's gradient.
 
-    def sum_gradients(self) -> None:
-        """After the backward pass, before the optimizer's step: makes every gradient that of the whole loss."""
-        gradients = [p.grad for p in self.shared_parameters() if p.grad is not None]
-        if gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(whole.view_as(gradient))
-        for rows in self.prompts.node_rows:
-            if rows.grad is not None and self._data.size() > 1:
-                dist.all_reduce(rows.grad, group=self._data)
+        The shared weights' are summed over all learners, so that not even a rounding differs between them. Autograd
+        goes back through the nodes of a graph in the reverse order of the forward pass, so learners sum in the same
+        order, also where one has fewer blocks or nothing but frozen rows.
+        """
+        learners = self.learners
+
+        def whole(gradient: Tensor) -> Tensor:
+            gradient = gradient / learners.data_ranks
+            dist.all_reduce(gradient)
+            return gradient
+
+        if learners.node_ranks == 1:
+            return []
+        return [weight.register_hook(whole) for weight in self.shared_parameters() if weight.requires_grad]
 
     def whole_prompts(self) -> Prompts:
-        """The prompts of the whole city, on every rank, for instance for saving them."""
+        """The prompts of the whole city, on every learner. Collective, but inside of :meth:`gathered`."""
+        if self._gathered:
+            return self._gathered[0]
         own = self.prompts.rows()
         if own is None:
             return self.prompts.with_rows(self._periods, [])
-        parts = []
-        for rank in range(self._nodes.size()):
-            held = nodes_of(rank, self._nodes.size(), self.total_nodes)
-            part = own.detach() if held == self.here else own.new_empty(held.stop - held.start, own.shape[1])
-            dist.broadcast(part, group=self._nodes, group_src=rank)
-            parts.append(part)
-        rows = torch.cat(parts).split(list(self._periods))
-        kept = zip(rows, self._trains, strict=True)
+        if self.learners.node_ranks == 1:
+            return self.prompts
+        rows = own.new_empty(self.total_nodes, own.shape[1])
+        for rank in range(self.learners.node_ranks):
+            part = rows[nodes_of(rank, self.learners.node_ranks, self.total_nodes)]
+            if rank == self.learners.node_rank:
+                part.copy_(own.detach())
+            dist.broadcast(part, group=self.learners.along_nodes, group_src=rank)
+        kept = zip(rows.split(list(self._periods)), self._trains, strict=True)
         return self.prompts.with_rows(self._periods, [nn.Parameter(r.clone(), requires_grad=t) for r, t in kept])
+
+    @contextmanager
+    def gathered(self) -> Iterator[Prompts]:
+        """Inside, every learner has the whole city's prompts, as they are now. Entering it is a collective."""
+        self._gathered.append(self.whole_prompts())
+        try:
+            yield self._gathered[0]
+        finally:
+            self._gathered.clear()
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """See :class:`stdist.training.loop.Model`; of the whole city. Collective, but inside of :meth:`gathered`."""
+        prompts = self.whole_prompts()
+        prompts = copy.deepcopy(prompts) if prompts is self.prompts else prompts
+        return UrbanPG(copy.deepcopy(self.backbone), prompts).save_pretrained
+
+    def read(self, path: Path) -> None:
+        """Takes its part of the weights of a saved model of the whole city. Raises InputError as loading does."""
+        here, saved = self.learners.here, UrbanPG.from_pretrained(path, self.prompts.spec.scenario)
+        self.backbone.load_state_dict(saved.backbone.state_dict())
+        self.prompts.load_state_dict(saved.prompts.part(here.start, here.stop).state_dict())
 
 
 class _SumOverRanks(torch.autograd.Function):
