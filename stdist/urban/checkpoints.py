@@ -42,8 +42,8 @@ class ForecasterFiles:
     fitted: tuple[Fitted, ...]
 
     def snapshot(self) -> Callable[[Path], None]:
-        parallel = isinstance(self.model, NodeParallel)
-        save = self.model.snapshot() if parallel else copy.deepcopy(self.model).save_pretrained
+        model = self.model
+        save = model.snapshot() if isinstance(model, NodeParallel) else copy.deepcopy(model).save_pretrained
 
         def write(folder: Path) -> None:
             save(folder)

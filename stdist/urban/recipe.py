@@ -14,6 +14,7 @@ import torch
 from stdist.config import EpochsConfig, UrbanConfig
 from stdist.data import NodeRange
 from stdist.data.audit import Fitted, data_digest
+from stdist.errors import InputError
 from stdist.evaluation.run_files import Efficiency
 from stdist.files import write_atomically
 from stdist.training.checkpoint import StageCheckpoints
@@ -101,9 +102,16 @@ def check(config: UrbanConfig, group: Group) -> list[Task]:
     learners = config.learners
     periods = config.continual.periods if config.continual else ()
     tasks = [open_period(config.data, period) for period in periods] or [open_task(config.data)]
+    batch_size = config.training.train_batch_size
+    for task in tasks:
+        if len(task.train) < batch_size:
+            raise InputError(
+                f"{len(task.train)} windows of the training days {task.train.span} make no batch of "
+                f"training.train_batch_size {batch_size}; lower it, or train on more days"
+            )
     refuse_foreign_folder(config, tasks[0].store.digest)
     check_grid(group.size, config.nodes.ranks, tasks[0].nodes.shape[0], learners.zero_stage)
-    Group(0, group.size // config.nodes.ranks).share(config.training.train_batch_size, "training.train_batch_size")
+    Group(0, group.size // config.nodes.ranks).share(batch_size, "training.train_batch_size")
     if learners.engine == "deepspeed":
         deepspeed_json(learners, config.training.max_grad_norm, False, group.size // config.nodes.ranks)
     return tasks

@@ -91,7 +91,8 @@ class ForecastStage:
         self._sampler = train.sampler(config.train_batch_size, seed=seed, days_at_once=_days_at_once(train.windows))
         self._loader = WindowLoader(self._sampler)
         self._batches: Iterator[TensorBatch] = iter(())
-        self._next, self._began, self._seconds = -1, 0.0, list[float]()
+        self._began: float | None = None
+        self._seconds: list[float] = []
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,14 +100,12 @@ class ForecastStage:
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Of training alone: the median step of those that followed another one in this process, times their number."""
+        """Of training alone: the median step of this process, times their number; None where it made none."""
         return median(self._seconds) * self.steps_per_epoch if self._seconds else None
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        now = time.perf_counter()
-        if step == self._next and step % self.steps_per_epoch:
-            self._seconds.append(now - self._began)
-        self._began, self._next = now, step + 1
+        self._end_step()
+        self._began = time.perf_counter()
         made, batch = self._train(self._batch(step), draw=step ^ self._seed << 32)
         learners = self._train.learners
         points = learners.total(batch.target_observed.sum())
@@ -114,6 +113,12 @@ class ForecastStage:
         # The engine takes the mean over what shares the batch, and this learner's part is one of a sum.
         backward(error * learners.data_ranks)
         return {"loss": float(learners.total(error))}
+
+    def _end_step(self) -> None:
+        """A step ends, the engine's part of it too, where the next one or an evaluation begins."""
+        if self._began is not None:
+            self._seconds.append(time.perf_counter() - self._began)
+            self._began = None
 
     def _batch(self, step: int) -> TensorBatch:
         """The batch of a step; read ahead as long as steps follow each other."""
@@ -138,6 +143,7 @@ class ForecastStage:
         return f"{len(indices)} windows of {self._train.windows.store.path}, the first with origin {first}"
 
     def evaluate(self) -> dict[str, float]:
+        self._end_step()
         pooled = self._validation.errors(self.config.train_batch_size).pooled()
         return {name: pooled[name] for name in ("mae", "rmse", "mape", "nrmse")}
 

@@ -57,6 +57,13 @@ def _open(store: GridStore, data: DataConfig, split: Split, nodes: NodeRange) ->
             "data.region, or prepare the store without them"
         )
     fitted_on = split.named("train").fraction(data.fraction)
+    if store.since is not None and (late := np.flatnonzero(store.since[nodes.slices] > fitted_on.first_day)).size:
+        first = nodes.n0 + int(late[0])
+        raise InputError(
+            f"{late.size} nodes of {store.path} join after {fitted_on.first_day}, the first training day: node {first} "
+            f"(id {store.cell_ids[first]}) on {store.since[first]}; train on later days, leave them out with "
+            "data.region, or use recipe continual"
+        )
 
     def windows(name: str) -> Windows:
         span = fitted_on if name == "train" else split.named(name)
