@@ -38,6 +38,7 @@ STYLE: Any = {
     "axes.edgecolor": "#cbd5e1",
     "axes.labelcolor": "#475569",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e2e8f0",
     "grid.linewidth": 0.7,
     "xtick.color": "#475569",
@@ -188,8 +189,7 @@ def error_map(
         left, right = figure.subplots(1, 2)
         traffic = np.where(inside & (city_mean > 0), city_mean, np.nan)
         H, W = city_mean.shape
-        scale = LogNorm() if np.nanmax(traffic) > 20 * np.nanmin(traffic) else None
-        image = left.imshow(traffic, origin="lower", cmap="Greys", norm=scale)
+        image = left.imshow(traffic, origin="lower", cmap="Greys", norm=LogNorm() if _long_tailed(traffic) else None)
         figure.colorbar(image, ax=left, label=units, shrink=0.8)
         left.add_patch(Rectangle((c0 - 0.5, r0 - 0.5), c1 - c0, r1 - r0, fill=False, edgecolor=MODEL, linewidth=2))
         left.set(title=f"Mean traffic, {H} × {W} cells", xlabel="column", ylabel="row (north is up)")
@@ -216,7 +216,7 @@ def node_errors(
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         left, right = figure.subplots(1, 2)
-        size = np.clip(3000 / len(mean), 3, 40)
+        size = np.clip(5000 / len(mean), 4, 40)
         seen = ~np.isnan(nrmse)
         if places is None:
             left.plot(np.arange(1, seen.sum() + 1), np.sort(nrmse[seen])[::-1], color=MODEL, linewidth=1.8)
@@ -224,22 +224,29 @@ def node_errors(
             left.set_ylim(bottom=0)
             left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         else:
-            most = np.nanpercentile(nrmse, 98) if seen.any() else 1.0  # one broken sensor must not dim all others
+            # One broken sensor must not take the colours of all others.
+            low, high = np.percentile(nrmse[seen], (2, 98)) if seen.any() else (0, 1)
             share = np.maximum(mean, 0) / max(float(np.max(mean)), 1e-9)
             dots = left.scatter(
-                *places[:, seen], c=nrmse[seen], s=size * (0.4 + 2 * share[seen]), cmap="YlOrBr", vmin=0, vmax=most
+                *places[:, seen], c=nrmse[seen], s=size * (0.4 + 2 * share[seen]), cmap="YlOrBr", vmin=low, vmax=high
             )
             dots.set(edgecolor="#78716c", linewidth=0.3)
-            figure.colorbar(dots, ax=left, label="NRMSE", shrink=0.8, extend="max")
+            figure.colorbar(dots, ax=left, label="NRMSE", shrink=0.8, extend="both")
             left.set_aspect(1 / max(np.cos(np.radians(np.mean(places[1]))), 0.1), adjustable="datalim")
             left.set(title="Error of each node; size: its mean", xlabel="longitude", ylabel="latitude")
             left.xaxis.set_major_locator(MaxNLocator(4))
             left.ticklabel_format(useOffset=False)
         right.scatter(mean[seen], mae[seen], s=size, color=MODEL, alpha=0.6, linewidth=0)
-        if np.min(mean[seen], initial=np.inf) > 0 and np.max(mean[seen]) > 20 * np.min(mean[seen]):
+        if _long_tailed(mean[seen]):
             right.set(xscale="log", yscale="log")
-        right.set(title="Error against traffic", xlabel=f"mean of the scored points ({units})", ylabel=f"MAE ({units})")
+        right.set(title="Error against traffic", xlabel=f"mean ({units})", ylabel=f"MAE ({units})")
         return figure
+
+
+def _long_tailed(values: Float[np.ndarray, " n"]) -> bool:
+    """Whether a logarithmic scale shows positive values better."""
+    known = values[~np.isnan(values)]
+    return bool(known.size) and 0 < 20 * known.min() < known.max()
 
 
 def projections(parts: Sequence[Projection]) -> Figure:
@@ -252,7 +259,12 @@ def projections(parts: Sequence[Projection]) -> Figure:
             x, y = np.array(part.points, float).T
             values = np.array(part.values, float)
             dots = axes.scatter(
-                x, y, c=values, s=np.clip(3000 / len(x), 3, 40), cmap="twilight_shifted" if part.cyclic else "viridis"
+                x,
+                y,
+                c=values,
+                s=np.clip(3000 / len(x), 3, 40),
+                cmap="twilight_shifted" if part.cyclic else "viridis",
+                norm=LogNorm() if _long_tailed(values) and not part.cyclic else None,
             )
             for name, at in zip(part.names, part.points, strict=bool(part.names)):
                 axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
