@@ -232,7 +232,7 @@ def node_errors(
             )
             dots.set(edgecolor="#78716c", linewidth=0.3)
             figure.colorbar(dots, ax=left, label="NRMSE", shrink=0.8, extend="both")
-            left.set_aspect(1 / max(np.cos(np.radians(np.mean(places[1]))), 0.1), adjustable="datalim")
+            left.set_aspect(1 / max(np.cos(np.radians(np.nanmean(places[1]))), 0.1), adjustable="datalim")
             left.set(title="Error of each node; size: its mean", xlabel="longitude", ylabel="latitude")
             left.xaxis.set_major_locator(MaxNLocator(4))
             left.ticklabel_format(useOffset=False)

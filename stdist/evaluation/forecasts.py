@@ -37,9 +37,7 @@ class ForecastFile:
 
 @dataclass(frozen=True, eq=False)
 class Forecasts:
-    """Point forecasts of N windows, K steps and the cells of one region, in the data's units.
-
-    Cells are h x w of a grid, or n nodes.
+    """Point forecasts of N windows, K steps and the cells (h x w, or n nodes) of one region, in the data's units.
 
     ``origins`` are the UTC stamps (datetime64[ns]) of the last history frames; step k (from 1) is the value
     k frames later. ``quantiles`` holds the 0.1, 0.5 and 0.9 quantiles of the candidates, or None for a

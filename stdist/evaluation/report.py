@@ -93,8 +93,7 @@ def build_report(run_dir: Path) -> Path:
     except InputError as error:
         missing.append(f"No figures of forecasts: {error}")
     embeddings = None
-    if (run_dir / "report" / "embeddings.json").is_file():
-        found = read_embeddings(run_dir)
+    if (run_dir / "report" / "embeddings.json").is_file() and (found := read_embeddings(run_dir)).projections:
         embeddings = gallery.add("embeddings", figures.projections(found.projections), found.caption)
     page = Environment(loader=PackageLoader("stdist.evaluation", "."), autoescape=True, trim_blocks=True)
     page.filters |= {"readable": readable, "percent": percent, "memory": memory, "change_to": change}

@@ -166,6 +166,8 @@ def test_embeddings_are_drawn_where_there_are_any(run_dir):
     nodes, _bar, days = draw_projections(projections).axes
     np.testing.assert_array_equal(nodes.collections[0].get_offsets(), [[0, 1], [2, 3]])
     assert [text.get_text() for text in days.texts] == ["Mon", "Tue"]
+    write_embeddings(run_dir, Embeddings(projections=[], caption="none"))
+    assert "What the prompts learnt" not in text_of(build_report(run_dir))
     (run_dir / "report" / "embeddings.json").write_text('{"projections": 3}')
     with pytest.raises(InputError, match=r"embeddings\.json: 'projections'"):
         read_embeddings(run_dir)
