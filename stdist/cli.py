@@ -178,7 +178,7 @@ def evaluate(
     contract, pooled, mean = result["contract"], result["pooled"], result["mean_of_horizons"]
     lines = [f"{key}: {value}" for key, value in contract.items()]
     for name, errors in (("pooled", pooled), ("mean of horizons", mean)):
-        lines.append(f"{name}: " + ", ".join(f"{k.upper()} {errors[k]:.4f}" for k in ("mae", "rmse", "nrmse")))
+        lines.append(f"{name}: " + ", ".join(f"{k.upper()} {errors[k]:.4f}" for k in ("mae", "rmse", "mape", "nrmse")))
     finish(result, as_json, "\n".join(lines))
 
 
