@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CONTINUAL = {"frozen": True, "frozen_rows": True, "block_nodes": 10}
 """Of four learners the first has rows of the first period alone, which are frozen."""
-STEPS, SAVED_AT = 6, 3
+STEPS, SAVED_AT, WAITS = 6, 3, 100
 TRAININGS: dict[str, tuple[int, bool, float, dict[str, Any]]] = {
     "zero1": (1, False, 13.0, {}),
     "zero2": (2, False, 13.0, {}),
@@ -260,11 +260,13 @@ def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.FileStore(str(folder / f"store-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=100))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=WAITS))
     results: dict[str, Any] = {}
     for data in (1, 2) if world == 4 else (1,):
         learners = NodeLearners.current(NODES, world // data)
         layout = f"{data}x{world // data}"
+        axes = (learners.along_data, learners.along_nodes)
+        results[f"{layout} waits"] = [axis._get_backend(torch.device("cpu")).options._timeout.seconds for axis in axes]
         for name, case in CASES.items():
             results[f"{layout} {name}"] = compare(learners, case)
         if data == 1:

@@ -180,21 +180,27 @@ def test_rows_and_their_moments_are_shared(results, folder, worker, world, layou
     for rank in results(world):
         assert abs(rank[f"{layout} zero1"]["rows"] - elements / along) < worker.D
     shards = [load_file(path) for path in sorted((folder / f"{layout} zero1/step-6/trainer_state").glob("shard-*"))]
-    moments: dict[str, int] = {}
+    moments: dict[str, list[int]] = {}
     for shard in shards:
         mine = {key: part.numel() for key, part in shard.items() if key.partition("@")[0].endswith("exp_avg")}
         for key, count in mine.items():
-            name = key.partition("/")[0]
-            moments[name] = moments.get(name, 0) + count
+            name, _, start = key.partition("/exp_avg@")
+            moments.setdefault(name, []).extend(range(int(start), int(start) + count))
         rows = sum(count for key, count in mine.items() if "node_rows" in key)
         assert rows <= elements / along + worker.D
-    whole = {name: p.numel() for name, p in worker.make(worker.NODES, {}).named_parameters()}
-    assert moments == whole
+    for name, parameter in worker.make(worker.NODES, {}).named_parameters():
+        assert sorted(moments.pop(name)) == list(range(parameter.numel())), name
+    assert not moments
 
 
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)
 def test_closing_leaves_no_hook(results, world, layout):
     assert all(rank[f"{layout} {name}"]["hooks"] == [] for rank in results(world) for name in TRAININGS)
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS)
+def test_a_silent_learner_is_waited_for_as_long_as_the_launcher_says(results, worker, world, layout):
+    assert all(rank[f"{layout} waits"] == [worker.WAITS] * 2 for rank in results(world))
 
 
 # --- who holds what ------------------------------------------------------------------------------------------------
