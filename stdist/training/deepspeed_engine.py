@@ -62,7 +62,7 @@ class DeepSpeedEngine(Scheduled):
         configuration: see :func:`stdist.training.deepspeed_json.deepspeed_json`.
         mpu: says which learners hold different parts of the model, as DeepSpeed's argument of this name does: gradients
             are averaged over its data-parallel group alone, and a parameter marked ``model_parallel`` counts in the
-            gradient norm on every rank of its model-parallel group, any other on the first. ZeRO 1 and 2 only.
+            gradient norm on every rank of its model-parallel group, any other on the first. With ZeRO 1 and 2.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class NodeEngine(DeepSpeedEngine):
 
     Args:
         groups: of ``model.trained_parameters()``, the same ones on every learner.
-        configuration: ``deepspeed_json`` for ``data_ranks`` learners, of ZeRO 1 or 2.
+        configuration: ``deepspeed_json`` for ``data_ranks`` learners, of ZeRO 1 or 2 (``check_grid``).
     """
 
     def __init__(

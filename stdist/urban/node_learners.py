@@ -19,19 +19,19 @@ def nodes_of(rank: int, ranks: int, nodes: int) -> slice:
     return slice(nodes * rank // ranks, nodes * (rank + 1) // ranks)
 
 
-def check_grid(num_workers: int, node_ranks: int, nodes: int, zero_stage: int) -> None:
-    """Raises InputError where so many learners cannot share the nodes and windows of a training of UrbanPG."""
+def check_grid(num_workers: int, node_ranks: int, nodes: int, zero_stage: int, block_nodes: int | None = None) -> None:
+    """Raises InputError where so many learners cannot share the nodes and windows of a training."""
     if num_workers % node_ranks:
         raise InputError(
             f"learners.num_workers {num_workers} is no multiple of nodes.ranks {node_ranks}; change one of the two"
         )
     if nodes < node_ranks:
         raise InputError(f"{nodes} nodes cannot be shared by nodes.ranks {node_ranks}; use at most {nodes}")
-    if zero_stage == 3:
-        raise InputError(
-            "learners.zero_stage 3 would share weights that every step of UrbanPG needs whole; set 1 or 2, and "
-            "nodes.ranks to share the nodes' rows"
-        )
+    splits = "nodes.ranks" if node_ranks > 1 else "nodes.block_nodes" if block_nodes else None
+    if zero_stage == 3 and splits:
+        # Blocks read weights outside of every module's call, where ZeRO-3 has none; and DeepSpeedEngine takes ZeRO-3's
+        # parts to be of all learners.
+        raise InputError(f"learners.zero_stage 3 does not go with {splits}; set it to 1 or 2")
 
 
 ALONE = Group()

@@ -48,6 +48,7 @@ TRAININGS: dict[str, tuple[int, bool, float, dict[str, Any]]] = {
     "zero2": (2, False, 13.0, {}),
     "zero2-offload": (2, True, 13.0, {}),
     "zero1 continual": (1, False, 3.0, CONTINUAL),
+    "zero3": (3, False, 13.0, {}),  # with every node on every learner
 }
 """By name: stage of ZeRO, optimizer in CPU memory, the largest norm of a gradient (some steps are clipped and some are
 not) and the case."""
@@ -208,20 +209,22 @@ def train(name: str, folder: Path, steps: int, learners: NodeLearners) -> dict[s
     zero_stage, offload, max_grad_norm, case = TRAININGS[name]
     whole = make(learners.nodes, case)
     model = NodeParallel(whole.backbone, whole.prompts, learners)
-    held: dict[str, Any] = {}
 
     def make_engine() -> Engine:
         groups = [ParameterGroup(model.trained_parameters(), 0.01, 0.1)]
         schedule = cosine_schedule(2, STEPS)
         if learners.group.size == 1:
             return TorchEngine(groups, schedule, max_grad_norm)
+        from stdist.training.deepspeed_engine import DeepSpeedEngine
         from stdist.training.deepspeed_json import deepspeed_json
         from stdist.urban.node_engine import NodeEngine
 
         config = LearnersConfig(engine="deepspeed", zero_stage=zero_stage, offload_optimizer=offload)
         configuration = deepspeed_json(config, max_grad_norm, False, learners.data_ranks)
-        held["engine"] = NodeEngine(model, groups, schedule, configuration)
-        return held["engine"]
+        if zero_stage == 3:  # nothing is kept whole for being small: the toy would never be sharded
+            configuration["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        kind = NodeEngine if learners.node_ranks > 1 else DeepSpeedEngine
+        return kind(model, groups, schedule, configuration)
 
     scalars: list[dict[str, float]] = []
     summary = run_stage(
@@ -271,13 +274,14 @@ def main(rank: int, world: int, folder: Path) -> None:
             results[f"{layout} {name}"] = compare(learners, case)
         if data == 1:
             results["sent"] = {nodes: sent_in_a_step(learners.of_nodes(nodes)) for nodes in (40, 400, 4000)}
-        for name in TRAININGS:
+        for name in ("zero1", "zero2", "zero2-offload", "zero1 continual"):
             results[f"{layout} {name}"] = train(name, folder / f"{layout} {name}", STEPS, learners)
         # Of another number of learners along both axes, of one process, and its own.
         for saved in {"1x4": ["torch", "1x4"], "2x2": ["1x4"], "1x2": ["2x2"]}[layout]:
             name = "zero1"
             path = at_checkpoint(folder / f"{saved} {name}", folder / f"{saved} to {layout}", learners)
             results[f"{saved} to {layout}"] = train(name, path, STEPS, learners)
+    results[f"{world}x1 zero3"] = train("zero3", folder / f"{world}x1 zero3", STEPS, NodeLearners.current(NODES))
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

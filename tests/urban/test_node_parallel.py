@@ -116,13 +116,22 @@ def test_the_trainings_would_show_a_wrong_norm(alone, worker):
 @pytest.mark.parametrize("name", TRAININGS)
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)
 def test_training_is_that_of_one_process_with_torch(results, alone, folder, world, layout, name):
+    _assert_same_training(results(world), alone, folder, f"{layout} {name}")
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_zero_3_trains_where_every_learner_has_all_nodes(results, alone, folder, world):
+    """UrbanPG reads weights outside of their own modules' calls."""
+    _assert_same_training(results(world), alone, folder, f"{world}x1 zero3")
+
+
+def _assert_same_training(ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]], folder: Path, run: str):
     """Losses, gradient norms, the evaluation behind the last step and the saved model of the whole city."""
-    reference = "zero1 continual" if "continual" in name else "zero1"
-    for rank in results(world):
-        found, expected = rank[f"{layout} {name}"], alone[reference]
+    reference = "zero1 continual" if "continual" in run else "zero1"
+    for rank in ranks:
         for what in ("losses", "norms", "mae"):
-            assert found[what] == pytest.approx(expected[what], rel=1e-5), what
-    saved, whole = (_model(folder / run / "step-6") for run in (f"{layout} {name}", f"torch {reference}"))
+            assert rank[run][what] == pytest.approx(alone[reference][what], rel=1e-5), what
+    saved, whole = (_model(folder / name / "step-6") for name in (run, f"torch {reference}"))
     assert saved.keys() == whole.keys()
     for key, tensor in whole.items():
         assert torch.allclose(saved[key], tensor, rtol=1e-4, atol=1e-4), key
@@ -232,11 +241,13 @@ def test_one_process_alone_has_all_and_needs_no_group(model, batch):
     [
         ((6, 4, 100, 1), "learners.num_workers 6 is no multiple of nodes.ranks 4; change one of the two"),
         ((4, 4, 3, 1), "3 nodes cannot be shared by nodes.ranks 4; use at most 3"),
-        ((4, 2, 30, 3), "learners.zero_stage 3 would share weights that every step of UrbanPG needs whole; set 1 or 2"),
+        ((4, 2, 30, 3), "learners.zero_stage 3 does not go with nodes.ranks; set it to 1 or 2"),
+        ((4, 1, 30, 3, 10), "learners.zero_stage 3 does not go with nodes.block_nodes; set it to 1 or 2"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_in_one_line(grid, line):
-    check_grid(4, 2, 30, 1)
+    for fits in ((4, 2, 30, 2, 10), (4, 4, 4, 1), (4, 1, 30, 3)):
+        check_grid(*fits)
     with pytest.raises(InputError, match=f"^{line}[^\n]*$"):
         check_grid(*grid)
 
