@@ -110,7 +110,8 @@ def check(config: UrbanConfig, group: Group) -> list[Task]:
                 f"training.train_batch_size {batch_size}; lower it, or train on more days"
             )
     refuse_foreign_folder(config, tasks[0].store.digest)
-    check_grid(group.size, config.nodes.ranks, tasks[0].nodes.shape[0], learners.zero_stage)
+    zero_stage = learners.zero_stage if learners.engine == "deepspeed" else 1
+    check_grid(group.size, config.nodes.ranks, tasks[0].nodes.shape[0], zero_stage, config.nodes.block_nodes)
     Group(0, group.size // config.nodes.ranks).share(batch_size, "training.train_batch_size")
     if learners.engine == "deepspeed":
         deepspeed_json(learners, config.training.max_grad_norm, False, group.size // config.nodes.ranks)
