@@ -2,7 +2,6 @@
 different windows. Learner r is number r mod R along the R of ``nodes`` and r div R along ``data``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +128,3 @@ class ModelParallelUnit:
 
     def get_data_parallel_world_size(self) -> int:
         return self._learners.data_ranks
-
-    def get_data_parallel_group_ranks(self) -> Sequence[int]:
-        return dist.get_process_group_ranks(self._learners.along_data)
