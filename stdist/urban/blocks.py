@@ -1,8 +1,10 @@
 """UrbanPG on more nodes than fit: they pass in blocks, twice, once for the sums of Eq. 6 and once for the outputs.
 
 Autograd keeps a block's inputs alone and computes the block again when its gradient is due (Chen et al., arXiv
-1604.06174): first every block's outputs, which completes the gradient of the sums, then every block's sums.
-What grows with N is the history, the forecasts, the prompts' rows and their gradient; activations are of one block.
+1604.06174): first every block's outputs, which completes the gradient of the sums, then every block's sums. All of
+it is cheap but the MLP's hidden layer, which is kept: no product of d x d per node is made twice.
+What grows with N is the history, the forecasts, the prompts' rows, their gradient, and the hidden layer, as large as
+the rows; all other activations are of one block.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stdist.errors import InputError
-from stdist.urban.urbanpg import UrbanPG
+from stdist.urban.urbanpg import UrbanPG, hidden_layer
 
 
 def forward_in_blocks(
@@ -30,7 +32,7 @@ def forward_in_blocks(
 ) -> Float[Tensor, "B K N"]:
     """What ``model(history, slot, weekday, draw=draw)`` gives, ``block_nodes`` nodes at a time; raises as it does.
 
-    Exact: values and gradients differ in the order of additions only. A step computes every block twice.
+    Exact: values and gradients differ in the order of additions only.
     """
     if block_nodes < 1:
         raise InputError(f"block_nodes {block_nodes}: give at least 1")
@@ -50,20 +52,52 @@ def forward_in_blocks(
     def sums_of(history: Tensor, first: int) -> Tensor:
         return backbone.sums(*inputs(history, first))
 
-    def outputs_of(history: Tensor, first: int, sums: Tensor | None) -> Tensor:
+    def outputs_of(history: Tensor, first: int, sums: Tensor | None, kept: list[Tensor]) -> Tensor:
         x, spatial = inputs(history, first)
-        return prompts.restore(backbone.outputs(x, sums, temporal, spatial, model.total_nodes))
+
+        def hidden(*arguments: Any) -> Tensor:
+            return _KeptHidden.apply(kept, *arguments) if torch.is_grad_enabled() else hidden_layer(*arguments)
+
+        return prompts.restore(backbone.outputs(x, sums, temporal, spatial, model.total_nodes, hidden))
 
     blocks = list(zip(history.split(block_nodes, 2), range(0, history.shape[2], block_nodes), strict=True))
     sums = None
     if backbone.spec.stca:
         sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block) for block in blocks)))
-    return torch.cat([_recomputed(outputs_of, *block, sums) for block in blocks], 2)
+    return torch.cat([_recomputed(outputs_of, *block, sums, []) for block in blocks], 2)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     # Draws depend on their numbers alone, so torch's generators need no rewinding.
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class _KeptHidden(torch.autograd.Function):
+    """``hidden_layer``, which is made once: the recomputation takes its value out of the list ``kept``."""
+
+    @staticmethod
+    def forward(ctx, kept: list[Tensor], *arguments: Any) -> Tensor:
+        again = bool(kept)
+        value = kept.pop() if again else hidden_layer(*arguments)
+        if not again:
+            kept.append(value.detach())
+        ctx.save_for_backward(*arguments, value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features, of_features, spatial, of_spatial, _, value = ctx.saved_tensors
+        gradient = gradient * (value > 0)
+        of_pair = gradient @ of_features.mT, _summed(features.mT @ gradient, of_features)
+        of_prompts: tuple[Tensor | None, Tensor | None] = None, None
+        if spatial is not None:
+            of_prompts = (gradient @ of_spatial.mT).sum(0), _summed(spatial.T @ gradient, of_spatial)
+        return None, *of_pair, *of_prompts, gradient.sum((0, 1))
+
+
+def _summed(gradient: Float[Tensor, "B r d"], of: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
+    return gradient if len(of) == len(gradient) else gradient.sum(0, keepdim=True)
 
 
 class _Rows(torch.autograd.Function):

@@ -8,6 +8,7 @@ with standard deviation ``INITIAL_STD``, so that a noisy node looks like one tha
 
 import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -91,25 +92,16 @@ class Prompts(City):
         """
         if draw is None or self.spec.p == 0:
             return rows
-        replaced, noisy, noise = self._draw(rows, self.first_node + first, draw)
-        return torch.where(replaced[:, None], self.shared, rows).index_copy(0, noisy, noise)
-
-    def _draw(self, rows: Tensor, first: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Who becomes E_d (bool [n]), who becomes noise (int64 [m]), and that noise [m, d]."""
-        p, q, stop = self.spec.p, self.spec.q, first + len(rows)
-        replaced, noisy, noise = [], [], []
+        first, stop, spec = self.first_node + first, self.first_node + first + len(rows), self.spec
+        places, replacements = [], []
         for start in range(first - first % DRAWN_TOGETHER, stop, DRAWN_TOGETHER):
-            seed = np.random.SeedSequence((draw, start)).generate_state(1).item()
-            generator = torch.Generator(rows.device).manual_seed(seed)
-            u = torch.rand(DRAWN_TOGETHER, generator=generator, device=rows.device)
-            chosen = ((u >= p * q) & (u < p)).nonzero()[:, 0]
-            normal = torch.randn(len(chosen), rows.shape[1], generator=generator, device=rows.device)
-            chosen += start
-            here = (chosen >= first) & (chosen < stop)
-            replaced.append((u < p * q)[max(first - start, 0) : stop - start])
-            noisy.append(chosen[here] - first)
-            noise.append(normal[here])
-        return torch.cat(replaced), torch.cat(noisy), torch.cat(noise).to(rows.dtype) * INITIAL_STD
+            nodes, noisy, noise = _drawn(draw, start, spec.p, spec.q, spec.d, rows.device)
+            low, high = torch.searchsorted(nodes, torch.tensor([first, stop], device=rows.device)).tolist()
+            low_noisy, high_noisy = torch.searchsorted(noisy, torch.tensor([low, high], device=rows.device)).tolist()
+            places.append(nodes[low:high] - first)
+            noisy, noise = noisy[low_noisy:high_noisy] - low, noise[low_noisy:high_noisy].to(rows.dtype)
+            replacements.append(self.shared.expand(high - low, -1).index_copy(0, noisy, noise))
+        return rows.index_copy(0, torch.cat(places), torch.cat(replacements))
 
     def expand(self, new_nodes: int, *, train_old_rows: bool = False) -> "Prompts":
         """Prompts for ``new_nodes`` more nodes behind the old ones (Eq. 9), whose rows are copied bit by bit.
@@ -154,6 +146,19 @@ class Prompts(City):
     def from_pretrained(cls, folder: str | Path) -> "Prompts":
         """Raises InputError where the folder does not hold prompts."""
         return load_module(cls, PromptSpec, Path(folder))
+
+
+@lru_cache(maxsize=2)
+def _drawn(draw: int, start: int, p: float, q: float, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``DRAWN_TOGETHER`` nodes from ``start`` those that are replaced, int64 [r]; which of these become noise,
+    int64 [m] from 0 to r - 1, the others become E_d; and that noise [m, d]. Small blocks ask for the same ones."""
+    seed = np.random.SeedSequence((draw, start)).generate_state(1).item()
+    generator = torch.Generator(device).manual_seed(seed)
+    u = torch.rand(DRAWN_TOGETHER, generator=generator, device=device)
+    replaced = (u < p).nonzero()[:, 0]
+    noisy = (u[replaced] >= p * q).nonzero()[:, 0]
+    noise = torch.randn(len(noisy), d, generator=generator, device=device) * INITIAL_STD
+    return replaced + start, noisy, noise
 
 
 def _rows(count: int, d: int) -> Tensor:

@@ -15,6 +15,7 @@ Left open by the paper, and taken here: one block, ReLU in the MLP, no dropout, 
 Without temporal context Eq. 7 is H_st + P_s, without spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +49,25 @@ class BackboneSpec(BaseModel):
     stca_normalizer: Literal["none", "sum"] = "none"
 
 
+def hidden_layer(
+    features: Float[Tensor, "B n r"],
+    of_features: Float[Tensor, "B r d"],
+    spatial: Float[Tensor, "n d"] | None,
+    of_spatial: Float[Tensor, "B d d"],
+    bias: Float[Tensor, "d"],
+) -> Float[Tensor, "B n d"]:
+    """The MLP's hidden layer, ReLU(features · of_features + spatial · of_spatial + bias); dimensions B may be 1."""
+    B = len(features)
+    rows = torch.baddbmm(bias, features, of_features.expand(B, -1, -1))
+    if spatial is not None:
+        rows = rows.baddbmm_(spatial.expand(B, -1, -1), of_spatial.expand(B, -1, -1))
+    return rows.relu_()
+
+
+Hidden = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+"""What computes :func:`hidden_layer`."""
+
+
 class Backbone(nn.Module):
     """Linear [S -> d], STCA, MLP, linear [d -> K], on z-scores. No weight depends on nodes or on the calendar."""
 
@@ -67,11 +87,11 @@ class Backbone(nn.Module):
 
         Rows 0…d-1: (φ(K) + φ(P_s))ᵀV = A_h + A_s. Row d: ΣV, of which A_t is made. Row d + 1: Σ(φ(K) + φ(P_s)).
         """
-        _, key, value = self._linears()
-        keys, v = F.linear(x, *key).softmax(-1), F.linear(x, *value)
+        x, (_, key, value) = _with_one(x), self._maps()
+        keys = (x @ key).softmax(-1)
         if spatial is not None:
             keys = keys + spatial.softmax(-1)
-        rows = [keys.transpose(1, 2) @ v, v.sum(1, keepdim=True)]
+        rows = [keys.transpose(1, 2) @ (x @ value), x.sum(1, keepdim=True) @ value]
         if self.spec.stca_normalizer == "sum":
             rows.append(keys.sum(1, keepdim=True))
         return torch.cat(rows, 1)
@@ -83,23 +103,25 @@ class Backbone(nn.Module):
         temporal: Float[Tensor, "B d"] | None,
         spatial: Float[Tensor, "n d"] | None,
         nodes: int,
+        hidden: Hidden = hidden_layer,
     ) -> Float[Tensor, "B n K"]:
         """Forecasts of these nodes from the ``sums`` over all ``nodes`` of the city (None without STCA)."""
-        gate = None if temporal is None else (temporal * (1 + temporal))[:, None]
-        prompt = spatial if spatial is None or temporal is None else spatial * temporal[:, None]
+        x, W = _with_one(x), self.mlp_in.weight.T
         if sums is None:
-            adjusted = self.embed(x)
-            adjusted = adjusted if gate is None else adjusted * gate
-            adjusted = adjusted if prompt is None else adjusted + prompt
+            features, context = x, _with_bias(self.embed.weight, self.embed.bias)[None]
         else:
             context, weights = self._context(sums, temporal, nodes)
-            q = F.linear(x, *self._linears()[0]).softmax(-1)
+            features = (x @ self._maps()[0]).softmax(-1)
             if weights is not None:
-                q = q / (q @ weights)
-            # Eq. 7, (φ(Q)A ∘ (1 + P_t) + P_s) ∘ P_t: P_t has one row, so it scales A's columns instead of N rows.
-            context = context if gate is None else context * gate
-            adjusted = q @ context if prompt is None else torch.baddbmm(prompt.expand_as(q), q, context)
-        return F.linear(self.mlp_in(adjusted).relu(), *_in_one(self.mlp_out, self.output))
+                features = features / (features @ weights)
+        # Eq. 7 and the MLP's first layer are linear in φ(Q) and P_s, and P_t has one row:
+        # ((φ(Q)A ∘ (1 + P_t) + P_s) ∘ P_t)W = φ(Q)((A ∘ (1 + P_t) ∘ P_t)W) + P_s(diag(P_t)W).
+        of_spatial = W[None]
+        if temporal is not None:
+            context = context * (temporal * (1 + temporal))[:, None]
+            of_spatial = temporal[:, :, None] * W
+        rows = hidden(features, context @ W, spatial, of_spatial, self.mlp_in.bias)
+        return F.linear(rows, *_in_one(self.mlp_out, self.output))
 
     def _context(
         self, sums: Float[Tensor, "B r d"], temporal: Float[Tensor, "B d"] | None, nodes: int
@@ -114,10 +136,9 @@ class Backbone(nn.Module):
             keys = keys + nodes * feature[:, None]
         return context, keys.transpose(1, 2) if self.spec.stca_normalizer == "sum" else None
 
-    def _linears(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight [d, S], bias [d]) that make φ's arguments Q and K, and V, of x: Eq. 5 after the embedding."""
-        weight, bias = _in_one(self.embed, self.qkv)
-        return list(zip(weight.chunk(3), bias.chunk(3), strict=True))
+    def _maps(self) -> tuple[Float[Tensor, "S+1 d"], ...]:
+        """What makes φ's arguments Q and K, and V, of x and a one: Eq. 5 after the embedding."""
+        return _with_bias(*_in_one(self.embed, self.qkv)).chunk(3, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``."""
@@ -203,3 +224,12 @@ def _in_one(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
     """(weight, bias) of the one linear map that two make, nothing being between them: fewer products per node, and
     nothing of what lies between is kept."""
     return second.weight @ first.weight, F.linear(first.bias, second.weight, second.bias)
+
+
+def _with_one(x: Float[Tensor, "B n S"]) -> Float[Tensor, "B n S+1"]:
+    """So that a bias is a row of its map: its gradient then costs no pass over the nodes."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def _with_bias(weight: Float[Tensor, "d S"], bias: Float[Tensor, "d"]) -> Float[Tensor, "S+1 d"]:
+    return torch.cat([weight, bias[:, None]], 1).T

@@ -105,11 +105,12 @@ def test_activations_are_of_one_block_whatever_the_number_of_nodes(model, batch)
         ours, inputs = model(nodes, backbone={"d": d}, prompts={"d": d}), batch(nodes, 1)
         peaks[nodes] = [step_peak(ours, inputs, forward) for forward in (plain, blocks)]
     per_node = [(peaks[4_000][i] - peaks[2_000][i]) / 2_000 for i in range(2)]
-    # The gradient of a node's row, its four forecasts and theirs, and a bool for each frame of its history.
-    assert per_node[1] <= 4 * d + 4 * 4 * 3 + 6
-    assert per_node[0] > 7 * 4 * d
+    # A node's hidden layer and the gradient of its row, its four forecasts and theirs, and a bool for each frame.
+    assert per_node[1] <= 2 * 4 * d + 4 * 4 * 3 + 6
+    assert per_node[0] > 6 * 4 * d
     forwards = (lambda: ours(*inputs)), (lambda: forward_in_blocks(ours, *inputs, block_nodes=250))
     kept_plain, kept_blocks = (saved_bytes(forward) for forward in forwards)
     rows_and_history = 4_000 * 4 * (d + 6)
-    assert kept_plain > rows_and_history + 4_000 * 6 * 4 * d
-    assert kept_blocks < rows_and_history + 2 * 4 * d * d, "what is there anyway, and the sums"
+    hidden = 4_000 * 4 * d
+    assert kept_plain > rows_and_history + 5 * hidden
+    assert kept_blocks < rows_and_history + hidden + 3 * 4 * d * d, "what is there anyway, the sums and their maps"
