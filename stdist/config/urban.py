@@ -121,10 +121,6 @@ class UrbanConfig(RunConfig):
             raise ValueError(f"recipe {self.recipe} is UrbanPG's, and model.kind is {self.model.kind}")
         if self.model.kind != "urbanpg" and (self.nodes.ranks > 1 or self.nodes.block_nodes):
             raise ValueError(f"nodes.ranks and nodes.block_nodes need UrbanPG, and model.kind is {self.model.kind}")
-        if self.learners.num_workers % self.nodes.ranks:
-            raise ValueError(
-                f"learners.num_workers {self.learners.num_workers} is no multiple of nodes.ranks {self.nodes.ranks}"
-            )
         if self.continual and (self.data.split or self.data.region or self.data.fraction < 1):
             raise ValueError("data.split, data.region and data.fraction come from continual.periods in this recipe")
         return self

@@ -1,7 +1,6 @@
 """The engine that a configuration asks for."""
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +18,9 @@ def make_engine(
     groups: Iterable[ParameterGroup],
     data_ranks: int,
     persistent: Collection[nn.Parameter] = (),
-    mpu: Any = None,
 ) -> Engine:
-    """On what trains of ``module``; ``data_ranks`` learners share a batch. ``persistent`` and ``mpu`` as
-    :class:`DeepSpeedEngine` takes them."""
+    """On what trains of ``module``; ``data_ranks`` learners share a batch. ``persistent``: see
+    :class:`DeepSpeedEngine`."""
     groups, schedule = list(groups), cosine_schedule(settings.warmup_steps, max_steps)
     if learners.engine == "torch":
         return TorchEngine(groups, schedule, settings.max_grad_norm)
@@ -31,7 +29,7 @@ def make_engine(
 
     bf16 = any(p.dtype == torch.bfloat16 for each in groups for p in each.parameters.values())
     configuration = deepspeed_json(learners, settings.max_grad_norm, bf16, data_ranks)
-    return DeepSpeedEngine(module, groups, schedule, configuration, persistent, mpu)
+    return DeepSpeedEngine(module, groups, schedule, configuration, persistent)
 
 
 def engine_name(learners: LearnersConfig) -> str:

@@ -67,9 +67,9 @@ def local_ray() -> Iterator[None]:
 class Runs:
     """A folder with ``config.yaml`` and the runs that are made with it, in ``runs/NAME``."""
 
-    def __init__(self, folder: Path, store: Path):
+    def __init__(self, folder: Path, tree: dict[str, Any], store: Path):
         self.folder, self.config = folder, folder / "config.yaml"
-        tree = CONFIG | {"data": CONFIG["data"] | {"store": str(store)}, "output_dir": str(folder / "runs")}
+        tree = tree | {"data": tree["data"] | {"store": str(store)}, "output_dir": str(folder / "runs")}
         self.config.write_text(yaml.safe_dump(tree))
 
     def __truediv__(self, name: str) -> Path:
@@ -186,15 +186,15 @@ def city(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, city) -> Runs:
-    return Runs(tmp_path_factory.mktemp("learners"), city)
+    return Runs(tmp_path_factory.mktemp("learners"), CONFIG, city)
 
 
 @pytest.fixture(scope="session")
 def alone(runs) -> Callable[..., None]:
     """Trains in this process, with plain torch; a Ctrl-C comes ``interrupt_after`` so many steps of all stages, in the
     one behind."""
+    from stdist import recipes
     from stdist.config import load_config
-    from stdist.vision_llm import recipe
 
     def train(name: str, *overrides: str, interrupt_after: int | None = None) -> None:
         steps = itertools.count(1)
@@ -204,9 +204,24 @@ def alone(runs) -> Callable[..., None]:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted) if interrupt_after else nullcontext():
-            recipe.train(load_config(runs.config, [f"name={name}", *overrides]), lambda line: None, report)
+            recipes.train(load_config(runs.config, [f"name={name}", *overrides]), lambda line: None, report)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def begin_learners(tmp_path_factory) -> Iterator[Callable[[dict[str, Any], Path, int], Learners]]:
+    """Starts so many learners of a configuration and its store; their runs are ``learners.runs``."""
+    started: list[Learners] = []
+
+    def begin(tree: dict[str, Any], store: Path, world: int) -> Learners:
+        runs = Runs(tmp_path_factory.mktemp("learners"), tree, store)
+        started.append(Learners(runs, world, tmp_path_factory.mktemp("processes")))
+        return started[-1]
+
+    yield begin
+    for learners in started:
+        learners.close()
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 import traps
 
+from stdist import recipes
 from stdist.config import load_config
-from stdist.vision_llm import recipe
 
 
 def collect_in_first_step(scalars: dict[str, float]) -> None:
@@ -38,7 +38,7 @@ def train(order: dict[str, Any]) -> dict[str, Any]:
     if order["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"], limits[1]))
     try:
-        recipe.train(load_config(Path(order["config"]), order["overrides"]), said.append, collect_in_first_step)
+        recipes.train(load_config(Path(order["config"]), order["overrides"]), said.append, collect_in_first_step)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "said": said}
     finally:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from stdist.training import checkpoint
+from stdist.urban.stage import ForecastStage
 from stdist.vision_llm.alignment import AlignmentStage
 from stdist.vision_llm.grpo import GRPOStage
 from stdist.vision_llm.sft import SFTStage
@@ -37,7 +39,7 @@ def install(folder: Path) -> None:
             while (folder / TRAP).exists():
                 time.sleep(0.02)
 
-    for kind in (AlignmentStage, SFTStage, GRPOStage):
+    for kind in (AlignmentStage, SFTStage, GRPOStage, ForecastStage):
         kind.step = _reaching_in_mid_step(kind.step, reach)  # type: ignore[assignment]
     checkpoint.save_file = _half_written(checkpoint.save_file, reach)  # type: ignore[attr-defined]
 
@@ -46,7 +48,7 @@ def _reaching_in_mid_step(step: Callable[..., dict[str, float]], reach: Callable
     def wrapped(stage: Any, number: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         def then_reach(loss: Tensor) -> None:
             backward(loss)
-            reach(f"step {stage.name} {number + 1} {stage.group.rank}")
+            reach(f"step {stage.name} {number + 1} {dist.get_rank()}")
 
         return step(stage, number, then_reach)
 
