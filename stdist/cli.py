@@ -241,13 +241,13 @@ def plan(
     device_flops: Annotated[float, typer.Option(help="its peak in bfloat16, operations a second")] = PEAK_FLOPS,
     as_json: Json = False,
 ) -> None:
-    """Say what every stage of a run will hold, compute and send, before anything starts; nothing is loaded."""
+    """Say what every stage of a run will hold, compute and send, before anything starts."""
+    from stdist import recipes
     from stdist.config import load_config
-    from stdist.recipes import as_vision_llm
-    from stdist.vision_llm.plan import parse_memory, plan_run
+    from stdist.training.memory_plan import parse_memory
 
     memory = None if device_memory is None else parse_memory(device_memory)
-    result = plan_run(as_vision_llm(load_config(config, overrides)), memory, device_flops)
+    result = recipes.plan(load_config(config, overrides), memory, device_flops)
     if not as_json:
         Console(highlight=False).print(result.as_tables())
     finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))

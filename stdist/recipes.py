@@ -1,4 +1,4 @@
-"""Which system a run's recipe belongs to. Each of the two has these three functions, and is imported when it is asked
+"""Which system a run's recipe belongs to. Each of the two has these functions, and is imported when it is asked
 for: one brings transformers, the other does not need it."""
 
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from stdist.config import RunConfig, UrbanConfig, VisionLLMConfig
-from stdist.errors import InputError
 from stdist.training.group import Group
 from stdist.training.run_folder import read_run_config
 
@@ -20,7 +19,7 @@ def check(config: RunConfig, group: Group) -> None:
     else:
         from stdist.vision_llm import recipe as vision_llm
 
-        vision_llm.check(as_vision_llm(config), group)
+        vision_llm.check(_vision_llm(config), group)
 
 
 def train(
@@ -35,7 +34,7 @@ def train(
         return urban.train(config, say, report)
     from stdist.vision_llm import recipe as vision_llm
 
-    return vision_llm.train(as_vision_llm(config), say, report)
+    return vision_llm.train(_vision_llm(config), say, report)
 
 
 def forecast(
@@ -51,8 +50,17 @@ def forecast(
     return vision_llm.forecast(run_dir, store_path, region, split, out, say)
 
 
-def as_vision_llm(config: RunConfig) -> VisionLLMConfig:
-    """``config`` where it is of this system; raises InputError, for what only this one can do."""
-    if not isinstance(config, VisionLLMConfig):
-        raise InputError(f"recipe {config.recipe} has no such command yet; recipe vision-llm has")
+def plan(config: RunConfig, device_memory: int | None, device_flops: float) -> Any:
+    """What every stage will hold and compute; see the ``plan_run`` of the run's system."""
+    if isinstance(config, UrbanConfig):
+        from stdist.urban.plan import plan_run as plan_nodes
+
+        return plan_nodes(config, device_memory, device_flops)
+    from stdist.vision_llm.plan import plan_run
+
+    return plan_run(_vision_llm(config), device_memory, device_flops)
+
+
+def _vision_llm(config: RunConfig) -> VisionLLMConfig:
+    assert isinstance(config, VisionLLMConfig)  # there are two kinds
     return config

@@ -36,6 +36,9 @@ from stdist.urban.stage import ForecastStage, WindowForecasts
 from stdist.urban.task import Task, open_period, open_task
 from stdist.urban.urbanpg import UrbanPG
 
+Opened = tuple[list[Task], Model, tuple[Fitted, ...], list[str]]
+"""A task for every stage, the first one's model, what that was fitted on before, and what is to be said."""
+
 
 @dataclass
 class Run:
@@ -66,7 +69,7 @@ def train(
     """
     group = Group.current()
     say = say if group.leads else lambda line: None
-    tasks, model, fitted, notes = open_together(group, partial(_open, config, group))
+    tasks, model, fitted, notes = open_together(group, partial(open_run, config, group))
     store = tasks[0].store
     if group.leads:
         begin_run_folder(config, store.digest)
@@ -118,12 +121,8 @@ def check(config: UrbanConfig, group: Group) -> list[Task]:
     return tasks
 
 
-Opened = tuple[list[Task], Model, tuple[Fitted, ...], list[str]]
-
-
-def _open(config: UrbanConfig, group: Group) -> Opened:
-    """The run's data, its first model, what that was fitted on before, and what is to be said. Raises InputError for
-    whatever would stop the run later."""
+def open_run(config: UrbanConfig, group: Group) -> Opened:
+    """What ``group`` is to train on. Raises InputError for whatever would stop the run later."""
     tasks = check(config, group)
     task, model_config, seed = tasks[0], config.model, config.seed
     if config.few_shot:

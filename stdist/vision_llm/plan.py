@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from rich.console import Group as Lines
 from rich.table import Table
 
@@ -132,17 +132,6 @@ def plan_run(
             "sampling is counted by its operations; its steps of one token are bound by memory and take longer"
         )
     return RunPlan(stages, verdicts, notes)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of ``32GiB``, ``80 GB`` or a plain number. Raises InputError for anything else."""
-    try:
-        memory = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        memory = ByteSize(0)
-    if memory <= 0:
-        raise InputError(f"--device-memory {text!r} is no size; write it as 32GiB or 80GB")
-    return int(memory)
 
 
 def _verdict(config: VisionLLMConfig, plan: StagePlan, device_memory: int) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import polars as pl
+import pytest
 import yaml
 from typer.testing import CliRunner
 
@@ -30,8 +31,32 @@ def test_train_forecast_evaluate_report(city, make_config, tmp_path):
     assert invoke("report", run).strip().endswith("index.html")
 
 
-def test_a_plan_of_nodes_is_refused_in_a_line(city, make_config, tmp_path):
+def test_a_plan_says_what_training_then_holds(city, make_config, tmp_path):
+    """Against counts by hand: nine sensors, d 8, S 6, K 4, batches of 32 over two learners along the nodes."""
     path = tmp_path / "town.yaml"
-    path.write_text(yaml.safe_dump(make_config(city, tmp_path).model_dump(mode="json")))
-    result = CliRunner().invoke(app, ["plan", str(path)])
-    assert "recipe urbanpg-train has no such command yet" in str(result.exception)
+    shared = {"nodes": {"ranks": 2}, "learners": {"num_workers": 2, "engine": "deepspeed"}}
+    path.write_text(yaml.safe_dump(make_config(city, tmp_path, **shared).model_dump(mode="json")))
+    (stage,) = json.loads(invoke("plan", path, "--device-memory", "1MiB", "--json").splitlines()[-1])["stages"]
+    backbone = (6 * 8 + 8) + (8 * 24 + 24) + 2 * (8 * 8 + 8) + (8 * 4 + 4)
+    prompts, rows = (24 + 7 + 1) * 8, 9 * 8
+    assert stage["parameters"] == stage["trained_parameters"] == backbone + prompts + rows
+    assert (stage["nodes"], stage["windows"], stage["steps_per_epoch"]) == (9, 183, 5)
+    sums = 2 * 32 * (8 + 2) * 8 * 4
+    assert stage["bytes_sent"] == sums + 4 * (backbone + prompts)
+    assert stage["activation_bytes"] > 32 * 5 * 8 * 4, "more than one layer of five nodes' activations"
+    said = invoke("plan", path, "--device-memory", "1MiB")
+    assert "does not fit: set nodes.block_nodes" in said
+
+
+@pytest.mark.parametrize("kind", ["urbanpg", "stid", "graph_wavenet", "stgcn"])
+def test_what_a_plan_counts_grows_with_the_batch(city, make_config, tmp_path, kind):
+    stages = []
+    for batch in (16, 32):
+        path = tmp_path / f"{batch}.yaml"
+        config = make_config(
+            city, tmp_path, model={"kind": kind}, data={"history": 12}, training={"train_batch_size": batch}
+        )
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        stages += json.loads(invoke("plan", path, "--json").splitlines()[-1])["stages"]
+    assert stages[1]["activation_bytes"] == 2 * stages[0]["activation_bytes"]
+    assert stages[1]["flops"] == 2 * stages[0]["flops"] > 0 and stages[0]["bytes_sent"] == 0

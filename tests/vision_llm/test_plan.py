@@ -17,13 +17,14 @@ from stdist.config import VisionLLMConfig, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.training.memory_plan import parse_memory
 from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.alignment import BATCHES, tokenise
 from stdist.vision_llm.checkpoints import build_policy
 from stdist.vision_llm.city_windows import CityWindows
 from stdist.vision_llm.micro_batches import MicroBatches, activation_bytes
 from stdist.vision_llm.model_counts import LORA, REFERENCE_LORA, REFERENCE_ROWS, ROWS, VISION
-from stdist.vision_llm.plan import StagePlan, parse_memory, plan_run, plan_stage
+from stdist.vision_llm.plan import StagePlan, plan_run, plan_stage
 from stdist.vision_llm.policy import Policy
 from stdist.vision_llm.prefix_tree import Level, Tree
 from stdist.vision_llm.recipe import parameter_groups
