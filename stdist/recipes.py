@@ -55,7 +55,7 @@ def plan(config: RunConfig, device_memory: int | None, device_flops: float) -> A
     if isinstance(config, UrbanConfig):
         from stdist.urban.plan import plan_run as plan_nodes
 
-        return plan_nodes(config, device_memory, device_flops)
+        return plan_nodes(config, device_memory)
     from stdist.vision_llm.plan import plan_run
 
     return plan_run(_vision_llm(config), device_memory, device_flops)

@@ -40,7 +40,6 @@ class StagePlan:
     activation_bytes: int
     flops: int
     bytes_sent: int
-    compute_seconds: float
 
     @property
     def device_bytes(self) -> int:
@@ -72,7 +71,6 @@ class NodesPlan:
             "weights, gradients, optimizer, MiB": [f"{stage.state_bytes / MIB:,.4g}" for stage in self.stages],
             "activations, MiB": [f"{stage.activation_bytes / MIB:,.4g}" for stage in self.stages],
             "GFLOP": [f"{stage.flops / 1e9:,.4g}" for stage in self.stages],
-            "seconds": [f"{stage.compute_seconds:,.2g}" for stage in self.stages],
             "kB sent": [f"{stage.bytes_sent / 1e3:,.4g}" for stage in self.stages],
         }
         for name, figures in lines.items():
@@ -80,24 +78,23 @@ class NodesPlan:
         return table
 
 
-def plan_run(config: UrbanConfig, device_memory: int | None, device_flops: float) -> NodesPlan:
-    """``device_memory`` (bytes) and ``device_flops`` (peak a second) are of one learner's. Raises InputError as
-    training would before its first step."""
+def plan_run(config: UrbanConfig, device_memory: int | None) -> NodesPlan:
+    """``device_memory``: bytes of one learner's. Raises InputError as training would before its first step."""
     tasks, model, _, notes = open_run(config, Group(0, config.learners.num_workers))
     stages = []
     for number, (name, task) in enumerate(zip(stage_names(config), tasks, strict=True)):
         if number and config.continual:
             model = expanded(model, task, config.continual, config.seed)
-        stages.append(plan_stage(config, name, task, model, device_flops))
+        stages.append(plan_stage(config, name, task, model))
     verdicts = [] if device_memory is None else [_verdict(stage, device_memory) for stage in stages]
     notes += [
         "beside these a process holds Python, torch and up to 1 GiB of decoded frames",
-        f"seconds are on paper: {device_flops / 1e12:.0f} TFLOP/s at an assumed MFU of {memory_plan.MFU:.0%}",
+        "no seconds: a step is bound by memory and calls, not by a device's peak",
     ]
     return NodesPlan(stages, verdicts, notes)
 
 
-def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model, device_flops: float) -> StagePlan:
+def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model) -> StagePlan:
     """One stage on the first learner, which no other one exceeds by more than a node."""
     learners, nodes, node_ranks = config.learners, task.nodes.shape[0], config.nodes.ranks
     data_ranks = learners.num_workers // node_ranks
@@ -132,7 +129,6 @@ def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model, device_
         kept * share,
         flops * share,
         int(sent),
-        memory_plan.compute_seconds(flops * share, device_flops),
     )
 
 
