@@ -185,10 +185,12 @@ def draw(measured: dict[Point, Measured], options: Namespace) -> None:
     for axis, what in zip(axes, ("seconds a step, batch 1", "peak above the model, MiB"), strict=True):
         axis.set_xlabel("nodes")
         axis.set_ylabel(what)
+        axis.set_xticks(options.nodes, [f"{nodes:,}" for nodes in options.nodes])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].plot([], [], "k-", label="training step")
     axes[0].plot([], [], "k--", label="forecast")
-    axes[0].legend(fontsize="small")
+    shown.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     shown.savefig(options.figure, dpi=120)
 
 
