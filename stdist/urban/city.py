@@ -14,7 +14,8 @@ MINUTES_PER_DAY = 24 * 60
 
 
 class City(nn.Module):
-    """``who``: what errors call this, in the plural; ``cadence`` in minutes; mean and std in the data's units.
+    """``who``: what errors call this, in the plural; ``cadence`` in minutes; mean and std in the data's units;
+    ``weekdays`` False: to the calendar all days are one, for training spans that do not hold every weekday twice.
 
     Raises InputError where the cadence does not divide a day, or there are no such mean and std.
     """
@@ -22,13 +23,13 @@ class City(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, who: str, cadence: int, mean: float, std: float) -> None:
+    def __init__(self, who: str, cadence: int, mean: float, std: float, weekdays: bool = True) -> None:
         super().__init__()
         if cadence < 1 or MINUTES_PER_DAY % cadence:
             raise InputError(f"{who}: a cadence of {cadence} min does not divide a day; give whole minutes that do")
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise InputError(f"{who}: mean {mean}, std {std}; give those of the training span, std above 0")
-        self.who, self.cadence, self.slots = who, cadence, MINUTES_PER_DAY // cadence
+        self.who, self.cadence, self.slots, self.weekdays = who, cadence, MINUTES_PER_DAY // cadence, weekdays
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
 
@@ -42,7 +43,8 @@ class City(nn.Module):
         return torch.addcmul(self.mean, scores, self.std).transpose(1, 2)
 
     def calendar(self, local_times: np.ndarray) -> tuple[Int64[Tensor, "B"], Int64[Tensor, "B"]]:
-        """Slot of the day and weekday (Monday 0) of last history frames, datetime64 [B] in the city's local time.
+        """Slot of the day and weekday (Monday 0; always 0 without ``weekdays``) of last history frames, datetime64 [B]
+        in the city's local time.
 
         Raises InputError where one lies between two slots: the data has another cadence.
         """
@@ -53,7 +55,8 @@ class City(nn.Module):
                 "make some of the data's cadence"
             )
         slot, days = minutes % MINUTES_PER_DAY // self.cadence, minutes // MINUTES_PER_DAY
-        return torch.from_numpy(slot), torch.from_numpy((days + 3) % 7)  # 1 January 1970 was a Thursday
+        weekday = (days + 3) % 7 * self.weekdays  # 1 January 1970 was a Thursday
+        return torch.from_numpy(slot), torch.from_numpy(weekday)
 
     def check_batch(
         self,

@@ -31,6 +31,7 @@ def project_embeddings(prompts: Prompts, node_mean: Float[np.ndarray, " N"], see
     if spec.temporal:
         hours = np.arange(spec.slots) * spec.cadence / 60
         embeddings.append(("Time of day", prompts.time_of_day, hours, {"quantity": "hour", "cyclic": True}))
+    if spec.temporal and spec.weekdays:
         days = {"quantity": "weekday", "cyclic": True, "names": WEEKDAYS}
         embeddings.append(("Day of week", prompts.day_of_week, np.arange(7), days))
     if spec.spatial:

@@ -1,6 +1,7 @@
 """The models that a configuration names, untrained: UrbanPG, on a given backbone or its own, and the baselines."""
 
 import re
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ def new_prompts(config: ModelConfig, task: Task, d: int) -> Prompts:
         periods=task.nodes.shape,
         cadence=task.cadence,
         d=d,
+        weekdays=task.holds_weeks,
         temporal=config.temporal,
         spatial=config.spatial,
         p=config.p,
@@ -72,7 +74,8 @@ def new_baseline(config: ModelConfig, task: Task, seed: int) -> NodeForecaster:
 def _spec(config: ModelConfig, task: Task) -> ForecasterSpec:
     """The authors' sizes; another ``d`` scales all widths alike."""
     windows, d = task.train, config.d
-    sizes = {"history": windows.S, "horizon": windows.K, "cadence": task.cadence}
+    sizes: dict[str, Any] = {"history": windows.S, "horizon": windows.K, "cadence": task.cadence}
+    sizes["weekdays"] = task.holds_weeks
     if config.kind == "stid":
         return STIDSpec(**sizes, nodes=task.nodes.shape[0], **({"d": d} if d else {}))
     if config.kind == "stgcn":

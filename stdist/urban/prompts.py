@@ -29,7 +29,8 @@ DRAWN_TOGETHER = 16384
 
 
 class PromptSpec(BaseModel):
-    """``periods``: rows of nodes as they came (Eq. 9), one number where the city never grew; ``cadence`` in minutes.
+    """``periods``: rows of nodes as they came (Eq. 9), one number where the city never grew; ``cadence`` in minutes;
+    ``weekdays``: see :class:`stdist.urban.city.City`.
 
     Ablations: ``temporal`` and ``spatial`` False leave out E_tod and E_dow, or E_s; ``p`` 0 leaves out Eq. 4.
     """
@@ -41,6 +42,7 @@ class PromptSpec(BaseModel):
     periods: tuple[int, ...]
     cadence: int
     d: int = 256
+    weekdays: bool = True
     temporal: bool = True
     spatial: bool = True
     p: float = 0.1
@@ -64,7 +66,7 @@ class Prompts(City):
     """
 
     def __init__(self, spec: PromptSpec, mean: float = 0.0, std: float = 1.0) -> None:
-        super().__init__(f"prompts {spec.scenario!r}", spec.cadence, mean, std)
+        super().__init__(f"prompts {spec.scenario!r}", spec.cadence, mean, std, spec.weekdays)
         _check(spec)
         self.spec, self.first_node = spec, 0
         if spec.temporal:

@@ -123,15 +123,18 @@ def check(config: UrbanConfig, group: Group) -> list[Task]:
 
 def open_run(config: UrbanConfig, group: Group) -> Opened:
     """What ``group`` is to train on. Raises InputError for whatever would stop the run later."""
-    tasks = check(config, group)
+    tasks, notes = check(config, group), []
+    if not tasks[0].holds_weeks:
+        notes.append(f"{tasks[0].train.span} does not hold every weekday twice: to the model all days are one")
     task, model_config, seed = tasks[0], config.model, config.seed
     if config.few_shot:
         backbone, fitted = load_backbone(config.few_shot.backbone)
         model: Model = prompts_on(backbone, model_config, task, seed)
-        unknown = f"nothing says which data the backbone {config.few_shot.backbone} was trained on"
-        return tasks, model, fitted or (), [] if fitted else [unknown]
+        if fitted is None:
+            notes.append(f"nothing says which data the backbone {config.few_shot.backbone} was trained on")
+        return tasks, model, fitted or (), notes
     new = new_urbanpg if model_config.kind == "urbanpg" else new_baseline
-    return tasks, new(model_config, task, seed), (), []
+    return tasks, new(model_config, task, seed), (), notes
 
 
 def fit(run: Run, name: str, task: Task, model: Model, fitted: tuple[Fitted, ...]) -> tuple[dict[str, Any], Model]:

@@ -9,6 +9,8 @@ from stdist.config import DataConfig, PeriodConfig
 from stdist.data import GridStore, NodeRange, Split, Statistics, Windows, open_store
 from stdist.errors import InputError
 
+DAYS_PER_WEEK = 7
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -25,6 +27,11 @@ class Task:
     def cadence(self) -> int:
         """In minutes."""
         return int(self.store.cadence / np.timedelta64(1, "m"))
+
+    @property
+    def holds_weeks(self) -> bool:
+        """Whether the training days hold every weekday twice: from one alone a weekday and that day look the same."""
+        return len(self.train.span) >= 2 * DAYS_PER_WEEK
 
 
 def open_task(data: DataConfig) -> Task:

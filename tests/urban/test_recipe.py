@@ -163,6 +163,19 @@ def test_blocks_of_nodes_train_as_all_nodes_do(finished, make_config, city, tmp_
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def test_a_span_without_two_weeks_has_one_kind_of_day(finished, make_config, make_city, tmp_path):
+    """A weekday that training never saw would otherwise be forecast with a row that nobody taught."""
+    config, _, said = finished
+    assert "2024-03-04:2024-03-11 does not hold every weekday twice: to the model all days are one" in said
+    model = load_forecaster(result_of(config.run_dir, config))
+    days = np.arange("2024-03-04", "2024-03-11", dtype="datetime64[D]").astype("datetime64[m]")
+    assert model.prompts.calendar(days)[1].tolist() == [0] * 7
+    assert "Day of week" not in (config.run_dir / "report" / "embeddings.json").read_text()
+    longer = open_task(make_config(make_city(tmp_path / "longer.zarr", days=18), tmp_path).data)
+    assert longer.holds_weeks
+    assert new_urbanpg(config.model, longer, 0).prompts.calendar(days)[1].tolist() == [*range(7)]
+
+
 # --- few-shot (Eq. 8) ----------------------------------------------------------------------------------------------
 
 
@@ -240,7 +253,7 @@ def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, tra
     before, after = table["rows"][1][3:5]
     assert before > 0 and after > 0 and table["rows"][2][6] == pytest.approx(metrics["model"]["pooled"]["mae"])
     assert len(metrics["efficiency"]) == 3
-    assert bool(metrics["notes"]) is not bool(trained)
+    assert any("frozen weights" in note for note in metrics["notes"]) is not bool(trained)
 
 
 # --- forecasts -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ class NodeForecaster(City):
     def __init__(
         self, backbone: NodeBackbone, mean: float, std: float, graph: Float[Tensor, "N N"] | None = None
     ) -> None:
-        super().__init__(f"weights of {backbone.spec.model_type}", backbone.spec.cadence, mean, std)
+        super().__init__(
+            f"weights of {backbone.spec.model_type}", backbone.spec.cadence, mean, std, backbone.spec.weekdays
+        )
         self.backbone = backbone
         self.spec = _of_graph(backbone.spec, graph)
         if (self.spec.graph is None) != (backbone.spec.graph is None):

@@ -16,7 +16,8 @@ from stdist.urban.city import MINUTES_PER_DAY
 
 
 class ForecasterSpec(BaseModel):
-    """S (``history``) and K (``horizon``) in frames, ``cadence`` in minutes.
+    """S (``history``) and K (``horizon``) in frames, ``cadence`` in minutes; ``weekdays``: see
+    :class:`stdist.urban.city.City`.
 
     ``nodes``: how many have weights of their own; None for a backbone that fits any city. ``graph``: nodes and edges
     of the graph, None without one; ``build`` fills it in. ``uses_graph``: whether the method wants one at all.
@@ -29,6 +30,7 @@ class ForecasterSpec(BaseModel):
     history: int
     horizon: int
     cadence: int
+    weekdays: bool = True
     nodes: int | None = None
     graph: tuple[int, int] | None = None
 
@@ -48,7 +50,7 @@ class NodeBackbone(nn.Module, ABC):
 
     def __init__(self, spec: ForecasterSpec) -> None:
         super().__init__()
-        sizes = [value for value in dict(spec).values() if isinstance(value, int)]
+        sizes = [value for value in dict(spec).values() if type(value) is int]
         if min(sizes) < 1:
             raise InputError(f"{spec.model_type}: {spec!r} has a size below 1; give at least 1 of each")
         self.spec = spec
