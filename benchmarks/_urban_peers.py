@@ -17,7 +17,7 @@ if "torch_sparse" not in sys.modules:
     for name in ("cat", "matmul", "remove_diag", "set_diag", "fill_diag"):
         setattr(named, name, None)
 
-from tsl.nn.models.stgn.graph_wavenet_model import GraphWaveNetModel  # noqa: E402
+from tsl.nn.models.stgn.graph_wavenet_model import GraphWaveNetModel
 
 SLOTS = 96
 NEIGHBOURS = 23
