@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Chosen on the validation days of nyc, seed 0; every model keeps its best epoch. Graph WaveNet's epochs are what an
 hour of a core allows for a seed of each city."""
+LONG = {"max_epochs": 300, "patience": 30}
+"""Of a few days' training, where an epoch is a few steps."""
 FEWER = 3
 """Seeds of what takes longest: Graph WaveNet, ablations, periods."""
 ABLATIONS = {
@@ -132,7 +134,7 @@ def jobs(work: Path, seeds: int, d: int) -> Iterator[Job]:
     few = {"metr": ("speed", 0.25, 32), "milan": ("internet", 0.1, 32)}
     for seed in range(seeds):
         for city, (channel, fraction, batch) in few.items():
-            little = {"data": {"fraction": fraction}, "training": {"train_batch_size": batch, "max_epochs": 60}}
+            little = {"data": {"fraction": fraction}, "training": {"train_batch_size": batch, **LONG}}
             table = f"few-shot {city}".replace(" ", "-")
             backbone = f"nyc-UrbanPG-{seed}"
             fitted = config(city, channel, **little, recipe="few-shot")

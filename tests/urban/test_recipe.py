@@ -286,6 +286,21 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     refused(lambda: recipes.forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
 
 
+def test_forecasts_of_another_cadence(finished, tmp_path):
+    from data_prep import READERS, prepare
+
+    np.savez(tmp_path / "halves.npz", np.random.default_rng(0).random((6 * 48, 9, 1), np.float32))
+    options = {"start": "2024-03-04T00:00", "cadence": 30, "channels": "flow"}
+    store = prepare(READERS["zones-npz"].plan([tmp_path / "halves.npz"], **options), tmp_path / "halves.zarr").path
+    out = tmp_path / "x.zarr"
+    refused(
+        lambda: recipes.forecast(finished[0].run_dir, store, None, "test", out, lambda line: None),
+        "has a value every 30 min, prompts 'toy-town' are of 60 min",
+        "few-shot",
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("x.")]
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
