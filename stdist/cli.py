@@ -244,7 +244,7 @@ def plan(
     """Say what every stage of a run will hold, compute and send, before anything starts."""
     from stdist import recipes
     from stdist.config import load_config
-    from stdist.training.memory_plan import parse_memory
+    from stdist.training.memory_size import parse_memory
 
     memory = None if device_memory is None else parse_memory(device_memory)
     result = recipes.plan(load_config(config, overrides), memory, device_flops)

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from stdist.config import LearnersConfig, RunConfig, load_config
+from stdist.config import LearnersConfig, RunConfig, UrbanConfig, VisionLLMConfig, load_config
 from stdist.errors import InputError, Interrupted
 
 try:

@@ -7,10 +7,6 @@ no model: whoever has one counts its weights and how often a step walks over the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
-from stdist.errors import InputError
-
 GPUS_PER_NODE = 8
 NVLINK = 450e9
 """Bytes a second and direction of one GPU inside a node: NVLink 4, 900 GB/s both ways (NVIDIA H100 data sheet)."""
@@ -143,14 +139,3 @@ def communication_seconds(sent: Mapping[str, float], world_size: int) -> float:
 
 def compute_seconds(flops: float, device_flops: float = PEAK_FLOPS) -> float:
     return flops / (device_flops * MFU)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of ``32GiB``, ``80 GB`` or a plain number. Raises InputError for anything else."""
-    try:
-        memory = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        memory = ByteSize(0)
-    if memory <= 0:
-        raise InputError(f"--device-memory {text!r} is no size; write it as 32GiB or 80GB")
-    return int(memory)

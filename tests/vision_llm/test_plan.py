@@ -17,7 +17,7 @@ from stdist.config import VisionLLMConfig, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.training.engine import TorchEngine, cosine_schedule
-from stdist.training.memory_plan import parse_memory
+from stdist.training.memory_size import parse_memory
 from stdist.vision_llm import prefix_tree
 from stdist.vision_llm.alignment import BATCHES, tokenise
 from stdist.vision_llm.checkpoints import build_policy
