@@ -191,19 +191,19 @@ def runs(tmp_path_factory, city) -> Runs:
 
 @pytest.fixture(scope="session")
 def alone(runs) -> Callable[..., None]:
-    """Trains in this process, with plain torch; a Ctrl-C comes ``interrupt_after`` so many steps of all stages, in the
-    one behind."""
+    """Trains in this process, with plain torch; a Ctrl-C comes where step ``interrupt_in``, counted over all
+    stages, is logged, so that step is the last."""
     from stdist import recipes
     from stdist.config import load_config
 
-    def train(name: str, *overrides: str, interrupt_after: int | None = None) -> None:
+    def train(name: str, *overrides: str, interrupt_in: int | None = None) -> None:
         steps = itertools.count(1)
 
         def report(scalars: dict[str, float]) -> None:
-            if next(steps) == interrupt_after:
+            if next(steps) == interrupt_in:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        with pytest.raises(Interrupted) if interrupt_after else nullcontext():
+        with pytest.raises(Interrupted) if interrupt_in else nullcontext():
             recipes.train(load_config(runs.config, [f"name={name}", *overrides]), lambda line: None, report)
 
     return train

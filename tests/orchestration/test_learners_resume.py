@@ -71,7 +71,7 @@ def test_two_learners_then_one_with_plain_torch(two, alone, runs, interrupted, u
 
 
 def test_one_with_plain_torch_then_two_with_zero_3(two, alone, runs, undisturbed):
-    alone("to-two", interrupt_after=4 + 4)
+    alone("to-two", interrupt_in=4 + 5)
     assert (runs / "to-two" / "checkpoints" / "sft" / "latest").read_text() == "step-5"
     two.finish("to-two", *zero(3))
     runs.require_close("to-two", undisturbed)
