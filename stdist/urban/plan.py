@@ -1,5 +1,6 @@
 """The plan of a run on nodes: what every stage will hold, compute and send. Weights are counted; what autograd keeps of
-a window, and the operations, are measured on one window of random values, which every other one costs too.
+a window, and the operations, are measured on one, which every other one costs too. In blocks the activations of the one
+block that is computed again come on top.
 """
 
 from dataclasses import asdict, dataclass

@@ -79,6 +79,8 @@ def forecast_and_score(
     if not path.exists():
         speed = make_forecasts(config, model, task.test, fitted, summaries, path, say)
         write_atomically(speed_path, json.dumps(speed))
+    # Whoever was killed between the two files has forecasts and no speed.
+    speed = json.loads(speed_path.read_text()) if speed_path.exists() else None
     scores = evaluate(path, task.store).to_json()
     contract = scores.pop("contract")
     baselines = score_baselines(task.store, task.train.span, task.test)
@@ -90,7 +92,7 @@ def forecast_and_score(
             name: {"before": s["before"], "after": s["after"], "summary": stage_sentence(s)}
             for name, s in summaries.items()
         },
-        "efficiency": _efficiency(config, json.loads(speed_path.read_text())),
+        "efficiency": _efficiency(config, speed),
         "tables": [Table(title=TITLE, columns=COLUMNS, rows=periods)] if periods else [],
         "notes": notes,
     }
@@ -145,7 +147,9 @@ def make_forecasts(
         has_quantiles=False,
     )
     plan = PiecePlan(len(windows), nodes, batch_size, nodes)
-    forecasts = WindowForecasts(model.eval(), windows, NodeLearners(first), config.nodes.block_nodes)
+    forecasts = WindowForecasts(
+        model.eval(), windows, NodeLearners(windows.history_region.shape[0]), config.nodes.block_nodes
+    )
     with (
         ForecastWriter(path, header, np.arange(nodes), plan, {"training": summaries[stage]}, say) as writer,
         progress_bar("forecast", unit="windows") as progress,

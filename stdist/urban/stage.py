@@ -25,8 +25,6 @@ from stdist.urban.urbanpg import UrbanPG
 Forward = Callable[[Float[Tensor, "B S N"], Int64[Tensor, "B"], Int64[Tensor, "B"], int], Float[Tensor, "B K N"]]
 """Of history, slot and weekday of its last frame, and the number of the step's random perturbation (Eq. 4)."""
 
-WATCHED = "mae"
-
 
 def forward_of(model: Model, block_nodes: int | None) -> Forward:
     """How ``model`` forecasts; UrbanPG ``block_nodes`` at a time if there is such a number."""
@@ -81,7 +79,7 @@ class WindowForecasts:
 class ForecastStage:
     """See :class:`stdist.training.loop.Stage`: a step is a batch of windows, an evaluation all validation windows."""
 
-    watched = WATCHED
+    watched = "mae"
 
     def __init__(
         self, name: str, train: WindowForecasts, validation: WindowForecasts, config: EpochsConfig, seed: int

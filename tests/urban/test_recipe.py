@@ -203,6 +203,31 @@ def test_few_shot_fits_prompts_on_a_frozen_backbone(few_shot, finished, small_ci
     assert days == {"2024-03-04:2024-03-11", "2024-03-04:2024-03-05"}, "the backbone's days and the quarter's"
 
 
+def test_frozen_weights_that_changed_end_the_run(few_shot, make_config, small_city, tmp_path, monkeypatch):
+    """By a single bit, in the stage's result."""
+    whole_step = ForecastStage.step
+
+    def touching(stage, step, backward):
+        scalars = whole_step(stage, step, backward)
+        stage._train.model.backbone.embed.bias.data.view(torch.int32)[0] ^= 1
+        return scalars
+
+    changes = few_shot[0].model_dump(mode="json", include={"recipe", "few_shot"})
+    config = make_config(
+        small_city, tmp_path, **changes, model={"d": None}, data={"fraction": 0.25}, training={"max_epochs": 1}
+    )
+    monkeypatch.setattr(ForecastStage, "step", touching)
+    with pytest.raises(RuntimeError, match="weights that prompts froze are not in .* as they were"):
+        train(config)
+
+
+def test_a_run_killed_between_forecasts_and_their_speed_is_reported(finished, city, tmp_path):
+    config = finished[0].model_copy(update={"output_dir": tmp_path})
+    shutil.copytree(finished[0].run_dir, config.run_dir)
+    (config.run_dir / "forecasts" / "windows_per_second").unlink()
+    assert train(config)["test"] == finished[1]["test"]
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
