@@ -217,7 +217,7 @@ def test_frozen_weights_that_changed_end_the_run(few_shot, make_config, small_ci
         small_city, tmp_path, **changes, model={"d": None}, data={"fraction": 0.25}, training={"max_epochs": 1}
     )
     monkeypatch.setattr(ForecastStage, "step", touching)
-    with pytest.raises(RuntimeError, match="weights that prompts froze are not in .* as they were"):
+    with pytest.raises(RuntimeError, match=r"weights that prompts froze are not in .* as they were"):
         train(config)
 
 
