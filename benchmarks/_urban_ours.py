@@ -21,8 +21,9 @@ class Quadratic(UrbanPG):
         P_t = prompts.temporal(slot, weekday)[:, None]
         P_s = prompts.perturb(prompts.rows(), 0, self.draw(None))
         attended = F.scaled_dot_product_attention(q[:, None], (k + P_t + P_s)[:, None], v[:, None])[:, 0]
-        adjusted = (attended * (1 + P_t) + P_s) * P_t
-        return prompts.restore(backbone.output(backbone.mlp_out(backbone.mlp_in(adjusted).relu())))
+        Z = H + (attended * (1 + P_t) + P_s) * P_t
+        made = backbone.mlp_out(backbone.mlp_in(Z).relu())
+        return prompts.restore(backbone.output(Z + (made * (1 + P_t) + P_s) * P_t))
 
 
 def make(model: str, nodes: int, width: int, block_nodes: int | None = None) -> Made:

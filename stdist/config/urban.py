@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stdist.config.base import Days, OptimizerConfig, RunConfig, Strict
 
-URBANPG_ONLY = ("temporal", "spatial", "p", "q", "stca", "stca_normalizer")
+URBANPG_ONLY = ("temporal", "spatial", "p", "q", "stca", "stca_normalizer", "residual")
 
 
 class ModelConfig(Strict):
@@ -17,7 +17,8 @@ class ModelConfig(Strict):
 
     UrbanPG's ablations: ``temporal`` or ``spatial`` false leave out these contexts (w/o TC, w/o SC), ``p: 0`` the
     random perturbation of Eq. 4 (w/o RPR), ``stca: false`` Eq. 6 (w/o STCA). ``stca_normalizer``: ``none`` is the
-    paper, ``sum`` makes the attention's weights a mean, so that its scale does not grow with the nodes.
+    paper, ``sum`` makes the attention's weights a mean, so that its scale does not grow with the nodes. ``residual``:
+    what Eq. 7 makes is added to what went in, around attention and MLP; false takes its place.
     """
 
     kind: Literal["urbanpg", "stid", "graph_wavenet", "stgcn"] = "urbanpg"
@@ -28,6 +29,7 @@ class ModelConfig(Strict):
     q: float = Field(0.5, ge=0, lt=1)
     stca: bool = True
     stca_normalizer: Literal["none", "sum"] = "none"
+    residual: bool = True
 
     @model_validator(mode="after")
     def _ablations_are_of_urbanpg(self) -> "ModelConfig":

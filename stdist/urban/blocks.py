@@ -7,8 +7,9 @@ What grows with N is the history, the forecasts, the prompts' rows, their gradie
 the rows; all other activations are of one block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stdist.errors import InputError
-from stdist.urban.urbanpg import UrbanPG, hidden_layer
+from stdist.urban.urbanpg import Maps, Pair, UrbanPG, hidden_layer
 
 
 def forward_in_blocks(
@@ -52,19 +53,20 @@ def forward_in_blocks(
     def sums_of(history: Tensor, first: int) -> Tensor:
         return backbone.sums(*inputs(history, first))
 
-    def outputs_of(history: Tensor, first: int, sums: Tensor | None, kept: list[Tensor]) -> Tensor:
+    def outputs_of(history: Tensor, first: int, maps: Maps, kept: list[Tensor]) -> Tensor:
         x, spatial = inputs(history, first)
 
-        def hidden(*arguments: Any) -> Tensor:
-            return _KeptHidden.apply(kept, *arguments) if torch.is_grad_enabled() else hidden_layer(*arguments)
+        def hidden(pairs: Sequence[Pair]) -> Tensor:
+            return _KeptHidden.apply(kept, *chain(*pairs)) if torch.is_grad_enabled() else hidden_layer(pairs)
 
-        return prompts.restore(backbone.outputs(x, sums, temporal, spatial, model.total_nodes, hidden))
+        return prompts.restore(backbone.outputs(x, maps, spatial, hidden))
 
     blocks = list(zip(history.split(block_nodes, 2), range(0, history.shape[2], block_nodes), strict=True))
     sums = None
     if backbone.spec.stca:
         sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block) for block in blocks)))
-    return torch.cat([_recomputed(outputs_of, *block, sums, []) for block in blocks], 2)
+    maps = backbone.maps(sums, temporal, model.total_nodes)
+    return torch.cat([_recomputed(outputs_of, *block, maps, []) for block in blocks], 2)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -76,27 +78,32 @@ class _KeptHidden(torch.autograd.Function):
     """``hidden_layer``, which is made once: the recomputation takes its value out of the list ``kept``."""
 
     @staticmethod
-    def forward(ctx, kept: list[Tensor], *arguments: Any) -> Tensor:
+    def forward(ctx, kept: list[Tensor], *rows_and_maps: Tensor) -> Tensor:
         again = bool(kept)
-        value = kept.pop() if again else hidden_layer(*arguments)
+        value = kept.pop() if again else hidden_layer(_pairs(rows_and_maps))
         if not again:
             kept.append(value.detach())
-        ctx.save_for_backward(*arguments, value)
+        ctx.save_for_backward(*rows_and_maps, value)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        features, of_features, spatial, of_spatial, _, value = ctx.saved_tensors
+        *rows_and_maps, value = ctx.saved_tensors
         gradient = gradient * (value > 0)
-        of_pair = gradient @ of_features.mT, _summed(features.mT @ gradient, of_features)
-        of_prompts: tuple[Tensor | None, Tensor | None] = None, None
-        if spatial is not None:
-            of_prompts = (gradient @ of_spatial.mT).sum(0), _summed(spatial.T @ gradient, of_spatial)
-        return None, *of_pair, *of_prompts, gradient.sum((0, 1))
+        needed = iter(ctx.needs_input_grad[1:])
+        gradients: list[Tensor | None] = [None]
+        for rows, of_rows in _pairs(rows_and_maps):
+            gradients.append(_summed(gradient @ of_rows.mT, rows) if next(needed) else None)
+            gradients.append(_summed(rows.mT @ gradient, of_rows) if next(needed) else None)
+        return tuple(gradients)
 
 
-def _summed(gradient: Float[Tensor, "B r d"], of: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
+def _pairs(rows_and_maps: Sequence[Tensor]) -> list[Pair]:
+    return list(zip(rows_and_maps[::2], rows_and_maps[1::2], strict=True))
+
+
+def _summed(gradient: Float[Tensor, "B r m"], of: Float[Tensor, "b r m"]) -> Float[Tensor, "b r m"]:
     return gradient if len(of) == len(gradient) else gradient.sum(0, keepdim=True)
 
 

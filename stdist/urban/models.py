@@ -24,6 +24,7 @@ def new_urbanpg(config: ModelConfig, task: Task, seed: int) -> UrbanPG:
         d=config.d or BackboneSpec.model_fields["d"].default,
         stca=config.stca,
         stca_normalizer=config.stca_normalizer,
+        residual=config.residual,
     )
     return UrbanPG(Backbone(spec), new_prompts(config, task, spec.d))
 
@@ -55,6 +56,7 @@ def prompts_on(backbone: Backbone, config: ModelConfig, task: Task, seed: int) -
         "data.horizon": (windows.K, spec.horizon),
         "model.stca": (config.stca, spec.stca),
         "model.stca_normalizer": (config.stca_normalizer, spec.stca_normalizer),
+        "model.residual": (config.residual, spec.residual),
     }
     for key, (here, there) in wanted.items():
         if here is not None and here != there:

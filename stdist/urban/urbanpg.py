@@ -7,17 +7,18 @@ The learning paradigms are ways of putting the two together:
 * fine-tuning (Eq. 8): ``UrbanPG(backbone.requires_grad_(False), Prompts(spec_of_the_new_city))``;
 * continual learning (Eq. 9–10): ``UrbanPG(backbone.requires_grad_(False), prompts.expand(new_nodes))``.
 
-D is 1: one channel of a store. Nodes meet in Eq. 6 alone, in sums of d x d; ``Backbone.sums`` is what one set of nodes
-adds to them and ``Backbone.outputs`` what the sums give each node, so that nodes may lie on several ranks
-(:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
+D is 1: one channel of a store. Nodes meet in Eq. 6 alone, in sums of d x d: ``Backbone.sums`` is what one set of nodes
+adds to them, ``Backbone.maps`` what all nodes then share, ``Backbone.outputs`` what that gives each of them, so that
+nodes may lie on several ranks (:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
 
-Left open by the paper, and taken here: one block, ReLU in the MLP, no dropout, no residual, Eq. 7 after STCA only.
+Eq. 7 adjusts what STCA gives and, as the paper's text says, what the MLP gives. Left open by the paper, and taken here:
+one block, ReLU in the MLP, no dropout, a residual around each of the two adjusted parts, which is what its gates gate.
 Without temporal context Eq. 7 is H_st + P_s, without spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -36,7 +37,8 @@ class BackboneSpec(BaseModel):
     """S (``history``) and K (``horizon``) in frames; ``stca`` False is the ablation without attention.
 
     ``stca_normalizer``: Eq. 6 as printed has none, so its scale grows with N; ``sum`` divides by the sum of a query's
-    weights over all nodes, which makes them a mean.
+    weights over all nodes, which makes them a mean. ``residual`` False is Eq. 5–7 with nothing added: Eq. 7's result
+    takes the place of what went into STCA, and into the MLP.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,25 +49,43 @@ class BackboneSpec(BaseModel):
     d: int = 256
     stca: bool = True
     stca_normalizer: Literal["none", "sum"] = "none"
+    residual: bool = True
 
 
-def hidden_layer(
-    features: Float[Tensor, "B n r"],
-    of_features: Float[Tensor, "B r d"],
-    spatial: Float[Tensor, "n d"] | None,
-    of_spatial: Float[Tensor, "B d d"],
-    bias: Float[Tensor, "d"],
-) -> Float[Tensor, "B n d"]:
-    """The MLP's hidden layer, ReLU(features · of_features + spatial · of_spatial + bias); dimensions B may be 1."""
-    B = len(features)
-    rows = torch.baddbmm(bias, features, of_features.expand(B, -1, -1))
-    if spatial is not None:
-        rows = rows.baddbmm_(spatial.expand(B, -1, -1), of_spatial.expand(B, -1, -1))
-    return rows.relu_()
+Pair = tuple[Float[Tensor, "b n r"], Float[Tensor, "b r m"]]
+"""Rows of nodes and the map that they go through; a dimension b of 1 serves all samples."""
 
 
-Hidden = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+def products(pairs: Sequence[Pair]) -> Float[Tensor, "B n m"]:
+    """Σ rows · map, each product added into the one result."""
+    B = max(len(each) for pair in pairs for each in pair)
+    rows, *others = ([each.expand(B, -1, -1) for each in pair] for pair in pairs)
+    total = torch.bmm(*rows)
+    for pair in others:
+        total = total.baddbmm_(*pair)
+    return total
+
+
+def hidden_layer(pairs: Sequence[Pair]) -> Float[Tensor, "B n d"]:
+    """The MLP's hidden layer of nodes that come to it in parts, ReLU(Σ rows · map)."""
+    return products(pairs).relu_()
+
+
+Hidden = Callable[[Sequence[Pair]], Tensor]
 """What computes :func:`hidden_layer`."""
+
+
+class Maps(NamedTuple):
+    """What leads from a node's φ(Q), P_s and x to its hidden layer and to its forecast, the same for all nodes of a
+    sample; None where nothing does.
+
+    ``normalizer``: what φ(Q) is multiplied with to get the sum of a query's weights, if Eq. 6 has one.
+    """
+
+    to_hidden: list[Float[Tensor, "b r d"]]
+    to_output: list[Float[Tensor, "b r K"] | None]
+    hidden_to_output: Float[Tensor, "b d K"]
+    normalizer: Float[Tensor, "B d 1"] | None
 
 
 class Backbone(nn.Module):
@@ -96,32 +116,53 @@ class Backbone(nn.Module):
             rows.append(keys.sum(1, keepdim=True))
         return torch.cat(rows, 1)
 
+    def maps(self, sums: Float[Tensor, "B r d"] | None, temporal: Float[Tensor, "B d"] | None, nodes: int) -> Maps:
+        """From the ``sums`` over all ``nodes`` of the city (None without STCA) and P_t.
+
+        Before and behind the MLP all is linear in φ(Q), P_s and x, and P_t has one row. With H_st = φ(Q)A, H = xE and
+        the gate g = (1 + P_t) ∘ P_t of Eq. 7:
+        Z = H + H_st ∘ g + P_s ∘ P_t and Ŷ = (Z + (ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its
+        products with A diag(g)W, diag(P_t)W and EW alone, W being W₁ and W₃, and no row in between.
+        """
+        of_input = _with_bias(self.embed.weight, self.embed.bias)
+        context, normalizer = (of_input[None], None) if sums is None else self._context(sums, temporal, nodes)
+        shift = gate = of_input.new_ones(1, self.spec.d)
+        if temporal is not None:
+            shift, gate = temporal, (1 + temporal) * temporal
+
+        def through(W: Float[Tensor, "d m"], bias: Float[Tensor, "b m"]) -> list[Tensor]:
+            of_x = F.pad(bias[:, None], (0, 0, self.spec.history, 0))
+            if self.spec.residual:
+                of_x = of_x + of_input @ W
+            return [context @ (gate[:, :, None] * W), shift[:, :, None] * W, of_x]
+
+        last = self.output.weight.T
+        of_features, of_spatial, of_x = through(last, F.linear(gate * self.mlp_out.bias, last.T, self.output.bias))
+        return Maps(
+            through(self.mlp_in.weight.T, self.mlp_in.bias[None]),
+            [of_features, 2 * of_spatial, of_x] if self.spec.residual else [None, of_spatial, of_x],
+            self.mlp_out.weight.T @ (gate[:, :, None] * last),
+            normalizer,
+        )
+
     def outputs(
         self,
         x: Float[Tensor, "B n S"],
-        sums: Float[Tensor, "B r d"] | None,
-        temporal: Float[Tensor, "B d"] | None,
+        maps: Maps,
         spatial: Float[Tensor, "n d"] | None,
-        nodes: int,
         hidden: Hidden = hidden_layer,
     ) -> Float[Tensor, "B n K"]:
-        """Forecasts of these nodes from the ``sums`` over all ``nodes`` of the city (None without STCA)."""
-        x, W = _with_one(x), self.mlp_in.weight.T
-        if sums is None:
-            features, context = x, _with_bias(self.embed.weight, self.embed.bias)[None]
-        else:
-            context, weights = self._context(sums, temporal, nodes)
-            features = (x @ self._maps()[0]).softmax(-1)
-            if weights is not None:
-                features = features / (features @ weights)
-        # Eq. 7 and the MLP's first layer are linear in φ(Q) and P_s, and P_t has one row:
-        # ((φ(Q)A ∘ (1 + P_t) + P_s) ∘ P_t)W = φ(Q)((A ∘ (1 + P_t) ∘ P_t)W) + P_s(diag(P_t)W).
-        of_spatial = W[None]
-        if temporal is not None:
-            context = context * (temporal * (1 + temporal))[:, None]
-            of_spatial = temporal[:, :, None] * W
-        rows = hidden(features, context @ W, spatial, of_spatial, self.mlp_in.bias)
-        return F.linear(rows, *_in_one(self.mlp_out, self.output))
+        """Forecasts of these nodes."""
+        x = _with_one(x)
+        features = (x @ self._maps()[0]).softmax(-1) if self.spec.stca else x
+        if maps.normalizer is not None:
+            features = features / (features @ maps.normalizer)
+        rows = [features, None if spatial is None else spatial[None], x]
+
+        def pairs(of: Sequence[Tensor | None]) -> list[Pair]:
+            return [(r, m) for r, m in zip(rows, of, strict=True) if r is not None and m is not None]
+
+        return products([(hidden(pairs(maps.to_hidden)), maps.hidden_to_output), *pairs(maps.to_output)])
 
     def _context(
         self, sums: Float[Tensor, "B r d"], temporal: Float[Tensor, "B d"] | None, nodes: int
@@ -186,7 +227,8 @@ class UrbanPG(nn.Module):
         if spatial is not None:
             spatial = self.prompts.perturb(spatial, 0, self.draw(draw))
         sums = self.meet(self.backbone.sums(x, spatial)) if self.backbone.spec.stca else None
-        return self.prompts.restore(self.backbone.outputs(x, sums, temporal, spatial, self.total_nodes))
+        maps = self.backbone.maps(sums, temporal, self.total_nodes)
+        return self.prompts.restore(self.backbone.outputs(x, maps, spatial))
 
     def meet(self, sums: Float[Tensor, "B r d"]) -> Float[Tensor, "B r d"]:
         """The sums over all nodes from those over the nodes that are here: here, all are."""

@@ -26,6 +26,7 @@ def gradients(model, forward) -> tuple[Tensor, list[Tensor]]:
     [
         {"backbone": {"stca_normalizer": "sum"}},
         {"backbone": {"stca": False}},
+        {"backbone": {"residual": False}},
         {"prompts": {"p": 0.6, "periods": (20, 10)}},
         {"prompts": {"temporal": False}},
         {"prompts": {"spatial": False}},

@@ -24,6 +24,12 @@ def equation_6(Q: Tensor, K: Tensor, V: Tensor, P_t: Tensor | None, P_s: Tensor 
     return (weights if normalizer == "none" else weights / weights.sum(1, keepdim=True)) @ V
 
 
+def equation_7(H: Tensor, P_t: Tensor | None, P_s: Tensor | None) -> Tensor:
+    if P_t is None:
+        return H if P_s is None else H + P_s
+    return H * (1 + P_t) * P_t if P_s is None else (H * (1 + P_t) + P_s) * P_t
+
+
 def reference(model: UrbanPG, history: Tensor, slot: Tensor, weekday: Tensor) -> Tensor:
     """Evaluation mode, sample by sample, every intermediate [N, d]."""
     backbone, prompts, outputs = model.backbone, model.prompts, []
@@ -35,28 +41,31 @@ def reference(model: UrbanPG, history: Tensor, slot: Tensor, weekday: Tensor) ->
             P_t = torch.stack([prompts.time_of_day[slot[sample]] + prompts.day_of_week[weekday[sample]]] * N)
         if prompts.spec.spatial:
             P_s = torch.cat(list(prompts.node_rows))
-        H = backbone.embed(X)
+        H = H_st = backbone.embed(X)
         if backbone.spec.stca:
             Q, K, V = backbone.qkv(H).chunk(3, -1)  # Eq. 5
-            H = equation_6(Q, K, V, P_t, P_s, backbone.spec.stca_normalizer)
-        if P_t is not None and P_s is not None:
-            H = (H * (1 + P_t) + P_s) * P_t  # Eq. 7
-        elif P_t is not None:
-            H = H * (1 + P_t) * P_t
-        elif P_s is not None:
-            H = H + P_s
-        H = backbone.mlp_out(F.relu(backbone.mlp_in(H)))
-        outputs.append(backbone.output(H).T * prompts.std + prompts.mean)
+            H_st = equation_6(Q, K, V, P_t, P_s, backbone.spec.stca_normalizer)
+        Z = equation_7(H_st, P_t, P_s)
+        if backbone.spec.residual:
+            Z = H + Z
+        made = equation_7(backbone.mlp_out(F.relu(backbone.mlp_in(Z))), P_t, P_s)
+        if backbone.spec.residual:
+            made = Z + made
+        outputs.append(backbone.output(made).T * prompts.std + prompts.mean)
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("normalizer", ["none", "sum"])
 @pytest.mark.parametrize("stca", [True, False])
 @pytest.mark.parametrize("temporal", [True, False])
 @pytest.mark.parametrize("spatial", [True, False])
-def test_values_and_gradients_are_those_of_equations_3_and_5_to_7(model, batch, normalizer, stca, temporal, spatial):
+def test_values_and_gradients_are_those_of_equations_3_and_5_to_7(
+    model, batch, normalizer, stca, temporal, spatial, residual
+):
     ours = model(
-        backbone={"stca": stca, "stca_normalizer": normalizer}, prompts={"temporal": temporal, "spatial": spatial}
+        backbone={"stca": stca, "stca_normalizer": normalizer, "residual": residual},
+        prompts={"temporal": temporal, "spatial": spatial},
     ).eval()
     inputs = batch()
     inputs[0][1, 2, 5] = torch.nan
