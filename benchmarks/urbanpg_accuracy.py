@@ -26,7 +26,7 @@ from data_prep import READERS
 METRICS = ("mae", "rmse", "mape")
 CONVENTIONS = ("pooled", "mean_of_horizons")
 SETTINGS: dict[str, dict[str, Any]] = {
-    "urbanpg": {"learning_rate": 4e-3, "max_epochs": 60},
+    "urbanpg": {"learning_rate": 1e-2, "max_epochs": 60},
     "stid": {"learning_rate": 2e-3, "max_epochs": 60},
     "graph_wavenet": {"learning_rate": 2e-3, "max_epochs": 15},
 }
@@ -268,7 +268,7 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, default=Path(default), help="folder of the real data")
     arguments.add_argument("--work", type=Path, default=Path("runs/urbanpg_accuracy"), help="stores and runs")
     arguments.add_argument("--jobs", type=int, default=1, help="trainings at a time, a thread each")
-    arguments.add_argument("--d", type=int, default=64, help="hidden width of UrbanPG")
+    arguments.add_argument("--d", type=int, default=128, help="hidden width of UrbanPG; STID's is 128")
     arguments.add_argument("--tables", nargs="*", help="some of the tables, as nyc metr; all by default")
     options = arguments.parse_args()
     if not options.data.is_dir():

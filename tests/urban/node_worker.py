@@ -34,6 +34,7 @@ S, K, D, SAMPLES, NODES = 6, 4, 16, 4, 41
 CASES: dict[str, dict[str, Any]] = {
     "paper": {},
     "sum": {"backbone": {"stca_normalizer": "sum"}},
+    "no residual": {"backbone": {"residual": False}},
     "no stca": {"backbone": {"stca": False}},
     "no temporal context": {"prompts": {"temporal": False}},
     "no spatial context": {"prompts": {"spatial": False}},
@@ -44,11 +45,11 @@ CONTINUAL = {"frozen": True, "frozen_rows": True, "block_nodes": 10}
 """Of four learners the first has rows of the first period alone, which are frozen."""
 STEPS, SAVED_AT, WAITS = 6, 3, 100
 TRAININGS: dict[str, tuple[int, bool, float, dict[str, Any]]] = {
-    "zero1": (1, False, 13.0, {}),
-    "zero2": (2, False, 13.0, {}),
-    "zero2-offload": (2, True, 13.0, {}),
-    "zero1 continual": (1, False, 3.0, CONTINUAL),
-    "zero3": (3, False, 13.0, {}),  # with every node on every learner
+    "zero1": (1, False, 60.0, {}),
+    "zero2": (2, False, 60.0, {}),
+    "zero2-offload": (2, True, 60.0, {}),
+    "zero1 continual": (1, False, 12.0, CONTINUAL),
+    "zero3": (3, False, 60.0, {}),  # with every node on every learner
 }
 """By name: stage of ZeRO, optimizer in CPU memory, the largest norm of a gradient (some steps are clipped and some are
 not) and the case."""
