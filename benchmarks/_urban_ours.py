@@ -23,7 +23,7 @@ class Quadratic(UrbanPG):
         attended = F.scaled_dot_product_attention(q[:, None], (k + P_t + P_s)[:, None], v[:, None])[:, 0]
         Z = H + (attended * (1 + P_t) + P_s) * P_t
         made = backbone.mlp_out(backbone.mlp_in(Z).relu())
-        return prompts.restore(backbone.output(Z + (made * (1 + P_t) + P_s) * P_t))
+        return prompts.restore(backbone.output((made * (1 + P_t) + P_s) * P_t))
 
 
 def make(model: str, nodes: int, width: int, block_nodes: int | None = None) -> Made:

@@ -12,7 +12,8 @@ adds to them, ``Backbone.maps`` what all nodes then share, ``Backbone.outputs`` 
 nodes may lie on several ranks (:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
 
 Eq. 7 adjusts what STCA gives and, as the paper's text says, what the MLP gives. Left open by the paper, and taken here:
-one block, ReLU in the MLP, no dropout, a residual around each of the two adjusted parts, which is what its gates gate.
+one block, ReLU in the MLP, no dropout, a residual around STCA, without which softmax over features is all that a node's
+own history passes through.
 Without temporal context Eq. 7 is H_st + P_s, without spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
 """
 
@@ -37,8 +38,8 @@ class BackboneSpec(BaseModel):
     """S (``history``) and K (``horizon``) in frames; ``stca`` False is the ablation without attention.
 
     ``stca_normalizer``: Eq. 6 as printed has none, so its scale grows with N; ``sum`` divides by the sum of a query's
-    weights over all nodes, which makes them a mean. ``residual`` False is Eq. 5–7 with nothing added: Eq. 7's result
-    takes the place of what went into STCA, and into the MLP.
+    weights over all nodes, which makes them a mean. ``residual`` False is Eq. 5–7 as printed: what Eq. 7 makes of STCA's
+    output takes the place of H and is not added to it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,15 +77,14 @@ Hidden = Callable[[Sequence[Pair]], Tensor]
 
 
 class Maps(NamedTuple):
-    """What leads from a node's φ(Q), P_s and x to its hidden layer and to its forecast, the same for all nodes of a
-    sample; None where nothing does.
+    """What nodes are multiplied with, the same for all nodes of a sample: φ(Q), P_s and x to get their hidden layer; that
+    layer, P_s and x to get their forecast.
 
     ``normalizer``: what φ(Q) is multiplied with to get the sum of a query's weights, if Eq. 6 has one.
     """
 
     to_hidden: list[Float[Tensor, "b r d"]]
-    to_output: list[Float[Tensor, "b r K"] | None]
-    hidden_to_output: Float[Tensor, "b d K"]
+    to_output: list[Float[Tensor, "b r K"]]
     normalizer: Float[Tensor, "B d 1"] | None
 
 
@@ -121,27 +121,23 @@ class Backbone(nn.Module):
 
         Before and behind the MLP all is linear in φ(Q), P_s and x, and P_t has one row. With H_st = φ(Q)A, H = xE and
         the gate g = (1 + P_t) ∘ P_t of Eq. 7:
-        Z = H + H_st ∘ g + P_s ∘ P_t and Ŷ = (Z + (ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its
-        products with A diag(g)W, diag(P_t)W and EW alone, W being W₁ and W₃, and no row in between.
+        Z = H + H_st ∘ g + P_s ∘ P_t and Ŷ = ((ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its products
+        with A diag(g)W₁, EW₁ and diag(P_t)W, W being W₁ and W₃, and no row in between.
         """
         of_input = _with_bias(self.embed.weight, self.embed.bias)
         context, normalizer = (of_input[None], None) if sums is None else self._context(sums, temporal, nodes)
         shift = gate = of_input.new_ones(1, self.spec.d)
         if temporal is not None:
             shift, gate = temporal, (1 + temporal) * temporal
-
-        def through(W: Float[Tensor, "d m"], bias: Float[Tensor, "b m"]) -> list[Tensor]:
-            of_x = F.pad(bias[:, None], (0, 0, self.spec.history, 0))
-            if self.spec.residual:
-                of_x = of_x + of_input @ W
-            return [context @ (gate[:, :, None] * W), shift[:, :, None] * W, of_x]
-
-        last = self.output.weight.T
-        of_features, of_spatial, of_x = through(last, F.linear(gate * self.mlp_out.bias, last.T, self.output.bias))
+        first, last = self.mlp_in.weight.T, self.output.weight.T
+        of_one = self.mlp_in.bias[None], F.linear(gate * self.mlp_out.bias, self.output.weight, self.output.bias)
+        of_x = [F.pad(bias[:, None], (0, 0, self.spec.history, 0)) for bias in of_one]
+        if self.spec.residual:
+            of_x[0] = of_x[0] + of_input @ first
+        gate, shift = gate[:, :, None], shift[:, :, None]
         return Maps(
-            through(self.mlp_in.weight.T, self.mlp_in.bias[None]),
-            [of_features, 2 * of_spatial, of_x] if self.spec.residual else [None, of_spatial, of_x],
-            self.mlp_out.weight.T @ (gate[:, :, None] * last),
+            [context @ (gate * first), shift * first, of_x[0]],
+            [self.mlp_out.weight.T @ (gate * last), shift * last, of_x[1]],
             normalizer,
         )
 
@@ -157,12 +153,11 @@ class Backbone(nn.Module):
         features = (x @ self._maps()[0]).softmax(-1) if self.spec.stca else x
         if maps.normalizer is not None:
             features = features / (features @ maps.normalizer)
-        rows = [features, None if spatial is None else spatial[None], x]
 
-        def pairs(of: Sequence[Tensor | None]) -> list[Pair]:
-            return [(r, m) for r, m in zip(rows, of, strict=True) if r is not None and m is not None]
+        def pairs(first: Tensor, of: list[Tensor]) -> list[Pair]:
+            return [(first, of[0]), *([] if spatial is None else [(spatial[None], of[1])]), (x, of[2])]
 
-        return products([(hidden(pairs(maps.to_hidden)), maps.hidden_to_output), *pairs(maps.to_output)])
+        return products(pairs(hidden(pairs(features, maps.to_hidden)), maps.to_output))
 
     def _context(
         self, sums: Float[Tensor, "B r d"], temporal: Float[Tensor, "B d"] | None, nodes: int

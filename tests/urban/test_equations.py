@@ -49,8 +49,6 @@ def reference(model: UrbanPG, history: Tensor, slot: Tensor, weekday: Tensor) ->
         if backbone.spec.residual:
             Z = H + Z
         made = equation_7(backbone.mlp_out(F.relu(backbone.mlp_in(Z))), P_t, P_s)
-        if backbone.spec.residual:
-            made = Z + made
         outputs.append(backbone.output(made).T * prompts.std + prompts.mean)
     return torch.stack(outputs)
 
