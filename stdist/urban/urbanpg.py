@@ -12,8 +12,8 @@ adds to them, ``Backbone.maps`` what all nodes then share, ``Backbone.outputs`` 
 nodes may lie on several ranks (:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
 
 Eq. 7 adjusts what STCA gives and, as the paper's text says, what the MLP gives. Left open by the paper, and taken here:
-one block, ReLU in the MLP, no dropout, a residual around STCA, without which softmax over features is all that a node's
-own history passes through.
+one block, ReLU in the MLP, no dropout, a residual around STCA (without it all of a node's own history passes through a
+softmax over features).
 Without temporal context Eq. 7 is H_st + P_s, without spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
 """
 
@@ -38,8 +38,8 @@ class BackboneSpec(BaseModel):
     """S (``history``) and K (``horizon``) in frames; ``stca`` False is the ablation without attention.
 
     ``stca_normalizer``: Eq. 6 as printed has none, so its scale grows with N; ``sum`` divides by the sum of a query's
-    weights over all nodes, which makes them a mean. ``residual`` False is Eq. 5–7 as printed: what Eq. 7 makes of STCA's
-    output takes the place of H and is not added to it.
+    weights over all nodes, which makes them a mean. ``residual`` False is Eq. 5–7 as printed: what Eq. 7 makes of H_st
+    takes the place of H and is not added to it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,8 +77,8 @@ Hidden = Callable[[Sequence[Pair]], Tensor]
 
 
 class Maps(NamedTuple):
-    """What nodes are multiplied with, the same for all nodes of a sample: φ(Q), P_s and x to get their hidden layer; that
-    layer, P_s and x to get their forecast.
+    """What nodes are multiplied with, the same for all nodes of a sample: φ(Q), P_s and x to get their hidden layer;
+    that layer, P_s and x to get their forecast.
 
     ``normalizer``: what φ(Q) is multiplied with to get the sum of a query's weights, if Eq. 6 has one.
     """
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
 
         Rows 0…d-1: (φ(K) + φ(P_s))ᵀV = A_h + A_s. Row d: ΣV, of which A_t is made. Row d + 1: Σ(φ(K) + φ(P_s)).
         """
-        x, (_, key, value) = _with_one(x), self._maps()
+        x, (_, key, value) = _with_one(x), self._into_attention()
         keys = (x @ key).softmax(-1)
         if spatial is not None:
             keys = keys + spatial.softmax(-1)
@@ -120,9 +120,9 @@ class Backbone(nn.Module):
         """From the ``sums`` over all ``nodes`` of the city (None without STCA) and P_t.
 
         Before and behind the MLP all is linear in φ(Q), P_s and x, and P_t has one row. With H_st = φ(Q)A, H = xE and
-        the gate g = (1 + P_t) ∘ P_t of Eq. 7:
-        Z = H + H_st ∘ g + P_s ∘ P_t and Ŷ = ((ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its products
-        with A diag(g)W₁, EW₁ and diag(P_t)W, W being W₁ and W₃, and no row in between.
+        the gate g = (1 + P_t) ∘ P_t of Eq. 7, Z = H + H_st ∘ g + P_s ∘ P_t and
+        Ŷ = ((ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its products with A diag(g)W₁, EW₁,
+        diag(P_t)W₁ and diag(P_t)W₃ alone, and no row in between.
         """
         of_input = _with_bias(self.embed.weight, self.embed.bias)
         context, normalizer = (of_input[None], None) if sums is None else self._context(sums, temporal, nodes)
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "B n K"]:
         """Forecasts of these nodes."""
         x = _with_one(x)
-        features = (x @ self._maps()[0]).softmax(-1) if self.spec.stca else x
+        features = (x @ self._into_attention()[0]).softmax(-1) if self.spec.stca else x
         if maps.normalizer is not None:
             features = features / (features @ maps.normalizer)
 
@@ -172,7 +172,7 @@ class Backbone(nn.Module):
             keys = keys + nodes * feature[:, None]
         return context, keys.transpose(1, 2) if self.spec.stca_normalizer == "sum" else None
 
-    def _maps(self) -> tuple[Float[Tensor, "S+1 d"], ...]:
+    def _into_attention(self) -> tuple[Float[Tensor, "S+1 d"], ...]:
         """What makes φ's arguments Q and K, and V, of x and a one: Eq. 5 after the embedding."""
         return _with_bias(*_in_one(self.embed, self.qkv)).chunk(3, 1)
 

@@ -44,12 +44,15 @@ CASES: dict[str, dict[str, Any]] = {
 CONTINUAL = {"frozen": True, "frozen_rows": True, "block_nodes": 10}
 """Of four learners the first has rows of the first period alone, which are frozen."""
 STEPS, SAVED_AT, WAITS = 6, 3, 100
+FIRST_BATCH = 40
+"""From here on no step has as many forecasts above the truth as below it: where it has, the last bias's gradient is
+nothing but rounding, and AdamW takes a whole step of its sign."""
 TRAININGS: dict[str, tuple[int, bool, float, dict[str, Any]]] = {
-    "zero1": (1, False, 60.0, {}),
-    "zero2": (2, False, 60.0, {}),
-    "zero2-offload": (2, True, 60.0, {}),
-    "zero1 continual": (1, False, 12.0, CONTINUAL),
-    "zero3": (3, False, 60.0, {}),  # with every node on every learner
+    "zero1": (1, False, 20.0, {}),
+    "zero2": (2, False, 20.0, {}),
+    "zero2-offload": (2, True, 20.0, {}),
+    "zero1 continual": (1, False, 5.0, CONTINUAL),
+    "zero3": (3, False, 20.0, {}),  # with every node on every learner
 }
 """By name: stage of ZeRO, optimizer in CPU memory, the largest norm of a gradient (some steps are clipped and some are
 not) and the case."""
@@ -185,7 +188,7 @@ class Stage:
         self.model, self.case, self.learners = model, case, model.learners
 
     def _error(self, number: int, draw: int) -> Tensor:
-        *inputs, target, observed = part(self.learners, *batch(self.learners.nodes, number))
+        *inputs, target, observed = part(self.learners, *batch(self.learners.nodes, FIRST_BATCH + number))
         error = ((forward(self.model, self.case, *inputs, draw=draw) - target).abs() * observed).sum()
         return error / self.learners.total(observed.sum())
 
