@@ -18,7 +18,7 @@ class ModelConfig(Strict):
     UrbanPG's ablations: ``temporal`` or ``spatial`` false leave out these contexts (w/o TC, w/o SC), ``p: 0`` the
     random perturbation of Eq. 4 (w/o RPR), ``stca: false`` Eq. 6 (w/o STCA). ``stca_normalizer``: ``none`` is the
     paper, ``sum`` makes the attention's weights a mean, so that its scale does not grow with the nodes. ``residual``:
-    around the attention; false is Eq. 5–7 as printed.
+    what attention and Eq. 7 make is added to what went in; false takes its place, which is Eq. 5–7 as printed.
     """
 
     kind: Literal["urbanpg", "stid", "graph_wavenet", "stgcn"] = "urbanpg"

@@ -1,8 +1,8 @@
 """UrbanPG on more nodes than fit: they pass in blocks, twice, once for the sums of Eq. 6 and once for the outputs.
 
 Autograd keeps a block's inputs alone and computes the block again when its gradient is due (Chen et al., arXiv
-1604.06174): first every block's outputs, which completes the gradient of the sums, then every block's sums. All of
-it is cheap but the MLP's hidden layer, which is kept: no product of d x d per node is made twice.
+1604.06174): first every block's outputs, which completes the gradient of the maps and so of the sums, then every
+block's sums. All of it is cheap but the MLP's hidden layer, which is kept: no product of d x d per node is made twice.
 What grows with N is the history, the forecasts, the prompts' rows, their gradient, and the hidden layer, as large as
 the rows; all other activations are of one block.
 """

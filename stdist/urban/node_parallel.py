@@ -80,7 +80,12 @@ class NodeParallel(UrbanPG):
             first += count
 
     def meet(self, sums: Tensor) -> Tensor:
-        return sums if self.learners.node_ranks == 1 else _SumOverRanks.apply(sums, self.learners.along_nodes)
+        if self.learners.node_ranks == 1:
+            return sums
+        if torch.is_grad_enabled() and not sums.requires_grad:
+            # A learner with nothing but frozen rows takes part in the others' backward pass all the same.
+            sums = sums.requires_grad_()
+        return _SumOverRanks.apply(sums, self.learners.along_nodes)
 
     def draw(self, draw: int | None) -> int | None:
         """One number for all learners: a step has one perturbation, whoever has the windows. Collective where it is not

@@ -151,7 +151,11 @@ def _of_a_window(model: Model, task: Task, block_nodes: int | None) -> tuple[int
         forward_of(model.train(), block_nodes)(history, zero, zero, 0).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return sum(kept.values()), flops.get_total_flops()
+    total = sum(kept.values())
+    if block_nodes and isinstance(model, UrbanPG):
+        d = model.backbone.spec.d
+        total += (nodes + 2 * d) * d * FLOAT  # what blocks keep beside the hooks: the hidden layer and its maps
+    return total, flops.get_total_flops()
 
 
 def _verdict(plan: StagePlan, device_memory: int) -> str:

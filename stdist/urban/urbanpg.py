@@ -12,9 +12,9 @@ adds to them, ``Backbone.maps`` what all nodes then share, ``Backbone.outputs`` 
 nodes may lie on several ranks (:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
 
 Eq. 7 adjusts what STCA gives and, as the paper's text says, what the MLP gives. Left open by the paper, and taken here:
-one block, ReLU in the MLP, no dropout, a residual around STCA (without it all of a node's own history passes through a
-softmax over features).
-Without temporal context Eq. 7 is H_st + P_s, without spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
+one block, ReLU in the MLP, no dropout, and a residual around STCA and its Eq. 7, Z = H + H_st^p (without it all of a
+node's own history passes through a softmax over features). Without temporal context Eq. 7 is H_st + P_s, without
+spatial context H_st (1 + P_t) P_t, without STCA H_st is H.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ Pair = tuple[Float[Tensor, "b n r"], Float[Tensor, "b r m"]]
 
 def products(pairs: Sequence[Pair]) -> Float[Tensor, "B n m"]:
     """Σ rows · map, each product added into the one result."""
-    B = max(len(each) for pair in pairs for each in pair)
+    (B,) = torch.broadcast_shapes(*(each.shape[:1] for pair in pairs for each in pair))
     rows, *others = ([each.expand(B, -1, -1) for each in pair] for pair in pairs)
     total = torch.bmm(*rows)
     for pair in others:
@@ -120,24 +120,25 @@ class Backbone(nn.Module):
         """From the ``sums`` over all ``nodes`` of the city (None without STCA) and P_t.
 
         Before and behind the MLP all is linear in φ(Q), P_s and x, and P_t has one row. With H_st = φ(Q)A, H = xE and
-        the gate g = (1 + P_t) ∘ P_t of Eq. 7, Z = H + H_st ∘ g + P_s ∘ P_t and
-        Ŷ = ((ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its products with A diag(g)W₁, EW₁,
-        diag(P_t)W₁ and diag(P_t)W₃ alone, and no row in between.
+        the gate g = (1 + P_t) ∘ P_t of Eq. 7, Z = H + H_st ∘ g + P_s ∘ P_t (H with ``residual`` only) and
+        Ŷ = ((ReLU(ZW₁ + b₁)W₂ + b₂) ∘ g + P_s ∘ P_t)W₃ + b₃. So a node needs its products with A diag(g)W₁, diag(P_t)W₁
+        and EW₁, then with W₂ diag(g)W₃ and diag(P_t)W₃, and no other row of d. Without P_t these diagonals are ones,
+        without STCA H_st is H: x and E are in the place of φ(Q) and A.
         """
         of_input = _with_bias(self.embed.weight, self.embed.bias)
         context, normalizer = (of_input[None], None) if sums is None else self._context(sums, temporal, nodes)
         shift = gate = of_input.new_ones(1, self.spec.d)
         if temporal is not None:
             shift, gate = temporal, (1 + temporal) * temporal
-        first, last = self.mlp_in.weight.T, self.output.weight.T
+        W1, W2, W3 = self.mlp_in.weight.T, self.mlp_out.weight.T, self.output.weight.T
         of_one = self.mlp_in.bias[None], F.linear(gate * self.mlp_out.bias, self.output.weight, self.output.bias)
         of_x = [F.pad(bias[:, None], (0, 0, self.spec.history, 0)) for bias in of_one]
         if self.spec.residual:
-            of_x[0] = of_x[0] + of_input @ first
+            of_x[0] = of_x[0] + of_input @ W1
         gate, shift = gate[:, :, None], shift[:, :, None]
         return Maps(
-            [context @ (gate * first), shift * first, of_x[0]],
-            [self.mlp_out.weight.T @ (gate * last), shift * last, of_x[1]],
+            [context @ (gate * W1), shift * W1, of_x[0]],
+            [W2 @ (gate * W3), shift * W3, of_x[1]],
             normalizer,
         )
 
@@ -154,10 +155,11 @@ class Backbone(nn.Module):
         if maps.normalizer is not None:
             features = features / (features @ maps.normalizer)
 
-        def pairs(first: Tensor, of: list[Tensor]) -> list[Pair]:
-            return [(first, of[0]), *([] if spatial is None else [(spatial[None], of[1])]), (x, of[2])]
+        def with_prompts_and_x(rows: Tensor, maps: list[Tensor]) -> list[Pair]:
+            return [(rows, maps[0]), *([] if spatial is None else [(spatial[None], maps[1])]), (x, maps[2])]
 
-        return products(pairs(hidden(pairs(features, maps.to_hidden)), maps.to_output))
+        rows = hidden(with_prompts_and_x(features, maps.to_hidden))
+        return products(with_prompts_and_x(rows, maps.to_output))
 
     def _context(
         self, sums: Float[Tensor, "B r d"], temporal: Float[Tensor, "B d"] | None, nodes: int

@@ -12,11 +12,11 @@ from stdist.errors import InputError
 from stdist.urban.blocks import forward_in_blocks
 
 
-def gradients(model, forward) -> tuple[Tensor, list[Tensor]]:
+def gradients(model, forward) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     value = forward()
     (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum().backward()
-    return value, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return value, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("block_nodes", [1, 7, 30, 100])
@@ -38,11 +38,24 @@ def test_values_and_gradients_equal_the_plain_ones(model, batch, block_nodes, tr
     value, expected = gradients(ours, lambda: ours(*inputs, draw=5))
     in_blocks, found = gradients(ours, lambda: forward_in_blocks(ours, *inputs, block_nodes=block_nodes, draw=5))
     torch.testing.assert_close(in_blocks, value, rtol=1e-5, atol=1e-3)
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     with torch.no_grad():
         without_graph = forward_in_blocks(ours, *inputs, block_nodes=block_nodes, draw=5)
     torch.testing.assert_close(without_graph, value, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "prompts.node_rows.0"])
+def test_what_is_frozen_has_no_gradient_in_blocks_either(model, batch, frozen):
+    ours, inputs = model(prompts={"periods": (20, 10)}), batch()
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    _, expected = gradients(ours, lambda: ours(*inputs, draw=5))
+    _, found = gradients(ours, lambda: forward_in_blocks(ours, *inputs, block_nodes=7, draw=5))
+    assert found.keys() == expected.keys() == {name for name, p in ours.named_parameters() if p.requires_grad}
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_a_block_needs_a_node(model, batch):

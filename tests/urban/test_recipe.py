@@ -233,6 +233,8 @@ def test_a_run_killed_between_forecasts_and_their_speed_is_reported(finished, ci
     [
         ({"model": {"d": 16}}, ["model.d is 16 and the backbone's is 8"]),
         ({"model": {"stca": False}}, ["model.stca is False and the backbone's is True"]),
+        ({"model": {"stca_normalizer": "sum"}}, ["model.stca_normalizer is sum and the backbone's is none"]),
+        ({"model": {"residual": False}}, ["model.residual is False and the backbone's is True"]),
         ({"data": {"history": 5}}, ["data.history is 5 and the backbone's is 6"]),
         ({"few_shot": {"backbone": "/nowhere/at/all"}}, ["/nowhere/at/all does not exist", "urbanpg-train"]),
     ],
