@@ -202,8 +202,7 @@ def run(job: Job, work: Path, needed: Future[None] | None) -> None:
 
 
 def collect(done: list[Job], work: Path) -> dict[str, dict[str, Any]]:
-    """Table → row → over seeds, errors of both conventions as [mean, standard deviation], and the median of what training
-    cost."""
+    """Table → row → over seeds: errors of both conventions as [mean, standard deviation], medians of costs."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for job in done:
         path = work / "runs" / job.name / "report" / "metrics.json"
