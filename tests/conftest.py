@@ -1,9 +1,13 @@
 """Fixtures every room of the test suite shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that starts the tests in the background makes them, and all that they start, deaf to the Ctrl-C some send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
