@@ -2,9 +2,9 @@
 on a tenth of the data, and zones that are added period by period.
 
 Every run is a `stdist train` of its own below --work, with a report of its own, so that a benchmark that was broken off
-goes on where it was. The real data is public and not part of the project: --data, or STDIST_TEST_DATA, is its folder.
-With two --jobs on two cores it takes some hours; runs differ by their seed alone, which decides the first weights, the
-order of windows, perturbation and dropout.
+goes on where it was; other settings need another --work. The real data is public and not part of the project: --data,
+or STDIST_TEST_DATA, is its folder. With two --jobs on two cores it takes some hours; runs differ by their seed alone,
+which decides the first weights, the order of windows, perturbation and dropout.
 """
 
 import json
