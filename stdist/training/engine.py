@@ -44,7 +44,11 @@ class Engine(Protocol):
         ...
 
     def whole(self) -> AbstractContextManager[None]:
-        """Inside, every learner has all weights, and calling the model communicates nothing."""
+        """Inside, every learner has all weights, to save or to compare them."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside, the model can be called for as many batches as each learner has."""
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -112,6 +116,12 @@ class Scheduled:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for group in self._groups for name, parameter in group.parameters.items()}
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        return self.whole()
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def _set_rates(self, param_groups: list[dict[str, Any]]) -> None:
         """Gives an optimizer's groups the learning rates of the step to come."""
         for torch_group, group in zip(param_groups, self._groups, strict=True):
@@ -135,9 +145,6 @@ class TorchEngine(Scheduled):
         self._optimizer.zero_grad(set_to_none=True)
         self._steps += 1
         return float(norm)
-
-    def whole(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters.items():

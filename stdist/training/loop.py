@@ -258,7 +258,7 @@ class _Run:
         """Scores the model; ``best`` moves only where the watched metric fell (or always, when none is watched)."""
         stage, progress = self.stage, self.progress
         with self.naming("evaluation"):
-            with self.engine.whole():
+            with self.engine.evaluating():
                 metrics = stage.evaluate()
             if self.log:
                 self.log.evaluation(stage.name, self.step, metrics)

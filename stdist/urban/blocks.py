@@ -2,14 +2,14 @@
 
 Autograd keeps a block's inputs alone and computes the block again when its gradient is due (Chen et al., arXiv
 1604.06174): first every block's outputs, which completes the gradient of the maps and so of the sums, then every
-block's sums. All of it is cheap but the MLP's hidden layer, which is kept: no product of d x d per node is made twice.
+block's sums. All of it is cheap but the MLP's hidden layer, which is kept: the one product of d x d per node is not made twice.
 What grows with N is the history, the forecasts, the prompts' rows, their gradient, and the hidden layer, as large as
 the rows; all other activations are of one block.
 """
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stdist.errors import InputError
-from stdist.urban.urbanpg import Maps, Pair, UrbanPG, hidden_layer
+from stdist.urban.urbanpg import IntoAttention, Maps, Pair, UrbanPG, hidden_layer
 
 
 def forward_in_blocks(
@@ -40,7 +40,7 @@ def forward_in_blocks(
     model.check(history, slot, weekday)
     backbone, prompts, draw = model.backbone, model.prompts, model.draw(draw)
     temporal, rows = prompts.temporal(slot, weekday), prompts.rows()
-    gradient: list[Tensor] = []
+    gradient = _GradientOfRows()
     token = None if rows is None else _Rows.apply(rows, gradient)
 
     def inputs(history: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
@@ -50,8 +50,8 @@ def forward_in_blocks(
         block = _RowsOfBlock.apply(token, rows.detach(), slice(first, first + history.shape[2]), gradient)
         return x, prompts.perturb(block, first, draw)
 
-    def sums_of(history: Tensor, first: int) -> Tensor:
-        return backbone.sums(*inputs(history, first))
+    def sums_of(history: Tensor, first: int, into: IntoAttention) -> Tensor:
+        return backbone.sums(*inputs(history, first), into)
 
     def outputs_of(history: Tensor, first: int, maps: Maps, kept: list[Tensor]) -> Tensor:
         x, spatial = inputs(history, first)
@@ -61,11 +61,14 @@ def forward_in_blocks(
 
         return prompts.restore(backbone.outputs(x, maps, spatial, hidden))
 
-    blocks = list(zip(history.split(block_nodes, 2), range(0, history.shape[2], block_nodes), strict=True))
-    sums = None
+    # As equal as can be: a last block of a few nodes would cost nearly what a whole one does.
+    parts = history.tensor_split(-(-history.shape[2] // block_nodes), 2)
+    blocks = list(zip(parts, accumulate((part.shape[2] for part in parts), initial=0), strict=False))
+    into, sums = None, None
     if backbone.spec.stca:
-        sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block) for block in blocks)))
-    maps = backbone.maps(sums, temporal, model.total_nodes)
+        into = backbone.into_attention()
+        sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block, into) for block in blocks)))
+    maps = backbone.maps(sums, temporal, into)
     return torch.cat([_recomputed(outputs_of, *block, maps, []) for block in blocks], 2)
 
 
@@ -107,35 +110,56 @@ def _summed(gradient: Float[Tensor, "B r m"], of: Float[Tensor, "b r m"]) -> Flo
     return gradient if len(of) == len(gradient) else gradient.sum(0, keepdim=True)
 
 
+class _GradientOfRows:
+    """dL/dE_s [N, d], of which every block gives its rows, once for the outputs and once for the sums."""
+
+    def __init__(self) -> None:
+        self._whole: Tensor | None = None
+        self._filled: set[int] = set()
+
+    def add(self, of_block: Tensor, block: slice, shape: torch.Size) -> None:
+        if self._whole is None:
+            self._whole = of_block.new_empty(shape)
+        if block.start in self._filled:
+            self._whole[block] += of_block
+        else:
+            self._whole[block] = of_block
+            self._filled.add(block.start)
+
+    def take(self) -> Tensor:
+        whole, self._whole = self._whole, None
+        self._filled.clear()
+        assert whole is not None
+        return whole
+
+
 class _Rows(torch.autograd.Function):
-    """E_s [N, d] as a token of which blocks are cut; its gradient is what they have left in the list ``gradient``.
+    """E_s [N, d] as a token of which blocks are cut; its gradient is what they have left in ``gradient``.
 
     Plain slices would each have a gradient of E_s's own size, and a split would hold all blocks' and join them.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, gradient: list[Tensor]) -> Tensor:
+    def forward(ctx, rows: Tensor, gradient: _GradientOfRows) -> Tensor:
         ctx.gradient = gradient
         return rows.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient.pop(), None
+        return ctx.gradient.take(), None
 
 
 class _RowsOfBlock(torch.autograd.Function):
-    """Forward: the rows ``block`` of ``rows``. Backward: adds to these rows of the one gradient."""
+    """Forward: the rows ``block`` of ``rows``. Backward: their part of the one gradient."""
 
     @staticmethod
-    def forward(ctx, token: Tensor, rows: Tensor, block: slice, gradient: list[Tensor]) -> Tensor:
+    def forward(ctx, token: Tensor, rows: Tensor, block: slice, gradient: _GradientOfRows) -> Tensor:
         ctx.shape, ctx.block, ctx.gradient = rows.shape, block, gradient
         return rows[block]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_block: Tensor) -> tuple[Tensor, None, None, None]:
-        if not ctx.gradient:
-            ctx.gradient.append(of_block.new_zeros(ctx.shape))
-        ctx.gradient[0][ctx.block] += of_block
+        ctx.gradient.add(of_block, ctx.block, ctx.shape)
         return of_block.new_zeros(()), None, None, None

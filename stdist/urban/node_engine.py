@@ -5,7 +5,7 @@ and one process with plain torch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class NodeEngine(DeepSpeedEngine):
         if not self._whole_rows:
             return own
         return {name: p for name, p in own.items() if name not in self._first} | self._whole_rows
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Nothing is gathered: every learner evaluates its own nodes."""
+        return nullcontext()
 
     @contextmanager
     def whole(self) -> Iterator[None]:

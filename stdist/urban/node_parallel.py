@@ -69,14 +69,17 @@ class NodeParallel(UrbanPG):
 
     def first_elements(self) -> dict[str, int]:
         """Where in the whole city's tensors of rows this learner's begin, by :meth:`trained_parameters`' names."""
-        return {f"{ROWS}.{period}": row * self.prompts.spec.d for period, row in self._pieces()}
+        return {f"{ROWS}.{period}": rows.start * self.prompts.spec.d for period, rows in self._pieces()}
 
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """For each of ``prompts.node_rows``: the city's period, and the first row in it."""
-        first, here = 0, self.learners.here
+    def _pieces(self, rank: int | None = None) -> Iterator[tuple[int, slice]]:
+        """For each of ``prompts.node_rows``, of this learner or of the one numbered ``rank`` along ``nodes``: the
+        city's period, and which of its rows these are."""
+        learners, first = self.learners, 0
+        here = learners.here if rank is None else nodes_of(rank, learners.node_ranks, learners.nodes)
         for period, count in enumerate(self._periods):
-            if max(here.start, first) < min(here.stop, first + count):
-                yield period, max(here.start - first, 0)
+            rows = slice(max(here.start - first, 0), min(here.stop - first, count))
+            if rows.start < rows.stop:
+                yield period, rows
             first += count
 
     def meet(self, sums: Tensor) -> Tensor:
@@ -120,19 +123,20 @@ class NodeParallel(UrbanPG):
         """The prompts of the whole city, on every learner. Collective, but inside of :meth:`gathered`."""
         if self._gathered:
             return self._gathered[0]
-        own = self.prompts.rows()
-        if own is None:
-            return self.prompts.with_rows(self._periods, [])
         if self.learners.node_ranks == 1:
             return self.prompts
-        rows = own.new_empty(self.total_nodes, own.shape[1])
+        if not self.prompts.spec.spatial:
+            return self.prompts.with_rows(self._periods, [])
+        own = iter(self.prompts.node_rows)
+        whole = [self.prompts.shared.new_empty(count, self.prompts.spec.d) for count in self._periods]
         for rank in range(self.learners.node_ranks):
-            part = rows[nodes_of(rank, self.learners.node_ranks, self.total_nodes)]
-            if rank == self.learners.node_rank:
-                part.copy_(own.detach())
-            dist.broadcast(part, group=self.learners.along_nodes, group_src=rank)
-        kept = zip(rows.split(list(self._periods)), self._trains, strict=True)
-        return self.prompts.with_rows(self._periods, [nn.Parameter(r.clone(), requires_grad=t) for r, t in kept])
+            for period, rows in self._pieces(rank):
+                part = whole[period][rows]
+                if rank == self.learners.node_rank:
+                    part.copy_(next(own).detach())
+                dist.broadcast(part, group=self.learners.along_nodes, group_src=rank)
+        kept = zip(whole, self._trains, strict=True)
+        return self.prompts.with_rows(self._periods, [nn.Parameter(r, requires_grad=trains) for r, trains in kept])
 
     @contextmanager
     def gathered(self) -> Iterator[Prompts]:

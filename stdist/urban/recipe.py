@@ -51,6 +51,9 @@ class Run:
     say: Callable[[str], None]
     report: Callable[[dict[str, float]], None]
     notes: list[str]
+    model: Model
+    """To be trained next, then its result. Nothing else holds it: a learner with some of the nodes lets go of the
+    whole city's rows."""
 
     @property
     def group(self) -> Group:
@@ -78,24 +81,24 @@ def train(
         say(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learners = NodeLearners.current(tasks[0].nodes.shape[0], config.nodes.ranks)
-    run = Run(config, learners, device, RunLog(config.run_dir) if group.leads else None, say, report, notes)
+    run = Run(config, learners, device, RunLog(config.run_dir) if group.leads else None, say, report, notes, model)
+    del model
     summaries, rows = {}, []
+    before: Model | None = None
     for number, (name, task) in enumerate(zip(stage_names(config), tasks, strict=True)):
-        before = model
         if config.continual and number:
-            model = expanded(before, task, config.continual, config.seed)
+            before = run.model if group.leads else None
+            run.model = expanded(run.model, task, config.continual, config.seed)
         fitted = (*fitted, Fitted.on("weights", task.statistics.span, data_digest(task.store, config.data.channel)))
-        summaries[name], model = fit(run, name, task, model, fitted)
+        summaries[name] = fit(run, name, task, fitted)
         if config.continual and group.leads:
-            previous, settings = before if number else None, config.training
-            rows.append(
-                period_row(number + 1, task, previous, model, settings.train_batch_size, config.nodes.block_nodes)
-            )
+            batch_size = config.training.train_batch_size
+            rows.append(period_row(number + 1, task, before, run.model, batch_size, config.nodes.block_nodes))
     if run.log:
         run.log.close()
     if not group.leads:
         return {"run": str(config.run_dir), "stages": summaries}
-    result = forecast_and_score(config, tasks[-1], model, fitted, summaries, rows, notes, say)
+    result = forecast_and_score(config, tasks[-1], run.model, fitted, summaries, rows, notes, say)
     return {"run": str(config.run_dir), "stages": summaries, **result}
 
 
@@ -137,18 +140,18 @@ def open_run(config: UrbanConfig, group: Group) -> Opened:
     return tasks, new(model_config, task, seed), (), notes
 
 
-def fit(run: Run, name: str, task: Task, model: Model, fitted: tuple[Fitted, ...]) -> tuple[dict[str, Any], Model]:
-    """Trains ``model`` on the windows of ``task`` as the stage ``name``, or only loads what that left. Returns its
-    closing summary, and the whole city's model with its result, read from the checkpoint.
+def fit(run: Run, name: str, task: Task, fitted: tuple[Fitted, ...]) -> dict[str, Any]:
+    """Trains the run's model on the windows of ``task`` as the stage ``name``, or only loads what that left. Returns
+    its closing summary; the run then has the whole city's model with its result, read from the checkpoint.
 
     Raises RuntimeError where a byte of what is frozen changed.
     """
-    config, settings = run.config, run.config.training
+    config, settings, model = run.config, run.config.training, run.model
     learners = run.learners = run.learners.of_nodes(task.nodes.shape[0])
     frozen = [each for each, parameter in model.named_parameters() if not parameter.requires_grad]
     before, counts = digest_of(model, frozen), (efficiency.count(model), efficiency.count(model, trained=True))
     if isinstance(model, UrbanPG) and learners.node_ranks > 1:
-        model = NodeParallel(model.backbone, model.prompts, learners)
+        model = run.model = NodeParallel(model.backbone, model.prompts, learners)
     model.to(run.device).train()
     here = NodeRange(task.nodes.n0 + learners.here.start, task.nodes.n0 + learners.here.stop)
     train, validation = (
@@ -193,7 +196,8 @@ def fit(run: Run, name: str, task: Task, model: Model, fitted: tuple[Fitted, ...
         run.say(note)
     for each, parameter in result.named_parameters():
         parameter.requires_grad = each not in frozen
-    return summary, result.to(run.device)
+    run.model = result.to(run.device)
+    return summary
 
 
 def _engine(run: Run, settings: EpochsConfig, steps: int, model: Model) -> Engine:

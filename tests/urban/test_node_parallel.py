@@ -107,7 +107,7 @@ def test_bytes_sent_do_not_depend_on_the_number_of_nodes(results, world):
     d, S, K, samples, slots = 16, 6, 4, 4, 24
     backbone = (S + 1) * d + 3 * (d + 1) * d + 2 * (d + 1) * d + (d + 1) * K
     prompts = (slots + 7 + 1) * d
-    sums = samples * (d + 1) * d
+    sums = samples * (d + 1) * (S + 1)
     expected = 4 * (2 * sums + backbone + prompts) + 8 + 8  # and the number of points and of the draw
     for rank in results(world):
         assert set(rank["sent"].values()) == {expected}
