@@ -1,20 +1,22 @@
 """UrbanPG with its nodes on 1, 2 and 4 learners (gloo, processes of this machine): peak memory of a learner, bytes that
 it sends in a step, and seconds, of training steps with a window of all nodes, against one process with plain torch.
 
-The target is memory of 1 / learners and as many bytes whatever the nodes. Learners share the machine's cores, so more
-of them than cores gain no time; a thread each.
+The target is memory of 1 / learners and as many bytes whatever the nodes. Memory is what nodes take: resident bytes
+above those of the same process with a model of FEW nodes, which holds torch, DeepSpeed and gloo alike. glibc is told to
+give back what is freed, as a GPU's memory would be: left alone, a heap of tensors below its 32 MiB threshold keeps up
+to as much again. Learners share the machine's cores, so more of them than cores gain no time; a thread each.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # of the learners' processes, which start with it
 
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from stdist.urban.node_learners import NodeLearners
 from stdist.urban.node_parallel import NodeParallel
 
 S = K = 12
+FEW = 400
 
 
 def measure(rank: int, ranks: int, folder: str, nodes: int, d: int, runs: int, torch_alone: bool) -> dict[str, Any]:
@@ -39,10 +42,14 @@ def measure(rank: int, ranks: int, folder: str, nodes: int, d: int, runs: int, t
         os.environ["LOCAL_RANK"] = str(rank)
         store = dist.FileStore(str(Path(folder) / f"{ranks}-{nodes}"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
-    if not torch_alone:
-        import_module("stdist.urban.node_engine")  # what DeepSpeed itself takes is no node's
+    learners = NodeLearners.current(FEW, ranks)
+    train(learners, d, 2, torch_alone)
     before = reset_peak()
-    learners = NodeLearners.current(nodes, ranks)
+    return train(learners.of_nodes(nodes), d, runs, torch_alone) | {"peak": peak_bytes() - before}
+
+
+def train(learners: NodeLearners, d: int, runs: int, torch_alone: bool) -> dict[str, Any]:
+    nodes = learners.nodes
     model, engine = build(learners, nodes, d, torch_alone)
     generator = torch.Generator().manual_seed(1)
     history, target = (
@@ -60,10 +67,10 @@ def measure(rank: int, ranks: int, folder: str, nodes: int, d: int, runs: int, t
 
     step()
     times = [seconds(step) for _ in range(runs)]
-    peak = peak_bytes() - before
     with counted() as sent:
         step()
-    return {"loss": losses, "seconds": times, "peak": peak, "sent": sum(sent)}
+    engine.close()
+    return {"loss": losses, "seconds": times, "sent": sum(sent)}
 
 
 def build(learners: NodeLearners, nodes: int, d: int, torch_alone: bool) -> tuple[UrbanPG, Engine]:

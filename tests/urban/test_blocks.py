@@ -9,7 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stdist.errors import InputError
+from stdist.training.group import Group
 from stdist.urban.blocks import forward_in_blocks
+from stdist.urban.plan import plan_run
+from stdist.urban.prompts import _drawn
+from stdist.urban.recipe import open_run
+from stdist.urban.stage import forward_of
 
 
 def gradients(model, forward) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,3 +133,21 @@ def test_activations_are_of_one_block_whatever_the_number_of_nodes(model, batch)
     hidden = 4_000 * 4 * d
     assert kept_plain > rows_and_history + 4 * hidden
     assert kept_blocks < rows_and_history + hidden + 3 * 4 * d * d, "what is there anyway, the sums and their maps"
+
+
+@pytest.mark.parametrize("block_nodes", [None, 4])
+def test_a_plan_counts_what_a_whole_batch_keeps(city, make_config, tmp_path, block_nodes):
+    """Against every tensor that is alive behind the forward pass of a batch, be it known to autograd or not."""
+    config = make_config(
+        city, tmp_path, model={"d": 64}, nodes={"block_nodes": block_nodes}, training={"train_batch_size": 8}
+    )
+    (planned,) = plan_run(config, None).stages
+    _, model, _, _ = open_run(config, Group(0, 1))
+    zero, history = torch.zeros(8, dtype=torch.int64), torch.full((8, 6, 9), 100.0)
+    forward = forward_of(model.train(), block_nodes)
+    spec = model.prompts.spec
+    drawn = _drawn(0, 0, spec.p, spec.q, spec.d, history.device)  # stays for the next steps
+    with Live([*model.parameters(), *model.buffers(), history, zero, *drawn]) as live:
+        value = forward(history, zero, zero, 0)
+        kept = live.now - value.nbytes
+    assert planned.activation_bytes == pytest.approx(kept, rel=0.02)
