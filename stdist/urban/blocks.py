@@ -2,7 +2,7 @@
 
 Autograd keeps a block's inputs alone and computes the block again when its gradient is due (Chen et al., arXiv
 1604.06174): first every block's outputs, which completes the gradient of the maps and so of the sums, then every
-block's sums. All of it is cheap but the MLP's hidden layer, which is kept: the one product of d x d per node is not made twice.
+block's sums. All of it is cheap but the MLP's hidden layer, which is kept: it has the one product of d x d per node.
 What grows with N is the history, the forecasts, the prompts' rows, their gradient, and the hidden layer, as large as
 the rows; all other activations are of one block.
 """

@@ -7,7 +7,7 @@ The learning paradigms are ways of putting the two together:
 * fine-tuning (Eq. 8): ``UrbanPG(backbone.requires_grad_(False), Prompts(spec_of_the_new_city))``;
 * continual learning (Eq. 9–10): ``UrbanPG(backbone.requires_grad_(False), prompts.expand(new_nodes))``.
 
-D is 1: one channel of a store. Nodes meet in Eq. 6 alone, in sums of d x d: ``Backbone.sums`` is what one set of nodes
+D is 1: one channel of a store. Nodes meet in Eq. 6 alone, in sums: ``Backbone.sums`` is what one set of nodes
 adds to them, ``Backbone.maps`` what all nodes then share, ``Backbone.outputs`` what that gives each of them, so that
 nodes may lie on several ranks (:mod:`stdist.urban.node_parallel`) or pass in blocks (:mod:`stdist.urban.blocks`).
 
