@@ -77,12 +77,12 @@ def _spec(config: ModelConfig, task: Task) -> ForecasterSpec:
     """The authors' sizes; another ``d`` scales all widths alike."""
     windows, d = task.train, config.d
     sizes: dict[str, Any] = {"history": windows.S, "horizon": windows.K, "cadence": task.cadence}
-    sizes["weekdays"] = task.holds_weeks
+    sizes |= {"weekdays": task.holds_weeks, "nodes": task.nodes.shape[0]}
     if config.kind == "stid":
-        return STIDSpec(**sizes, nodes=task.nodes.shape[0], **({"d": d} if d else {}))
+        return STIDSpec(**sizes, **({"d": d} if d else {}))
     if config.kind == "stgcn":
         return STGCNSpec(**sizes, **({"channels": d, "graph_channels": max(1, d // 4)} if d else {}))
     widths = (
         {"residual_channels": d, "dilation_channels": d, "skip_channels": 8 * d, "end_channels": 16 * d} if d else {}
     )
-    return GraphWaveNetSpec(**sizes, nodes=task.nodes.shape[0], **widths)
+    return GraphWaveNetSpec(**sizes, **widths)
