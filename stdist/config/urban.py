@@ -12,8 +12,10 @@ URBANPG_ONLY = ("temporal", "spatial", "p", "q", "stca", "stca_normalizer", "res
 
 
 class ModelConfig(Strict):
-    """``kind``: UrbanPG, or a baseline trained in the same harness. ``d``: hidden width, 256 for UrbanPG and the
-    authors' for a baseline where absent; a backbone that is given has its own.
+    """``kind``: UrbanPG, or a baseline trained in the same harness. ``d``: UrbanPG's hidden width, 256 where absent; a
+    backbone that is given has its own. Of a baseline, whose sizes are the authors' where it is absent: of STID the
+    width of each of its four embeddings (32; its hidden layers are four times as wide), of Graph WaveNet the residual
+    channels (32), of STGCN the channels of temporal convolutions (64), and all other widths in proportion.
 
     UrbanPG's ablations: ``temporal`` or ``spatial`` false leave out these contexts (w/o TC, w/o SC), ``p: 0`` the
     random perturbation of Eq. 4 (w/o RPR), ``stca: false`` Eq. 6 (w/o STCA). ``stca_normalizer``: ``none`` is the
