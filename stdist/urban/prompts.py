@@ -60,10 +60,13 @@ class PromptSpec(BaseModel):
 
 class Prompts(City):
     """E_tod [slots, d], E_dow [7, d], E_s [N, d] in one tensor per period, E_d [d]; mean and std in the data's units.
+    Without Eq. 4 nothing reads E_d: it is in the files and is no parameter, so that no optimizer decays it.
 
     ``first_node``: number, in the whole city, of the first node that is here (:meth:`part`). Raises InputError where
     the spec makes no sense.
     """
+
+    shared: Tensor
 
     def __init__(self, spec: PromptSpec, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__(f"prompts {spec.scenario!r}", spec.cadence, mean, std, spec.weekdays)
@@ -74,7 +77,11 @@ class Prompts(City):
             self.day_of_week = nn.Parameter(_rows(7, spec.d))
         self.node_rows = nn.ParameterList(nn.Parameter(_rows(count, spec.d)) for count in spec.periods if spec.spatial)
         if spec.spatial:
-            self.shared = nn.Parameter(_rows(1, spec.d)[0])
+            row = _rows(1, spec.d)[0]
+            if spec.p:
+                self.shared = nn.Parameter(row)
+            else:
+                self.register_buffer("shared", row)
 
     def temporal(self, slot: Int64[Tensor, "B"], weekday: Int64[Tensor, "B"]) -> Float[Tensor, "B d"] | None:
         """P_t (Eq. 3): one row for all nodes of a sample. None without temporal context."""

@@ -132,6 +132,16 @@ def test_evaluation_and_p_0_have_no_perturbation(model, batch):
     assert torch.equal(without(*batch()), perturbed(*batch()))
 
 
+def test_what_nobody_reads_is_kept_and_not_trained(model, tmp_path):
+    """E_d without Eq. 4: an optimizer that decays all its parameters would change it."""
+    without, with_it = (model(prompts={"p": p}).prompts for p in (0.0, 0.1))
+    assert without.state_dict().keys() == with_it.state_dict().keys()
+    assert set(dict(with_it.named_parameters())) - set(dict(without.named_parameters())) == {"shared"}
+    without.save_pretrained(tmp_path)
+    for again in (type(without).from_pretrained(tmp_path), without.part(3, 9), without.expand(2)):
+        assert torch.equal(again.shared, without.shared) and "shared" not in dict(again.named_parameters())
+
+
 class Largest(TorchDispatchMode):
     elements = 0
 
