@@ -1,6 +1,7 @@
 """The plan of a run on nodes: what every stage will hold, compute and send. Weights are counted; what autograd keeps of
-a window, and the operations, are measured on one, which every other one costs too. In blocks the activations of the one
-block that is computed again come on top.
+a batch, and the operations, are measured on one window and on two: what two cost more, every other one costs too, and
+the rest (P_s, say, and maps that serve all windows) is there once. In blocks the activations of the one block that is
+computed again come on top.
 """
 
 from dataclasses import asdict, dataclass
@@ -87,6 +88,9 @@ def plan_run(config: UrbanConfig, device_memory: int | None) -> NodesPlan:
         if number and config.continual:
             model = expanded(model, task, config.continual, config.seed)
         stages.append(plan_stage(config, name, task, model))
+    if config.nodes.ranks > 1 and isinstance(model, UrbanPG) and model.prompts.spec.spatial:
+        rows = model.prompts.spec.nodes * model.prompts.spec.d * FLOAT
+        notes.append(f"while a checkpoint is saved, every learner also holds the whole city's rows: {rows:,} bytes")
     verdicts = [] if device_memory is None else [_verdict(stage, device_memory) for stage in stages]
     notes += [
         "beside these a process holds Python, torch and up to 1 GiB of decoded frames",
@@ -112,13 +116,13 @@ def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model) -> Stag
     ]
     state = sum(memory_plan.state_bytes(each, ranks).device for each in weights)
     share = NodeLearners(nodes, node_ranks, Group(0, learners.num_workers)).share(config.training.train_batch_size)
-    kept, flops = _of_a_window(part, task, config.nodes.block_nodes)
+    kept, flops = _of_a_batch(part, task, config.nodes.block_nodes, share)
     sent = sum(memory_plan.traffic(weights, ranks, {}, {ROWS: 1, SHARED: 1}).values())
     if isinstance(model, UrbanPG) and node_ranks > 1:
         # The sums of Eq. 6 forward, their gradient backward, and the gradient of what all learners have.
-        d = model.backbone.spec.d
-        shared = sum(each.bytes for each in weights if each.trainable and each.kind == SHARED)
-        sent += 2 * share * (d + 2) * d * FLOAT + shared
+        spec = model.backbone.spec
+        sums = share * (spec.d + 1) * (spec.history + 1) * FLOAT if spec.stca else 0
+        sent += 2 * sums + sum(each.bytes for each in weights if each.trainable and each.kind == SHARED)
     return StagePlan(
         name,
         nodes,
@@ -127,13 +131,20 @@ def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model) -> Stag
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         int(state + memory_plan.bucket_bytes(weights, ranks)),
-        kept * share,
-        flops * share,
+        kept,
+        flops,
         int(sent),
     )
 
 
-def _of_a_window(model: Model, task: Task, block_nodes: int | None) -> tuple[int, int]:
+def _of_a_batch(model: Model, task: Task, block_nodes: int | None, windows: int) -> tuple[int, int]:
+    """What :func:`_measured` would say of so many windows: something once, and the same of every window."""
+    one, two = _measured(model, task, block_nodes, 1), _measured(model, task, block_nodes, 2)
+    kept, flops = (first + (windows - 1) * (second - first) for first, second in zip(one, two, strict=True))
+    return kept, flops
+
+
+def _measured(model: Model, task: Task, block_nodes: int | None, windows: int) -> tuple[int, int]:
     """Bytes that autograd keeps of a forward pass, and operations of it and the backward pass, but for products with a
     sparse graph."""
     nodes = model.prompts.spec.nodes if isinstance(model, UrbanPG) else task.nodes.shape[0]
@@ -145,16 +156,18 @@ def _of_a_window(model: Model, task: Task, block_nodes: int | None) -> tuple[int
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    zero = torch.zeros(1, dtype=torch.int64)
-    history = torch.full((1, task.train.S, nodes), task.statistics.mean)
+    zero = torch.zeros(windows, dtype=torch.int64)
+    history = torch.full((windows, task.train.S, nodes), task.statistics.mean)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
         forward_of(model.train(), block_nodes)(history, zero, zero, 0).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
     total = sum(kept.values())
     if block_nodes and isinstance(model, UrbanPG):
-        d = model.backbone.spec.d
-        total += (nodes + 2 * d) * d * FLOAT  # what blocks keep beside the hooks: the hidden layer and its maps
+        # What blocks keep beside the hooks: the hidden layer, and the maps, each window's own where P_t is.
+        spec, of_x = model.backbone.spec, model.backbone.spec.history + 1
+        maps = (spec.d + of_x + 2 * spec.horizon) * (windows if model.prompts.spec.temporal else 1)
+        total += (windows * (nodes + of_x * spec.stca) + maps) * spec.d * FLOAT
     return total, flops.get_total_flops()
 
 

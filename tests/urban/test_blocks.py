@@ -136,11 +136,11 @@ def test_activations_are_of_one_block_whatever_the_number_of_nodes(model, batch)
 
 
 @pytest.mark.parametrize("block_nodes", [None, 4])
-def test_a_plan_counts_what_a_whole_batch_keeps(city, make_config, tmp_path, block_nodes):
+@pytest.mark.parametrize("ablation", [{}, {"temporal": False}, {"stca": False}], ids=str)
+def test_a_plan_counts_what_a_whole_batch_keeps(city, make_config, tmp_path, block_nodes, ablation):
     """Against every tensor that is alive behind the forward pass of a batch, be it known to autograd or not."""
-    config = make_config(
-        city, tmp_path, model={"d": 64}, nodes={"block_nodes": block_nodes}, training={"train_batch_size": 8}
-    )
+    model, nodes = {"d": 64} | ablation, {"block_nodes": block_nodes}
+    config = make_config(city, tmp_path, model=model, nodes=nodes, training={"train_batch_size": 8})
     (planned,) = plan_run(config, None).stages
     _, model, _, _ = open_run(config, Group(0, 1))
     zero, history = torch.zeros(8, dtype=torch.int64), torch.full((8, 6, 9), 100.0)
