@@ -25,6 +25,7 @@ from stdist.evaluation import (
     build_report,
     evaluate,
     forecast_contract,
+    open_forecasts,
     score_baselines,
     write_embeddings,
     write_metrics,
@@ -50,6 +51,8 @@ from stdist.urban.urbanpg import UrbanPG
 
 EFFICIENCY = "efficiency.json"
 """Beside a stage's checkpoints: what the training cost."""
+TEST_FORECASTS = Path("forecasts") / "test.zarr"
+"""In a run's folder; they also say which nodes the run knows."""
 
 
 def stage_sentence(summary: dict[str, Any]) -> str:
@@ -74,7 +77,7 @@ def forecast_and_score(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Forecasts the last stage's test windows, scores them beside the baselines, writes ``report/``."""
-    run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
+    run_dir, path = config.run_dir, config.run_dir / TEST_FORECASTS
     speed_path = path.parent / "windows_per_second"
     if not path.exists():
         speed = make_forecasts(config, model, task.test, fitted, summaries, path, say)
@@ -184,11 +187,12 @@ def _check_fits(model: Model, windows: Windows) -> None:
 def forecast(
     run_dir: Path, store_path: Path, region: str | None, split: str, out: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """``stdist forecast``: a finished run's forecaster on a store of the same nodes, or some of its nodes.
+    """``stdist forecast``: a finished run's forecaster on a store that holds its nodes, or on some of its nodes.
 
-    ``region``: the nodes n0:n1 that are forecast, all of the run's by default; the history is that of all of them.
-    ``split``: a name (the run's own days on the store it was trained on, else the store's default split) or local days
-    ``A:B``. Raises InputError for an unfinished run, nodes, times or a cadence that the forecaster does not know.
+    ``region``: the nodes n0:n1 of this store that are forecast, all of the run's by default; the history is that of all
+    of the run's. ``split``: a name (the run's own days on the store it was trained on, else the store's default split)
+    or local days ``A:B``. Raises InputError for an unfinished run, nodes, times or a cadence that the forecaster does
+    not know.
     """
     config = read_run_config(run_dir)
     assert isinstance(config, UrbanConfig)
@@ -198,10 +202,10 @@ def forecast(
     store = open_store(store_path)
     if len(store.shape) != 1:
         raise InputError(f"{store_path} holds a grid; this run forecasts nodes")
-    known = _nodes_in(store, store_path, config, model)
+    known = _nodes_in(store, run_dir, config, model, say)
     wanted = NodeRange.parse(region) if region else known
     if not (known.n0 <= wanted.n0 and wanted.n1 <= known.n1):
-        raise InputError(f"region {wanted} is not within the nodes {known} that {run_dir} was trained on")
+        raise InputError(f"region {wanted} is not within the nodes {known} of {store_path} that {run_dir} knows")
     windows = store.windows(
         DaySpan.parse(split) if ":" in split else _days(store, store_path, config).named(split),
         config.data.history,
@@ -225,17 +229,41 @@ def forecast(
     }
 
 
-def _nodes_in(store: GridStore, path: Path, config: UrbanConfig, model: Model) -> NodeRange:
-    """The run's own nodes in the store it was trained on; all of another one."""
-    first = 0
-    if path.resolve() == config.data.store.resolve():
+def _nodes_in(
+    store: GridStore, run_dir: Path, config: UrbanConfig, model: Model, say: Callable[[str], None]
+) -> NodeRange:
+    """Where ``store`` has the run's own nodes, by their ids: a row, a weight or a graph is of one node and no other.
+
+    A run without test forecasts does not say which they are: those of the store it was trained on, else all. Raises
+    InputError where the nodes are not there, or not one after the other.
+    """
+    path = run_dir / TEST_FORECASTS
+    if not path.exists():
+        say(f"note: {path} is not there to say which nodes the run knows; those of {store.path} are taken for them")
+        if not _trained_on(store.path, config):
+            return NodeRange(0, store.shape[0])
         first = NodeRange.parse(config.data.region).n0 if config.data.region else 0
         return NodeRange(first, first + (nodes_of_model(model) or store.shape[0] - first)).within(store.shape)
-    return NodeRange(0, store.shape[0])
+    trained = open_forecasts(path).header
+    ids, found = trained.cell_ids.tolist(), store.cell_ids.tolist()
+    first = found.index(ids[0]) if ids[0] in found else 0
+    if found[first : first + len(ids)] != ids:
+        remedy = "fit prompts to it with recipe few-shot" if isinstance(model, UrbanPG) else "train others on it"
+        raise InputError(
+            f"{store.path} has {len(found)} nodes, ids {found[0]} to {found[-1]}, and not one after the other the "
+            f"{len(ids)} that {run_dir} was trained on, ids {ids[0]} to {ids[-1]}; {remedy}"
+        )
+    if store.city != (city := trained.metadata.contract.city):
+        say(f"note: {store.path} is of {store.city!r}, the run of {city!r}; nodes of one id are taken to be the same")
+    return NodeRange(first, first + len(ids))
+
+
+def _trained_on(path: Path, config: UrbanConfig) -> bool:
+    return path.resolve() == config.data.store.resolve()
 
 
 def _days(store: GridStore, path: Path, config: UrbanConfig) -> Split:
-    if path.resolve() == config.data.store.resolve():
+    if _trained_on(path, config):
         if config.continual:
             last = config.continual.periods[-1]
             return Split.parse(*([str(day) for day in span] for span in (last.train, last.validation, last.test)))

@@ -50,10 +50,12 @@ SLOTS = 24
 FIRST_DAY = np.datetime64("2024-03-04")
 
 
-def write_city(out: Path, nodes: int = 9, days: int = 12, name: str = "toy town", late: int | None = None) -> GridStore:
+def write_city(
+    out: Path, nodes: int = 9, days: int = 12, name: str = "toy town", late: int | None = None, first: int = 0
+) -> GridStore:
     """Hourly flow of sensors of unlike size, some values missing; 8 days train, 2 validation, 2 test; on a ring.
 
-    ``late``: a node that is there from the third day on.
+    ``late``: a node that is there from the third day on; ``first``: number in the first one's id.
     """
     rng = np.random.default_rng(nodes)
     t = np.arange(days * SLOTS)
@@ -65,7 +67,7 @@ def write_city(out: Path, nodes: int = 9, days: int = 12, name: str = "toy town"
         since[late] += 2
         values[: 2 * SLOTS, late] = np.nan
     ring = np.roll(np.eye(nodes, dtype=np.float32), 1, axis=1)
-    ids = np.array([f"s{number}" for number in range(nodes)])
+    ids = np.array([f"s{first + number}" for number in range(nodes)])
     last = FIRST_DAY + days - 1
     spec = NodeSpec(name, ("flow",), FIRST_DAY, last, ids, 60, 60, "vehicles", since=since, adjacency=ring)
     with GridWriter(out, spec, {"made by": "a test"}) as writer:

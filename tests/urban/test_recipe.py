@@ -304,7 +304,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     def forecast(store: GridStore, region: str | None = None) -> None:
         recipes.forecast(config.run_dir, store.path, region, "test", out, lambda line: None)
 
-    refused(lambda: forecast(small_city), "5 nodes", "'toy-town' have 9", "expand", "fit new prompts")
+    refused(lambda: forecast(small_city), "5 nodes, ids s0 to s4", "the 9 that", "ids s0 to s8", "few-shot")
     refused(lambda: forecast(city, "5:12"), "region 5:12 is not within the nodes 0:9")
     assert list(tmp_path.iterdir()) == []
     unfinished = tmp_path / "unfinished"
@@ -313,11 +313,12 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     refused(lambda: recipes.forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
 
 
-def test_forecasts_of_another_cadence(finished, tmp_path):
+def test_forecasts_of_another_cadence(finished, city, tmp_path):
     from data_prep import READERS, prepare
 
     np.savez(tmp_path / "halves.npz", np.random.default_rng(0).random((6 * 48, 9, 1), np.float32))
-    options = {"start": "2024-03-04T00:00", "cadence": 30, "channels": "flow"}
+    (tmp_path / "ids.txt").write_text("\n".join(city.cell_ids))
+    options = {"start": "2024-03-04T00:00", "cadence": 30, "channels": "flow", "node_ids": tmp_path / "ids.txt"}
     store = prepare(READERS["zones-npz"].plan([tmp_path / "halves.npz"], **options), tmp_path / "halves.zarr").path
     out = tmp_path / "x.zarr"
     refused(
