@@ -94,6 +94,7 @@ def test_unknown_keys_of_the_file_are_refused_like_overrides(tmp_path):
         ("name=", "name", "string"),
         ("output_dir=[a]", "output_dir", "path"),
         ("seed=-1", "seed", "greater than or equal to 0"),
+        ("seed=4294967296", "seed", "less than 4294967296"),
         ("stages=[alignment, stf]", "stages", "'sft'"),
         ("stages=[]", "stages", "at least 1"),
         ("data.split={train: ['2013-11-31', 2013-12-01]}", "data.split.train", "date"),

@@ -88,7 +88,7 @@ class RunConfig(Strict):
 
     recipe: str
     name: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # what numpy and scikit-learn take
     output_dir: Path = Path("runs")
     data: DataConfig
     learners: LearnersConfig = LearnersConfig()
