@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 import yaml
 from _harness import comparison, parser, publish
 
@@ -76,7 +77,7 @@ class Job:
 
 
 def prepare(data: Path, work: Path) -> None:
-    """The three stores, those that are not there yet."""
+    """The four stores, those that are not there yet."""
     zones, week = data / "nyc_zones", data / "metr_la_week"
     splits = {"train": "2019-01-01:2019-08-31", "validation": "2019-09-01:2019-10-31", "test": "2019-11-01:2019-12-31"}
     sources: dict[str, tuple[str, list[Path], dict[str, Any]]] = {
@@ -105,6 +106,15 @@ def prepare(data: Path, work: Path) -> None:
                 **{"validation": "2013-11-21:2013-11-25", "test": "2013-11-26:2013-11-30"},
             },
         ),
+        "taxi": (
+            "wide-csv",
+            [_as_nodes(data / "nyc_taxi_10x20", work / "taxi_nodes.csv")],
+            {
+                **{"nodes": True, "start": "2015-01-01T00:00", "cadence": 30, "utc_offset": -300},
+                **{"channel": "flow_in", "train": "2015-01-01:2015-01-20"},
+                **{"validation": "2015-01-21:2015-01-25", "test": "2015-01-26:2015-01-31"},
+            },
+        ),
     }
     for city, (reader, files, options) in sources.items():
         if not (work / f"{city}.zarr").exists():
@@ -115,6 +125,15 @@ def _with_ids(source: Path, out: Path) -> Path:
     """The 5 x 5 block of Milan as 25 nodes: a header with the squares' ids."""
     ids = [str(row * 100 + col + 1) for row in range(41, 46) for col in range(41, 46)]
     out.write_text(",".join(ids) + "\n" + source.read_text())
+    return out
+
+
+def _as_nodes(folder: Path, out: Path) -> Path:
+    """A month of pick-ups on 10 x 20 cells of New York as 200 nodes."""
+    frames = np.concatenate([np.load(folder / f"volume_{part}.npz")["volume"] for part in ("train", "test")])
+    rows = frames.reshape(len(frames), -1)
+    header = ",".join(f"{row}-{col}" for row, col in np.ndindex(frames.shape[1:3]))
+    np.savetxt(out, rows, "%g", ",", header=header, comments="")
     return out
 
 
@@ -143,7 +162,7 @@ def jobs(work: Path, seeds: int, d: int) -> Iterator[Job]:
         for city, channel in cities.items():
             yield Job(city, "UrbanPG", seed, config(city, channel))
             yield Job(city, "STID", seed, config(city, channel, "stid"))
-    few = {"metr": ("speed", 0.25, 32), "milan": ("internet", 0.1, 32)}
+    few = {"metr": ("speed", 0.25, 32), "milan": ("internet", 0.1, 32), "taxi": ("flow_in", 0.1, 32)}
     for seed in range(seeds):
         for city, (channel, fraction, batch) in few.items():
             little = {"data": {"fraction": fraction}, "training": {"train_batch_size": batch, **LONG}}
