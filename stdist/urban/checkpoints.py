@@ -14,6 +14,7 @@ from stdist.data.audit import Fitted
 from stdist.errors import InputError
 from stdist.files import write_atomically
 from stdist.training.checkpoint import StageCheckpoints, naming_damage
+from stdist.training.group import Group
 from stdist.training.run_folder import CONFIG, read_run_config
 from stdist.urban.backbones import NodeForecaster
 from stdist.urban.city import City
@@ -22,6 +23,8 @@ from stdist.urban.urbanpg import BACKBONE, PROMPTS, Backbone, UrbanPG
 
 Model = UrbanPG | NodeForecaster
 FITTED = "fitted.json"
+FROZEN = "frozen_sha256"
+"""Beside a stage's checkpoints: of the frozen weights that it began with."""
 
 
 def city_of(model: Model) -> City:
@@ -107,6 +110,32 @@ def load_backbone(path: Path) -> tuple[Backbone, tuple[Fitted, ...] | None]:
     if not folder.is_dir():
         raise InputError(f"backbone {folder} does not exist; name a run of recipe urbanpg-train, or a saved backbone")
     return Backbone.from_pretrained(folder), load_fitted(path)
+
+
+def backbone_path(config: UrbanConfig) -> Path:
+    """Where a few-shot run's backbone is; a finished run whose ``few_shot.backbone`` is gone has it in its result."""
+    assert config.few_shot
+    given, checkpoints = config.few_shot.backbone, config.run_dir / "checkpoints" / stage_names(config)[0]
+    if given.exists() or StageCheckpoints(checkpoints).finished is None:
+        return given
+    return result_of(config.run_dir, config)
+
+
+def require_same_frozen(config: UrbanConfig, stage: str, digest: str, group: Group) -> None:
+    """Notes the ``digest_of`` what ``stage`` freezes where it begins. Raises InputError, on every learner, where it
+    once began with other weights."""
+    folder = config.run_dir / "checkpoints" / stage
+    path = folder / FROZEN
+    # One answer for all: a file system may show a new file to some machines first.
+    known = group.lead(path.read_text() if path.exists() else None)
+    if known is None and group.leads:
+        write_atomically(path, digest)
+    if known not in (None, digest):
+        source = f"the backbone {config.few_shot.backbone} is" if config.few_shot else "those of the stage before are"
+        raise InputError(
+            f"{folder} began with other frozen weights (sha256 {known[:12]}…) than {source} now ({digest[:12]}…); "
+            "restore them, or choose another name="
+        )
 
 
 def digest_of(model: nn.Module, names: Iterable[str]) -> str:

@@ -1,12 +1,14 @@
 """Continual learning (UrbanPG, Eq. 9–10): what changes from one period to the next, and what that does to old nodes."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 
-from stdist.config import ContinualConfig
+from stdist.config import ContinualConfig, UrbanConfig
+from stdist.errors import InputError
 from stdist.urban.checkpoints import Model
-from stdist.urban.node_learners import NodeLearners
+from stdist.urban.node_learners import NodeLearners, nodes_of
 from stdist.urban.stage import WindowForecasts
 from stdist.urban.task import Task
 from stdist.urban.urbanpg import UrbanPG
@@ -17,17 +19,44 @@ COLUMNS = ["period", "nodes", "new", "MAE of old nodes, before", "after", "MAE o
 
 def expanded(model: Model, task: Task, config: ContinualConfig, seed: int) -> UrbanPG:
     """A copy of ``model`` as the period ``task`` begins: backbone and old rows frozen unless the configuration trains
-    them, and new rows for new nodes."""
+    them, and new rows for new nodes. Where this period is the first that tells weekdays apart, they begin alike."""
     assert isinstance(model, UrbanPG)
     known = model.prompts.spec.nodes
     torch.manual_seed(seed + known)
     backbone = copy.deepcopy(model.backbone).requires_grad_(config.train_backbone)
     if joined := task.nodes.shape[0] - known:
-        return UrbanPG(backbone, model.prompts.expand(joined, train_old_rows=config.train_old_rows))
-    prompts = copy.deepcopy(model.prompts)
-    for rows in prompts.node_rows:
-        rows.requires_grad_(config.train_old_rows)
+        prompts = model.prompts.expand(joined, train_old_rows=config.train_old_rows)
+    else:
+        prompts = copy.deepcopy(model.prompts)
+        for rows in prompts.node_rows:
+            rows.requires_grad_(config.train_old_rows)
+    if task.holds_weeks and not prompts.weekdays:
+        prompts.weekdays, prompts.spec = True, prompts.spec.model_copy(update={"weekdays": True})
+        if prompts.spec.temporal:
+            with torch.no_grad():  # until now every day had the first row
+                prompts.day_of_week.copy_(prompts.day_of_week[0].clone())
     return UrbanPG(backbone, prompts)
+
+
+def require_gradients(config: UrbanConfig, names: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Raises InputError where a stage on a frozen backbone has a learner none of whose weights gets a gradient: P_t
+    and E_d are every learner's, a row of E_s is its own node's. Without p, or without q, E_d gets none (Eq. 4)."""
+    model, continual, ranks = config.model, config.continual, config.nodes.ranks
+    if config.recipe == "urbanpg-train" or (continual and continual.train_backbone):
+        return
+    if model.temporal or (model.spatial and model.p > 0 and model.q > 0):
+        return
+    first = 1 if continual else 0
+    for name, task, before in zip(names[first:], tasks[first:], tasks, strict=False):
+        old = before.nodes.shape[0] if continual and not continual.train_old_rows else 0
+        if model.spatial and nodes_of(0, ranks, task.nodes.shape[0]).stop > old:
+            continue
+        alone = f" on the first of nodes.ranks {ranks}" if model.spatial and task.nodes.shape[0] > old else ""
+        rows = "model.p or model.q is 0 and no node there is new" if model.spatial else "model.spatial is false"
+        raise InputError(
+            f"stage {name} trains nothing{alone}: the backbone is frozen, model.temporal is false, and {rows}; change "
+            f"one of these{', or set continual.train_backbone' if continual else ''}"
+        )
 
 
 def period_row(

@@ -13,7 +13,7 @@ import torch
 
 from stdist.config import EpochsConfig, UrbanConfig
 from stdist.data import NodeRange
-from stdist.data.audit import Fitted, data_digest
+from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.errors import InputError
 from stdist.evaluation.run_files import Efficiency
 from stdist.files import write_atomically
@@ -26,8 +26,17 @@ from stdist.training.loop import LoopSettings, run_stage
 from stdist.training.run_folder import begin_run_folder, open_together, refuse_foreign_folder
 from stdist.training.run_log import RunLog
 from stdist.urban import efficiency
-from stdist.urban.checkpoints import ForecasterFiles, Model, digest_of, load_backbone, load_forecaster, stage_names
-from stdist.urban.continual import expanded, period_row
+from stdist.urban.checkpoints import (
+    ForecasterFiles,
+    Model,
+    backbone_path,
+    digest_of,
+    load_backbone,
+    load_forecaster,
+    require_same_frozen,
+    stage_names,
+)
+from stdist.urban.continual import expanded, period_row, require_gradients
 from stdist.urban.models import new_baseline, new_urbanpg, prompts_on
 from stdist.urban.node_learners import NodeLearners, check_grid
 from stdist.urban.node_parallel import NodeParallel
@@ -36,8 +45,8 @@ from stdist.urban.stage import ForecastStage, WindowForecasts
 from stdist.urban.task import Task, open_period, open_task
 from stdist.urban.urbanpg import UrbanPG
 
-Opened = tuple[list[Task], Model, tuple[Fitted, ...], list[str]]
-"""A task for every stage, the first one's model, what that was fitted on before, and what is to be said."""
+Opened = tuple[list[Task], Model, list[tuple[Fitted, ...]], list[str]]
+"""A task for every stage, the first one's model, what each one's result is fitted on, and what is to be said."""
 
 
 @dataclass
@@ -89,8 +98,7 @@ def train(
         if config.continual and number:
             before = run.model if group.leads else None
             run.model = expanded(run.model, task, config.continual, config.seed)
-        fitted = (*fitted, Fitted.on("weights", task.statistics.span, data_digest(task.store, config.data.channel)))
-        summaries[name] = fit(run, name, task, fitted)
+        summaries[name] = fit(run, name, task, fitted[number])
         if config.continual and group.leads:
             batch_size = config.training.train_batch_size
             rows.append(period_row(number + 1, task, before, run.model, batch_size, config.nodes.block_nodes))
@@ -98,7 +106,7 @@ def train(
         run.log.close()
     if not group.leads:
         return {"run": str(config.run_dir), "stages": summaries}
-    result = forecast_and_score(config, tasks[-1], run.model, fitted, summaries, rows, notes, say)
+    result = forecast_and_score(config, tasks[-1], run.model, fitted[-1], summaries, rows, notes, say)
     return {"run": str(config.run_dir), "stages": summaries, **result}
 
 
@@ -116,6 +124,13 @@ def check(config: UrbanConfig, group: Group) -> list[Task]:
                 f"training.train_batch_size {batch_size}; lower it, or train on more days"
             )
     refuse_foreign_folder(config, tasks[0].store.digest)
+    require_gradients(config, stage_names(config), tasks)
+    if config.model.kind == "graph_wavenet" and group.size > 1:
+        # Each learner would normalise with the statistics of its own windows.
+        raise InputError(
+            f"model.kind graph_wavenet has batch normalisation, which {group.size} learners do not share; set "
+            "learners.num_workers to 1, or choose another kind"
+        )
     zero_stage = learners.zero_stage if learners.engine == "deepspeed" else 1
     check_grid(group.size, config.nodes.ranks, tasks[0].nodes.shape[0], zero_stage, config.nodes.block_nodes)
     Group(0, group.size // config.nodes.ranks).share(batch_size, "training.train_batch_size")
@@ -127,29 +142,52 @@ def check(config: UrbanConfig, group: Group) -> list[Task]:
 def open_run(config: UrbanConfig, group: Group) -> Opened:
     """What ``group`` is to train on. Raises InputError for whatever would stop the run later."""
     tasks, notes = check(config, group), []
-    if not tasks[0].holds_weeks:
-        notes.append(f"{tasks[0].train.span} does not hold every weekday twice: to the model all days are one")
     task, model_config, seed = tasks[0], config.model, config.seed
+    if not task.holds_weeks:
+        until = next((f" until period {n}" for n, each in enumerate(tasks, 1) if each.holds_weeks), "")
+        notes.append(f"{task.train.span} does not hold every weekday twice: to the model all days are one{until}")
     if config.few_shot:
-        backbone, fitted = load_backbone(config.few_shot.backbone)
+        path = backbone_path(config)
+        if path != config.few_shot.backbone:
+            notes.append(f"{config.few_shot.backbone} is not there any more; its backbone is in {path}")
+        backbone, fitted = load_backbone(path)
         model: Model = prompts_on(backbone, model_config, task, seed)
         if fitted is None:
-            notes.append(f"nothing says which data the backbone {config.few_shot.backbone} was trained on")
-        return tasks, model, fitted or (), notes
+            notes.append(f"nothing says which data the backbone {path} was trained on")
+        return tasks, model, _fitted(config, tasks, fitted or ()), notes
     new = new_urbanpg if model_config.kind == "urbanpg" else new_baseline
-    return tasks, new(model_config, task, seed), (), notes
+    return tasks, new(model_config, task, seed), _fitted(config, tasks, ()), notes
+
+
+def _fitted(config: UrbanConfig, tasks: list[Task], before: tuple[Fitted, ...]) -> list[tuple[Fitted, ...]]:
+    """What each stage's result is fitted on, where the first one's model was on ``before``. Raises InputError where
+    one is on days that it is tested on: nobody would score it."""
+    fitted = []
+    for name, task in zip(stage_names(config), tasks, strict=True):
+        data = data_digest(task.store, config.data.channel)
+        before = tuple(dict.fromkeys((*before, Fitted.on("weights", task.statistics.span, data))))
+        if found := leaks(before, task.test.span, data):
+            days = "continual.periods" if config.continual else "data.split"
+            raise InputError(
+                f"leak: {leak_line(found, task.test.span)}, the test days of stage {name}; choose others in {days}"
+            )
+        fitted.append(before)
+    return fitted
 
 
 def fit(run: Run, name: str, task: Task, fitted: tuple[Fitted, ...]) -> dict[str, Any]:
     """Trains the run's model on the windows of ``task`` as the stage ``name``, or only loads what that left. Returns
     its closing summary; the run then has the whole city's model with its result, read from the checkpoint.
 
-    Raises RuntimeError where a byte of what is frozen changed.
+    Raises InputError where what is frozen is not what the stage once began with, RuntimeError where a byte of it
+    changed.
     """
     config, settings, model = run.config, run.config.training, run.model
     learners = run.learners = run.learners.of_nodes(task.nodes.shape[0])
     frozen = [each for each, parameter in model.named_parameters() if not parameter.requires_grad]
     before, counts = digest_of(model, frozen), (efficiency.count(model), efficiency.count(model, trained=True))
+    if frozen:
+        require_same_frozen(config, name, before, run.group)
     if isinstance(model, UrbanPG) and learners.node_ranks > 1:
         model = run.model = NodeParallel(model.backbone, model.prompts, learners)
     model.to(run.device).train()

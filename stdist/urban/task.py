@@ -39,7 +39,8 @@ def open_task(data: DataConfig) -> Task:
     split or window that cannot be, nodes without a value, and data that is the same all over."""
     store = open_store(data.store)
     split = Split.parse(**data.split.model_dump(mode="json")) if data.split else store.default_split
-    return _open(store, data, split, NodeRange.parse(data.region) if data.region else NodeRange(0, store.shape[0]))
+    nodes = NodeRange.parse(data.region) if data.region else NodeRange(0, store.shape[0])
+    return _open(store, data, split, nodes, "leave them out with data.region", ", or use recipe continual")
 
 
 def open_period(data: DataConfig, period: PeriodConfig) -> Task:
@@ -49,10 +50,13 @@ def open_period(data: DataConfig, period: PeriodConfig) -> Task:
         return [day.isoformat() for day in span]
 
     split = Split.parse(days(period.train), days(period.validation), days(period.test))
-    return _open(open_store(data.store), data, split, NodeRange(0, period.nodes))
+    return _open(open_store(data.store), data, split, NodeRange(0, period.nodes), "give the period fewer nodes")
 
 
-def _open(store: GridStore, data: DataConfig, split: Split, nodes: NodeRange) -> Task:
+def _open(
+    store: GridStore, data: DataConfig, split: Split, nodes: NodeRange, without_them: str, or_else: str = ""
+) -> Task:
+    """``without_them``: how this recipe leaves nodes out; ``or_else``: what else serves where nodes join later."""
     if len(store.shape) != 1:
         raise InputError(f"{store.path} holds a grid; this recipe is for stores of nodes, recipe vision-llm for grids")
     nodes = nodes.within(store.shape)
@@ -60,16 +64,15 @@ def _open(store: GridStore, data: DataConfig, split: Split, nodes: NodeRange) ->
     if absent.size:
         raise InputError(
             f"{absent.size} of the {nodes.shape[0]} nodes of {store.path} have no value at all, first "
-            f"{nodes.n0 + int(absent[0])} (id {store.cell_ids[nodes.n0 + absent[0]]}); leave them out with "
-            "data.region, or prepare the store without them"
+            f"{nodes.n0 + int(absent[0])} (id {store.cell_ids[nodes.n0 + absent[0]]}); {without_them}, "
+            "or prepare the store without them"
         )
     fitted_on = split.named("train").fraction(data.fraction)
     if store.since is not None and (late := np.flatnonzero(store.since[nodes.slices] > fitted_on.first_day)).size:
         first = nodes.n0 + int(late[0])
         raise InputError(
             f"{late.size} nodes of {store.path} join after {fitted_on.first_day}, the first training day: node {first} "
-            f"(id {store.cell_ids[first]}) on {store.since[first]}; train on later days, leave them out with "
-            "data.region, or use recipe continual"
+            f"(id {store.cell_ids[first]}) on {store.since[first]}; train on later days, or {without_them}{or_else}"
         )
 
     def windows(name: str) -> Windows:
