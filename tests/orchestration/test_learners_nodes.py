@@ -83,20 +83,28 @@ def test_other_learners_go_on_with_a_run(four, alone):
     require_close(four, "handed-on", "alone")
 
 
-def test_continual_learning_on_four_learners(four, alone, nodes):
-    """Frozen rows of old nodes are some learners' only rows."""
+@pytest.mark.parametrize(
+    ("trains", "ablations"),
+    [
+        ("all", []),
+        ("the row of Eq. 4", ["model.temporal=false", "model.stca=false", "model.p=0.5"]),
+        ("rows of nodes", ["model.temporal=false", "model.p=0", "continual.train_old_rows=true"]),
+    ],
+)
+def test_continual_learning_on_four_learners(four, alone, nodes, trains, ablations):
+    """Frozen rows of old nodes are some learners' only rows. ``trains``: in the second period, of every learner's."""
     march = [[f"2024-03-{first + day:02}" for day in range(4)] for first in (4, 8)]
     periods = [
         {"train": [first, last], "validation": [then, then], "test": [end, end], "nodes": count}
         for (first, last, then, end), count in zip(march, (7, 11), strict=True)
     ]
-    changes = ["recipe=continual", f"continual={json.dumps({'periods': periods})}", "training.max_epochs=1"]
-    recipes.train(load_config(four.runs.config, ["name=periods-alone", *changes]), lambda line: None)
-    four.finish("periods", *FOUR, "nodes.ranks=4", *changes)
-    require_close(four, "periods", "periods-alone")
+    changes = ["recipe=continual", f"continual={json.dumps({'periods': periods})}", "training.max_epochs=1", *ablations]
+    shared, whole = f"{trains}, shared", f"{trains}, alone"
+    recipes.train(load_config(four.runs.config, [f"name={whole}", *changes]), lambda line: None)
+    four.finish(shared, *FOUR, "nodes.ranks=4", *changes)
+    require_close(four, shared, whole)
     tables = [
-        json.loads((four.runs / name / "report" / "metrics.json").read_text())["tables"]
-        for name in ("periods", "periods-alone")
+        json.loads((four.runs / name / "report" / "metrics.json").read_text())["tables"] for name in (shared, whole)
     ]
     ours, theirs = ([value for row in table[0]["rows"] for value in row[1:] if value is not None] for table in tables)
     assert ours == pytest.approx(theirs, rel=1e-4)
