@@ -40,7 +40,7 @@ from stdist.urban.continual import expanded, period_row, require_gradients
 from stdist.urban.models import new_baseline, new_urbanpg, prompts_on
 from stdist.urban.node_learners import NodeLearners, check_grid
 from stdist.urban.node_parallel import NodeParallel
-from stdist.urban.scoring import EFFICIENCY, forecast_and_score, stage_sentence
+from stdist.urban.scoring import EFFICIENCY, drop_forecasts, forecast_and_score, stage_sentence
 from stdist.urban.stage import ForecastStage, WindowForecasts
 from stdist.urban.task import Task, open_period, open_task
 from stdist.urban.urbanpg import UrbanPG
@@ -200,6 +200,8 @@ def fit(run: Run, name: str, task: Task, fitted: tuple[Fitted, ...]) -> dict[str
     epoch = stage.steps_per_epoch
     steps = settings.max_epochs * epoch
     checkpoints = StageCheckpoints(config.run_dir / "checkpoints" / name, run.group)
+    if run.group.leads and checkpoints.finished is None:
+        drop_forecasts(config.run_dir)
     summary = run_stage(
         stage,
         ForecasterFiles(model, fitted),

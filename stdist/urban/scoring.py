@@ -1,6 +1,7 @@
 """From a trained forecaster of nodes to scored forecasts: the closing step of a run, and ``stdist forecast``."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,11 @@ EFFICIENCY = "efficiency.json"
 """Beside a stage's checkpoints: what the training cost."""
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
 """In a run's folder; they also say which nodes the run knows."""
+
+
+def drop_forecasts(run_dir: Path) -> None:
+    """Those that a stage left which is redone: they are of other weights."""
+    shutil.rmtree(run_dir / "forecasts", ignore_errors=True)
 
 
 def stage_sentence(summary: dict[str, Any]) -> str:

@@ -92,6 +92,18 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_stage_that_is_redone_leaves_no_forecasts_of_its_first_weights(finished, city, tmp_path):
+    """What every message on a damaged checkpoint advises: delete the stage's folder."""
+    config, _ = finished
+    config = config.model_copy(update={"output_dir": tmp_path})
+    shutil.copytree(finished[0].run_dir, config.run_dir)
+    shutil.rmtree(config.run_dir / "checkpoints")
+    old = config.run_dir / "forecasts" / "test.zarr" / "old"
+    old.touch()
+    recipes.train(config, lambda line: None)
+    assert old.parent.exists() and not old.exists()
+
+
 def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, make_config, city, tmp_path, monkeypatch):
     config, _, _ = finished
     again = make_config(city, tmp_path)
