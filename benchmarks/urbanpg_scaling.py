@@ -38,6 +38,12 @@ NAMES = {
     "graph_wavenet": "Graph WaveNet (torch-spatiotemporal)",
 }
 PEERS = ("stid", "graph_wavenet")
+WAYS = {
+    "all at once": (None, None),
+    "in blocks": (BLOCK, BLOCK),
+    "in blocks against all at once": (BLOCK, None),
+}
+"""How the nodes pass of the large city, and of the one that it is compared with. The last is the faster way at each."""
 
 
 class Point(NamedTuple):
@@ -128,8 +134,9 @@ def result(measured: dict[Point, Measured], options: Namespace) -> dict[str, Any
     def less(model: str, mode: str) -> float:
         return measured[Point(model, city, mode)].peak / measured[Point("urbanpg", city, mode)].peak
 
-    def per_node(mode: str, block_nodes: int | None, what: str) -> float:
-        large, small = (measured[Point("urbanpg", nodes, mode, block_nodes)] for nodes in (options.large, city))
+    def per_node(mode: str, block_of_large: int | None, block_of_small: int | None, what: str) -> float:
+        large = measured[Point("urbanpg", options.large, mode, block_of_large)]
+        small = measured[Point("urbanpg", city, mode, block_of_small)]
         return getattr(large, what) / options.large / (getattr(small, what) / city)
 
     ours, peer = (measured[Point(model, city, "training")] for model in ("urbanpg", "graph_wavenet"))
@@ -146,11 +153,9 @@ def result(measured: dict[Point, Measured], options: Namespace) -> dict[str, Any
         times_the_seconds={mode: {model: figure(times(model, mode)) for model in others} for mode in MODES},
         times_the_peak={mode: {model: figure(less(model, mode)) for model in others} for mode in MODES},
         a_node_of_the_large_city_against_one_of_this={
-            f"{mode}, {'in blocks' if blocks else 'all at once'}": {
-                what: figure(per_node(mode, blocks, what)) for what in ("time", "peak")
-            }
+            f"{mode}, {how}": {what: figure(per_node(mode, *blocks, what)) for what in ("time", "peak")}
             for mode in MODES
-            for blocks in (None, BLOCK)
+            for how, blocks in WAYS.items()
         },
         largest={
             "nodes": options.largest,
