@@ -92,15 +92,14 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_stage_that_is_redone_leaves_no_forecasts_of_its_first_weights(finished, city, tmp_path):
+def test_a_stage_that_is_redone_leaves_no_forecasts_of_its_first_weights(finished, make_config, city, tmp_path):
     """What every message on a damaged checkpoint advises: delete the stage's folder."""
-    config, _ = finished
-    config = config.model_copy(update={"output_dir": tmp_path})
+    config = make_config(city, tmp_path)
     shutil.copytree(finished[0].run_dir, config.run_dir)
     shutil.rmtree(config.run_dir / "checkpoints")
     old = config.run_dir / "forecasts" / "test.zarr" / "old"
     old.touch()
-    recipes.train(config, lambda line: None)
+    train(config)
     assert old.parent.exists() and not old.exists()
 
 
