@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stdist.config import UrbanConfig, parse_config
 from stdist.data import GridStore, GridWriter, NodeSpec, Split, open_store
+from stdist.errors import InputError
 from stdist.urban import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
 
 S, K, D, MEAN, STD = 6, 4, 8, 100.0, 40.0
@@ -113,3 +114,18 @@ def make_city() -> Callable[..., GridStore]:
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., UrbanConfig]:
     return config_of
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., None]:
+    """Calls what is to raise an InputError of one line that has these parts."""
+
+    def check(call: Callable[[], object], *parts: str) -> None:
+        with pytest.raises(InputError) as error:
+            call()
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 400, message
+        for part in parts:
+            assert part in message, message
+
+    return check

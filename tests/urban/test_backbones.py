@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stdist.errors import InputError
 from stdist.urban.backbones import (
     GraphWaveNetSpec,
     NodeForecaster,
@@ -303,17 +302,8 @@ def test_a_given_graph_is_never_dense(kind):
     assert largest.numel < nodes * nodes
 
 
-def refused(call, *parts: str) -> None:
-    with pytest.raises(InputError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
 @KINDS
-def test_input_that_does_not_fit(kind):
+def test_input_that_does_not_fit(kind, refused):
     model, (history, slot, weekday) = make(kind), batch()
     refused(lambda: model(*batch(9)), "9 nodes", kind, f"have {N}", "train others")
     refused(lambda: model(history[:, :5], slot, weekday), "[2, 5, 7]", "[B, 12, N]")
@@ -325,7 +315,7 @@ def test_input_that_does_not_fit(kind):
     assert model.calendar(np.array(["2019-01-06T23:00"], "datetime64[m]")) == (torch.tensor([23]), torch.tensor([6]))
 
 
-def test_specs_and_graphs_that_do_not_fit(tmp_path):
+def test_specs_and_graphs_that_do_not_fit(tmp_path, refused):
     spec = SPECS["graph_wavenet"]
     refused(lambda: build(SPECS["stgcn"], MEAN, STD), "stgcn needs a graph")
     refused(lambda: build(spec.model_copy(update={"nodes": None}), MEAN, STD), "neither a graph nor nodes")

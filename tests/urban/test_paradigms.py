@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from stdist.errors import InputError
 from stdist.urban import Backbone, Prompts, PromptSpec, UrbanPG
 from stdist.urban.blocks import forward_in_blocks
 
@@ -76,17 +75,8 @@ def test_save_and_load_are_bitwise_and_share_a_backbone(model, batch, tmp_path, 
     train(loaded, batch(), steps=1)  # what is loaded trains
 
 
-def refused(call, *parts: str) -> None:
-    with pytest.raises(InputError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
 @pytest.mark.parametrize("blocks", [False, True])
-def test_input_that_does_not_fit(model, batch, blocks):
+def test_input_that_does_not_fit(model, batch, blocks, refused):
     ours = model()
 
     def call(history, slot, weekday):
@@ -117,12 +107,12 @@ def test_input_that_does_not_fit(model, batch, blocks):
         ({"scenario": "../b"}, "names a folder"),
     ],
 )
-def test_prompts_that_make_no_sense(change, words):
+def test_prompts_that_make_no_sense(change, words, refused):
     spec = {"scenario": "a", "periods": (3,), "cadence": 60, "d": 8} | change
     refused(lambda: Prompts(PromptSpec(**spec)), words)
 
 
-def test_parts_that_do_not_fit(model, tmp_path):
+def test_parts_that_do_not_fit(model, tmp_path, refused):
     ours = model()
     other = Prompts(PromptSpec(scenario="b", periods=(3,), cadence=60, d=16))
     refused(lambda: UrbanPG(ours.backbone, other), "d 8", "'b' have 16")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import xarray
 from stdist import recipes
 from stdist.config import UrbanConfig
 from stdist.data import GridStore, NodeRange
-from stdist.errors import InputError
 from stdist.evaluation import evaluate
 from stdist.urban import UrbanPG, recipe
 from stdist.urban.checkpoints import load_forecaster, result_of
@@ -38,15 +36,6 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 def losses(run: Path) -> list[tuple[str, int, float]]:
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [(e["stage"], e["step"], e["loss"]) for e in entries if "loss" in e]
-
-
-def refused(call: Callable[[], Any], *parts: str) -> None:
-    with pytest.raises(InputError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 400, message
-    for part in parts:
-        assert part in message, message
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +239,7 @@ def test_a_run_killed_between_forecasts_and_their_speed_is_reported(finished, ci
         ({"few_shot": {"backbone": "/nowhere/at/all"}}, ["/nowhere/at/all does not exist", "urbanpg-train"]),
     ],
 )
-def test_a_backbone_that_does_not_fit(few_shot, make_config, small_city, tmp_path, changes, parts):
+def test_a_backbone_that_does_not_fit(few_shot, make_config, small_city, tmp_path, changes, parts, refused):
     config = few_shot[0]
     base = {"recipe": "few-shot", "few_shot": config.few_shot.model_dump(mode="json"), "model": {"d": None}}
     tree = {key: base.get(key, {}) | value if isinstance(value, dict) else value for key, value in changes.items()}
@@ -309,7 +298,7 @@ def test_forecasts_of_some_nodes_are_those_of_all(finished, city, tmp_path):
         assert some["cell"].values.tolist() == ["s3", "s4"]
 
 
-def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_path):
+def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_path, refused):
     config, out = finished[0], tmp_path / "x.zarr"
 
     def forecast(store: GridStore, region: str | None = None) -> None:
@@ -324,7 +313,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     refused(lambda: recipes.forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
 
 
-def test_forecasts_of_another_cadence(finished, city, tmp_path):
+def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
     from data_prep import READERS, prepare
 
     np.savez(tmp_path / "halves.npz", np.random.default_rng(0).random((6 * 48, 9, 1), np.float32))
@@ -343,7 +332,7 @@ def test_forecasts_of_another_cadence(finished, city, tmp_path):
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path):
+def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refused):
     late = make_city(tmp_path / "late.zarr", late=4)
     runs = tmp_path / "runs"
     refused(lambda: train(make_config(late, runs)), "node 4 (id s4) on 2024-03-06", "continual")
@@ -369,12 +358,12 @@ def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path):
         ({"training": {"epochs": 3}}, ["unknown key 'training.epochs'", "max_epochs"]),
     ],
 )
-def test_input_that_cannot_be_trained_on(make_config, city, tmp_path, changes, parts):
+def test_input_that_cannot_be_trained_on(make_config, city, tmp_path, changes, parts, refused):
     refused(lambda: train(make_config(city, tmp_path, **changes)), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_grid_is_for_another_recipe(make_config, tmp_path):
+def test_a_grid_is_for_another_recipe(make_config, tmp_path, refused):
     from data_prep import READERS
 
     READERS["synthetic"].prepare([], tmp_path / "grid.zarr", height=3, width=3, days=3, cadence=60)

@@ -3,7 +3,6 @@ which nothing gets a gradient, backbones that changed."""
 
 import itertools
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,15 +29,6 @@ def train(config: UrbanConfig) -> dict[str, Any]:
     return recipes.train(config, lambda line: None)
 
 
-def refused(call: Callable[[], Any], *parts: str) -> None:
-    with pytest.raises(InputError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 400, message
-    for part in parts:
-        assert part in message, message
-
-
 def period(first: int, days: int, nodes: int, test: int | None = None) -> dict[str, Any]:
     """Trains on ``days`` days of March from ``first``, validates on the one behind them, tests on the next."""
     last = first + days - 1
@@ -59,7 +49,7 @@ def unscored(monkeypatch) -> None:
 # --- leaks ---------------------------------------------------------------------------------------------------------
 
 
-def test_test_days_that_an_earlier_period_trained_on(make_config, city, tmp_path):
+def test_test_days_that_an_earlier_period_trained_on(make_config, city, tmp_path, refused):
     periods = [period(6, 3, 4), period(9, 2, 6, test=8)]
     config = make_config(city, tmp_path, recipe="continual", continual={"periods": periods})
     refused(lambda: train(config), "2024-03-06:2024-03-08", "2024-03-08:2024-03-08", "period-2", "continual.periods")
@@ -76,7 +66,7 @@ def test_a_period_may_train_on_days_that_an_earlier_one_was_tested_on(make_confi
     assert fitted == [(first,), (first, second)]
 
 
-def test_test_days_that_the_backbone_saw(make_config, city, tmp_path):
+def test_test_days_that_the_backbone_saw(make_config, city, tmp_path, refused):
     base = make_config(city, tmp_path)
     (task,), model, fitted, _ = recipe.open_run(base, ALONE)
     (tmp_path / "saved").mkdir()
@@ -149,7 +139,7 @@ def test_a_period_is_refused_where_no_weight_gets_a_gradient(make_config, city, 
     assert (refusals > 0) is ("train_backbone" not in freeze)
 
 
-def test_stages_without_anything_to_train_are_refused(make_config, city, tmp_path):
+def test_stages_without_anything_to_train_are_refused(make_config, city, tmp_path, refused):
     bare = {"temporal": False, "spatial": False}
     few = make_config(city, tmp_path, recipe="few-shot", few_shot={"backbone": "/any"}, model=bare)
     refused(lambda: train(few), "stage prompts trains nothing", "model.temporal is false", "model.spatial is false")
@@ -162,7 +152,7 @@ def test_stages_without_anything_to_train_are_refused(make_config, city, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_learners_do_not_share_batch_normalisation(make_config, city, tmp_path):
+def test_learners_do_not_share_batch_normalisation(make_config, city, tmp_path, refused):
     shared = {"learners": {"num_workers": 2, "engine": "deepspeed"}, "data": {"history": 12}}
     config = make_config(city, tmp_path, model={"kind": "graph_wavenet"}, **shared)
     refused(lambda: recipe.check(config, Group(0, 2)), "graph_wavenet has batch norm", "learners.num_workers to 1")
@@ -176,7 +166,7 @@ def test_learners_do_not_share_batch_normalisation(make_config, city, tmp_path):
 # --- backbones that change -----------------------------------------------------------------------------------------
 
 
-def test_a_backbone_that_was_trained_again(make_config, city, small_city, tmp_path, unscored):
+def test_a_backbone_that_was_trained_again(make_config, city, small_city, tmp_path, unscored, refused):
     """Refused: prompts fit the weights they were fitted on. Where it is gone, its copy in the result serves."""
     base = make_config(city, tmp_path, training=SHORT)
     train(base)
