@@ -13,8 +13,8 @@ from _harness import comparison, figure, in_turn, seconds
 from _window import HORIZON, make_prompts, no_grids, plain_model
 from torch import Tensor
 
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.sampler import Sampler
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Sampler
 
 
 class Generation:

@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stdist.config import LearnersConfig, VisionLLMConfig, parse_config
+from stdist.config import LearnersConfig
+from stdist.runs.recipes import parse_config
 from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import MOMENTS, Engine
-from stdist.training.group import Group
-from stdist.vision_llm.checkpoints import build_policy
-from stdist.vision_llm.city_windows import CityWindows
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.checkpoints import build_policy
+from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.recipe import PolicyFiles, make_engine
-from stdist.vision_llm.sft import SFTStage
+from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
 
 ENGINES = {"torch": LearnersConfig()} | {
@@ -73,7 +75,7 @@ class Saved:
 class Trainer:
     """SFT with one kind of engine."""
 
-    def __init__(self, kind: str, config: VisionLLMConfig, group: Group, folder: Path):
+    def __init__(self, kind: str, config: VisionLLMConfig, group: ProcessGroup, folder: Path):
         self._group = group
         task = open_task(config)
         self._policy = build_policy(policy_spec(config, task), config.seed)
@@ -89,10 +91,10 @@ class Trainer:
 
     def step(self) -> Step:
         """As the loop makes one: what learners tell each other before the update belongs to it."""
-        self._group.gather(None)
+        self._group.all_gather_object(None)
         start = time.perf_counter()
         mine = self._stage.step(self._engine.steps, self._engine.backward)
-        everyones = self._group.gather(mine)
+        everyones = self._group.all_gather_object(mine)
         self._engine.step()
         return Step(
             time.perf_counter() - start,
@@ -119,16 +121,16 @@ class Trainer:
 
     def save(self, beside: bool) -> Saved:
         """``beside``: goes on training until the checkpoint counts, as the loop does; else waits for it."""
-        self._group.gather(None)
+        self._group.all_gather_object(None)
         start, step, steps = time.perf_counter(), self._engine.steps, 0
         self._checkpoints.save(step, PolicyFiles(self._policy).snapshot, self._engine, {})
         call = time.perf_counter() - start
         if not beside:
-            self._checkpoints.settle()
-        while not self._checkpoints.at(step).exists():
+            self._checkpoints.wait()
+        while not self._checkpoints.step_dir(step).exists():
             self.step()
             steps += 1
-            self._checkpoints.settle(wait=False)
+            self._checkpoints.wait(wait=False)
         return Saved(call, time.perf_counter() - start, steps)
 
 
@@ -200,7 +202,7 @@ def _serve(
     if size > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     config = parse_config(tree, where="the benchmark's config")
-    trainers = {kind: Trainer(kind, config, Group(rank, size), folder) for kind in kinds}
+    trainers = {kind: Trainer(kind, config, ProcessGroup(rank, size), folder) for kind in kinds}
     pipe.send(None)
     with suppress(EOFError):  # the benchmark is over
         while True:

@@ -32,10 +32,10 @@ except ModuleNotFoundError as error:
     )
     raise SystemExit(2) from None
 
-from stdist.config import GRPOConfig
-from stdist.vision_llm import reward
-from stdist.vision_llm.checkpoints import full_tokenizer
-from stdist.vision_llm.policy import LORA_TARGETS, Policy
+from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.policy.checkpoints import full_tokenizer
+from stdist.vision_llm.policy.model import LORA_TARGETS, Policy
+from stdist.vision_llm.stages import reward
 
 TRL_VERSION = trl.__version__
 # peft and Trainer ask transformers by names that its next version drops.

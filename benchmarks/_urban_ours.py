@@ -5,8 +5,8 @@ from _urban_point import MEAN, STD, K, Made, S
 from torch import Tensor
 from torch.nn import functional as F
 
-from stdist.urban import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
-from stdist.urban.blocks import forward_in_blocks
+from stdist.urbanpg import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
+from stdist.urbanpg.blocks import forward_in_blocks
 
 SLOT, WEEKDAY = torch.tensor([5]), torch.tensor([2])
 

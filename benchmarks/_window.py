@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from stdist.vision_llm.checkpoints import build_policy
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.spec import PolicySpec, Setting
+from stdist.vision_llm.policy.checkpoints import build_policy
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.spec import PolicySpec, Setting
 
 FRAMES, HORIZON = 12, 36
 VISUAL_TOKENS = (16, 64)

@@ -26,17 +26,17 @@ import transformers
 from _harness import Cost, comparison, figure, parser, peak_bytes, publish, reset_peak, seconds
 from _trl_peer import TRL_VERSION, Batches, Peer, Samples, check_same_model
 
-import stdist.vision_llm.grpo
+import stdist.vision_llm.stages.grpo
 from data_prep import READERS
-from stdist.config import GRPOConfig
 from stdist.data import open_store
 from stdist.training.engine import TorchEngine, cosine_schedule
-from stdist.vision_llm.checkpoints import build_policy
-from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.grpo import GRPOStage
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.policy.checkpoints import build_policy
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.spec import PolicySpec, Setting
 from stdist.vision_llm.recipe import parameter_groups
-from stdist.vision_llm.spec import PolicySpec, Setting
+from stdist.vision_llm.stages.grpo import GRPOStage
 
 PRESET, GROUP = "tiny", 8
 # Text tokens stand for the visual tokens of the frames and their two delimiters, so that no side runs the vision tower:
@@ -45,7 +45,7 @@ FRAMES, TOKENS_PER_FRAME = 12, 16 + 2
 # More sequences in one backward pass of the peer take gigabytes; long before, it gets no faster.
 LARGEST_UPDATE = 128
 # Candidates of a run may go past K so that the reward can tell them off; here both sides write K tokens.
-stdist.vision_llm.grpo.EXTRA_TOKENS = 0
+stdist.vision_llm.stages.grpo.EXTRA_TOKENS = 0
 
 
 class Task:

@@ -24,7 +24,7 @@ from _harness import Cost, comparison, cost_in_fresh_process, figure, parser, pu
 from torch import Tensor
 from torch.nn import functional as F
 
-from stdist.vision_llm.token_losses import token_losses
+from stdist.vision_llm.kernels.token_losses import token_losses
 
 
 class Size(NamedTuple):

@@ -34,7 +34,7 @@ from _harness import comparison, figure, parser, publish
 from _learner import ENGINES, Bytes, Learners, Saved, Step
 
 from data_prep import READERS
-from stdist.config import parse_config
+from stdist.runs.recipes import parse_config
 
 if missing := [name for name in ("deepspeed", "ray") if find_spec(name) is None]:
     print(f"error: {missing[0]} is not installed; pip install 'stdist[cluster]'", file=sys.stderr)

@@ -22,13 +22,13 @@ from _window import HORIZON, VISUAL_TOKENS, make_policy, make_prompts, no_grids
 from torch import Tensor
 from torch.nn import functional as F
 
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.grpo import candidate_log_probs
-from stdist.vision_llm.micro_batches import MicroBatches
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix_tree import Level, Tree
-from stdist.vision_llm.reward import grpo_loss
-from stdist.vision_llm.sampler import Completions
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Completions
+from stdist.vision_llm.stages.grpo import candidate_log_probs
+from stdist.vision_llm.stages.reward import grpo_loss
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.micro_batches import MicroBatches
+from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
 CELLS, CANDIDATES = 121, 8
 ACTIVATION_BYTES = 2**30

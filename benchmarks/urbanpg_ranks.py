@@ -26,11 +26,11 @@ import torch.distributed as dist
 from _harness import comparison, figure, parser, peak_bytes, publish, reset_peak, seconds
 
 from stdist.config import LearnersConfig
+from stdist.nodes.learners import NodeLearners
 from stdist.training.deepspeed_json import deepspeed_json
 from stdist.training.engine import Engine, ParameterGroup, TorchEngine
-from stdist.urban import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
-from stdist.urban.node_learners import NodeLearners
-from stdist.urban.node_parallel import NodeParallel
+from stdist.urbanpg import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
+from stdist.urbanpg.node_parallel import NodeParallel
 
 S = K = 12
 FEW = 400
@@ -81,7 +81,7 @@ def build(learners: NodeLearners, nodes: int, d: int, torch_alone: bool) -> tupl
         return whole.train(), TorchEngine(
             [ParameterGroup(dict(whole.named_parameters()), 1e-3, 0.0)], lambda step: 1.0, 5.0
         )
-    from stdist.urban.node_engine import NodeEngine
+    from stdist.urbanpg.node_engine import NodeEngine
 
     model = NodeParallel(whole.backbone, whole.prompts, learners).train()
     configuration = deepspeed_json(LearnersConfig(engine="deepspeed"), 5.0, False, 1)

@@ -2,8 +2,8 @@
 
 The curve: UrbanPG (d 256), the same model with softmax attention over nodes, STID of basicts (hidden width 256) and
 Graph WaveNet of torch-spatiotemporal (its authors' sizes), on as many nodes as LargeST's cities have. Then UrbanPG on
-more nodes than any, all at once and in blocks (``stdist.urban.blocks``), against the cost per node of the largest city;
-and a training step on a million nodes in blocks.
+more nodes than any, all at once and in blocks (``stdist.urbanpg.blocks``), against the cost per node of the largest
+city; and a training step on a million nodes in blocks.
 
 Each point is a process of its own, so that its peak memory is its own; rounds take all points in turn. Peers live in an
 environment of their own (README.md), whose Python is named by --peer-python or STDIST_PEER_PYTHON.

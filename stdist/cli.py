@@ -15,7 +15,7 @@ from rich.console import Console
 
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.reader_commands import Command, reader_commands
-from stdist.training.memory_plan import PEAK_FLOPS
+from stdist.runs.memory_plan import PEAK_FLOPS
 
 DAMAGED = 4
 """Exit code of ``stdist check`` on a store that is not as it was written."""
@@ -31,7 +31,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line for people; standard output stays free for results."""
     err.print(line, markup=False)
 
@@ -123,14 +123,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run or resume every stage a config names, then forecast, score and report."""
-    from stdist.config import load_config
+    from stdist.runs.recipes import load_config
 
     loaded = load_config(config, overrides)
     if loaded.learners.num_workers > 1:
         from stdist.orchestration.learners import train as run
     else:
-        from stdist.recipes import train as run
-    result = run(loaded, say)
+        from stdist.runs.recipes import train as run
+    result = run(loaded, log)
     finish(result, as_json, result["report"])
 
 
@@ -143,7 +143,7 @@ def demo(
     """The whole pipeline on an embedded synthetic city, or on a store."""
     from stdist.vision_llm.demo import run_demo
 
-    result = run_demo(out, data, say)
+    result = run_demo(out, data, log)
     finish(result, as_json, result["report"])
 
 
@@ -157,11 +157,13 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast a region of a store for every window of a split."""
-    from stdist import recipes
+    from stdist.runs.recipes import ForecastRequest, recipe_of
+    from stdist.runs.run_folder import read_run_config
 
     if out.suffix not in (".zarr", ".parquet"):
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
-    result = recipes.forecast(run, store, region, split, out, say)
+    config = read_run_config(run)
+    result = recipe_of(config).forecast(config, ForecastRequest(run, store, region, split, out), log)
     finish(result, as_json, str(out))
 
 
@@ -222,14 +224,14 @@ def submit(
         raise InputError("submit takes the CONFIG of a job to run, or --stop ID of one to end")
     job, parsed = jobs.submit(config, overrides or [], address, working_dir, submission_id)
     started = {"submission_id": job.submission_id, "run": str(working_dir.absolute() / parsed.run_dir)}
-    say(f"job {job.submission_id} was submitted; {job.how_to_go_on}")
+    log(f"job {job.submission_id} was submitted; {job.how_to_go_on}")
     if detach:
         return finish(started, as_json, job.submission_id)
     end = job.follow(lambda text: print(text, end="", file=sys.stderr, flush=True))
     if end.exit_code == 0 or as_json:
         finish(started | vars(end), as_json, f"{end.submission_id}: {end.status}, {started['run']}")
     if end.exit_code:
-        say(f"error: job {end.submission_id} {end.status.lower()}" + (f": {end.error}" if end.error else ""))
+        log(f"error: job {end.submission_id} {end.status.lower()}" + (f": {end.error}" if end.error else ""))
         raise typer.Exit(end.exit_code)
 
 
@@ -242,12 +244,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what every stage of a run will hold, compute and send, before anything starts."""
-    from stdist import recipes
-    from stdist.config import load_config
-    from stdist.training.memory_size import parse_memory
+    from stdist.runs.memory_size import parse_memory
+    from stdist.runs.recipes import load_config, recipe_of
 
     memory = None if device_memory is None else parse_memory(device_memory)
-    result = recipes.plan(load_config(config, overrides), memory, device_flops)
+    loaded = load_config(config, overrides)
+    result = recipe_of(loaded).plan(loaded, memory, device_flops)
     if not as_json:
         Console(highlight=False).print(result.as_tables())
     finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))
@@ -269,5 +271,5 @@ def main() -> None:
         app()
     except (InputError, DivergenceError, ResourceError, Interrupted) as error:
         codes = {InputError: 2, DivergenceError: 3, ResourceError: 5, SilentLearner: 5, Interrupted: 130}
-        say(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
+        log(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
         sys.exit(codes[type(error)])

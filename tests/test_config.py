@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stdist.config import VisionLLMConfig, dump_config, load_config, parse_config
+from stdist.config import dump_config
 from stdist.errors import InputError
+from stdist.runs.recipes import load_config, parse_config
+from stdist.vision_llm.config import VisionLLMConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted([*PROJECT.glob("configs/*.yaml"), *PROJECT.glob("stdist/presets/*.yaml")])

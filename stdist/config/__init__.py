@@ -1,46 +1,15 @@
-"""Every key of a run's YAML: a pydantic tree for each kind of recipe, and how it is read."""
+"""Keys that every run's YAML has, and how a YAML is read; each recipe's own keys are in its folder's ``config.py``."""
 
-from stdist.config.base import DataConfig, LearnersConfig, OptimizerConfig, RunConfig
-from stdist.config.reading import dump_config, load_config, parse_config
-from stdist.config.urban import ContinualConfig, EpochsConfig, ModelConfig, PeriodConfig, UrbanConfig
-from stdist.config.vision_llm import (
-    AlignmentConfig,
-    ForecastConfig,
-    ForecastStageConfig,
-    FramesConfig,
-    GRPOConfig,
-    NumeralsConfig,
-    PolicyConfig,
-    SFTConfig,
-    StageConfig,
-    StageName,
-    Trainable,
-    VisionLLMConfig,
-)
+from stdist.config.base import DataConfig, LearnersConfig, OptimizerConfig, RunConfig, Strict
+from stdist.config.reading import dump_config, read_tree, validated
 
 __all__ = [
-    "AlignmentConfig",
-    "ContinualConfig",
     "DataConfig",
-    "EpochsConfig",
-    "ForecastConfig",
-    "ForecastStageConfig",
-    "FramesConfig",
-    "GRPOConfig",
     "LearnersConfig",
-    "ModelConfig",
-    "NumeralsConfig",
     "OptimizerConfig",
-    "PeriodConfig",
-    "PolicyConfig",
     "RunConfig",
-    "SFTConfig",
-    "StageConfig",
-    "StageName",
-    "Trainable",
-    "UrbanConfig",
-    "VisionLLMConfig",
+    "Strict",
     "dump_config",
-    "load_config",
-    "parse_config",
+    "read_tree",
+    "validated",
 ]

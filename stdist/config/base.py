@@ -103,3 +103,8 @@ class RunConfig(Strict):
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
+
+    def shared_paths(self, root: Path) -> dict[str, Path]:
+        """Files and folders that every machine of a cluster must see, by their key; ``root``: what relative ones are
+        relative to."""
+        return {"data.store": self.data.store, "output_dir": root / self.output_dir}

@@ -5,30 +5,17 @@ Hyper-parameter names follow Hugging Face and TRL; the papers' letters stand whe
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from stdist.config.base import RunConfig
-from stdist.config.urban import UrbanConfig
-from stdist.config.vision_llm import VisionLLMConfig
 from stdist.errors import InputError
 
-DEFAULT_RECIPE = "vision-llm"
-KINDS: dict[str, type[RunConfig]] = {
-    recipe: kind
-    for kind in (VisionLLMConfig, UrbanConfig)
-    for recipe in get_args(kind.model_fields["recipe"].annotation)
-}
-"""Which tree a recipe has."""
 
-
-def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a YAML file and applies ``key.sub=value`` overrides.
-
-    Raises InputError: file missing or not YAML, an unknown key (with the nearest right one), a wrong value.
-    """
+def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Reads a YAML file and applies ``key.sub=value`` overrides. Raises InputError where it is missing or not YAML."""
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -41,15 +28,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise InputError(f"config {path} must be a mapping of keys to values")
     for override in overrides or []:
         _apply(tree, override)
-    return parse_config(tree, where=str(path))
+    return tree
 
 
-def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
-    """Validates a tree; ``where`` names its source in errors."""
-    recipe = tree.get("recipe", DEFAULT_RECIPE)
-    if not isinstance(recipe, str) or recipe not in KINDS:
-        raise InputError(f"{where}: recipe {recipe!r} is none; choose one of {', '.join(KINDS)}")
-    kind = KINDS[recipe]
+def validated(tree: dict[str, Any], kind: type[RunConfig], where: str) -> RunConfig:
+    """The configuration of ``kind`` in ``tree``; ``where`` names its source in errors.
+
+    Raises InputError for an unknown key (with the nearest right one) or a wrong value.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

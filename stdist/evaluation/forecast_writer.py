@@ -72,7 +72,7 @@ class ForecastWriter:
         cells: positions (row by row) in the region of the cells that are forecast; all others become NaN.
         plan: the pieces.
         work: what else decides the values, JSON: settings that make forecasts different work when they differ.
-        say: is given a line for people about what was there already.
+        log: is given a line for people about what was there already.
 
     Raises InputError for another suffix, and where another process is writing the same forecasts.
     """
@@ -84,7 +84,7 @@ class ForecastWriter:
         cells: Int[np.ndarray, " cells"],
         plan: PiecePlan,
         work: Mapping[str, Any],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self.path, self.plan = require_suffix(path), plan
         self._header, self._cells = header, cells
@@ -96,7 +96,7 @@ class ForecastWriter:
         self._work = json.loads(json.dumps({**described.pop("contract"), **described, **pieces, **work}))
         self._all, self._whole = plan.pieces(), 0
         self.counts: Counter[str] = Counter()
-        if not self._resume(say):
+        if not self._resume(log):
             self._begin()
 
     def __enter__(self) -> "ForecastWriter":
@@ -136,7 +136,7 @@ class ForecastWriter:
         shutil.rmtree(self.partial)
         return self.path
 
-    def _resume(self, say: Callable[[str], None]) -> bool:
+    def _resume(self, log: Callable[[str], None]) -> bool:
         """Whether pieces of this very work are there to go on with."""
         try:
             known = json.loads((self.partial / "progress.json").read_text())
@@ -147,9 +147,9 @@ class ForecastWriter:
         have = f"{self.partial} holds {known['whole']} pieces"
         if known["work"] != self._work:
             names = [name for name in self._work if known["work"].get(name) != self._work[name]]
-            say(f"{have} made with another {', '.join(names)}; they are discarded")
+            log(f"{have} made with another {', '.join(names)}; they are discarded")
             return False
-        say(f"{have} of {len(self._all)}, going on from there")
+        log(f"{have} of {len(self._all)}, going on from there")
         self._pieces = zarr.open_array(self.partial / "pieces.zarr", mode="r+")
         self._whole = known["whole"]
         self.counts.update(known["counts"])

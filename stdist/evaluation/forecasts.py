@@ -116,9 +116,9 @@ def open_forecasts(path: Path | str) -> ForecastFile:
     _, open_file = FORMATS[path.suffix]
     if not path.exists():
         raise InputError(f"{path}: no such forecasts; write them with `stdist forecast RUN STORE --out {path}`")
-    with _naming_damage(path):
+    with _damage_as_input_error(path):
         header, read = open_file(path)
-    return ForecastFile(header, _naming_damage(path)(read))
+    return ForecastFile(header, _damage_as_input_error(path)(read))
 
 
 def read_forecasts(path: Path | str) -> Forecasts:
@@ -131,7 +131,7 @@ def read_forecasts(path: Path | str) -> Forecasts:
 
 
 @contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
+def _damage_as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError:

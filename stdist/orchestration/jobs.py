@@ -21,8 +21,9 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from stdist.config import LearnersConfig, RunConfig, UrbanConfig, VisionLLMConfig, load_config
+from stdist.config import LearnersConfig, RunConfig
 from stdist.errors import InputError, Interrupted
+from stdist.runs.recipes import load_config
 
 try:
     from aiohttp import ClientError
@@ -140,11 +141,7 @@ def submit(
         raise InputError(f"config {path} lies outside the working directory {root}, all that the job sees; move it")
     with chdir(root):
         parsed = load_config(path, overrides)
-    shared = {"data.store": parsed.data.store, "output_dir": root / parsed.output_dir}
-    if isinstance(parsed, VisionLLMConfig) and ((base := root / parsed.policy.base) / "config.json").is_file():
-        shared["policy.base"] = base
-    if isinstance(parsed, UrbanConfig) and parsed.few_shot:
-        shared["few_shot.backbone"] = parsed.few_shot.backbone
+    shared = parsed.shared_paths(root)
     excludes = [*DATA, *(f"/{folder.relative_to(root)}" for folder in shared.values() if root in folder.parents)]
     _require_small(root, excludes, path)
     client = _connect(address)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from stdist import recipes
-from stdist.config import RunConfig, parse_config
+from stdist.config import RunConfig
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.orchestration.preparation import connect
-from stdist.training.group import Group
+from stdist.runs.recipes import parse_config, recipe_of
+from stdist.runs.recipes import train as train_alone
+from stdist.training.process_group import ProcessGroup
 
 try:
     import ray
@@ -34,7 +35,7 @@ FINAL = (InputError, DivergenceError, ResourceError)
 """What another try would meet again."""
 
 
-def train(config: RunConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     """``recipes.train`` on ``learners.num_workers`` processes of the cluster that this process belongs to, else of the
     one that RAY_ADDRESS names or that runs on this machine, else of one that is started for it.
 
@@ -43,13 +44,13 @@ def train(config: RunConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """
     learners = config.learners
     # As each learner will, but here, before anything is started.
-    recipes.check(config, Group(0, learners.num_workers))
+    recipe_of(config).check(config, ProcessGroup(0, learners.num_workers))
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with _cluster():
         resources = _resources_per_worker(config)
-        say(f"{learners.num_workers} learners with {resources} each")
+        log(f"{learners.num_workers} learners with {resources} each")
         trainer = TorchTrainer(
             _learn,  # type: ignore[arg-type]
             train_loop_config=config.model_dump(mode="json"),
@@ -87,17 +88,17 @@ def train(config: RunConfig, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _learn(tree: dict[str, Any]) -> dict[str, Any]:
-    """One learner: see ``recipes.train``."""
+    """One learner: see ``runs.recipes.train``."""
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     config = parse_config(tree, where="the submitted config")
     # Ray Train would show what is printed twice.
-    return recipes.train(config, _say, ray.train.report)
+    return train_alone(config, _log, ray.train.report)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
@@ -109,7 +110,7 @@ class _Failures(ray.train.UserCallback):
         for error in worker_exceptions.values():
             if isinstance(error, FINAL) and not isinstance(error, SilentLearner):
                 raise ray.train.ControllerError(error)
-        _say(f"lost {_first_lost(worker_exceptions)}")
+        _log(f"lost {_first_lost(worker_exceptions)}")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor
 from stdist.errors import InputError, ResourceError
 from stdist.files import write_atomically
 from stdist.training.engine import Engine
-from stdist.training.group import Group
+from stdist.training.process_group import ProcessGroup
 
 STATE = Path("trainer_state") / "state.json"
 KEPT = 2
@@ -33,7 +33,7 @@ KEPT = 2
 
 
 @contextmanager
-def naming_damage(path: Path) -> Iterator[None]:
+def damage_as_input_error(path: Path) -> Iterator[None]:
     """Inside, whatever a missing, cut or foreign file of the checkpoint ``path`` raises becomes one InputError."""
     try:
         yield
@@ -66,10 +66,10 @@ class _Pending:
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage under ``folder``, a file system that all learners share. ``save``, ``settle``,
+    """The checkpoints of one stage under ``folder``, a file system that all learners share. ``save``, ``wait``,
     ``newest`` and ``check`` are collectives of ``group``."""
 
-    def __init__(self, folder: Path, group: Group = Group()):
+    def __init__(self, folder: Path, group: ProcessGroup = ProcessGroup()):
         self.folder, self.group = folder, group
         self._pending: _Pending | None = None
 
@@ -82,22 +82,22 @@ class StageCheckpoints:
         keep: Iterable[int] = (),
     ) -> None:
         """Begins to write step-N. ``snapshot`` copies the model and returns what writes the copy into a folder;
-        ``values``: JSON-able trainer state of the loop; ``keep``: other steps not to delete for it. ``settle`` ends it.
+        ``values``: JSON-able trainer state of the loop; ``keep``: other steps not to delete for it. ``wait`` ends it.
 
         Raises ResourceError where the checkpoint before could not be written.
         """
-        self.settle()
-        with engine.whole():
-            write_model = snapshot() if self.group.leads else None
+        self.wait()
+        with engine.gather_full_params():
+            write_model = snapshot() if self.group.is_main else None
             weights = checksums(engine.parameters)
         tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in engine.state()}
         tensors["torch_rng"] = torch.get_rng_state()
         state = {"step": step, "engine": {"steps": engine.steps}, "loop": values, "weights": weights}
         partial = self._partial(step)
-        if self.group.leads:
+        if self.group.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / STATE.parent).mkdir(parents=True)
-        self.group.gather(None)  # nobody writes before the folder is there
+        self.group.all_gather_object(None)  # nobody writes before the folder is there
         pending = _Pending(step, {step, *keep}, state, Thread())
         pending.thread = Thread(target=self._write, args=(pending, partial, tensors, write_model), daemon=True)
         self._pending = pending
@@ -118,42 +118,42 @@ class StageCheckpoints:
                 write_model(partial)
                 written += [p for p in sorted(partial.rglob("*")) if p.is_file() and STATE.parent.name not in p.parts]
             pending.files = {str(path.relative_to(partial)): _crc32(path) for path in written}
-        except Exception as error:  # told to all learners when they settle
+        except Exception as error:  # told to all learners when they wait
             pending.error = error
 
-    def settle(self, wait: bool = True) -> None:
+    def wait(self, block: bool = True) -> None:
         """Makes the checkpoint that is being written the latest, once all learners have written their part.
 
-        ``wait=False``: only if they have. Raises ResourceError, on every learner, where one could not write.
+        ``block=False``: only if they have. Raises ResourceError, on every learner, where one could not write.
         """
         if (pending := self._pending) is None:
             return
-        if wait:
+        if block:
             pending.thread.join()
-        if not all(self.group.gather(not pending.thread.is_alive())):
+        if not all(self.group.all_gather_object(not pending.thread.is_alive())):
             return
         self._pending = None
         pending.thread.join()
         problem = " ".join(f"{type(pending.error).__name__}: {pending.error}".split()) if pending.error else None
-        results = self.group.gather((pending.files, problem))
+        results = self.group.all_gather_object((pending.files, problem))
         if any(error for _, error in results):
             self._give_up(pending.step, [error for _, error in results])
-        if self.group.leads:
+        if self.group.is_main:
             files = {name: crc for part, _ in results for name, crc in part.items()}
             self._publish(pending, files)
-        self.group.gather(None)  # nobody goes on before it is there
+        self.group.all_gather_object(None)  # nobody goes on before it is there
 
     def _give_up(self, step: int, errors: list[str | None]) -> None:
-        if self.group.leads:
+        if self.group.is_main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
         raise ResourceError(
-            f"{self.at(step)} could not be written (learner {rank}: {error}); "
+            f"{self.step_dir(step)} could not be written (learner {rank}: {error}); "
             "make room and run the same command to go on from the checkpoint before"
         )
 
     def _publish(self, pending: _Pending, files: dict[str, int]) -> None:
-        partial, final = self._partial(pending.step), self.at(pending.step)
+        partial, final = self._partial(pending.step), self.step_dir(pending.step)
         state = pending.state | {"files": files}
         write_atomically(partial / STATE, json.dumps(state | {"crc32": _json_crc32(state)}))
         shutil.rmtree(final, ignore_errors=True)
@@ -161,7 +161,7 @@ class StageCheckpoints:
         write_atomically(self.folder / "latest", final.name)
         # One with a higher number is damaged, or this run would have gone on from it.
         newest = self._newest_first()
-        kept = {self.at(step) for step in pending.keep} | set(newest[newest.index(final) :][:KEPT])
+        kept = {self.step_dir(step) for step in pending.keep} | set(newest[newest.index(final) :][:KEPT])
         for path in self.folder.glob("step-*"):
             if path not in kept:
                 shutil.rmtree(path)
@@ -172,9 +172,9 @@ class StageCheckpoints:
         Every byte is read. Raises InputError, on every learner, where there are checkpoints and all are damaged.
         """
         found: tuple[Path | None, list[str]] = (None, [])
-        if self.group.leads:
+        if self.group.is_main:
             found = self._newest_undamaged()
-        path, damage = self.group.lead(found)
+        path, damage = self.group.broadcast_object(found)
         if path is None and not damage:
             return None
         if path is None:
@@ -183,7 +183,7 @@ class StageCheckpoints:
 
     def check(self, path: Path) -> None:
         """Reads every byte. Raises InputError, on every learner, where one is not as it was written."""
-        problem = self.group.lead(_damage(path) if self.group.leads else None)
+        problem = self.group.broadcast_object(_damage(path) if self.group.is_main else None)
         if problem is not None:
             raise InputError(f"{path} is damaged ({problem}); delete {self.folder} to redo the stage")
 
@@ -198,19 +198,19 @@ class StageCheckpoints:
 
     def _newest_first(self) -> list[Path]:
         steps = [int(name) for p in self.folder.glob("step-*") if (name := p.name.removeprefix("step-")).isdigit()]
-        return [self.at(step) for step in sorted(steps, reverse=True)]
+        return [self.step_dir(step) for step in sorted(steps, reverse=True)]
 
     def load(self, path: Path, engine: Engine, state: dict[str, Any]) -> None:
         """Restores optimizer and random state, and sees that the weights in the model are those that were saved.
 
         The model is to have read its own files before. Raises InputError where they are other weights.
         """
-        with naming_damage(path):
+        with damage_as_input_error(path):
             shards = sorted((path / STATE.parent).glob("shard-*.safetensors"))
             tensors = _Shards(shards)
             engine.load_state(tensors, state["engine"]["steps"])
             torch.set_rng_state(_Shards([shards[self.group.rank % len(shards)]])["torch_rng"])
-        with engine.whole():
+        with engine.gather_full_params():
             here = checksums(engine.parameters)
         if wrong := [name for name, saved in state["weights"].items() if here.get(name) != saved]:
             raise InputError(
@@ -218,7 +218,7 @@ class StageCheckpoints:
                 "the checkpoint belongs to another model, or was trained in another precision"
             )
 
-    def at(self, step: int) -> Path:
+    def step_dir(self, step: int) -> Path:
         return self.folder / f"step-{step}"
 
     def _partial(self, step: int) -> Path:
@@ -230,13 +230,13 @@ class StageCheckpoints:
         path = self.folder / "finished.json"
         if not path.exists():
             return None
-        with naming_damage(path):
+        with damage_as_input_error(path):
             return json.loads(path.read_text())
 
     def finish(self, summary: dict[str, Any]) -> None:
-        if self.group.leads:
+        if self.group.is_main:
             write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))
-        self.group.gather(None)
+        self.group.all_gather_object(None)
 
 
 class _Shards(Mapping[str, Tensor]):

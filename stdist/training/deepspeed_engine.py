@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stdist.errors import InputError
 from stdist.training.engine import MOMENTS, ParameterGroup, Scheduled, adamw
-from stdist.training.group import patience
+from stdist.training.process_group import patience
 
 # Asked for, it is neither looked for nor talked about.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -116,7 +116,7 @@ class DeepSpeedEngine(Scheduled):
                 buffer.zero_()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gather_full_params(self) -> Iterator[None]:
         if self._stage != 3:
             yield
             return
@@ -211,7 +211,7 @@ class DeepSpeedEngine(Scheduled):
     def close(self) -> None:
         full: dict[nn.Parameter, nn.Parameter] = {}
         if self._stage == 3:
-            with self.whole():
+            with self.gather_full_params():
                 for parameter, dtype in self._dtypes.items():
                     # A copy: outside of this block the gathered memory is freed again.
                     full[parameter] = nn.Parameter(parameter.data.to(dtype, copy=True), parameter.requires_grad)

@@ -43,11 +43,11 @@ class Engine(Protocol):
         """Clips, updates, advances the schedule, clears gradients. Returns the gradient norm before clipping."""
         ...
 
-    def whole(self) -> AbstractContextManager[None]:
+    def gather_full_params(self) -> AbstractContextManager[None]:
         """Inside, every learner has all weights, to save or to compare them."""
         ...
 
-    def evaluating(self) -> AbstractContextManager[None]:
+    def eval_mode(self) -> AbstractContextManager[None]:
         """Inside, the model can be called for as many batches as each learner has."""
         ...
 
@@ -116,10 +116,10 @@ class Scheduled:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for group in self._groups for name, parameter in group.parameters.items()}
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        return self.whole()
+    def eval_mode(self) -> AbstractContextManager[None]:
+        return self.gather_full_params()
 
-    def whole(self) -> AbstractContextManager[None]:
+    def gather_full_params(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def _set_rates(self, param_groups: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from stdist.errors import DivergenceError, ResourceError, SilentLearner
-from stdist.training.group import Group
+from stdist.training.process_group import ProcessGroup
 
 FIRST_STEPS = 10
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -16,19 +16,19 @@ EXPLOSION = 100.0
 """A loss this many times what it was on average in the first steps (at least 1) is lost."""
 
 
-def require_sane(
-    losses: list[float], ceiling: float, stage: str, step: int, group: Group, examples: Callable[[], str]
+def check_losses(
+    losses: list[float], ceiling: float, stage: str, step: int, group: ProcessGroup, describe_batch: Callable[[], str]
 ) -> None:
     """Raises DivergenceError, on every learner, where a learner's loss is not finite or above ``ceiling``.
 
     Args:
         losses: one a learner.
-        step: counts from 1. examples: what this learner's step learns from, for the message.
+        step: counts from 1. describe_batch: what this learner's step learns from, for the message.
     """
     rank = next((i for i, loss in enumerate(losses) if not math.isfinite(loss) or abs(loss) > ceiling), None)
     if rank is None:
         return
-    seen = group.gather(examples())[rank]
+    seen = group.all_gather_object(describe_batch())[rank]
     what = f"is {losses[rank]}" if not math.isfinite(losses[rank]) else f"exploded to {losses[rank]:.4g}"
     raise DivergenceError(
         f"{stage}: loss {what} at step {step}, learner {rank}, on {seen}; its weights were not saved, "
@@ -37,7 +37,7 @@ def require_sane(
 
 
 @contextmanager
-def naming_exhaustion(stage: str, phase: str, step: int, group: Group) -> Iterator[None]:
+def resource_errors(stage: str, phase: str, step: int, group: ProcessGroup) -> Iterator[None]:
     """Inside, out-of-memory, a full disk and a collective that timed out become one ResourceError each, with phase and
     sizes. May be nested: the innermost phase is named."""
     try:

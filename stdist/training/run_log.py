@@ -30,9 +30,9 @@ class RunLog:
         self._append({"stage": stage, "step": step, **scalars, "time": time.time()})
         self._scalars(stage, step, scalars)
 
-    def start(self, stage: str, step: int, facts: dict[str, str]) -> None:
+    def start(self, stage: str, step: int, run_info: dict[str, str]) -> None:
         """What this process trains the stage with, from ``step`` on."""
-        self._append({"stage": stage, "step": step, "event": "start", **facts, "time": time.time()})
+        self._append({"stage": stage, "step": step, "event": "start", **run_info, "time": time.time()})
 
     def evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self._append({"stage": stage, "step": step, "event": "evaluation", "metrics": metrics, "time": time.time()})

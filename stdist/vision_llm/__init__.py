@@ -10,7 +10,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 # On import, and for a kernel that stdist does not use, bitsandbytes would tell every user to install a package.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from stdist.vision_llm.policy import Policy  # noqa: E402
-from stdist.vision_llm.reward import reward  # noqa: E402
+from stdist.vision_llm.policy.model import Policy  # noqa: E402
+from stdist.vision_llm.stages.reward import reward  # noqa: E402
 
 __all__ = ["Policy", "reward"]

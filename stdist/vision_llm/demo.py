@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 from data_prep import READERS
-from stdist.config import VisionLLMConfig
 from stdist.data import open_store
 from stdist.vision_llm import recipe
+from stdist.vision_llm.config import VisionLLMConfig
 
 CITY = {"height": 14, "width": 14, "days": 16, "seed": 7}
 
 
-def run_demo(out: Path, data: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[str, Any]:
     """Trains, forecasts and reports into the run folder ``out``; see :func:`stdist.vision_llm.recipe.train`.
 
     Without ``data`` the city is generated beside the run, once. With it, the demo's schedule runs on that store's first
@@ -24,20 +24,20 @@ def run_demo(out: Path, data: Path | None, say: Callable[[str], None]) -> dict[s
     tree = yaml.safe_load((files("stdist") / "presets" / "demo.yaml").read_text())
     tree |= {"name": out.name, "output_dir": str(out.parent)}
     if data is None:
-        tree["data"]["store"] = str(_generated_city(out.parent / f"{out.name}-city.zarr", say))
+        tree["data"]["store"] = str(_generated_city(out.parent / f"{out.name}-city.zarr", log))
     else:
         store = open_store(data)
         (r0, r1), (c0, c1) = (_middle(size, 6) for size in store.shape)
         tree["data"] |= {"store": str(data), "channel": store.channels[0], "region": f"{r0}:{r1},{c0}:{c1}"}
         tree["frames"]["pixels_per_cell"] = "auto"
-    return recipe.train(VisionLLMConfig.model_validate(tree), say)
+    return recipe.train(VisionLLMConfig.model_validate(tree), log)
 
 
-def _generated_city(path: Path, say: Callable[[str], None]) -> Path:
+def _generated_city(path: Path, log: Callable[[str], None]) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         READERS["synthetic"].prepare([], path, **CITY)
-        say(f"generated a city of {CITY['height']}×{CITY['width']} cells and {CITY['days']} days: {path}")
+        log(f"generated a city of {CITY['height']}×{CITY['width']} cells and {CITY['days']} days: {path}")
     return path
 
 

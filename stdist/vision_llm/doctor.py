@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from stdist.vision_llm.attention import choose
+from stdist.vision_llm.kernels.attention import choose
 
 PACKAGES = (
     "stdist",

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from stdist.config import VisionLLMConfig
 from stdist.data import Region, open_store
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
-from stdist.training.memory_plan import Weights
-from stdist.vision_llm.frames import MERGE, FrameGeometry, pixels_per_cell
-from stdist.vision_llm.policy import LORA_TARGETS
-from stdist.vision_llm.presets import SHAPES, build_model, build_tokenizer
-from stdist.vision_llm.prompts import Prompts
-from stdist.vision_llm.spec import Setting
+from stdist.runs.memory_plan import Weights
+from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.frames import MERGE, FrameGeometry, pixels_per_cell
+from stdist.vision_llm.policy.model import LORA_TARGETS
+from stdist.vision_llm.policy.presets import SHAPES, build_model, build_tokenizer
+from stdist.vision_llm.policy.prompts import Prompts
+from stdist.vision_llm.policy.spec import Setting
 from stdist.vision_llm.task import stage_config
 
 NF4_BYTES = 4.127 / 8

@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from rich.console import Group as Lines
 from rich.table import Table
 
-from stdist.config import ForecastStageConfig, VisionLLMConfig
 from stdist.errors import InputError
-from stdist.training import memory_plan
-from stdist.training.group import Group
-from stdist.training.memory_plan import Ranks, StateBytes, Weights
+from stdist.runs import memory_plan
+from stdist.runs.memory_plan import Ranks, StateBytes, Weights
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import ForecastStageConfig, VisionLLMConfig
 from stdist.vision_llm.model_counts import read_base, read_shape, stage_weights
-from stdist.vision_llm.presets import SHAPES
+from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.recipe import check_learners
 from stdist.vision_llm.step_counts import Work, ranks_of, stage_work
 from stdist.vision_llm.task import stage_config
@@ -119,7 +119,7 @@ def plan_run(
 
     Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
     """
-    check_learners(config, Group(0, config.learners.num_workers))
+    check_learners(config, ProcessGroup(0, config.learners.num_workers))
     stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
     verdicts = [] if device_memory is None else [_verdict(config, stage, device_memory) for stage in stages]
     notes = [
@@ -192,7 +192,7 @@ def _changed(config: VisionLLMConfig, changes: list[dict[str, Any]]) -> VisionLL
             tree[section][key] = value
     try:
         changed = VisionLLMConfig.model_validate(tree)
-        check_learners(changed, Group(0, changed.learners.num_workers))
+        check_learners(changed, ProcessGroup(0, changed.learners.num_workers))
     except (ValidationError, InputError):
         return None
     return changed

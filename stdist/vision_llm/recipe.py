@@ -11,62 +11,56 @@ from typing import Any
 
 import torch
 
-from stdist.config import (
-    AlignmentConfig,
-    ForecastStageConfig,
-    StageConfig,
-    VisionLLMConfig,
-)
 from stdist.errors import InputError
+from stdist.runs.recipes import ForecastRequest, Log, OnMetrics, Recipe
+from stdist.runs.run_folder import begin_run_folder, open_together, refuse_foreign_folder
 from stdist.training import engines
-from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.deepspeed_json import deepspeed_json
 from stdist.training.engine import Engine, ParameterGroup
-from stdist.training.group import Group
-from stdist.training.loop import LoopSettings, Stage, run_stage
-from stdist.training.run_folder import begin_run_folder, open_together, refuse_foreign_folder
-from stdist.training.run_log import RunLog
-from stdist.vision_llm.alignment import AlignmentStage
-from stdist.vision_llm.checkpoints import build_policy, load_weights, snapshot_policy
-from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.grpo import GRPOStage
+from stdist.training.loop import LoopSettings, Stage, Trainer
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.sampler import Decoding
-from stdist.vision_llm.scoring import forecast_and_score, stage_sentence
-from stdist.vision_llm.sft import SFTStage
+from stdist.vision_llm.policy.checkpoints import build_policy, load_weights, snapshot_policy
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Decoding
+from stdist.vision_llm.scoring import forecast, forecast_and_score, stage_sentence
+from stdist.vision_llm.stages.alignment import AlignmentStage
+from stdist.vision_llm.stages.grpo import GRPOStage
+from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import Task, open_task, policy_spec, stage_config
 
 
 def train(
     config: VisionLLMConfig,
-    say: Callable[[str], None],
-    report: Callable[[dict[str, float]], None] = lambda scalars: None,
+    log: Callable[[str], None],
+    on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
 ) -> dict[str, Any]:
     """Runs or resumes everything ``config`` names. Returns the test metrics, the stages' summaries and paths.
 
     As one of several learners (torch.distributed is up) this process trains its share; the first one also writes the
-    run folder, forecasts and scores, and only its result has the metrics. ``say`` is given a line for people at each
-    milestone, by the first learner; ``report`` every logged step's scalars, on every learner.
+    run folder, forecasts and scores, and only its result has the metrics. ``log`` is given a line for people at each
+    milestone, by the first learner; ``on_metrics`` every logged step's scalars, on every learner.
     """
-    group = Group.current()
-    say = say if group.leads else lambda line: None
+    group = ProcessGroup.current()
+    log = log if group.is_main else lambda line: None
     run_dir = config.run_dir
     task, policy, clamped = open_together(group, partial(_open, config, group))
-    if group.leads:
+    if group.is_main:
         begin_run_folder(config, task.store.digest)
-    say(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
-    say(f"attention: {policy.attention_choice.reason}")
+    log(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
+    log(f"attention: {policy.attention_choice.reason}")
     if clamped:
-        say(clamped)
-    summaries = train_stages(config, task, policy, say, report)
-    if not group.leads:
+        log(clamped)
+    summaries = train_stages(config, task, policy, log, on_metrics)
+    if not group.is_main:
         return {"run": str(run_dir), "stages": summaries}
-    result = forecast_and_score(config, task, policy, summaries, [clamped] if clamped else [], say)
+    result = forecast_and_score(config, task, policy, summaries, [clamped] if clamped else [], log)
     return {"run": str(run_dir), "stages": summaries, **result}
 
 
-def _open(config: VisionLLMConfig, group: Group) -> tuple[Task, Policy, str | None]:
+def _open(config: VisionLLMConfig, group: ProcessGroup) -> tuple[Task, Policy, str | None]:
     """The run's data, its policy on the device, and what is to be said of values that were clamped. Raises InputError
     for whatever would stop the run later."""
     task = check(config, group)
@@ -76,7 +70,7 @@ def _open(config: VisionLLMConfig, group: Group) -> tuple[Task, Policy, str | No
     return task, policy, find_unwritable(windows, policy.vocabulary, config.numerals.out_of_range == "clamp")
 
 
-def check(config: VisionLLMConfig, group: Group) -> Task:
+def check(config: VisionLLMConfig, group: ProcessGroup) -> Task:
     """The run's data. Raises InputError where ``group`` cannot train ``config`` on it, or its folder is another's."""
     check_learners(config, group)
     task = open_task(config)
@@ -84,15 +78,15 @@ def check(config: VisionLLMConfig, group: Group) -> Task:
     return task
 
 
-def check_learners(config: VisionLLMConfig, group: Group) -> None:
+def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
     """Raises InputError where ``group`` cannot share a stage's batch evenly, or its engine cannot train this policy."""
     learners = config.learners
     for name in config.stages:
         stage = stage_config(config, name)
         if isinstance(stage, AlignmentConfig):
-            group.share(stage.train_batch_size, f"{name}.train_batch_size")
+            group.local_slice(stage.train_batch_size, f"{name}.train_batch_size")
         elif isinstance(stage, ForecastStageConfig):
-            group.share(stage.windows_per_step, f"{name}.windows_per_step")
+            group.local_slice(stage.windows_per_step, f"{name}.windows_per_step")
         if learners.engine == "deepspeed":
             bf16 = config.policy.dtype == "bfloat16" and stage.trainable == "full"
             deepspeed_json(learners, stage.max_grad_norm, bf16, group.size)
@@ -123,19 +117,19 @@ def train_stages(
     config: VisionLLMConfig,
     task: Task,
     policy: Policy,
-    say: Callable[[str], None],
-    report: Callable[[dict[str, float]], None],
+    log: Callable[[str], None],
+    on_metrics: Callable[[dict[str, float]], None],
 ) -> dict[str, dict[str, Any]]:
     """All stages in order on one policy; finished ones are only loaded. Returns each stage's closing summary."""
-    group = Group.current()
-    log = RunLog(config.run_dir) if group.leads else None
+    trainer = Trainer(config.run_dir, ProcessGroup.current(), log, on_metrics)
+    group = trainer.group
     clamp = config.numerals.out_of_range == "clamp"
     cities = [CityWindows(policy, windows, clamp) for windows in (task.train, task.validation)]
     summaries: dict[str, dict[str, Any]] = {}
     for name in config.stages:
         settings = stage_config(config, name)
         stage = _build_stage(config, name, task, policy, group, *cities)
-        summaries[name] = run_stage(
+        summaries[name] = trainer.fit(
             stage,
             PolicyFiles(policy),
             partial(make_engine, config, settings, policy, group),
@@ -146,23 +140,18 @@ def train_stages(
                 settings.eval_steps,
                 patience=getattr(settings, "patience", None),
             ),
-            StageCheckpoints(config.run_dir / "checkpoints" / name, group),
-            log,
-            say,
-            facts={
+            run_info={
                 "device": str(policy.device),
                 "attention": policy.attention_choice.reason,
                 "learners": f"{group.size}, {engines.engine_name(config.learners)}",
             },
-            report=report,
         )
-        say(stage_sentence(summaries[name]))
-    if log:
-        log.close()
+        log(stage_sentence(summaries[name]))
+    trainer.close()
     return summaries
 
 
-def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, group: Group) -> Engine:
+def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, group: ProcessGroup) -> Engine:
     """The configured engine on what trains in the stage."""
     groups = parameter_groups(policy, settings)
     return engines.make_engine(
@@ -175,7 +164,7 @@ def _build_stage(
     name: str,
     task: Task,
     policy: Policy,
-    group: Group,
+    group: ProcessGroup,
     train: CityWindows,
     validation: CityWindows,
 ) -> Stage:
@@ -212,3 +201,26 @@ def parameter_groups(policy: Policy, settings: StageConfig) -> list[ParameterGro
         ParameterGroup({n: p for n, p in backbone.items() if p.ndim <= 1}, settings.learning_rate, 0.0),
         ParameterGroup(rows, rows_rate, 0.0),
     ]
+
+
+class VisionLLMRecipe(Recipe[VisionLLMConfig]):
+    """``recipe: vision-llm``."""
+
+    Config = VisionLLMConfig
+
+    def stages(self, config: VisionLLMConfig) -> tuple[str, ...]:
+        return config.stages
+
+    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Task:
+        return check(config, group)
+
+    def train(self, config: VisionLLMConfig, log: Log, on_metrics: OnMetrics) -> dict[str, Any]:
+        return train(config, log, on_metrics)
+
+    def forecast(self, config: VisionLLMConfig, request: ForecastRequest, log: Log) -> dict[str, Any]:
+        return forecast(request.run_dir, request.store, request.region, request.split, request.out, log)
+
+    def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> Any:
+        from stdist.vision_llm.plan import plan_run
+
+        return plan_run(config, device_memory, device_flops)

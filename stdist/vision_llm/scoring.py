@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from stdist.config import VisionLLMConfig
 from stdist.data import DaySpan, GridStore, Region, Split, open_store
 from stdist.data.audit import data_digest, leak_line, leaks
 from stdist.errors import InputError
@@ -22,14 +21,15 @@ from stdist.evaluation import (
 )
 from stdist.files import write_atomically
 from stdist.progress import progress_bar
-from stdist.training.checkpoint import StageCheckpoints, naming_damage
-from stdist.training.run_folder import read_run_config
-from stdist.vision_llm.checkpoints import load_policy
-from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.forecaster import candidates_per_cell, forecast_windows, plan_pieces
-from stdist.vision_llm.frames import pixels_per_cell
+from stdist.runs.run_folder import read_run_config
+from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
+from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.policy.checkpoints import load_policy
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.frames import pixels_per_cell
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.forecaster import candidates_per_cell, forecast_windows, plan_pieces
 from stdist.vision_llm.task import Task, cadence_minutes, first_cell, span_of
 
 
@@ -55,20 +55,20 @@ def forecast_and_score(
     policy: Policy,
     summaries: dict[str, Any],
     notes: list[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Forecasts the test windows, scores them beside the baselines, writes ``report/`` with the run's ``notes``."""
     run_dir, path = config.run_dir, config.run_dir / "forecasts" / "test.zarr"
     notes_path = path.parent / "notes.txt"
     if not path.exists():
         city = CityWindows(policy, task.test, config.numerals.out_of_range == "clamp")
-        with open_writer(config, city, summaries[config.stages[-1]], path, say) as writer:
+        with open_writer(config, city, summaries[config.stages[-1]], path, log) as writer:
             found = make_forecasts(config, policy, city, writer)
             write_atomically(notes_path, "".join(f"{note}\n" for note in found))
             writer.finish()
     found = notes_path.read_text().splitlines()
     for note in found:
-        say(note)
+        log(note)
     scores = evaluate(path, task.store).to_json()
     contract = scores.pop("contract")
     baselines = score_baselines(task.store, task.train.span, task.test)
@@ -85,7 +85,7 @@ def forecast_and_score(
     write_metrics(run_dir, metrics)
     page = build_report(run_dir)
     nrmse = {name: scores["pooled"]["nrmse"] for name, scores in baselines.items()}
-    say(
+    log(
         f"test NRMSE {scores['pooled']['nrmse']:.4f}; "
         + ", ".join(f"{name} {value:.4f}" for name, value in nrmse.items())
     )
@@ -93,7 +93,7 @@ def forecast_and_score(
 
 
 def open_writer(
-    config: VisionLLMConfig, city: CityWindows, summary: dict[str, Any], out: Path, say: Callable[[str], None]
+    config: VisionLLMConfig, city: CityWindows, summary: dict[str, Any], out: Path, log: Callable[[str], None]
 ) -> ForecastWriter:
     """A writer of the city's forecasts with run, checkpoint and contract, and what it has from before.
 
@@ -120,7 +120,7 @@ def open_writer(
         "training": summary,
     }
     plan = plan_pieces(len(city), len(city.cells), config.forecast.windows_per_batch)
-    return ForecastWriter(out, header, city.cells, plan, work, say)
+    return ForecastWriter(out, header, city.cells, plan, work, log)
 
 
 def checkpoint_name(config: VisionLLMConfig, summary: dict[str, Any]) -> str:
@@ -139,7 +139,7 @@ def make_forecasts(config: VisionLLMConfig, policy: Policy, city: CityWindows, w
 
 
 def forecast(
-    run_dir: Path, store_path: Path, region: str | None, split: str, out: Path, say: Callable[[str], None]
+    run_dir: Path, store_path: Path, region: str | None, split: str, out: Path, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """``stdist forecast``: the run's final policy on any store, also another city's grid (its own t_max stays).
 
@@ -154,7 +154,7 @@ def forecast(
     if finished is None:
         raise InputError(f"{run_dir} has not finished its stage {stage}; run `stdist train` on its config again")
     checkpoint = checkpoint_name(config, finished)
-    with naming_damage(run_dir / "checkpoints" / checkpoint):
+    with damage_as_input_error(run_dir / "checkpoints" / checkpoint):
         policy = load_policy(run_dir / "checkpoints" / checkpoint)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(store_path)
@@ -173,15 +173,15 @@ def forecast(
         name=split if ":" not in split else "span",
     )
     clamped = find_unwritable([windows], policy.vocabulary, config.numerals.out_of_range == "clamp")
-    say(windows.contract)
+    log(windows.contract)
     if found := leaks(policy.spec.fitted, windows.span, data_digest(store, windows.channel)):
-        say(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
+        log(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
     city = CityWindows(policy, windows, config.numerals.out_of_range == "clamp")
-    with open_writer(config, city, finished, out, say) as writer:
+    with open_writer(config, city, finished, out, log) as writer:
         notes = make_forecasts(config, policy, city, writer)
         writer.finish()
     for note in [clamped, *notes] if clamped else notes:
-        say(note)
+        log(note)
     return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}
 
 

@@ -11,13 +11,11 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
-from stdist.config import AlignmentConfig, ForecastStageConfig, GRPOConfig, VisionLLMConfig
 from stdist.numerals.alignment_tasks import Piece
-from stdist.training.group import Group
-from stdist.training.memory_plan import Ranks, Weights, gathered_bytes
-from stdist.vision_llm.alignment import BATCHES
-from stdist.vision_llm.decode_batch import CACHE_BYTES, MOST_SEQUENCES
-from stdist.vision_llm.grpo import EXTRA_TOKENS
+from stdist.runs.memory_plan import Ranks, Weights, gathered_bytes
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, GRPOConfig, VisionLLMConfig
+from stdist.vision_llm.kernels.token_losses import TILE_BYTES, TILE_POSITIONS
 from stdist.vision_llm.model_counts import (
     DECODER,
     EMBEDDINGS,
@@ -30,12 +28,14 @@ from stdist.vision_llm.model_counts import (
     itemsize,
     vocabulary_of,
 )
-from stdist.vision_llm.prefix_tree import slices
-from stdist.vision_llm.presets import build_tokenizer
-from stdist.vision_llm.prompts import END
-from stdist.vision_llm.sampler import LOGIT_BYTES
+from stdist.vision_llm.policy.presets import build_tokenizer
+from stdist.vision_llm.policy.prompts import END
+from stdist.vision_llm.rollout.decode_batch import CACHE_BYTES, MOST_SEQUENCES
+from stdist.vision_llm.rollout.sampler import LOGIT_BYTES
+from stdist.vision_llm.stages.alignment import BATCHES
+from stdist.vision_llm.stages.grpo import EXTRA_TOKENS
 from stdist.vision_llm.task import stage_config
-from stdist.vision_llm.token_losses import TILE_BYTES, TILE_POSITIONS
+from stdist.vision_llm.tree.prefix_tree import slices
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def stage_work(config: VisionLLMConfig, stage: str, base: Base, weights: list[We
 
 
 def _share(config: VisionLLMConfig, count: int, what: str) -> int:
-    mine = Group(0, config.learners.num_workers).share(count, what)
+    mine = ProcessGroup(0, config.learners.num_workers).local_slice(count, what)
     return mine.stop - mine.start
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stdist.config import StageConfig, VisionLLMConfig
 from stdist.data import DaySpan, GridStore, Region, Split, Statistics, Windows, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
-from stdist.vision_llm.frames import pixels_per_cell
-from stdist.vision_llm.presets import SHAPES
-from stdist.vision_llm.spec import FrameSpec, PolicySpec, Setting
+from stdist.vision_llm.config import StageConfig, VisionLLMConfig
+from stdist.vision_llm.policy.frames import pixels_per_cell
+from stdist.vision_llm.policy.presets import SHAPES
+from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
 
 @dataclass

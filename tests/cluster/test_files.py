@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stdist.config import load_config
+from stdist.runs.recipes import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

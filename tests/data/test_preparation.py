@@ -175,11 +175,11 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
     done = {path.name for path in (tmp_path / "toy.zarr.partial" / notes.FOLDER / "parts").glob("*.json")}
     again: list[str] = []
 
-    def watched(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
+    def monitor(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
         again.extend(part.name for part in parts if not part.name.startswith("impute"))
         return map(run_part, parts)
 
-    assert prepare(_plan(), out, executor=watched).digest == digest
+    assert prepare(_plan(), out, executor=monitor).digest == digest
     assert _names(tmp_path) == ["toy.zarr"] and open_store(out).verify() == []
     assert not list(out.rglob("*.partial")) and not (out / notes.FOLDER).exists()
     if name != "rename":

@@ -193,8 +193,8 @@ def runs(tmp_path_factory, city) -> Runs:
 def alone(runs) -> Callable[..., None]:
     """Trains in this process, with plain torch; a Ctrl-C comes where step ``interrupt_in``, counted over all
     stages, is logged, so that step is the last."""
-    from stdist import recipes
-    from stdist.config import load_config
+    from stdist.runs import recipes
+    from stdist.runs.recipes import load_config
 
     def train(name: str, *overrides: str, interrupt_in: int | None = None) -> None:
         steps = itertools.count(1)

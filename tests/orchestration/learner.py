@@ -21,8 +21,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 import traps
 
-from stdist import recipes
-from stdist.config import load_config
+from stdist.runs import recipes
+from stdist.runs.recipes import load_config
 
 
 def collect_in_first_step(scalars: dict[str, float]) -> None:

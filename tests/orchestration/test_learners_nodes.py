@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'stdist[cluster]'")
 
 from data_prep import READERS, prepare
-from stdist import recipes
-from stdist.config import load_config
+from stdist.runs import recipes
+from stdist.runs.recipes import load_config
 
 CONFIG: dict[str, Any] = {
     "name": "run",

@@ -4,9 +4,9 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
 
-from stdist.config import load_config  # noqa: E402
 from stdist.errors import InputError  # noqa: E402
 from stdist.orchestration import learners  # noqa: E402
+from stdist.runs.recipes import load_config  # noqa: E402
 
 TWO = ["learners.engine=deepspeed", "learners.num_workers=2"]
 

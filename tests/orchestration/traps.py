@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from stdist.nodes.stage import ForecastStage
 from stdist.training import checkpoint
-from stdist.urban.stage import ForecastStage
-from stdist.vision_llm.alignment import AlignmentStage
-from stdist.vision_llm.grpo import GRPOStage
-from stdist.vision_llm.sft import SFTStage
+from stdist.vision_llm.stages.alignment import AlignmentStage
+from stdist.vision_llm.stages.grpo import GRPOStage
+from stdist.vision_llm.stages.sft import SFTStage
 
 TRAP, TRAPPED = "trap", "trapped"
 

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stdist.errors import ResourceError
-from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import ParameterGroup, TorchEngine
-from stdist.training.group import Group
-from stdist.training.loop import LoopSettings, run_stage
+from stdist.training.loop import LoopSettings, Trainer
+from stdist.training.loop import Stage as LoopStage
+from stdist.training.process_group import ProcessGroup
 
 
-class Stage:
+class Stage(LoopStage):
     """One weight, each learner's the same."""
 
-    name, watched = "toy", None
+    name, monitor = "toy", None
 
     def __init__(self, rank: int, folder: Path, phase: str):
         self.rank, self.folder, self.phase, self.evaluations = rank, folder, phase, 0
@@ -53,7 +53,7 @@ class Stage:
         dist.all_reduce(total)
         return {"total": float(total)}
 
-    def examples(self, step: int) -> str:
+    def describe_batch(self, step: int) -> str:
         return "nothing"
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -74,9 +74,8 @@ def main(rank: int, folder: Path, timeout: float, phase: str) -> None:
     stage = Stage(rank, folder, phase)
     engine = TorchEngine([ParameterGroup({"weight": stage.weight}, 0.1, 0.0)], lambda step: 1.0, 1.0)
     settings = LoopSettings(max_steps=4, logging_steps=1, save_steps=9, eval_steps=2)
-    checkpoints = StageCheckpoints(folder / "checkpoints", Group.current())
     try:
-        run_stage(stage, stage, lambda: engine, settings, checkpoints, None, print)
+        Trainer(folder, ProcessGroup.current(), print).fit(stage, stage, lambda: engine, settings)
     except ResourceError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(5)  # as a process that leaves without asking the silent learner

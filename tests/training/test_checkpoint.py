@@ -37,8 +37,8 @@ def _trained(toy, steps: int):
 
 def _save(checkpoints: StageCheckpoints, stage, engine, step: int, keep: tuple[int, ...] = (), **values: float) -> Path:
     checkpoints.save(step, stage.snapshot, engine, values, keep)
-    checkpoints.settle()
-    return checkpoints.at(step)
+    checkpoints.wait()
+    return checkpoints.step_dir(step)
 
 
 def _names(checkpoints: StageCheckpoints) -> list[str]:
@@ -140,15 +140,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(toy, tmp_path):
     for step in (2, 3):  # while it is being written
         stage.step(step, engine.backward)
         engine.step()
-        checkpoints.settle(wait=False)
-        assert checkpoints.newest() is None and not checkpoints.at(2).exists()
+        checkpoints.wait(block=False)
+        assert checkpoints.newest() is None and not checkpoints.step_dir(2).exists()
     go_on.set()
-    checkpoints.settle()
-    assert _newest(checkpoints) == checkpoints.at(2)
-    written = load_file(checkpoints.at(2) / "model.safetensors")
+    checkpoints.wait()
+    assert _newest(checkpoints) == checkpoints.step_dir(2)
+    written = load_file(checkpoints.step_dir(2) / "model.safetensors")
     assert all(torch.equal(written[name], weights[name]) for name in weights)
     assert not any(torch.equal(engine.parameters[name], weights[name]) for name in weights)
-    shard = load_file(checkpoints.at(2) / "trainer_state" / "shard-00000-of-00001.safetensors")
+    shard = load_file(checkpoints.step_dir(2) / "trainer_state" / "shard-00000-of-00001.safetensors")
     assert all(torch.equal(shard[name], moments[name]) for name in moments)
 
 
@@ -167,9 +167,9 @@ def test_the_next_save_waits_for_the_one_before(toy, tmp_path):
 
     for step in (1, 2):
         checkpoints.save(step, snapshot(step), engine, {})
-    checkpoints.settle()
+    checkpoints.wait()
     assert order == ["copy 1", "wrote 1", "copy 2", "wrote 2"]
-    checkpoints.settle()  # nothing is left to do
+    checkpoints.wait()  # nothing is left to do
     assert _names(checkpoints) == ["latest", "step-1", "step-2"]
 
 
@@ -187,10 +187,10 @@ def test_a_failing_writer_leaves_the_last_checkpoint_in_place(toy, tmp_path):
 
     checkpoints.save(2, lambda: full_disk, engine, {})
     with pytest.raises(ResourceError, match=r"step-2 could not be written \(learner 0: .*No space left on device\)"):
-        checkpoints.settle()
-    assert _names(checkpoints) == ["latest", "step-1"] and _newest(checkpoints) == checkpoints.at(1)
+        checkpoints.wait()
+    assert _names(checkpoints) == ["latest", "step-1"] and _newest(checkpoints) == checkpoints.step_dir(1)
     _save(checkpoints, stage, engine, 2)  # what it left does not stand in the way
-    assert _newest(checkpoints) == checkpoints.at(2)
+    assert _newest(checkpoints) == checkpoints.step_dir(2)
 
 
 KILLS = {
@@ -241,7 +241,7 @@ def test_killed_in_the_middle_of_a_save(toy, tmp_path, monkeypatch, where, newes
         if where == "shard":
             monkeypatch.setattr(checkpoint_module, "save_file", save_half)
         checkpoints.save(4, snapshot, engine, {})
-        checkpoints.settle()
+        checkpoints.wait()
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -258,7 +258,7 @@ def test_killed_in_the_middle_of_a_save(toy, tmp_path, monkeypatch, where, newes
     fresh.read(found[0])
     checkpoints.load(found[0], fresh.engine(), found[1])
     _save(checkpoints, stage, engine, 4)
-    assert _names(checkpoints) == ["latest", "step-2", "step-4"] and _newest(checkpoints) == checkpoints.at(4)
+    assert _names(checkpoints) == ["latest", "step-2", "step-4"] and _newest(checkpoints) == checkpoints.step_dir(4)
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
@@ -341,7 +341,7 @@ def test_a_file_that_may_not_grow_is_one_line_in_a_process_of_its_own(toy, tmp_p
     last = done.stderr.strip().splitlines()[-1]
     assert "ResourceError: " in last and "step-12 could not be written (learner 0:" in last and "make room" in last
     checkpoints = StageCheckpoints(tmp_path / "run" / "checkpoints" / "toy")
-    assert _names(checkpoints) == ["latest", "step-8", "step-9"] and _newest(checkpoints) == checkpoints.at(9)
+    assert _names(checkpoints) == ["latest", "step-8", "step-9"] and _newest(checkpoints) == checkpoints.step_dir(9)
 
 
 # --- which are kept ------------------------------------------------------------------------------------------------
@@ -364,8 +364,8 @@ def test_damaged_ones_of_a_lost_future_go_first(toy, tmp_path):
     checkpoints = StageCheckpoints(tmp_path / "toy")
     for step in (6, 9):
         _save(checkpoints, stage, engine, step)
-    _cut(checkpoints.at(9) / "model.safetensors")
-    assert _newest(checkpoints) == checkpoints.at(6)
+    _cut(checkpoints.step_dir(9) / "model.safetensors")
+    assert _newest(checkpoints) == checkpoints.step_dir(6)
     _save(checkpoints, stage, engine, 7)
     assert _names(checkpoints) == ["latest", "step-6", "step-7"]
 
@@ -448,7 +448,7 @@ def test_the_checkpoint_before_serves_where_the_newest_is_damaged(toy, tmp_path,
     damage(folder / "step-6" / name)
     said: list[str] = []
     made: list[int] = []
-    toy.run(stopped, toy.ToyStage(on_step=made.append), say=said.append)
+    toy.run(stopped, toy.ToyStage(on_step=made.append), log=said.append)
     assert said == [f"{folder / 'step-6'} is damaged ({reason}); going on from step-3"]
     assert made == list(range(3, toy.MAX_STEPS))
     toy.run(tmp_path / "whole", toy.ToyStage())

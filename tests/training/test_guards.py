@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from stdist.errors import DivergenceError, ResourceError, SilentLearner
-from stdist.training.group import Group
-from stdist.training.guards import naming_exhaustion, require_sane
+from stdist.training.guards import check_losses, resource_errors
+from stdist.training.process_group import ProcessGroup
 
 SILENT = Path(__file__).with_name("silent_worker.py")
 
 
-class _Two(Group):
+class _Two(ProcessGroup):
     """Learner 1 of 2, whose other learner answers ``batch 7``."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class _Two(Group):
 def test_a_lost_loss_names_stage_step_learner_and_examples(losses, said):
     """On every learner, also those whose own loss is good."""
     with pytest.raises(DivergenceError) as caught:
-        require_sane(losses, 100.0, "sft", 12, _Two(), lambda: "batch 8")
+        check_losses(losses, 100.0, "sft", 12, _Two(), lambda: "batch 8")
     message = str(caught.value)
     assert message.startswith(f"sft: {said}") and "\n" not in message
     assert "lower sft.learning_rate" in message and "not saved" in message
@@ -55,15 +55,15 @@ def test_good_losses_pass_and_nobody_looks_for_examples():
     def examples() -> str:
         raise AssertionError("examples are only looked up for a lost loss")
 
-    require_sane([1.0, 100.0], 100.0, "sft", 1, _Two(), examples)
-    require_sane([1e30], float("inf"), "sft", 1, Group(), examples)
+    check_losses([1.0, 100.0], 100.0, "sft", 1, _Two(), examples)
+    check_losses([1e30], float("inf"), "sft", 1, ProcessGroup(), examples)
 
 
 # --- memory, disk --------------------------------------------------------------------------------------------------
 
 
-def _raised(error: BaseException, group: Group = Group()) -> ResourceError:
-    with pytest.raises(ResourceError) as caught, naming_exhaustion("grpo", "forward and backward", 7, group):
+def _raised(error: BaseException, group: ProcessGroup = ProcessGroup()) -> ResourceError:
+    with pytest.raises(ResourceError) as caught, resource_errors("grpo", "forward and backward", 7, group):
         raise error
     assert "\n" not in str(caught.value) and caught.value.__cause__ is error
     return caught.value
@@ -79,14 +79,14 @@ def _raised(error: BaseException, group: Group = Group()) -> ResourceError:
     ids=lambda error: type(error).__name__,
 )
 def test_out_of_memory_says_stage_learner_step_and_phase(error):
-    message = str(_raised(error, Group(1, 2)))
+    message = str(_raised(error, ProcessGroup(1, 2)))
     assert message.startswith("grpo: learner 1 at step 7, forward and backward: out of memory (")
     assert "lower grpo's batch or activation_memory" in message
 
 
 def test_a_real_allocation_that_fails():
     with pytest.raises(ResourceError, match=r"alignment: learner 0 at step 1, update: out of memory \(.*allocate"):  # noqa: SIM117
-        with naming_exhaustion("alignment", "update", 1, Group()):
+        with resource_errors("alignment", "update", 1, ProcessGroup()):
             torch.empty(1 << 58)
 
 
@@ -99,23 +99,23 @@ def test_a_full_disk(number):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), ValueError()])
 def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as caught, naming_exhaustion("grpo", "update", 1, Group(0, 2)):
+    with pytest.raises(type(error)) as caught, resource_errors("grpo", "update", 1, ProcessGroup(0, 2)):
         raise error
     assert caught.value is error
 
 
 def test_the_innermost_phase_is_named_once():
-    with pytest.raises(ResourceError) as caught, naming_exhaustion("sft", "start", 0, Group(0, 2)):  # noqa: SIM117
-        with naming_exhaustion("sft", "evaluation", 4, Group(0, 2)):
+    with pytest.raises(ResourceError) as caught, resource_errors("sft", "start", 0, ProcessGroup(0, 2)):  # noqa: SIM117
+        with resource_errors("sft", "evaluation", 4, ProcessGroup(0, 2)):
             raise RuntimeError("Timed out waiting 5000ms for recv operation to complete")
     assert str(caught.value).startswith("sft: learner 0 at step 4, evaluation: another learner no longer answers")
 
 
 def test_one_learner_alone_waits_for_nobody():
-    with pytest.raises(RuntimeError) as caught, naming_exhaustion("sft", "update", 1, Group()):
+    with pytest.raises(RuntimeError) as caught, resource_errors("sft", "update", 1, ProcessGroup()):
         raise RuntimeError("Timed out")
     assert not isinstance(caught.value, ResourceError)
-    assert isinstance(_raised(RuntimeError("Connection closed by peer"), Group(0, 2)), SilentLearner)
+    assert isinstance(_raised(RuntimeError("Connection closed by peer"), ProcessGroup(0, 2)), SilentLearner)
 
 
 # --- silent learners -----------------------------------------------------------------------------------------------

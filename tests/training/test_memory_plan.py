@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stdist.training.memory_plan import (
+from stdist.runs.memory_plan import (
     GPUS_PER_NODE,
     INFINIBAND,
     NVLINK,

@@ -16,20 +16,19 @@ from safetensors.torch import load_file, save_file
 
 from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
-from stdist.training.loop import LoopSettings, run_stage
-from stdist.training.run_log import RunLog
+from stdist.training.loop import LoopSettings, Stage, Trainer
 
 MAX_STEPS = 24
 SETTINGS = LoopSettings(max_steps=MAX_STEPS, logging_steps=1, save_steps=3, eval_steps=8)
 
 
-class ToyStage:
+class ToyStage(Stage):
     """y = x·w* with a batch that depends on the step's number; ``on_step`` may look at a step before it is made."""
 
     name = "toy"
 
-    def __init__(self, watched: str | None = None, on_step: Callable[[int], None] = lambda step: None):
-        self.watched, self.on_step = watched, on_step
+    def __init__(self, monitor: str | None = None, on_step: Callable[[int], None] = lambda step: None):
+        self.monitor, self.on_step = monitor, on_step
         self.model = torch.nn.Linear(3, 1)
         with torch.no_grad():
             self.model.weight.copy_(torch.tensor([[0.5, -0.25, 0.125]]))
@@ -49,7 +48,7 @@ class ToyStage:
         error = (self.model.weight - torch.tensor([1.0, 2.0, 3.0])).norm().item()
         return {"error": self.evaluations.pop(0) if self.evaluations else error}
 
-    def examples(self, step: int) -> str:
+    def describe_batch(self, step: int) -> str:
         return f"batch {step}"
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -67,21 +66,25 @@ class ToyStage:
 class PromptCheckpoints(StageCheckpoints):
     """Waits for the writer after every step: how far it got by then is the machine's business and no test's."""
 
-    def settle(self, wait: bool = True) -> None:
-        super().settle()
+    def wait(self, block: bool = True) -> None:
+        super().wait()
+
+
+class PromptTrainer(Trainer):
+    def checkpoints(self, stage: str) -> StageCheckpoints:
+        return PromptCheckpoints(self.run_dir / "checkpoints" / stage)
 
 
 def run(
-    run_dir: Path, stage: ToyStage, settings: LoopSettings = SETTINGS, say: Callable[[str], None] = print
+    run_dir: Path, stage: ToyStage, settings: LoopSettings = SETTINGS, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Runs or resumes the stage in ``run_dir``; returns the loop's closing summary."""
     run_dir.mkdir(exist_ok=True)
-    log = RunLog(run_dir)
-    checkpoints = PromptCheckpoints(run_dir / "checkpoints" / stage.name)
+    trainer = PromptTrainer(run_dir, log=log)
     try:
-        return run_stage(stage, stage, stage.engine, settings, checkpoints, log, say)
+        return trainer.fit(stage, stage, stage.engine, settings)
     finally:
-        log.close()
+        trainer.close()
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.deepspeed_engine import DeepSpeedEngine
 from stdist.training.deepspeed_json import deepspeed_json
 from stdist.training.engine import Engine, ParameterGroup, TorchEngine, cosine_schedule
-from stdist.training.group import Group
-from stdist.training.loop import LoopSettings, run_stage
-from stdist.training.run_log import RunLog
+from stdist.training.loop import LoopSettings, Trainer
+from stdist.training.loop import Stage as LoopStage
+from stdist.training.process_group import ProcessGroup
 
 STEPS, SAVED_AT, BATCH = 8, 4, 8
 MAX_GRAD_NORM = 2.6  # some steps are clipped, some are not
@@ -95,18 +95,18 @@ class Model(nn.Module):
                 self.get_parameter(name).copy_(tensor)
 
 
-class Stage:
+class Stage(LoopStage):
     """See stdist.training.loop.Stage. ``sick``: a learner whose loss is not a number in step number 3."""
 
-    name, watched = "toy", "error"
+    name, monitor = "toy", "error"
 
-    def __init__(self, model: Model, group: Group, sick: int | None = None):
+    def __init__(self, model: Model, group: ProcessGroup, sick: int | None = None):
         self.model, self.group, self.sick = model, group, sick
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(BATCH, 6, generator=generator), torch.randint(12, (BATCH,), generator=generator)
-        mine = self.group.share(BATCH, "BATCH")
+        mine = self.group.local_slice(BATCH, "BATCH")
         prefix = self.model.states(x[mine])
         leaf = prefix.detach().requires_grad_()
         total = 0.0
@@ -122,11 +122,11 @@ class Stage:
         with torch.no_grad():
             return {"error": float(self.model.logits(self.model.states(torch.ones(1, 6))).pow(2).mean())}
 
-    def examples(self, step: int) -> str:
+    def describe_batch(self, step: int) -> str:
         return f"batch {step} of learner {self.group.rank}"
 
 
-def make_engine(kind: str, model: Model, folder: Path, group: Group, bf16: bool = False) -> Engine:
+def make_engine(kind: str, model: Model, folder: Path, group: ProcessGroup, bf16: bool = False) -> Engine:
     schedule = cosine_schedule(2, STEPS)
     if kind == "torch":
         return TorchEngine(model.groups(), schedule, MAX_GRAD_NORM)
@@ -143,10 +143,12 @@ def bits(model: nn.Module) -> dict[str, list[float]]:
     return {name: p.detach().double().flatten().tolist() for name, p in model.named_parameters()}
 
 
-def state_bits(engine: Engine, group: Group) -> dict[str, list[float]]:
+def state_bits(engine: Engine, group: ProcessGroup) -> dict[str, list[float]]:
     """Whole tensors, joined from the parts of all learners."""
     parts: dict[str, list[tuple[int, list[float]]]] = {}
-    for learner in group.gather([(name, tensor.double().flatten().tolist()) for name, tensor in engine.state()]):
+    for learner in group.all_gather_object(
+        [(name, tensor.double().flatten().tolist()) for name, tensor in engine.state()]
+    ):
         for key, values in learner:
             name, _, start = key.partition("@")
             parts.setdefault(name, []).append((int(start or 0), values))
@@ -156,11 +158,11 @@ def state_bits(engine: Engine, group: Group) -> dict[str, list[float]]:
 class Learner:
     """Runs one case after another. A torch engine is alone: it makes the whole batch, on every learner the same."""
 
-    def __init__(self, folder: Path, group: Group):
+    def __init__(self, folder: Path, group: ProcessGroup):
         self.folder, self.group = folder, group
 
-    def group_of(self, kind: str) -> Group:
-        return Group() if kind == "torch" else self.group
+    def group_of(self, kind: str) -> ProcessGroup:
+        return ProcessGroup() if kind == "torch" else self.group
 
     def checkpoints(self, kind: str, world: int, dtype: str = "float32") -> StageCheckpoints:
         name = f"{kind}-{world}-{dtype}"
@@ -168,10 +170,10 @@ class Learner:
             self.folder / (f"{name}-{self.group.rank}" if kind == "torch" else name), self.group_of(kind)
         )
 
-    def steps(self, engine: Engine, stage: Stage, steps: range, group: Group) -> dict[str, list[float]]:
+    def steps(self, engine: Engine, stage: Stage, steps: range, group: ProcessGroup) -> dict[str, list[float]]:
         losses, norms = [], []
         for step in steps:
-            losses.append(sum(group.gather(stage.step(step, engine.backward)["loss"])) / group.size)
+            losses.append(sum(group.all_gather_object(stage.step(step, engine.backward)["loss"])) / group.size)
             norms.append(engine.step())
         return {"losses": losses, "norms": norms}
 
@@ -183,8 +185,8 @@ class Learner:
         first = self.steps(engine, stage, range(SAVED_AT), group)
         checkpoints = self.checkpoints(kind, self.group.size, dtype)
         checkpoints.save(SAVED_AT, model.snapshot, engine, {})
-        checkpoints.settle()
-        with engine.whole():
+        checkpoints.wait()
+        with engine.gather_full_params():
             halfway = {"weights": bits(model), "error": stage.evaluate()["error"]}
         halfway["state"] = state_bits(engine, group)
         rest = self.steps(engine, stage, range(SAVED_AT, STEPS), group)
@@ -203,8 +205,8 @@ class Learner:
         result["frequencies"] = [*model.frequencies.tolist(), str(model.frequencies.dtype)]
         if dtype == "bfloat16":
             return result
-        alone = make_engine("torch", model, self.folder, Group())
-        result["afterwards"] = self.steps(alone, Stage(model, Group()), range(3), Group())["losses"]
+        alone = make_engine("torch", model, self.folder, ProcessGroup())
+        result["afterwards"] = self.steps(alone, Stage(model, ProcessGroup()), range(3), ProcessGroup())["losses"]
         alone.close()
         again = make_engine(kind, model, self.folder, group, dtype == "bfloat16")  # the next stage's
         result["again"] = self.steps(again, stage, range(3), group)["losses"]
@@ -247,31 +249,28 @@ class Learner:
         """A stage in the real loop. ``full``: a learner that cannot write."""
         model = Model()
         folder = self.folder / name
-        if self.group.leads:
+        if self.group.is_main:
             folder.mkdir(exist_ok=True)
-        self.group.gather(None)
-        log = RunLog(folder) if self.group.leads else None
-        checkpoints = StageCheckpoints(folder / "checkpoints", self.group)
+        self.group.all_gather_object(None)
+        said: list[str] = []
+        trainer = Trainer(folder, self.group, said.append)
+        checkpoints = trainer.checkpoints("toy")
+        trainer.checkpoints = lambda stage: checkpoints  # type: ignore[method-assign]
         if full == self.group.rank:
             checkpoints._write = _no_space(checkpoints._write)  # type: ignore[method-assign]
-        said: list[str] = []
         try:
-            summary = run_stage(
+            summary = trainer.fit(
                 Stage(model, self.group, sick),
                 model,
                 lambda: make_engine("zero2", model, self.folder, self.group),
                 LoopSettings(max_steps=STEPS, logging_steps=1, save_steps=2, eval_steps=4),
-                checkpoints,
-                log,
-                said.append,
             )
         except (DivergenceError, ResourceError) as error:
-            self.group.gather(None)
+            self.group.all_gather_object(None)
             files = sorted(path.name for path in checkpoints.folder.iterdir())
             return {"error": f"{type(error).__name__}: {error}", "files": files}
         finally:
-            if log:
-                log.close()
+            trainer.close()
         return {"summary": summary, "weights": bits(model), "said": said}
 
 
@@ -332,7 +331,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         os.environ["LOCAL_RANK"] = str(rank)
         store = dist.FileStore(str(folder / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=200))
-    learner = Learner(folder, Group.current())
+    learner = Learner(folder, ProcessGroup.current())
     results: dict[str, Any] = {kind: learner.whole_run(kind) for kind in ("torch", *KINDS)}
     results["limit"] = MAX_GRAD_NORM
     if world == 2:
@@ -342,7 +341,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             results[f"{kind} bfloat16 resumed"] = learner.resumed(kind, kind, 2, "bfloat16")
             for dtype in ("float32", "bfloat16"):
                 results[f"{kind} {dtype} lost"] = learner.lost_gradient(kind, dtype)
-        saved = {kind: learner.checkpoints(kind, world).at(SAVED_AT) for kind in KINDS}
+        saved = {kind: learner.checkpoints(kind, world).step_dir(SAVED_AT) for kind in KINDS}
         results["shards"] = {kind: shards(folder) for kind, folder in saved.items()}
         results["run"] = learner.run("run")
         results["sick run"] = learner.run("sick", sick=1)

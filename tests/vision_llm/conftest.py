@@ -14,11 +14,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data_prep import READERS
 from stdist.data import GridStore, open_store
-from stdist.vision_llm.checkpoints import build_policy
-from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.presets import build_image_processor, build_model, build_tokenizer
-from stdist.vision_llm.spec import FrameSpec, PolicySpec, Setting
+from stdist.vision_llm.policy.checkpoints import build_policy
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.presets import build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
 HISTORY, HORIZON = 4, 3
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from stdist.config import AlignmentConfig
 from stdist.numerals.alignment_tasks import Example, arithmetic_batch, transcription_batch
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
-from stdist.vision_llm.alignment import AlignmentStage, example_loss, tokenise
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.config import AlignmentConfig
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.stages.alignment import AlignmentStage, example_loss, tokenise
 
 SMALL = AlignmentConfig(trainable="full", train_batch_size=8, values_per_example=2, eval_examples=3)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.vision_llm import attention
-from stdist.vision_llm.attention import (
+from stdist.vision_llm.kernels import attention
+from stdist.vision_llm.kernels.attention import (
     MATH,
     Attention,
     FlashAttention,

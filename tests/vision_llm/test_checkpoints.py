@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlamaConfig, Qwen2_5
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm import Policy as PublicPolicy
-from stdist.vision_llm.checkpoints import build_policy, load_policy, load_weights, save_policy
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.presets import build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, save_policy
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.presets import build_image_processor, build_model, build_tokenizer
 
 MakePolicy = Callable[..., Policy]
 PlainInputs = Callable[..., dict[str, Tensor]]
@@ -181,7 +181,7 @@ def test_a_checkpoint_needs_no_preset_to_load(
     policy = train_a_little(make_policy())
     save_policy(policy, folder)
     for name in ("build_model", "build_tokenizer", "build_image_processor"):
-        monkeypatch.delattr(f"stdist.vision_llm.checkpoints.{name}")
+        monkeypatch.delattr(f"stdist.vision_llm.policy.checkpoints.{name}")
     loaded = load_policy(folder)
     assert loaded.first_numeral_id == policy.first_numeral_id
     assert torch.equal(logits(loaded, batch), logits(policy, batch))

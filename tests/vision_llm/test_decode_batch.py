@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.vision_llm import decode_batch
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.decode_batch import DecodeBatch, Family, RecordedStep
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.sampler import Completions, Sampler
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout import decode_batch
+from stdist.vision_llm.rollout.decode_batch import DecodeBatch, Family, RecordedStep
+from stdist.vision_llm.rollout.sampler import Completions, Sampler
 
 MAX_TOKENS = 6
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from stdist.config import ForecastConfig
 from stdist.data import GridStore, open_store
 from stdist.evaluation import (
     ForecastHeader,
@@ -20,11 +19,18 @@ from stdist.evaluation import (
     read_forecasts,
 )
 from stdist.progress import Progress
-from stdist.vision_llm import forecaster
-from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.forecaster import forecast_pieces, forecast_windows, plan_pieces, summarise, validation_errors
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.sampler import Sampler
+from stdist.vision_llm.config import ForecastConfig
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout import forecaster
+from stdist.vision_llm.rollout.forecaster import (
+    forecast_pieces,
+    forecast_windows,
+    plan_pieces,
+    summarise,
+    validation_errors,
+)
+from stdist.vision_llm.rollout.sampler import Sampler
 
 SAMPLE = ForecastConfig(decoding="sample", num_generations=3)
 OUTSIDE = [(0, 0), (2, 3)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from stdist.vision_llm.frames import FrameEncoder, FrameGeometry, clipped, pixels_per_cell, power_law
+from stdist.vision_llm.policy.frames import FrameEncoder, FrameGeometry, clipped, pixels_per_cell, power_law
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 

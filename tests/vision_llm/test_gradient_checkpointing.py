@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.vision_llm.checkpoints import load_policy, save_policy
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.policy.checkpoints import load_policy, save_policy
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
 
 MakePolicy = Callable[..., Policy]
 CASES = {

@@ -7,15 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.config import GRPOConfig
 from stdist.data import GridStore
 from stdist.training.engine import TorchEngine, cosine_schedule
-from stdist.training.group import Group
-from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.grpo import EXTRA_TOKENS, NORMALIZER_FLOOR, GRPOStage, candidate_tree, completion_log_probs
-from stdist.vision_llm.policy import Policy
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.recipe import parameter_groups
-from stdist.vision_llm.sampler import Completions
+from stdist.vision_llm.rollout.sampler import Completions
+from stdist.vision_llm.stages.grpo import (
+    EXTRA_TOKENS,
+    NORMALIZER_FLOOR,
+    GRPOStage,
+    candidate_tree,
+    completion_log_probs,
+)
 
 MakePolicy = Callable[..., Policy]
 
@@ -232,7 +238,7 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(
     def log_probs(batch: PolicyBatch, written: Completions) -> Tensor:
         return completion_log_probs(policy, candidate_tree(policy, batch, written), written, 1.0, sizes=[2, 4, 16])
 
-    def write(batch: PolicyBatch, generator: torch.Generator, among: Group) -> Completions:
+    def write(batch: PolicyBatch, generator: torch.Generator, among: ProcessGroup) -> Completions:
         batches.append(batch)
         written = fixed_candidates(policy, batch)
         written.log_probs = log_probs(batch, written)

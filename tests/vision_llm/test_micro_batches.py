@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.grpo import candidate_tree
-from stdist.vision_llm.micro_batches import MicroBatches, activation_bytes
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix_tree import Level, Tree
-from stdist.vision_llm.sampler import Completions
-from stdist.vision_llm.sft import sft_tree
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Completions
+from stdist.vision_llm.stages.grpo import candidate_tree
+from stdist.vision_llm.stages.sft import sft_tree
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.micro_batches import MicroBatches, activation_bytes
+from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
 MakePolicy = Callable[..., Policy]
 G = 3

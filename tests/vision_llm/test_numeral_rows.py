@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from stdist.numerals import Vocabulary
-from stdist.vision_llm.numeral_rows import NumeralRows, initial_rows
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.numeral_rows import NumeralRows, initial_rows
 
 
 def test_embed_mixes_text_and_numeral_rows_and_trains_only_numerals_that_occur() -> None:

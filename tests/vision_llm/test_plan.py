@@ -13,24 +13,25 @@ from transformers import Qwen2_5_VLConfig
 
 from data_prep import READERS
 from stdist import cli
-from stdist.config import VisionLLMConfig, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
+from stdist.runs.memory_size import parse_memory
+from stdist.runs.recipes import parse_config
 from stdist.training.engine import TorchEngine, cosine_schedule
-from stdist.training.memory_size import parse_memory
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.alignment import BATCHES, tokenise
-from stdist.vision_llm.checkpoints import build_policy
-from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.micro_batches import MicroBatches, activation_bytes
+from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.model_counts import LORA, REFERENCE_LORA, REFERENCE_ROWS, ROWS, VISION
 from stdist.vision_llm.plan import StagePlan, plan_run, plan_stage
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix_tree import Level, Tree
+from stdist.vision_llm.policy.checkpoints import build_policy
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.recipe import parameter_groups
-from stdist.vision_llm.sft import sft_loss, sft_tree
+from stdist.vision_llm.stages.alignment import BATCHES, tokenise
+from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.step_counts import decoder_calls
 from stdist.vision_llm.task import open_task, policy_spec
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.micro_batches import MicroBatches, activation_bytes
+from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
 HISTORY, HORIZON, GIB = 4, 3, 2**30
 DEEPSPEED = {"engine": "deepspeed", "num_workers": 8}
@@ -167,7 +168,7 @@ def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
     assert plan.work.tokens == tree.tokens
     sizes = MicroBatches(policy, run.sft.activation_bytes).sizes(tree)
     assert plan.work.micro_batches == [min(a, b) for a, b in zip(sizes, (3, 21), strict=True)] != [3, 21]
-    watched = {
+    monitor = {
         "vision tower": policy.base_model.model.visual.merger.mlp[0].weight,
         "embeddings": policy.base_model.get_input_embeddings().weight,
         "head": policy.base_model.lm_head.weight,
@@ -176,8 +177,8 @@ def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
         "input": policy.rows.input,
         "output": policy.rows.output,
     }
-    seen = dict.fromkeys([*watched, ROWS], 0.0)
-    for name, parameter in watched.items():
+    seen = dict.fromkeys([*monitor, ROWS], 0.0)
+    for name, parameter in monitor.items():
         parameter.register_hook(lambda gradient, name=name: seen.__setitem__(name, seen[name] + 1))
     calls = []
     decoder = policy._decoder

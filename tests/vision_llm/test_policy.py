@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prompts import IMAGE
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.prompts import IMAGE
 
 MakePolicy = Callable[..., Policy]
 PlainModel = Callable[[Policy], Qwen2_5_VLForConditionalGeneration]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.grpo import candidate_log_probs, candidate_tree, completion_log_probs
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix_tree import Tree, Visit
-from stdist.vision_llm.reward import grpo_loss
-from stdist.vision_llm.sampler import Completions
-from stdist.vision_llm.sft import sft_loss, sft_tree
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Completions
+from stdist.vision_llm.stages.grpo import candidate_log_probs, candidate_tree, completion_log_probs
+from stdist.vision_llm.stages.reward import grpo_loss
+from stdist.vision_llm.stages.sft import sft_loss, sft_tree
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.prefix_tree import Tree, Visit
 
 MakePolicy = Callable[..., Policy]
 Gradients = dict[str, Tensor]

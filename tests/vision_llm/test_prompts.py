@@ -8,9 +8,9 @@ import torch
 
 from stdist.data import DaySpan, GridSpec, GridStore, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
-from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prompts import WEEKDAYS
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.prompts import WEEKDAYS
 
 MONDAY = np.datetime64("2013-11-04T00:00")
 

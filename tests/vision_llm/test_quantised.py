@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
-from stdist.config import parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
+from stdist.runs.recipes import parse_config
 from stdist.vision_llm import Policy as PublicPolicy
-from stdist.vision_llm.checkpoints import build_policy, load_policy, load_weights, save_policy
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, save_policy
+from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.task import open_task, policy_spec
 
 MakePolicy = Callable[..., Policy]
@@ -259,5 +259,5 @@ def test_a_base_that_a_stage_trains_in_full_is_refused(store: GridStore, base: P
 
 
 def test_missing_bitsandbytes_is_named(make_quantised: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stdist.vision_llm.quantised.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("stdist.vision_llm.policy.quantised.is_bitsandbytes_available", lambda: False)
     assert "pip install 'stdist[quantised]'" in refusal(make_quantised)

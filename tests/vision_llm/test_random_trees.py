@@ -8,10 +8,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix import parents_of
-from stdist.vision_llm.prefix_tree import Level, Tree, slices
+from stdist.vision_llm.kernels.prefix import parents_of
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.prefix_tree import Level, Tree, slices
 
 
 @pytest.fixture(scope="module")

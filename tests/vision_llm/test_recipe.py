@@ -10,14 +10,15 @@ import pytest
 import xarray
 
 from data_prep import READERS
-from stdist.config import VisionLLMConfig, parse_config
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
+from stdist.runs.recipes import parse_config
 from stdist.vision_llm import recipe, scoring
-from stdist.vision_llm.checkpoints import load_policy
-from stdist.vision_llm.grpo import GRPOStage
-from stdist.vision_llm.sft import SFTStage
+from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.checkpoints import load_policy
+from stdist.vision_llm.stages.grpo import GRPOStage
+from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
 
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.vision_llm.reward import advantages, grpo_loss, nrmse, reward
+from stdist.vision_llm.stages.reward import advantages, grpo_loss, nrmse, reward
 
 TRUTH = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
 

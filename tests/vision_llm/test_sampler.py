@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.city_windows import PolicyBatch
-from stdist.vision_llm.grpo import candidate_tree, completion_log_probs
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix import Prefix
-from stdist.vision_llm.sampler import Completions, Sampler, at_quantile, nucleus
+from stdist.vision_llm.kernels.prefix import Prefix
+from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Completions, Sampler, at_quantile, nucleus
+from stdist.vision_llm.stages.grpo import candidate_tree, completion_log_probs
+from stdist.vision_llm.tree import prefix_tree
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from stdist.config import SFTConfig
 from stdist.data import GridStore
-from stdist.vision_llm import prefix_tree
-from stdist.vision_llm.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.prefix_tree import Tree
-from stdist.vision_llm.sft import SFTStage, sft_loss, sft_tree
-from stdist.vision_llm.token_losses import token_losses
+from stdist.vision_llm.config import SFTConfig
+from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.stages.sft import SFTStage, sft_loss, sft_tree
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.prefix_tree import Tree
 
 NO_CUT = [99, 99]
 
@@ -147,8 +147,8 @@ def test_blank_share_is_a_share_of_sequences(policy: Policy, store: GridStore, m
         blanks.append(blank)
         return sft_tree(policy, batch, blank)
 
-    monkeypatch.setattr("stdist.vision_llm.sft.sft_tree", spy)
-    monkeypatch.setattr("stdist.vision_llm.prefix_tree.backward", lambda *_: 0.0)
+    monkeypatch.setattr("stdist.vision_llm.stages.sft.sft_tree", spy)
+    monkeypatch.setattr("stdist.vision_llm.tree.prefix_tree.backward", lambda *_: 0.0)
     for share, low, high in ((0.0, 0, 0), (0.25, 0.15, 0.35), (1.0, 1, 1)):
         blanks.clear()
         stage = stage_of(policy, store, blank_share=share)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stdist.vision_llm import token_losses as module
-from stdist.vision_llm.token_losses import best_rows, token_losses
+from stdist.vision_llm.kernels import token_losses as module
+from stdist.vision_llm.kernels.token_losses import best_rows, token_losses
 
 
 @contextmanager

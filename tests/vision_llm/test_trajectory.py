@@ -5,16 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stdist.config import AlignmentConfig, GRPOConfig, SFTConfig
 from stdist.data import GridStore
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.training.loop import Stage
-from stdist.vision_llm.alignment import AlignmentStage
-from stdist.vision_llm.city_windows import CityWindows
-from stdist.vision_llm.grpo import GRPOStage
-from stdist.vision_llm.policy import Policy
+from stdist.vision_llm.config import AlignmentConfig, GRPOConfig, SFTConfig
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.recipe import parameter_groups
-from stdist.vision_llm.sft import SFTStage
+from stdist.vision_llm.stages.alignment import AlignmentStage
+from stdist.vision_llm.stages.grpo import GRPOStage
+from stdist.vision_llm.stages.sft import SFTStage
 
 ALIGNMENT = AlignmentConfig(trainable="full", train_batch_size=8, values_per_example=2, learning_rate=1e-3)
 FEW = {"windows_per_step": 4, "cells_per_window": 4, "eval_windows": 4}

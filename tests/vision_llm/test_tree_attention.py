@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stdist.vision_llm.attention import MATH, Attention, SDPAOnCPU
-from stdist.vision_llm.policy import Policy
-from stdist.vision_llm.tree_attention import IMPLEMENTATION, Segment, merge, tree_attention
+from stdist.vision_llm.kernels.attention import MATH, Attention, SDPAOnCPU
+from stdist.vision_llm.kernels.tree_attention import IMPLEMENTATION, Segment, merge, tree_attention
+from stdist.vision_llm.policy.model import Policy
 
 SCALE = 0.3
 D = 8

@@ -1,0 +1,155 @@
+"""Training a forecaster of nodes by epochs on the masked MAE in the data's units, as BasicTS and LargeST do."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import add
+from statistics import median
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from stdist.data import Windows
+from stdist.data.loader import TensorBatch, WindowLoader
+from stdist.data.sampler import WindowSampler
+from stdist.evaluation import ErrorState
+from stdist.nodes.config import EpochsConfig
+from stdist.nodes.learners import NodeLearners
+from stdist.training.loop import Stage
+from stdist.urbanpg.blocks import forward_in_blocks
+from stdist.urbanpg.checkpoints import Model, city_of
+from stdist.urbanpg.model import UrbanPG
+
+Forward = Callable[[Float[Tensor, "B S N"], Int64[Tensor, "B"], Int64[Tensor, "B"], int], Float[Tensor, "B K N"]]
+"""Of history, slot and weekday of its last frame, and the number of the step's random perturbation (Eq. 4)."""
+
+
+def forward_of(model: Model, block_nodes: int | None) -> Forward:
+    """How ``model`` forecasts; UrbanPG ``block_nodes`` at a time if there is such a number."""
+    if not isinstance(model, UrbanPG):
+        return lambda history, slot, weekday, draw: model(history, slot, weekday)
+    if block_nodes is None:
+        return lambda history, slot, weekday, draw: model(history, slot, weekday, draw=draw)
+    return lambda history, slot, weekday, draw: forward_in_blocks(
+        model, history, slot, weekday, block_nodes=block_nodes, draw=draw
+    )
+
+
+class WindowForecasts:
+    """A model on windows: batches of this learner's share of them go in, forecasts in the data's units come out."""
+
+    def __init__(self, model: Model, windows: Windows, learners: NodeLearners, block_nodes: int | None = None) -> None:
+        """The history of ``windows`` is of the nodes that ``model`` has here, be their targets of fewer."""
+        self.model, self.windows, self.learners = model, windows, learners
+        self._forward, self._local_times = forward_of(model, block_nodes), windows.store.local_times
+        self._device = next(model.parameters()).device
+
+    def __call__(self, batch: TensorBatch, draw: int = 0) -> tuple[Float[Tensor, "B K N"], TensorBatch]:
+        """The forecasts, and the batch on their device. ``draw`` counts in training mode only."""
+        slot, weekday = city_of(self.model).calendar(self._local_times[batch.origin_index.numpy()])
+        batch = batch.to(self._device)
+        return self._forward(batch.history, slot.to(self._device), weekday.to(self._device), draw), batch
+
+    def sampler(self, batch_size: int, **settings: Any) -> WindowSampler:
+        share = self.learners.share(batch_size)
+        return WindowSampler(
+            self.windows, share, rank=self.learners.data_rank, world=self.learners.data_ranks, **settings
+        )
+
+    @torch.no_grad()
+    def all(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "B K N"], TensorBatch]]:
+        """Every window once, in time order, in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        for batch in WindowLoader(self.sampler(batch_size, shuffle=False)):
+            yield self(batch)
+        self.model.train(training)
+
+    def errors(self, batch_size: int, nodes: slice = slice(None)) -> ErrorState:
+        """On the observed points of all windows and of ``nodes``, counted within this learner's; over all learners."""
+        state = ErrorState.empty(self.windows.K)
+        for made, batch in self.all(batch_size):
+            parts = (each[:, :, nodes].cpu().numpy() for each in (made, batch.target, batch.target_observed))
+            state = state.update(*parts)
+        return reduce(add, self.learners.group.all_gather_object(state))
+
+
+class ForecastStage(Stage):
+    """See :class:`stdist.training.loop.Stage`: a step is a batch of windows, an evaluation all validation windows."""
+
+    monitor: str | None = "mae"
+
+    def __init__(
+        self, name: str, train: WindowForecasts, validation: WindowForecasts, config: EpochsConfig, seed: int
+    ) -> None:
+        self.name, self.config = name, config
+        self._train, self._validation, self._seed = train, validation, seed
+        self._sampler = train.sampler(config.train_batch_size, seed=seed, days_at_once=_days_at_once(train.windows))
+        self._loader = WindowLoader(self._sampler)
+        self._batches: Iterator[TensorBatch] = iter(())
+        self._began: float | None = None
+        self._seconds: list[float] = []
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._sampler)
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Of training alone: the median step of this process, times their number; None where it made none."""
+        return median(self._seconds) * self.steps_per_epoch if self._seconds else None
+
+    def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
+        self._end_step()
+        self._began = time.perf_counter()
+        made, batch = self._train(self._batch(step), draw=step ^ self._seed << 32)
+        learners = self._train.learners
+        points = learners.total(batch.target_observed.sum())
+        error = (made - batch.target).abs().where(batch.target_observed, 0.0).sum() / points.clamp(min=1)
+        # The engine takes the mean over what shares the batch, and this learner's part is one of a sum.
+        backward(error * learners.data_ranks)
+        return {"loss": float(learners.total(error))}
+
+    def _end_step(self) -> None:
+        """A step ends, the engine's part of it too, where the next one or an evaluation begins."""
+        if self._began is not None:
+            self._seconds.append(time.perf_counter() - self._began)
+            self._began = None
+
+    def _batch(self, step: int) -> TensorBatch:
+        """The batch of a step; read ahead as long as steps follow each other."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if (self._sampler.epoch, self._sampler.consumed) != (epoch, number * self._windows_per_step):
+            self._batches = iter(())
+            self._sampler.epoch, self._sampler.consumed = epoch, number * self._windows_per_step
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = iter(self._loader)
+            batch = next(self._batches)
+        return batch
+
+    @property
+    def _windows_per_step(self) -> int:
+        return self._sampler.world * self._sampler.batch_size
+
+    def describe_batch(self, step: int) -> str:
+        epoch, number = divmod(step, self.steps_per_epoch)
+        indices, _ = next(self._sampler.batches(epoch, number * self._windows_per_step))
+        first = self._train.windows.origin_times[indices].min()
+        return f"{len(indices)} windows of {self._train.windows.store.path}, the first with origin {first}"
+
+    def evaluate(self) -> dict[str, float]:
+        self._end_step()
+        pooled = self._validation.errors(self.config.train_batch_size).pooled()
+        return {name: pooled[name] for name in ("mae", "rmse", "mape", "nrmse")}
+
+
+def _days_at_once(windows: Windows) -> int | None:
+    """For the sampler: as many days as half of the cache holds, None where it holds the whole span."""
+    store, nodes = windows.store, math.prod(windows.region.shape)
+    day = store.slots_per_day * nodes * 5  # a float32 and a bool
+    days = store.frame_cache.limit // (2 * day)
+    return None if days >= len(windows.span) else max(2, days)

@@ -1,0 +1,66 @@
+"""Named things of one kind that packages add to: recipes, readers, backbones."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from stdist.errors import InputError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Maps names to things of one ``kind``: those that were registered, and those of installed packages, which name
+    them in their entry points of ``group`` and are imported when one of theirs is asked for.
+
+    Args:
+        kind: what errors call one of them, as ``recipe``.
+        group: entry-point group, as ``stdist.recipes``.
+        package: a package every module of which registers what it defines when it is imported.
+    """
+
+    def __init__(self, kind: str, group: str, package: str | None = None):
+        self.kind, self._group, self._package = kind, group, package
+        self._things: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorates the thing called ``name``."""
+
+        def add(thing: T) -> T:
+            self._things[name] = thing
+            return thing
+
+        return add
+
+    def _installed(self) -> dict[str, EntryPoint]:
+        if self._package:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__, f"{self._package}."):
+                importlib.import_module(module.name)
+        return {point.name: point for point in entry_points(group=self._group)}
+
+    def __getitem__(self, name: str) -> T:
+        """Raises InputError, naming the nearest known name, where there is none."""
+        if name not in self._things:
+            points = self._installed()
+            if name in points:
+                self._things.setdefault(name, points[name].load())
+        if name not in self._things:
+            known = list(self)
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+            raise InputError(f"no {self.kind} {name!r}; {hint}")
+        return self._things[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._things or name in self._installed() or name in self._things
+
+    def __iter__(self) -> Iterator[str]:
+        points = self._installed()
+        return iter(dict.fromkeys([*points, *self._things]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))

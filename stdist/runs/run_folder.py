@@ -1,0 +1,77 @@
+"""A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from stdist.config import RunConfig, dump_config
+from stdist.runs.recipes import load_config
+from stdist.errors import InputError
+from stdist.files import write_atomically
+from stdist.training.process_group import ProcessGroup
+
+CONFIG = "config.yaml"
+T = TypeVar("T")
+STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path may not hold for ever
+
+
+def open_together(group: ProcessGroup, open_input: Callable[[], T]) -> T:
+    """What ``open_input`` gives. Raises InputError on every learner where it does on one: nothing is written before all
+    of the input is known to be good, to all learners."""
+    opened: list[T] = []
+    problem = None
+    try:
+        opened.append(open_input())
+    except InputError as error:
+        problem = str(error)
+    if problems := [each for each in group.all_gather_object(problem) if each]:
+        raise InputError(problems[0])
+    return opened[0]
+
+
+def begin_run_folder(config: RunConfig, store_digest: str) -> None:
+    """Makes the folder and notes in it what it belongs to."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.run_dir / STORE_DIGEST, store_digest)
+    write_atomically(config.run_dir / CONFIG, dump_config(config))
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """Raises InputError where ``run_dir`` is no run folder."""
+    if not (run_dir / CONFIG).is_file():
+        raise InputError(f"{run_dir} is no run folder, it has no {CONFIG}; name the folder of a `stdist train`")
+    return load_config(run_dir / CONFIG)
+
+
+def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
+    """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
+
+    On how many learners it is trained, and how, may change, since the batches do not; and so may the way to it."""
+    run_dir = config.run_dir
+    if (path := run_dir / CONFIG).exists():
+        there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
+        for key in ("learners", "nodes", "output_dir"):
+            if key in here:
+                here[key] = there.get(key)
+        difference = _first_difference(there, here)
+        if difference:
+            raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
+    known = run_dir / STORE_DIGEST
+    if known.exists() and known.read_text() != store_digest:
+        then, now = known.read_text()[:12], store_digest[:12]
+        raise InputError(
+            f"{run_dir} was trained on other data: {config.data.store} had digest {then}… then, {now}… now; "
+            "choose another name= or delete it"
+        )
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(n for n in new if n not in old)]:
+            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if old == new else f"{key} is {old!r} there, {new!r} here"

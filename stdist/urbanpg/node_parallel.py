@@ -1,0 +1,178 @@
+"""UrbanPG with its nodes on several learners, and several such groups side by side for parts of the batch.
+
+:class:`~stdist.nodes.learners.NodeLearners` says who holds what: a learner has its own nodes' rows of E_s and all
+of the rest. Its loss is its own points' share of one sum over all points, so gradients are sums everywhere:
+
+* S, the sums of Eq. 6, is S = Σ_r S_r over the learners along ``nodes``. Each learner r' computes with all of S, so
+  dL/dS_r = dL/dS = Σ_r' dL_r'/dS: the forward pass sums S over ``nodes``, the backward pass its gradient.
+* A row of E_s acts through its own learner's outputs and through S_r. With dL/dS whole, its gradient is whole: nothing
+  is summed over ``nodes``, only over ``data``, where learners hold copies of it.
+* Every other weight is on all learners and each has the part of its gradient that passes through the learner's own
+  nodes and windows, that of P_t in Eq. 6 included, which every learner forms again from S: summed over all of them.
+
+Along ``nodes`` a step sends the sums, their gradient and the other weights' gradient: nothing depends on N.
+:class:`~stdist.urbanpg.node_engine.NodeEngine` trains it.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from stdist.errors import InputError
+from stdist.nodes.learners import NodeLearners, nodes_of
+from stdist.urbanpg.model import Backbone, UrbanPG
+from stdist.urbanpg.prompts import Prompts
+
+ROWS = "prompts.node_rows"
+
+
+class NodeParallel(UrbanPG):
+    """UrbanPG on one learner's nodes of the whole city's ``prompts``; ``forward`` takes and gives those nodes.
+
+    Weights start as the first learner's; a node's row as that of the first learner with it. ``forward`` and what says
+    so are collectives: a learner whose input is refused leaves the others waiting for it. Raises InputError where the
+    prompts are of another number of nodes than the learners share.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Prompts, learners: NodeLearners) -> None:
+        if prompts.spec.nodes != learners.nodes:
+            raise InputError(f"prompts of {prompts.spec.nodes} nodes, learners of {learners.nodes}; give both the same")
+        super().__init__(backbone, prompts.part(learners.here.start, learners.here.stop))
+        self.learners, self.total_nodes, self._periods = learners, prompts.spec.nodes, prompts.spec.periods
+        self._trains = [rows.requires_grad for rows in prompts.node_rows]
+        self._gathered: list[Prompts] = []
+        for rows in self.prompts.node_rows:
+            rows.model_parallel = True  # so DeepSpeed counts each row in the norm
+        if learners.group.size > 1:
+            for parameter in self.shared_parameters():
+                dist.broadcast(parameter.data, src=0)
+            for rows in self.prompts.node_rows:
+                dist.broadcast(rows.data, group=learners.along_data, group_src=0)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Those that every learner has: all but the nodes' rows."""
+        rows = {id(row) for row in self.prompts.node_rows}
+        return [parameter for parameter in self.parameters() if id(parameter) not in rows]
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is not frozen, by its name in the whole city's model, of which rows may be a part: for one
+        ``ParameterGroup``, since every learner must have the same groups and not all have rows that train."""
+        names = {f"{ROWS}.{number}": f"{ROWS}.{period}" for number, (period, _) in enumerate(self._pieces())}
+        return {names.get(name, name): p for name, p in self.named_parameters() if p.requires_grad}
+
+    def first_elements(self) -> dict[str, int]:
+        """Where in the whole city's tensors of rows this learner's begin, by :meth:`trained_parameters`' names."""
+        return {f"{ROWS}.{period}": rows.start * self.prompts.spec.d for period, rows in self._pieces()}
+
+    def _pieces(self, rank: int | None = None) -> Iterator[tuple[int, slice]]:
+        """For each of ``prompts.node_rows``, of this learner or of the one numbered ``rank`` along ``nodes``: the
+        city's period, and which of its rows these are."""
+        learners, first = self.learners, 0
+        here = learners.here if rank is None else nodes_of(rank, learners.node_ranks, learners.nodes)
+        for period, count in enumerate(self._periods):
+            rows = slice(max(here.start - first, 0), min(here.stop - first, count))
+            if rows.start < rows.stop:
+                yield period, rows
+            first += count
+
+    def meet(self, sums: Tensor) -> Tensor:
+        if self.learners.node_ranks == 1:
+            return sums
+        if torch.is_grad_enabled() and not sums.requires_grad:
+            # A learner with nothing but frozen rows takes part in the others' backward pass all the same.
+            sums = sums.requires_grad_()
+        return _SumOverRanks.apply(sums, self.learners.along_nodes)
+
+    def draw(self, draw: int | None) -> int | None:
+        """One number for all learners: a step has one perturbation, whoever has the windows. Collective where it is not
+        given."""
+        number = super().draw(draw)
+        if number is None or draw is not None or self.learners.group.size == 1:
+            return number
+        agreed = torch.tensor(number, device=self.prompts.mean.device)
+        dist.broadcast(agreed, src=0)
+        return int(agreed)
+
+    def sum_gradients(self) -> list[RemovableHandle]:
+        """From now on the backward pass of a loss that is this learner's share of the whole one, times ``data_ranks``,
+        is a collective and leaves gradients of which the mean over ``data`` is the whole loss's gradient.
+
+        The shared weights' are summed over all learners, so that not even a rounding differs between them. Autograd
+        goes back through the nodes of a graph in the reverse order of the forward pass, so learners sum in the same
+        order, also where one has fewer blocks or nothing but frozen rows.
+        """
+        learners = self.learners
+
+        def gather_full_params(gradient: Tensor) -> Tensor:
+            gradient = gradient / learners.data_ranks
+            dist.all_reduce(gradient)
+            return gradient
+
+        if learners.node_ranks == 1:
+            return []
+        return [weight.register_hook(whole) for weight in self.shared_parameters() if weight.requires_grad]
+
+    def whole_prompts(self) -> Prompts:
+        """The prompts of the whole city, on every learner. Collective, but inside of :meth:`gathered`."""
+        if self._gathered:
+            return self._gathered[0]
+        if self.learners.node_ranks == 1:
+            return self.prompts
+        if not self.prompts.spec.spatial:
+            return self.prompts.with_rows(self._periods, [])
+        own = iter(self.prompts.node_rows)
+        whole = [self.prompts.shared.new_empty(count, self.prompts.spec.d) for count in self._periods]
+        for rank in range(self.learners.node_ranks):
+            for period, rows in self._pieces(rank):
+                part = whole[period][rows]
+                if rank == self.learners.node_rank:
+                    part.copy_(next(own).detach())
+                dist.broadcast(part, group=self.learners.along_nodes, group_src=rank)
+        kept = zip(whole, self._trains, strict=True)
+        return self.prompts.with_rows(self._periods, [nn.Parameter(r, requires_grad=trains) for r, trains in kept])
+
+    @contextmanager
+    def gathered(self) -> Iterator[Prompts]:
+        """Inside, every learner has the whole city's prompts, as they are now. Entering it is a collective."""
+        self._gathered.append(self.whole_prompts())
+        try:
+            yield self._gathered[0]
+        finally:
+            self._gathered.clear()
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """See :class:`stdist.training.loop.Model`; of the whole city. Collective, but inside of :meth:`gathered`."""
+        prompts = self.whole_prompts()
+        prompts = copy.deepcopy(prompts) if prompts is self.prompts else prompts
+        return UrbanPG(copy.deepcopy(self.backbone), prompts).save_pretrained
+
+    def read(self, path: Path) -> None:
+        """Takes its part of the weights of a saved model of the whole city. Raises InputError as loading does."""
+        here, saved = self.learners.here, UrbanPG.from_pretrained(path, self.prompts.spec.scenario)
+        self.backbone.load_state_dict(saved.backbone.state_dict())
+        self.prompts.load_state_dict(saved.prompts.part(here.start, here.stop).state_dict())
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Forward: Σ_r S_r on every rank. Backward: Σ_r' dL_r'/dS on every rank."""
+
+    @staticmethod
+    def forward(ctx, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = sums.clone()
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = gradient.clone()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None

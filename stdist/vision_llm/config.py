@@ -1,0 +1,135 @@
+"""The tree of ``recipe: vision-llm``: ST-Vision-LLM, its stages in order."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stdist.config.base import OptimizerConfig, RunConfig, Strict
+
+StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
+Trainable = Literal["rows", "lora", "full"]
+
+
+class NumeralsConfig(Strict):
+    mantissa_digits: Literal[2, 3, 4] = 4
+    out_of_range: Literal["error", "clamp"] = "error"
+
+
+class FramesConfig(Strict):
+    """Grids as images (Eq. 8–11): p of Eq. 8, and the whole enlargement in pixels per cell."""
+
+    enabled: bool = True
+    power: float = Field(0.5, gt=0, le=1)
+    pixels_per_cell: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+
+
+class PolicyConfig(Strict):
+    """``base``: preset ``tiny`` or ``small``, a folder in Qwen2.5-VL's format, or a hub name. ``load_in_4bit`` keeps a
+    frozen base's decoder in NF4; ``gradient_checkpointing`` recomputes its layers in the backward pass."""
+
+    base: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    lora_r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+
+    @field_validator("base")
+    @classmethod
+    def _absolute_folder(cls, base: str) -> str:
+        """A folder is the same folder for every learner; anything else is a name."""
+        folder = Path(base).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else base
+
+
+class StageConfig(OptimizerConfig):
+    """What every stage has. ``trainable``: numeral rows only, LoRA and rows, or everything."""
+
+    trainable: Trainable = "lora"
+    max_steps: int = Field(1000, ge=1)
+    numeral_learning_rate: float | None = Field(None, gt=0, description="learning_rate if absent")
+    save_steps: int = Field(200, ge=1)
+    eval_steps: int = Field(200, ge=1)
+
+
+class AlignmentConfig(StageConfig):
+    """Both numerical alignment stages. ``train_batch_size`` examples a step over all learners, each learner's share in
+    ``gradient_accumulation_steps`` parts. Accuracy is measured on ``eval_examples`` examples of each task."""
+
+    train_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    values_per_example: int = Field(4, ge=1)
+    eval_examples: int = Field(64, ge=1)
+
+
+class ForecastStageConfig(StageConfig):
+    """Stages on windows. A step sees ``windows_per_step`` windows × ``cells_per_window`` cells; micro-batches are as
+    large as ``activation_memory`` (GiB) lets them be. Validation scores ``eval_windows`` evenly spaced windows."""
+
+    windows_per_step: int = Field(8, ge=1)
+    cells_per_window: int = Field(16, ge=1)
+    activation_memory: float = Field(1.0, gt=0)
+    eval_windows: int = Field(32, ge=1)
+
+    @property
+    def activation_bytes(self) -> int:
+        return int(self.activation_memory * 2**30)
+
+
+class SFTConfig(ForecastStageConfig):
+    """``blank_share``: share of training sequences whose previous answer values are blanks, so that far steps are
+    learned directly and not only as a chain of one-step guesses (docs/decisions.md); 0 is the paper."""
+
+    blank_share: float = Field(0.0, ge=0, le=1)
+
+
+class GRPOConfig(ForecastStageConfig):
+    """Eq. 17–19 and TRL's names. ``half_score`` is x_h; ``patience`` evaluations without a fall end the stage."""
+
+    trainable: Literal["lora"] = "lora"
+    num_generations: int = Field(8, ge=2, description="G")
+    epsilon: float = Field(0.2, gt=0)
+    beta: float = Field(0.04, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    scale_rewards: Literal["none", "group"] = "none"
+    half_score: float = Field(0.2, gt=0)
+    normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"
+    patience: int = Field(3, ge=1)
+
+
+class ForecastConfig(Strict):
+    """How forecasts are decoded: step by step by each step's most likely numeral (``greedy``) or the ``median`` of its
+    distribution; as the median of ``num_generations`` candidates (``sample``, also gives quantiles); or all steps at
+    once behind blanks, each the mean of its distribution (``direct``, for a policy trained with ``blank_share``)."""
+
+    decoding: Literal["greedy", "median", "sample", "direct"] = "median"
+    num_generations: int = Field(1, ge=1)
+    windows_per_batch: int = Field(16, ge=1)
+
+
+class VisionLLMConfig(RunConfig):
+    """A run: data, policy, and the stages in order."""
+
+    recipe: Literal["vision-llm"] = "vision-llm"
+    stages: tuple[StageName, ...] = Field(("alignment", "arithmetic", "sft", "grpo"), min_length=1)
+    numerals: NumeralsConfig = NumeralsConfig()
+    frames: FramesConfig = FramesConfig()
+    policy: PolicyConfig = PolicyConfig()
+    alignment: AlignmentConfig = AlignmentConfig(trainable="rows")
+    arithmetic: AlignmentConfig = AlignmentConfig()
+    sft: SFTConfig = SFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    forecast: ForecastConfig = ForecastConfig()
+
+    def shared_paths(self, root: Path) -> dict[str, Path]:
+        base = root / self.policy.base
+        return super().shared_paths(root) | ({"policy.base": base} if (base / "config.json").is_file() else {})
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "VisionLLMConfig":
+        order = ["alignment", "arithmetic", "sft", "grpo"]
+        if list(self.stages) != [stage for stage in order if stage in self.stages]:
+            raise ValueError(f"stages must be some of {order}, in this order")
+        return self

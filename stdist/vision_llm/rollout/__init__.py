@@ -1,0 +1,1 @@
+"""Completions and forecasts drawn from a policy."""

@@ -1,0 +1,122 @@
+"""Forecasts of a region for many windows, piece by piece, and the errors a stage watches."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from stdist.evaluation import ErrorState, ForecastWriter, Piece, PiecePlan
+from stdist.evaluation.forecasts import QUANTILES
+from stdist.progress import Progress
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import ForecastConfig
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy.frames import clipped
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.sampler import Decoding, Sampler
+
+# Cells x windows of a piece: enough to fill a device, few enough that a killed forecast loses little.
+PIECE_SIZE = 2048
+
+
+def plan_pieces(windows: int, cells: int, windows_per_batch: int) -> PiecePlan:
+    """Pieces of ``windows_per_batch`` windows, and of all their cells if these are few."""
+    together = min(windows, windows_per_batch)
+    return PiecePlan(windows, cells, together, max(1, min(cells, PIECE_SIZE // together)))
+
+
+def candidates_per_cell(config: ForecastConfig) -> int:
+    return config.num_generations if config.decoding == "sample" else 1
+
+
+def forecast_pieces(
+    policy: Policy,
+    city: CityWindows,
+    indices: Int[np.ndarray, " N"],
+    pieces: Iterable[Piece],
+    decoding: Decoding,
+    num_generations: int = 1,
+    seed: int = 0,
+) -> Iterator[tuple[Piece, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
+    """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
+
+    Windows are read and encoded once for all consecutive pieces of them. Each piece draws from ``seed``, its first
+    window and its first cell alone, so that it does not matter which pieces were forecast before it.
+    """
+    sampler = Sampler(policy)
+    for windows, blocks in groupby(pieces, key=lambda piece: piece.windows):
+        read, prefix = city.read(indices[windows]), None
+        for piece in blocks:
+            cells = city.cells[piece.cells]
+            batch = city.batch_of(read, cells)
+            if prefix is None:
+                with torch.no_grad():
+                    prefix = policy.prefix(batch.shared, batch.grids)
+            generator = torch.Generator(device=policy.device)
+            generator.manual_seed(_piece_seed(seed, int(indices[windows][0]), int(cells[0])))
+            values = sampler.forecast(prefix, batch.prompts, decoding, num_generations, generator)
+            yield piece, batch, values.view(len(batch.shared), len(cells), *values.shape[1:]).cpu().numpy()
+
+
+def _piece_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.ndarray, "quantity windows K cells"]:
+    """The point forecast, which is the candidates' median; then, where G > 1, their 10, 50 and 90 % quantiles."""
+    quantities = np.median(candidates, axis=2)[None]
+    if candidates.shape[2] > 1:
+        quantities = np.concatenate([quantities, np.quantile(candidates, QUANTILES, axis=2)])
+    return quantities.transpose(0, 1, 3, 2).astype(np.float32)
+
+
+def forecast_windows(
+    policy: Policy,
+    city: CityWindows,
+    config: ForecastConfig,
+    seed: int,
+    writer: ForecastWriter,
+    progress: Progress,
+) -> None:
+    """Forecasts the pieces that ``writer`` lacks. ``progress`` counts cells x windows, those that were there included.
+
+    ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, of the whole
+    grid of each window.
+    """
+    left = writer.left
+    total = writer.plan.size
+    done = total - sum(piece.size for piece in left)
+    progress(done, total)
+    generations = candidates_per_cell(config)
+    for piece, batch, values in forecast_pieces(
+        policy, city, np.arange(len(city)), left, config.decoding, generations, seed
+    ):
+        first_of_windows = piece.cells.start == 0
+        white = clipped(batch.grids.numpy(), policy.encoder.t_max) if policy.encoder and first_of_windows else 0
+        writer.write(piece, summarise(values), {"clipped": white})
+        done += piece.size
+        progress(done, total)
+
+
+def validation_errors(
+    policy: Policy,
+    city: CityWindows,
+    indices: np.ndarray,
+    windows_per_batch: int,
+    decoding: Decoding,
+    group: ProcessGroup = ProcessGroup(),
+) -> dict[str, float]:
+    """Pooled MAE, RMSE and NRMSE (Eq. 21–23) of point forecasts on observed points of the windows ``indices``, which
+    the learners of ``group`` forecast together."""
+    state = ErrorState.empty(policy.spec.setting.horizon)
+    pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).pieces()
+    for _, batch, values in forecast_pieces(policy, city, indices, group.local_items(list(pieces)), decoding):
+        horizon_first = (0, 2, 1)
+        state = state.update(
+            values[:, :, 0].transpose(horizon_first),
+            batch.truth.transpose(horizon_first),
+            batch.observed.transpose(horizon_first),
+        )
+    return sum(group.all_gather_object(state), ErrorState.empty(policy.spec.setting.horizon)).pooled()

@@ -1,0 +1,1 @@
+"""The four stages of the paper, in order: alignment, arithmetic, SFT, GRPO."""

@@ -1,0 +1,94 @@
+"""Stage 3: supervised fine-tuning on windows (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 16).
+
+A window's prefix tree has one level: a cell with its ground truth is one child, its only candidate. The loss is the
+mean of −log P over target positions (K numerals and the end token), never over the prompt.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from stdist.training.loop import Stage
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import SFTConfig
+from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
+from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.rollout.forecaster import validation_errors
+from stdist.vision_llm.rollout.sampler import Decoding
+from stdist.vision_llm.tree import prefix_tree
+from stdist.vision_llm.tree.micro_batches import MicroBatches
+from stdist.vision_llm.tree.prefix_tree import Level, Tree, Visit
+
+
+class SFTStage(Stage):
+    """See :class:`stdist.training.loop.Stage`. The best validation NRMSE is the result."""
+
+    name = "sft"
+    monitor: str | None = "nrmse"
+
+    def __init__(
+        self,
+        policy: Policy,
+        train: CityWindows,
+        validation: CityWindows,
+        config: SFTConfig,
+        seed: int,
+        decoding: Decoding,
+        group: ProcessGroup = ProcessGroup(),
+    ):
+        self.policy, self.train, self.validation = policy, train, validation
+        self.config, self.seed, self.decoding = config, seed, decoding
+        self.group = group
+        self.micro_batches = MicroBatches(policy, config.activation_bytes)
+
+    def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
+        config = self.config
+        windows, cells, rng = self._draw(step)
+        mine = self.group.local_slice(len(windows), "sft.windows_per_step")
+        batch = self.train.batch(windows[mine], cells)
+        drawn = rng.random((len(windows), len(cells)))[mine].ravel() < config.blank_share
+        blank = torch.from_numpy(drawn).to(batch.answers.device)
+        tree = sft_tree(self.policy, batch, blank)
+        loss = prefix_tree.backward(
+            self.policy, tree, sft_loss(self.policy, batch), backward, self.micro_batches.sizes(tree)
+        )
+        return {"loss": loss, "tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
+
+    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """Windows and cells of a step of all learners, and what drew them."""
+        rng = np.random.default_rng([self.seed, 3, step])
+        return *self.train.draw(rng, self.config.windows_per_step, self.config.cells_per_window), rng
+
+    def describe_batch(self, step: int) -> str:
+        windows, _, _ = self._draw(step)
+        return self.train.describe(windows[self.group.local_slice(len(windows), "sft.windows_per_step")])
+
+    def evaluate(self) -> dict[str, float]:
+        indices = self.validation.evenly(self.config.eval_windows)
+        return validation_errors(
+            self.policy, self.validation, indices, self.config.windows_per_step, self.decoding, self.group
+        )
+
+
+def sft_tree(policy: Policy, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Tree:
+    """Windows, and below them each cell's prompt and answer. Where ``blank`` is True the sequence reads blanks in
+    place of its previous values y_<i."""
+    previous = batch.answers[:, :-1].masked_fill(blank[:, None], policy.blank_id)
+    return Tree(batch.shared, batch.grids, (Level(torch.cat([batch.prompts, previous], dim=1)),))
+
+
+def sft_loss(policy: Policy, batch: PolicyBatch) -> Visit:
+    """Eq. 16: mean of −log P(y_i) over the target positions of all cells of all windows in the batch; of some cells,
+    their share of it."""
+    prompt = batch.prompts.shape[1]
+
+    def loss(rows: slice, states: Float[Tensor, "cells tokens d"]) -> Float[Tensor, ""]:
+        # A state predicts the token behind it: the prompt's last one the first answer.
+        losses = token_losses(states[:, prompt:].flatten(0, 1), policy.vocabulary_rows, batch.answers[rows].flatten())
+        return -losses.log_probs.sum() / batch.answers.numel()
+
+    return loss

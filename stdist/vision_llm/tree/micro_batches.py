@@ -1,0 +1,76 @@
+"""How many sequences of each depth of a prefix tree are in memory at once: what a budget for activations allows."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stdist.vision_llm.kernels.prefix import Prefix
+from stdist.vision_llm.tree.prefix_tree import Tree
+
+if TYPE_CHECKING:
+    from stdist.vision_llm.policy.model import Policy
+
+
+class MicroBatches:
+    """Sizes for :func:`prefix_tree.backward`, from bytes that autograd keeps for one sequence, measured, not guessed.
+
+    Args:
+        policy: as it trains; what is frozen or recomputed changes what autograd keeps.
+        memory: bytes for the activations of a path through the tree, shared out evenly to its depths.
+    """
+
+    def __init__(self, policy: "Policy", memory: int):
+        self.policy, self.memory = policy, memory
+        self._bytes: dict[tuple[torch.Size, ...], list[int]] = {}
+
+    def sizes(self, tree: Tree) -> list[int]:
+        """For the windows and for each level; at least 1, whatever one sequence takes. The same for the same shapes."""
+        shapes = tuple(x.shape[1:] for x in (tree.shared, tree.grids, *(level.ids for level in tree.levels)))
+        if shapes not in self._bytes:
+            self._bytes[shapes] = activation_bytes(self.policy, tree)
+        share = self.memory // (1 + len(tree.levels))
+        return [max(1, share // each) for each in self._bytes[shapes]]
+
+
+def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
+    """Bytes kept for one window and for one sequence of each level, by autograd and for their children to read,
+    parameters not counted. With gradient checkpointing, also one layer's worth of what it recomputes."""
+    kept = _kept(policy, tree)
+    if not policy.spec.gradient_checkpointing:
+        return kept
+    mode = policy.training
+    policy.eval()  # layers are recomputed in training mode only
+    whole = _kept(policy, tree)
+    policy.train(mode)
+    layers = policy.base_model.config.get_text_config().num_hidden_layers
+    return [a + b // layers for a, b in zip(kept, whole, strict=True)]
+
+
+def _kept(policy: "Policy", tree: Tree) -> list[int]:
+    seen: set[int] = set()
+    total = 0
+
+    def is_weight(storage: torch.UntypedStorage) -> bool:
+        """Asked now: sharded weights have their storage only while their module is at work."""
+        return any(parameter.untyped_storage().data_ptr() == storage.data_ptr() for parameter in policy.parameters())
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and not is_weight(storage):
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    sums: list[int] = []
+    nodes: list[Prefix] = []  # kept, since freed memory could be counted as seen
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        nodes.append(policy.prefix(tree.shared[:1], tree.grids[:1]))
+        for level in (*tree.levels, None):
+            for tensor in nodes[-1].tensors:  # a layer that is recomputed has not saved its keys and values
+                pack(tensor)
+            sums.append(total)
+            if level:
+                nodes.append(policy.branch(nodes[-1], level.ids[:1])[1])
+    return [max(1, after - before) for before, after in zip([0, *sums[:-1]], sums, strict=True)]
