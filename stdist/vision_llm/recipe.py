@@ -169,18 +169,24 @@ def _build_stage(
     validation: CityWindows,
 ) -> Stage:
     decoding = _validation_decoding(config)
+    begin_stage(policy, name, stage_config(config, name).trainable, config.seed)
     if name == "grpo":
-        policy.begin_grpo(config.seed)
         region = task.train.region
         cell_mean = task.statistics.cell_mean[region.slices].ravel()
         return GRPOStage(policy, train, validation, cell_mean, config.grpo, config.seed, decoding, group)
-    settings = stage_config(config, name)
-    if settings.trainable == "lora" and not policy.adapters:
-        policy.add_lora(seed=config.seed)
-    policy.train_only(settings.trainable, frames=name == "sft")
     if name == "sft":
         return SFTStage(policy, train, validation, config.sft, config.seed, decoding, group)
     return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
+
+
+def begin_stage(policy: Policy, name: str, trainable: str, seed: int) -> None:
+    """Gives the policy what the stage trains, and freezes the rest."""
+    if name == "grpo":
+        policy.begin_grpo(seed)
+        return
+    if trainable == "lora" and not policy.adapters:
+        policy.add_lora(seed=seed)
+    policy.train_only(trainable, frames=name == "sft")
 
 
 def _validation_decoding(config: VisionLLMConfig) -> Decoding:

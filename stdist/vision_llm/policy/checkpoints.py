@@ -67,7 +67,7 @@ def build_policy(spec: PolicySpec, seed: int) -> Policy:
         initial_rows(vocabulary, model.get_input_embeddings().weight[digits].cpu(), seed),
         initial_rows(vocabulary, model.lm_head.weight[digits].cpu(), seed),
     )
-    policy = _assemble(model, tokenizer, processor, vocabulary, rows, spec)
+    policy = assemble(model, tokenizer, processor, vocabulary, rows, spec)
     if not spec.base_is_trained:
         policy.add_lora(seed=seed)
     return policy
@@ -164,10 +164,10 @@ def _empty_policy(spec: PolicySpec, path: Path) -> Policy:
     shape = len(vocabulary), config.get_text_config().hidden_size
     rows = NumeralRows(torch.zeros(shape), torch.zeros(shape))
     processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    return _assemble(model, tokenizer, processor, vocabulary, rows, spec)
+    return assemble(model, tokenizer, processor, vocabulary, rows, spec)
 
 
-def _assemble(
+def assemble(
     model: Qwen2_5_VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     processor: Qwen2VLImageProcessorPil,

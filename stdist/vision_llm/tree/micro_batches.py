@@ -51,15 +51,20 @@ def _kept(policy: "Policy", tree: Tree) -> list[int]:
     seen: set[int] = set()
     total = 0
 
+    # Sharded weights have their storage only while their module is at work: they are asked when one is met.
+    held, sharded = set(), []
+    for parameter in policy.parameters():
+        storage = parameter.untyped_storage()
+        held.add(storage._cdata) if storage.nbytes() else sharded.append(parameter)
+
     def is_weight(storage: torch.UntypedStorage) -> bool:
-        """Asked now: sharded weights have their storage only while their module is at work."""
-        return any(parameter.untyped_storage().data_ptr() == storage.data_ptr() for parameter in policy.parameters())
+        return storage._cdata in held or any(p.untyped_storage()._cdata == storage._cdata for p in sharded)
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen and not is_weight(storage):
-            seen.add(storage.data_ptr())
+        if storage._cdata not in seen and not is_weight(storage):
+            seen.add(storage._cdata)
             total += storage.nbytes()
         return tensor
 
