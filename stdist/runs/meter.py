@@ -1,9 +1,9 @@
 """Runs code on shapes alone, and counts the operations and the memory that it would take.
 
-Floats are tensors of torch's device ``meta``: a shape, a dtype and a storage without bytes. Integers and masks are real,
+Floats are tensors of torch's device ``meta``: a shape, a dtype, a storage without bytes. Integers and masks are real,
 since code branches on them; those that would depend on floats are zeros. So a model of any size goes through its own
-code, forward, backward and the optimizer's step, in seconds and in next to no memory. PyTorch's FakeTensorMode does the
-same for floats, but knows no integer's value, which the vision tower's windows and sampling need.
+code, forward, backward and the optimizer's step, in seconds and in next to no memory. PyTorch's FakeTensorMode does
+that for floats, but knows no integer's value, which the vision tower's windows and sampling need.
 """
 
 import weakref
@@ -106,9 +106,13 @@ class _Functions(TorchFunctionMode):
 
 @contextmanager
 def metered(module: nn.Module) -> Iterator[Meter]:
-    """Counts what runs inside, on a module whose parameters are shapes alone."""
-    with Meter([*module.parameters(), *module.buffers()]) as meter, _Functions():
+    """Counts what runs inside, on a module whose gradients are there already, as from a second micro-batch on."""
+    gradients = {parameter: torch.zeros_like(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    with Meter([*module.parameters(), *module.buffers(), *gradients.values()]) as meter, _Functions():
         yield meter
+    module.zero_grad()
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
@@ -126,7 +130,9 @@ def _as_meta(x: Any) -> Any:
         return x
     # A mask among indices stands for the places where it is True.
     is_mask = [isinstance(i, Tensor) and i.dtype == torch.bool and not i.is_meta for i in x]
-    return [_as_meta(i) for i, mask in zip(x, is_mask) for i in (i.nonzero(as_tuple=True) if mask else [i])]
+    return [
+        _as_meta(i) for i, mask in zip(x, is_mask, strict=True) for i in (i.nonzero(as_tuple=True) if mask else [i])
+    ]
 
 
 def _dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype:

@@ -120,8 +120,6 @@ def update_bytes(groups: Iterable[ParameterGroup], ranks: Ranks) -> float:
         shapes = torch.nn.ParameterList(trained)
         optimizer = adamw([ParameterGroup({str(i): p for i, p in enumerate(shapes)}, 1e-3, group.weight_decay)])
         optimizer.param_groups[0]["foreach"] = True  # as torch chooses on a GPU
-        for parameter in shapes:
-            parameter.grad = torch.empty_like(parameter)
         with metered(shapes) as meter:
             optimizer.step()
         copies = sum(p.nbytes for p in shapes) if ranks.zero_stage else 0

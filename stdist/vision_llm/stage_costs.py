@@ -3,10 +3,12 @@
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from operator import mul, truediv
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import EXTRA_TOKENS, candidate_log_probs, candidate_tree
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
-from stdist.vision_llm.tree.micro_batches import MicroBatches
+from stdist.vision_llm.tree.micro_batches import activation_bytes, sizes_within
 from stdist.vision_llm.tree.prefix_tree import Tree, Visit, slices
 
 NF4_BYTES = 4.127 / 8
@@ -141,52 +143,50 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
     grpo = config if isinstance(config, GRPOConfig) else None
     families = [cells, grpo.num_generations] if grpo else [cells]
     sequences = list(accumulate([windows, *families], mul))
-    tokens, sizes = _sizes(spec, stages, config.activation_bytes)
-    at_once = [min(pair) for pair in zip(sizes, sequences, strict=True)]
-    forward, backward, training = _tree(spec, stages, tuple(at_once))
-    phases = {"training": training}
+    tokens, sequence_bytes = _sequence(spec, stages)
+    calls, at_once = micro_batches(windows, families, sizes_within(config.activation_bytes, sequence_bytes))
+    forward, backward, temporaries = _tree(spec, stages, tuple(at_once))
+    phases = {
+        "training": {"activations": sum(map(mul, sequence_bytes, at_once)), "temporaries": temporaries},
+    }
     if grpo:
         phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations)
     passes = [(3 if grpo else 1) * f + b for f, b in zip(forward, backward, strict=True)]
-    return Costs(
-        sum(map(mul, tokens, sequences)),
-        sum(map(mul, passes, sequences)),
-        decoder_calls(windows, families, sizes),
-        at_once,
-        phases,
-    )
+    return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases)
 
 
-def decoder_calls(windows: int, families: list[int], sizes: list[int]) -> list[int]:
-    """Forward calls of each depth of a prefix tree: ``families`` children a parent, at most ``sizes`` in one call."""
-    calls = [0] * len(sizes)
+def micro_batches(windows: int, families: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
+    """Forward calls of each depth of a prefix tree with ``families`` children a parent, at most ``sizes`` in one call;
+    and the sequences of the largest."""
+    calls, largest = [0] * len(sizes), [0] * len(sizes)
 
     def below(parents: int, depth: int) -> None:
         family = families[depth - 1] if depth else 1
         for start, stop in slices(parents * family, sizes[depth], family):
             calls[depth] += 1
+            largest[depth] = max(largest[depth], stop - start)
             if depth < len(families):
                 below(stop - start, depth + 1)
 
     below(windows, 0)
-    return calls
+    return calls, largest
 
 
 @cache
-def _sizes(spec: PolicySpec, stages: Stages, memory: int) -> tuple[list[int], list[int]]:
-    """Tokens of a sequence of each depth, and how many sequences ``memory`` allows at once."""
+def _sequence(spec: PolicySpec, stages: Stages) -> tuple[list[int], list[int]]:
+    """Tokens of one sequence of each depth, and the bytes that autograd keeps of it."""
     policy = shape_policy(spec, stages)
     tree, _ = _stage_tree(policy, stages[-1][0], (1, 1, 1))
     with metered(policy):
-        sizes = MicroBatches(policy, memory).sizes(tree)
-    return [tree.shared.shape[1], *(level.ids.shape[1] for level in tree.levels)], sizes
+        return [x.shape[1] for x in (tree.shared, *(level.ids for level in tree.levels))], activation_bytes(
+            policy, tree
+        )
 
 
 @cache
-def _tree(
-    spec: PolicySpec, stages: Stages, at_once: tuple[int, ...]
-) -> tuple[list[float], list[float], dict[str, float]]:
-    """Operations of one sequence of each depth, forward and backward, and bytes held with ``at_once`` of each."""
+def _tree(spec: PolicySpec, stages: Stages, at_once: tuple[int, ...]) -> tuple[list[float], list[float], float]:
+    """Operations of one sequence of each depth, forward and backward; bytes of what comes and goes where about
+    ``at_once`` of them are in memory."""
     policy = shape_policy(spec, stages)
     families = [-(-children // parents) for parents, children in zip([1, *at_once[:-1]], at_once, strict=True)]
     tree, visit = _stage_tree(policy, stages[-1][0], (*families, 1))
@@ -194,7 +194,8 @@ def _tree(
         walk = _Walk(policy, meter)
         prefix_tree.backward(walk, tree, walk.visit(visit), walk.backward, at_once)  # type: ignore[arg-type]
     sequences = [len(tree.shared), *map(len, tree.levels)]
-    return *(list(map(truediv, flops, sequences)) for flops in walk.flops), walk.bytes
+    forward, backward = (list(map(truediv, flops, sequences)) for flops in walk.flops)
+    return forward, backward, walk.bytes["temporaries"]
 
 
 class _Walk:
@@ -219,7 +220,7 @@ class _Walk:
 
     def backward(self, loss: Tensor) -> None:
         held = self._meter.live
-        self._noted(1, self._depth, loss.backward)
+        self._noted(1, self._depth, torch.autograd.backward, loss)
         most = max(sum(self.bytes.values()), self._meter.peak)
         activations = max(self.bytes["activations"], held)
         self.bytes = {"activations": activations, "temporaries": most - activations}
@@ -233,14 +234,33 @@ class _Walk:
         return result
 
 
+class _TwoTokens:
+    """A policy that has enough after two tokens of each candidate: later ones take the same memory."""
+
+    class Enough(Exception):
+        pass
+
+    def __init__(self, policy: Policy):
+        self._policy, self._left = policy, 2
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def decode(self, *inputs: Tensor, **tree: Any) -> Tensor:
+        self._left -= 1
+        if not self._left:
+            raise self.Enough
+        return self._policy.decode(*inputs, **tree)
+
+
 @cache
 def _sampling(spec: PolicySpec, stages: Stages, windows: int, cells: int, generations: int) -> dict[str, float]:
     policy = shape_policy(spec, stages)
-    batch = _batch(policy, windows, cells)
-    with metered(policy) as meter, torch.no_grad():
-        prefix = policy.prefix(batch.shared, batch.grids)
-        most = policy.spec.setting.horizon + EXTRA_TOKENS
-        Sampler(policy).complete(prefix, batch.prompts, most, "sample", generations, may_end=True)
+    batch, most = _batch(policy, windows, cells), spec.setting.horizon + EXTRA_TOKENS
+    with metered(policy) as meter, torch.no_grad(), suppress(_TwoTokens.Enough):
+        sampler = Sampler(_TwoTokens(policy), "sample", generations, allow_eos=True)  # type: ignore[arg-type]
+        uniforms = torch.rand(windows * cells * generations, most, device=META)
+        sampler.generate(policy.prefix(batch.shared, batch.grids), batch.prompts, most, uniforms)
     return {"keys, values and logits": meter.peak}
 
 

@@ -29,8 +29,13 @@ class MicroBatches:
         shapes = tuple(x.shape[1:] for x in (tree.shared, tree.grids, *(level.ids for level in tree.levels)))
         if shapes not in self._bytes:
             self._bytes[shapes] = activation_bytes(self.policy, tree)
-        share = self.memory // (1 + len(tree.levels))
-        return [max(1, share // each) for each in self._bytes[shapes]]
+        return sizes_within(self.memory, self._bytes[shapes])
+
+
+def sizes_within(memory: int, sequence_bytes: list[int]) -> list[int]:
+    """Sequences of each depth at once, where every depth may fill the same share of ``memory``; at least 1."""
+    share = memory // len(sequence_bytes)
+    return [max(1, share // size) for size in sequence_bytes]
 
 
 def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
@@ -66,7 +71,7 @@ def _kept(policy: "Policy", tree: Tree) -> list[int]:
         if storage._cdata not in seen and not is_weight(storage):
             seen.add(storage._cdata)
             total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output of its own operation would keep itself alive
 
     sums: list[int] = []
     nodes: list[Prefix] = []  # kept, since freed memory could be counted as seen
