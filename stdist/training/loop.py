@@ -35,6 +35,8 @@ class Stage(Protocol):
     name: str
     monitor: str | None
     """Metric whose fall counts as progress: its best checkpoint is the result. None: the last one is."""
+    resumable_every: int = 1
+    """Steps between two at which ``step`` can be resumed: between them it also depends on what the stage holds."""
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         """Losses of this learner's share of step number ``step`` (from 0), each passed to ``backward``. Returns
@@ -222,7 +224,7 @@ class _StageRun:
             if evaluated:
                 self._evaluate()
             # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
-            stop = any(self.group.all_gather_object(interrupted()))
+            stop = any(self.group.all_gather_object(interrupted())) and self.step % self.stage.resumable_every == 0
             if evaluated or stop or self.step % settings.save_steps == 0:
                 self._save(started)
             else:
