@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdist.errors import DivergenceError
+from stdist.errors import DivergenceError, Interrupted
 from stdist.training.loop import LoopSettings
 
 
