@@ -1,4 +1,4 @@
-"""GRPO from top to bottom (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19) on a plain transformers model.
+"""GRPO from top to bottom (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19), transformers and no more.
 
     python examples/grpo_minimal.py
 
@@ -26,8 +26,8 @@ from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
-HISTORY, HORIZON, GENERATIONS = 4, 3, 8
-SFT_STEPS, GRPO_STEPS = 40, 12
+HISTORY, HORIZON, GENERATIONS = 4, 3, 4
+SFT_STEPS, GRPO_STEPS = 24, 12
 TEMPERATURE, EPSILON, BETA, HALF_SCORE = 1.0, 0.2, 0.04, 0.5
 # A candidate may write four tokens more than K, so that the length term of Eq. 17 can tell it off.
 MAX_TOKENS = HORIZON + 4
@@ -160,13 +160,13 @@ def main() -> None:
         cell_mean = store.statistics("internet", store.default_split.train).cell_mean.ravel()
         model = plain_model(policy)
 
-        def draw(windows: int, cells: int) -> PolicyBatch:
-            return city.batch(rng.choice(len(city), windows, replace=False), rng.choice(city.cells, cells, replace=False))
+        def draw(windows: int) -> PolicyBatch:
+            return city.batch(rng.choice(len(city), windows, replace=False), rng.choice(city.cells, 4, replace=False))
 
         # Supervised fine-tuning (Eq. 16): without it no candidate is near enough to be told from another.
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
         for _ in range(SFT_STEPS):
-            batch = draw(4, 4)
+            batch = draw(4)
             prompts = Prompts.of(policy, batch, 1)
             end = torch.full((len(batch.answers), 1), len(policy.vocabulary))
             answers = torch.cat([batch.answers[:, :-1] - policy.first_numeral_id, end], dim=1)
@@ -181,7 +181,7 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95))
         history = []
         for step in range(GRPO_STEPS):
-            batch = draw(2, 4)
+            batch = draw(1)
             prompts = Prompts.of(policy, batch, GENERATIONS)
             answer_ids = sample(model, prompts)
             d = np.tile(np.maximum(cell_mean[batch.cells], 0.05 * cell_mean[city.cells].mean()), len(batch.shared))
@@ -197,7 +197,9 @@ def main() -> None:
             optimizer.zero_grad()
             history.append(rewards.mean().item())
             print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}, tokens {mask.sum(1).float().mean():.2f}")
-        print(f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} in the last four")
+        print(
+            f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} in the last"
+        )
 
 
 if __name__ == "__main__":

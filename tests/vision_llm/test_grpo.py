@@ -141,14 +141,13 @@ def test_first_step_has_no_kl_and_clips_nothing(
 
 def sequence_log_probs(policy: Policy, batch: PolicyBatch, completions: Completions, temperature: float) -> Tensor:
     """The definition: log-softmax over what can be said, of every candidate as a sequence of its own."""
-    ids = torch.where(
-        completions.choices == len(policy.vocabulary), policy.end_id, completions.choices + policy.first_numeral_id
-    )
+    answer_ids = completions.answer_ids
+    ids = torch.where(answer_ids == len(policy.vocabulary), policy.end_id, answer_ids + policy.first_numeral_id)
     prompts = batch.prompts.repeat_interleave(len(ids) // len(batch.prompts), 0)
     with torch.no_grad():
         hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), torch.cat([prompts, ids[:, :-1]], dim=1))
     logits = row_logits(hidden[:, prompts.shape[1] - 1 :].flatten(0, 1), policy.answer_rows) / temperature
-    return logits.log_softmax(-1).gather(1, completions.choices.reshape(-1, 1)).view(ids.shape)
+    return logits.log_softmax(-1).gather(1, completions.answer_ids.reshape(-1, 1)).view(ids.shape)
 
 
 def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
@@ -288,15 +287,16 @@ def fixed_candidates(policy: Policy, batch: PolicyBatch) -> Completions:
     """Four candidates a cell: the truth, it times 1.1, it times 1.5, and it cut after two values."""
     n, end = len(batch.answers), len(policy.vocabulary)
     truth = batch.truth.reshape(n, 3)
-    choices, lengths = torch.full((n, 4, 4), end), torch.tensor([3, 3, 3, 2]).repeat(n)
+    answer_ids, lengths = torch.full((n, 4, 4), end), torch.tensor([3, 3, 3, 2]).repeat(n)
     for candidate, scale in enumerate((1.0, 1.1, 1.5, 1.0)):
         encoded = torch.from_numpy(policy.vocabulary.encode(truth * scale))
         length = int(lengths[candidate])
-        choices[:, candidate, :length] = encoded[:, :length]
-    choices = choices.view(-1, 4)
+        answer_ids[:, candidate, :length] = encoded[:, :length]
+    answer_ids = answer_ids.view(-1, 4)
     mask = torch.arange(4) <= lengths[:, None]
-    values = torch.from_numpy(policy.vocabulary.decode(choices.clamp(max=end - 1).numpy())).float() * (choices < end)
-    return Completions(choices, mask, torch.full(mask.shape, -6.0) * mask, values, lengths)
+    decoded = torch.from_numpy(policy.vocabulary.decode(answer_ids.clamp(max=end - 1).numpy())).float()
+    values = decoded * (answer_ids < end)
+    return Completions(answer_ids, mask, torch.full(mask.shape, -6.0) * mask, values, lengths)
 
 
 def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: GridStore) -> None:

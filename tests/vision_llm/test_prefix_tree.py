@@ -89,9 +89,10 @@ def make_case(make_batch: Callable[..., PolicyBatch]) -> Callable[[Policy], Case
         generator = torch.Generator().manual_seed(5)
         end = len(policy.vocabulary)
         lengths = torch.tensor([4, 0, 2, 1, 3, 4, 2, 4, 0, 3, 1, 2])  # numerals
-        choices = torch.randint(end, (12, 4), generator=generator).masked_fill(torch.arange(4) >= lengths[:, None], end)
+        answer_ids = torch.randint(end, (12, 4), generator=generator)
+        answer_ids = answer_ids.masked_fill(torch.arange(4) >= lengths[:, None], end)
         mask = torch.arange(4) <= lengths[:, None]
-        completions = Completions(choices, mask, torch.zeros(12, 4), torch.zeros(12, 4), lengths)
+        completions = Completions(answer_ids, mask, torch.zeros(12, 4), torch.zeros(12, 4), lengths)
         tree = candidate_tree(policy, batch, completions)
         own = completion_log_probs(policy, tree, completions, TEMPERATURE, [ALL] * 3)
         completions.log_probs = (own + 0.3 * torch.randn(12, 4, generator=generator)) * mask
@@ -116,10 +117,10 @@ def per_sample_loss(policy: Policy, case: Case, algorithm: str, logits_of: Calla
     first, end = policy.first_numeral_id, len(policy.vocabulary)
     sayable = torch.cat([torch.arange(first, first + end), torch.tensor([policy.end_id])])
     log_probs = []
-    for candidate, choices in enumerate(case.completions.choices):
+    for candidate, answer_ids in enumerate(case.completions.answer_ids):
         tokens = int(case.completions.mask[candidate].sum())
-        logits = logits_of(candidate // G, sayable[choices[: tokens - 1]])[-tokens:, sayable]
-        said = (logits / TEMPERATURE).log_softmax(-1).gather(1, choices[:tokens, None])[:, 0]
+        logits = logits_of(candidate // G, sayable[answer_ids[: tokens - 1]])[-tokens:, sayable]
+        said = (logits / TEMPERATURE).log_softmax(-1).gather(1, answer_ids[:tokens, None])[:, 0]
         log_probs.append(torch.nn.functional.pad(said, (0, 4 - tokens)))
     return case.grpo_loss(torch.stack(log_probs), slice(0, 12))
 

@@ -169,7 +169,8 @@ def test_other_data_at_the_same_path_is_refused(run: Path, config: VisionLLMConf
 def test_a_killed_run_resumes_to_the_same_losses(
     run: Path, store: GridStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed twice between checkpoints, in fine-tuning and between two updates of one rollout of GRPO: log, forecasts and scores are those of ``run``."""
+    """Killed twice between checkpoints, in fine-tuning and between two updates on one rollout of GRPO: log, forecasts
+    and scores are those of ``run``."""
     config = config_of(store, tmp_path)
     for stage, name, last in ((SFTStage, "sft", 3), (GRPOStage, "grpo", 3)):
         step = stage.step

@@ -74,7 +74,9 @@ class GRPOStage(Stage):
         self.policy, self.train, self.validation = policy, train, validation
         self.cell_mean, self.config, self.seed, self.decoding = cell_mean, config, seed, decoding
         self.group = group
-        self.sampler = Sampler(policy)
+        self.sampler = Sampler(
+            policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
+        )
         self.max_tokens = policy.spec.setting.horizon + EXTRA_TOKENS
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
         self.resumable_every = config.num_iterations
@@ -165,17 +167,13 @@ class GRPOStage(Stage):
         self, batch: PolicyBatch, generator: torch.Generator, among: ProcessGroup = ProcessGroup()
     ) -> Completions:
         """Candidates of this learner's batch, drawn as they would be were all learners' batches one."""
-        return self.sampler.complete(
+        sequences = len(batch.prompts) * self.config.num_generations
+        drawn = torch.rand(among.size * sequences, self.max_tokens, generator=generator, device=self.policy.device)
+        return self.sampler.generate(
             self.policy.prefix(batch.shared, batch.grids),
             batch.prompts,
             self.max_tokens,
-            "sample",
-            num_generations=self.config.num_generations,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            may_end=True,
-            generator=generator,
-            share=(among.rank, among.size),
+            uniforms=drawn[among.rank * sequences : (among.rank + 1) * sequences],
         )
 
     def _reward(self, batch: PolicyBatch, completions: Completions) -> Float[Tensor, "candidates"]:
@@ -213,7 +211,7 @@ class GRPOStage(Stage):
 def candidate_tree(policy: Policy, batch: PolicyBatch, completions: Completions) -> Tree:
     """Windows, their cells' prompts, and what was written behind each: the last token is predicted, never read."""
     end = len(policy.vocabulary)
-    ids = torch.where(completions.choices == end, policy.end_id, completions.choices + policy.first_numeral_id)
+    ids = torch.where(completions.answer_ids == end, policy.end_id, completions.answer_ids + policy.first_numeral_id)
     return Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(ids[:, :-1])))
 
 
@@ -227,7 +225,7 @@ def candidate_log_probs(
     """Log-probability of the tokens of candidates ``rows`` under the distribution they were sampled from (without
     top-p's cut); 0 outside the mask. ``states`` predict them."""
     mask = completions.mask[rows]
-    losses = token_losses(states[mask], policy.answer_rows, completions.choices[rows][mask], temperature)
+    losses = token_losses(states[mask], policy.answer_rows, completions.answer_ids[rows][mask], temperature)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses.log_probs)
 
 
