@@ -123,14 +123,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run or resume every stage a config names, then forecast, score and report."""
-    from stdist.runs.recipes import load_config
+    from stdist.runs.recipes import load_config, recipe_of
 
     loaded = load_config(config, overrides)
     if loaded.learners.num_workers > 1:
-        from stdist.orchestration.learners import train as run
+        from stdist.orchestration.learners import train as train_on_ray
+
+        result = train_on_ray(loaded, log)
     else:
-        from stdist.runs.recipes import train as run
-    result = run(loaded, log)
+        result = recipe_of(loaded).train(loaded, log)
     finish(result, as_json, result["report"])
 
 
@@ -157,8 +158,8 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast a region of a store for every window of a split."""
-    from stdist.runs.recipes import ForecastRequest, recipe_of
-    from stdist.runs.run_folder import read_run_config
+    from stdist.runs.forecasting import ForecastRequest
+    from stdist.runs.recipes import read_run_config, recipe_of
 
     if out.suffix not in (".zarr", ".parquet"):
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
