@@ -17,6 +17,7 @@ import torch
 from stdist.config import RunConfig
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.orchestration.preparation import connect
+from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
 from stdist.training.process_group import ProcessGroup
 
@@ -35,10 +36,10 @@ FINAL = (InputError, DivergenceError, ResourceError)
 
 
 def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
-    """``Recipe.train`` on ``learners.num_workers`` processes of the cluster that this process belongs to, else of the
+    """``recipes.train`` on ``learners.num_workers`` processes of the cluster that this process belongs to, else of the
     one that RAY_ADDRESS names or that runs on this machine, else of one that is started for it.
 
-    Raises what ``Recipe.train`` raises; InputError where the cluster cannot hold the learners, at once; ResourceError
+    Raises what ``recipes.train`` raises; InputError where the cluster cannot hold the learners, at once; ResourceError
     where more than ``max_failures`` were lost; Interrupted on Ctrl-C, the newest checkpoint stays.
     """
     learners = config.learners
@@ -94,7 +95,7 @@ def _learn(tree: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     config = parse_config(tree, where="the submitted config")
     # Ray Train would show what is printed twice.
-    return recipe_of(config).train(config, _log, ray.train.report)
+    return recipes.train(config, _log, ray.train.report)
 
 
 def _log(line: str) -> None:

@@ -1,7 +1,6 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml

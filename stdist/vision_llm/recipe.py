@@ -40,7 +40,7 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
         return config.stages
 
     def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Task:
-        """The run's data. Raises InputError where ``group`` cannot train ``config`` on it, or its folder is another's."""
+        """The run's data. Raises InputError where ``group`` cannot train on it, or the folder is another run's."""
         check_learners(config, group)
         task = open_task(config)
         refuse_foreign_folder(config, task.store.digest)
@@ -62,6 +62,7 @@ class VisionLLMRun(Run):
     """One policy that every stage trains further. Raises InputError for values that no numeral can write."""
 
     metric = "nrmse"
+    config: VisionLLMConfig
 
     def __init__(self, config: VisionLLMConfig, task: Task):
         self.config, self.task = config, task

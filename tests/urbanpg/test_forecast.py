@@ -10,7 +10,13 @@ import xarray
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs import recipes
+from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.recipes import train
 from stdist.urbanpg.config import UrbanConfig
+
+
+def forecast(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
+    return recipes.forecast(ForecastRequest(run_dir, store, region, split, out), log)
 
 
 @pytest.fixture(scope="module", params=["urbanpg", "stid", "graph_wavenet"])
@@ -18,14 +24,14 @@ def config(request, city, make_config, tmp_path_factory) -> UrbanConfig:
     """Of a finished run on the sensors s3 to s7."""
     changes = {"data": {"region": "3:8"}, "model": {"kind": request.param}, "training": {"max_epochs": 1}}
     config = make_config(city, tmp_path_factory.mktemp("runs"), **changes)
-    recipes.train(config, lambda line: None)
+    train(config, lambda line: None)
     return config
 
 
 def forecast(run: Path, store: GridStore | Path, out: Path, region: str | None = None) -> tuple[xarray.Dataset, str]:
     """Forecasts of the test days, and what was said."""
     said: list[str] = []
-    recipes.forecast(run, store if isinstance(store, Path) else store.path, region, "test", out, said.append)
+    forecast(run, store if isinstance(store, Path) else store.path, region, "test", out, said.append)
     with xarray.open_zarr(out) as made:
         return made.load(), "\n".join(said)
 

@@ -16,7 +16,9 @@ from stdist.nodes.learners import NodeLearners
 from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.nodes.task import open_task
 from stdist.runs import recipes
-from stdist.urbanpg import UrbanPG, recipe, scoring
+from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.recipes import train
+from stdist.urbanpg import UrbanPG, recipe
 from stdist.urbanpg.checkpoints import load_forecaster, result_of
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.models import new_urbanpg
@@ -25,8 +27,12 @@ KINDS = ("urbanpg", "stid", "graph_wavenet", "stgcn")
 Finished = tuple[UrbanConfig, dict[str, Any], list[str]]
 
 
+def forecast(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
+    return recipes.forecast(ForecastRequest(run_dir, store, region, split, out), log)
+
+
 def train(config: UrbanConfig) -> dict[str, Any]:
-    return recipes.train(config, lambda line: None)
+    return train(config, lambda line: None)
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -42,7 +48,7 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 def finished(city, make_config, tmp_path_factory) -> Finished:
     """The one run of UrbanPG that several tests look at."""
     config, said = make_config(city, tmp_path_factory.mktemp("runs")), list[str]()
-    return config, recipes.train(config, said.append), said
+    return config, train(config, said.append), said
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -119,7 +125,7 @@ def test_baselines_train_in_the_same_harness(make_config, city, tmp_path, kind):
     stage = result["stages"]["train"]
     assert stage["after"]["mae"] < stage["before"]["mae"]
     again = tmp_path / "again.zarr"
-    scoring.forecast(config.run_dir, city.path, None, "test", again, lambda line: None)
+    forecast(config.run_dir, city.path, None, "test", again, lambda line: None)
     assert evaluate(again, city).to_json()["pooled"] == result["test"]
 
 
@@ -184,7 +190,7 @@ def few_shot(finished, small_city, make_config, tmp_path_factory) -> Finished:
     config, said = finished[0], list[str]()
     changes = {"recipe": "few-shot", "few_shot": {"backbone": str(config.run_dir)}, "data": {"fraction": 0.25}}
     prompted = make_config(small_city, tmp_path_factory.mktemp("runs"), **changes, model={"d": None})
-    return prompted, recipes.train(prompted, said.append), said
+    return prompted, train(prompted, said.append), said
 
 
 def test_few_shot_fits_prompts_on_a_frozen_backbone(few_shot, finished, small_city):
@@ -289,7 +295,7 @@ def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, tra
 def test_forecasts_of_some_nodes_are_those_of_all(finished, city, tmp_path):
     """Their history is all nodes': attention reads them all."""
     config = finished[0]
-    scoring.forecast(config.run_dir, city.path, "3:5", "test", tmp_path / "some.zarr", lambda line: None)
+    forecast(config.run_dir, city.path, "3:5", "test", tmp_path / "some.zarr", lambda line: None)
     with (
         xarray.open_zarr(tmp_path / "some.zarr") as some,
         xarray.open_zarr(config.run_dir / "forecasts" / "test.zarr") as everywhere,
@@ -302,7 +308,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     config, out = finished[0], tmp_path / "x.zarr"
 
     def forecast(store: GridStore, region: str | None = None) -> None:
-        scoring.forecast(config.run_dir, store.path, region, "test", out, lambda line: None)
+        forecast(config.run_dir, store.path, region, "test", out, lambda line: None)
 
     refused(lambda: forecast(small_city), "5 nodes, ids s0 to s4", "the 9 that", "ids s0 to s8", "few-shot")
     refused(lambda: forecast(city, "5:12"), "region 5:12 is not within the nodes 0:9")
@@ -310,7 +316,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     unfinished = tmp_path / "unfinished"
     shutil.copytree(config.run_dir, unfinished)
     (unfinished / "checkpoints" / "train" / "finished.json").unlink()
-    refused(lambda: recipes.forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
+    refused(lambda: forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
 
 
 def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
@@ -322,7 +328,7 @@ def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
     store = prepare(READERS["zones-npz"].plan([tmp_path / "halves.npz"], **options), tmp_path / "halves.zarr").path
     out = tmp_path / "x.zarr"
     refused(
-        lambda: recipes.forecast(finished[0].run_dir, store, None, "test", out, lambda line: None),
+        lambda: forecast(finished[0].run_dir, store, None, "test", out, lambda line: None),
         "has a value every 30 min, prompts 'toy-town' are of 60 min",
         "few-shot",
     )
