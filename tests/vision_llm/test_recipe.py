@@ -25,7 +25,7 @@ from stdist.vision_llm.task import open_task, policy_spec
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
 
 
-def forecast(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
+def forecast_to(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
     return recipes.forecast(ForecastRequest(run_dir, store, region, split, out), log)
 
 
@@ -203,7 +203,7 @@ def test_forecast_another_citys_grid(run: Path, other_city: Path, tmp_path: Path
     """.zarr and .parquet hold the same values, of the region asked for, with the store's own cell ids."""
     outs = [tmp_path / "there.zarr", tmp_path / "there.parquet"]
     for out in outs:
-        summary = forecast(run, other_city, "2:4,3:6", "test", out, quiet)
+        summary = forecast_to(run, other_city, "2:4,3:6", "test", out, quiet)
         assert summary["windows"] == 22
     zarr = xarray.open_zarr(outs[0])["forecast"]
     assert zarr.shape == (22, 3, 2, 3) and zarr["row"].values.tolist() == [2, 3] and np.isfinite(zarr.values).all()
@@ -222,14 +222,14 @@ def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
     READERS["synthetic"].prepare([], half_hourly, city="half", height=4, width=4, days=6, cadence=30, seed=8)
     seen = []
 
-    def spy(config: VisionLLMConfig, policy: Any, *rest: Any) -> None:
-        seen.append(policy.spec)
+    def spy(predictor: PolicyPredictor, windows: Any) -> None:
+        seen.append(predictor.policy.spec)
         raise InputError("enough")
 
-    monkeypatch.setattr(scoring, "make_forecasts", spy)
+    monkeypatch.setattr(PolicyPredictor, "check", spy)
     for path in (other_city, half_hourly):
         with pytest.raises(InputError, match="enough"):
-            forecast(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
+            forecast_to(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
     trained = load_policy(next((run / "checkpoints" / "sft").glob("step-*"))).spec
     assert [(s.setting.city, s.setting.cadence) for s in seen] == [("elsewhere", 60), ("half", 30)]
     assert [(s.frames.height, s.frames.width) for s in seen] == [(7, 6), (4, 4)]
@@ -245,7 +245,7 @@ def test_forecast_quantiles_where_candidates_are_sampled(
             "num_generations: 1\n", "num_generations: 5\n"
         )
         (run / "config.yaml").write_text(sampled)
-        forecast(run, store.path, "1:2,1:3", "validation", tmp_path / "q.zarr", quiet)
+        forecast_to(run, store.path, "1:2,1:3", "validation", tmp_path / "q.zarr", quiet)
     finally:
         (run / "config.yaml").write_text(text)
     data = xarray.open_zarr(tmp_path / "q.zarr")
@@ -270,17 +270,17 @@ def test_forecast_refuses_in_one_line(
     run: Path, store: GridStore, tmp_path: Path, region: str | None, split: str, out: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        forecast(run, store.path, region, split, tmp_path / out, quiet)
+        forecast_to(run, store.path, region, split, tmp_path / out, quiet)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_forecast_of_an_unfinished_or_absent_run_is_refused(store: GridStore, tmp_path: Path, run: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
-        forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
+        forecast_to(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(InputError, match="has not finished its stage grpo"):
-        forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
+        forecast_to(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
 
 
 # --- what a config asks for --------------------------------------------------------------------------------------
@@ -359,6 +359,6 @@ def test_lora_on_a_base_that_stays_as_it_is(store: GridStore, base: Path, tmp_pa
     checkpoint = folder / json.loads((folder / "finished.json").read_text())["checkpoint"]
     assert (checkpoint / "adapter").is_dir() and (checkpoint / "model.safetensors").exists() != published
     out = tmp_path / "again.zarr"
-    forecast(config.run_dir, store.path, None, "test", out, quiet)
+    forecast_to(config.run_dir, store.path, None, "test", out, quiet)
     ours, theirs = (xarray.open_zarr(p)["forecast"].values for p in (out, config.run_dir / "forecasts" / "test.zarr"))
     assert np.array_equal(ours, theirs)
