@@ -105,5 +105,6 @@ class NodesPredictor(Predictor):
                 f"{len(ids)} that {run_dir} was trained on, ids {ids[0]} to {ids[-1]}; {remedy}"
             )
         if store.city != (city := trained.metadata.contract.city):
-            log(f"note: {store.path} is of {store.city!r}, the run of {city!r}; nodes of one id are taken as one")
+            cities = f"{store.path} is of {store.city!r}, the run of {city!r}"
+            log(f"note: {cities}; nodes of one id are taken to be the same")
         return NodeRange(first, first + len(ids))
