@@ -11,12 +11,12 @@ import torch
 
 from stdist.data import GridStore, open_store
 from stdist.evaluation import (
+    ChunkGrid,
     ForecastHeader,
     ForecastMetadata,
     ForecastWriter,
-    PiecePlan,
     forecast_contract,
-    read_forecasts,
+    open_forecasts,
 )
 from stdist.progress import Progress
 from stdist.vision_llm.config import ForecastConfig
@@ -66,7 +66,7 @@ def forecast(policy: Policy, city: CityWindows, tmp_path: Path) -> Forecast:
             windows.store.cell_ids,
             has_quantiles=generations > 1,
         )
-        pieces = PiecePlan(len(city), len(city.cells), *plan)
+        pieces = ChunkGrid(len(city), len(city.cells), *plan)
         for stop in (*stop_at, None):
             with ForecastWriter(tmp_path / "f.zarr", header, city.cells, pieces, {}, lambda line: None) as writer:
                 try:
@@ -75,12 +75,12 @@ def forecast(policy: Policy, city: CityWindows, tmp_path: Path) -> Forecast:
                     continue
                 make.clipped = writer.counts["clipped"]  # type: ignore[attr-defined]
                 writer.finish()
-        made = read_forecasts(tmp_path / "f.zarr")
-        return np.stack([made.values, *([] if made.quantiles is None else made.quantiles)])
+        made = open_forecasts(tmp_path / "f.zarr")
+        return made.read(slice(0, len(city)), windows.region, quantiles=True)
 
     def killed_at(writer: ForecastWriter, stop: int | None) -> Progress:
         def progress(done: int, total: int) -> None:
-            if stop is not None and len(writer.plan.pieces()) - len(writer.left) == stop:
+            if stop is not None and len(writer.grid.chunks()) - len(writer.remaining) == stop:
                 raise KeyboardInterrupt
 
         return progress
@@ -101,7 +101,7 @@ def forecast(policy: Policy, city: CityWindows, tmp_path: Path) -> Forecast:
 )
 def test_plan(windows: int, cells: int, windows_per_batch: int, expected: tuple[int, int]) -> None:
     plan = plan_pieces(windows, cells, windows_per_batch)
-    assert plan == PiecePlan(windows, cells, *expected)
+    assert plan == ChunkGrid(windows, cells, *expected)
 
 
 def test_summary_by_hand() -> None:
@@ -183,8 +183,8 @@ def test_progress_counts_cells_times_windows(policy: Policy, city: CityWindows) 
     class Kept:
         """A writer that has the first of four pieces from before."""
 
-        plan = PiecePlan(7, 18, 4, 9)
-        left = plan.pieces()[1:]
+        grid = ChunkGrid(7, 18, 4, 9)
+        remaining = grid.chunks()[1:]
 
         def write(self, *_arguments: object) -> None:
             pass
@@ -200,7 +200,7 @@ def test_validation_in_pieces_is_that_of_all_at_once(
     """MAE, RMSE and NRMSE (Eq. 21–23) of windows 1, 4 and 6 by hand, and in pieces of two windows and two cells."""
     indices = np.array([1, 4, 6])
     batch = city.batch(indices, city.cells)
-    ((_, _, values),) = forecast_pieces(policy, city, indices, PiecePlan(3, 18, 3, 18).pieces(), "direct")
+    ((_, _, values),) = forecast_pieces(policy, city, indices, ChunkGrid(3, 18, 3, 18).chunks(), "direct")
     error, truth = (values[:, :, 0] - batch.truth)[batch.observed], batch.truth[batch.observed]
     rmse = float(np.sqrt(np.square(error.astype(float)).mean()))
     expected = {"mae": np.abs(error).mean(), "rmse": rmse, "nrmse": rmse / truth.mean()}
