@@ -14,6 +14,7 @@ from stdist.data import DaySpan, GridStore, NodeRange, Split, Windows, open_stor
 from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.data.loader import WindowLoader
 from stdist.data.sampler import WindowSampler
+from stdist.data.spans import AnyRegion, parse_region
 from stdist.errors import InputError
 from stdist.evaluation import (
     Efficiency,
@@ -31,24 +32,17 @@ from stdist.evaluation import (
     write_metrics,
 )
 from stdist.files import write_atomically
+from stdist.nodes.checkpoints import load_fitted
+from stdist.nodes.dataset import NodeDataset
+from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners
+from stdist.nodes.node_set import NodeSet
 from stdist.nodes.stage import WindowForecasts
-from stdist.nodes.task import Task
 from stdist.progress import progress_bar
 from stdist.runs.run_folder import read_run_config
-from stdist.urbanpg.checkpoints import (
-    Model,
-    city_of,
-    load_fitted,
-    load_forecaster,
-    nodes_of_model,
-    result_of,
-    stage_names,
-)
+from stdist.urbanpg.checkpoints import result_of, stage_names
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.continual import COLUMNS, TITLE
-from stdist.urbanpg.embeddings import project_embeddings
-from stdist.urbanpg.model import UrbanPG
 
 EFFICIENCY = "efficiency.json"
 """Beside a stage's checkpoints: what the training cost."""
@@ -74,8 +68,8 @@ def stage_sentence(summary: dict[str, Any]) -> str:
 
 def forecast_and_score(
     config: UrbanConfig,
-    task: Task,
-    model: Model,
+    dataset: NodeDataset,
+    model: Forecaster,
     fitted: tuple[Fitted, ...],
     summaries: dict[str, dict[str, Any]],
     periods: list[list[str | float | None]],
@@ -86,13 +80,13 @@ def forecast_and_score(
     run_dir, path = config.run_dir, config.run_dir / TEST_FORECASTS
     speed_path = path.parent / "windows_per_second"
     if not path.exists():
-        speed = make_forecasts(config, model, task.test, fitted, summaries, path, log)
+        speed = make_forecasts(config, model, dataset.test, fitted, summaries, path, log)
         write_atomically(speed_path, json.dumps(speed))
     # Whoever was killed between the two files has forecasts and no speed.
     speed = json.loads(speed_path.read_text()) if speed_path.exists() else None
-    scores = evaluate(path, task.store).to_json()
+    scores = evaluate(path, dataset.store).to_json()
     contract = scores.pop("contract")
-    baselines = score_baselines(task.store, task.train.span, task.test)
+    baselines = score_baselines(dataset.store, dataset.train.span, dataset.test)
     metrics = {
         "contract": contract,
         "model": scores,
@@ -106,8 +100,8 @@ def forecast_and_score(
         "notes": notes,
     }
     write_metrics(run_dir, metrics)
-    if isinstance(model, UrbanPG):
-        write_embeddings(run_dir, project_embeddings(model.prompts, task.statistics.cell_mean, config.seed))
+    if embeddings := model.embeddings(dataset.node_means, config.seed):
+        write_embeddings(run_dir, embeddings)
     page = build_report(run_dir)
     own = scores["pooled"]
     log(f"test MAE {own['mae']:.4f}, RMSE {own['rmse']:.4f}, MAPE {own['mape']:.4f}")
@@ -130,7 +124,7 @@ def _efficiency(config: UrbanConfig, windows_per_second: float | None) -> list[E
 
 def make_forecasts(
     config: UrbanConfig,
-    model: Model,
+    model: Forecaster,
     windows: Windows,
     fitted: tuple[Fitted, ...],
     summaries: dict[str, dict[str, Any]],
@@ -140,10 +134,9 @@ def make_forecasts(
     """Writes the forecasts of all ``windows``, whose history is of the model's nodes and whose targets may be of some
     of them; goes on where a killed one was. Returns the windows it made in a second."""
     stage, batch_size = stage_names(config)[-1], config.training.train_batch_size
-    _check_fits(model, windows)
-    targets, nodes = windows.region.slices[0], windows.region.shape[0]
-    first = windows.history_region.slices[0].start
-    own = slice(targets.start - first, targets.stop - first)
+    nodes, known = (NodeSet.of(windows.store, region) for region in (windows.region, windows.history_region))
+    _check_fits(model, windows, known)
+    own = np.searchsorted(known.numbers, nodes.numbers)
     header = ForecastHeader(
         metadata=ForecastMetadata(
             run=config.name,
@@ -155,12 +148,10 @@ def make_forecasts(
         cell_ids=windows.store.cell_ids[windows.region.slices],
         has_quantiles=False,
     )
-    plan = PiecePlan(len(windows), nodes, batch_size, nodes)
-    forecasts = WindowForecasts(
-        model.eval(), windows, NodeLearners(windows.history_region.shape[0]), config.nodes.block_nodes
-    )
+    plan = PiecePlan(len(windows), len(nodes), batch_size, len(nodes))
+    forecasts = WindowForecasts(model.eval(), windows, NodeLearners(len(known)))
     with (
-        ForecastWriter(path, header, np.arange(nodes), plan, {"training": summaries[stage]}, log) as writer,
+        ForecastWriter(path, header, nodes.positions, plan, {"training": summaries[stage]}, log) as writer,
         progress_bar("forecast", unit="windows") as progress,
     ):
         left, began = writer.left, time.perf_counter()
@@ -176,17 +167,16 @@ def make_forecasts(
     return (len(windows) - left[0].windows.start) / seconds if left else None
 
 
-def _check_fits(model: Model, windows: Windows) -> None:
+def _check_fits(model: Forecaster, windows: Windows, nodes: NodeSet) -> None:
     """Raises InputError where the model is of another cadence, of other numbers of frames or nodes than ``windows``,
     or a node has no value."""
-    store, city = windows.store, city_of(model)
+    store, city = windows.store, model.scaling
     cadence = int(store.cadence / np.timedelta64(1, "m"))
     if cadence != city.cadence:
         raise InputError(
-            f"{store.path} has a value every {cadence} min, {city.who} are of {city.cadence} min; fit prompts to this "
-            "data with recipe few-shot"
+            f"{store.path} has a value every {cadence} min, {city.who} are of {city.cadence} min; {model.elsewhere}"
         )
-    history = torch.from_numpy(windows.read([0]).history)
+    history = nodes.select(torch.from_numpy(windows.read([0]).history))
     model.check(history, *city.calendar(store.local_times[windows.origins[:1]]))
 
 
@@ -195,7 +185,7 @@ def forecast(
 ) -> dict[str, Any]:
     """``stdist forecast``: a finished run's forecaster on a store that holds its nodes, or on some of its nodes.
 
-    ``region``: the nodes n0:n1 of this store that are forecast, all of the run's by default; the history is that of all
+    ``region``: the part of this store that is forecast, all of the run's nodes by default; the history is that of all
     of the run's. ``split``: a name (the run's own days on the store it was trained on, else the store's default split)
     or local days ``A:B``. Raises InputError for an unfinished run, nodes, times or a cadence that the forecaster does
     not know.
@@ -203,14 +193,13 @@ def forecast(
     config = read_run_config(run_dir)
     assert isinstance(config, UrbanConfig)
     checkpoint = result_of(run_dir, config)
-    model = load_forecaster(checkpoint)
+    model = config.model.load(checkpoint)
+    model.block_nodes = config.nodes.block_nodes
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(store_path)
-    if len(store.shape) != 1:
-        raise InputError(f"{store_path} holds a grid; this run forecasts nodes")
-    known = _nodes_in(store, run_dir, config, model, log)
-    wanted = NodeRange.parse(region) if region else known
-    if not (known.n0 <= wanted.n0 and wanted.n1 <= known.n1):
+    known = _region_in(store, run_dir, config, model, log)
+    wanted = parse_region(region).within(store.shape) if region else known
+    if any(w.start < k.start or k.stop < w.stop for w, k in zip(wanted.slices, known.slices, strict=True)):
         raise InputError(f"region {wanted} is not within the nodes {known} of {store_path} that {run_dir} knows")
     windows = store.windows(
         DaySpan.parse(split) if ":" in split else _days(store, store_path, config).named(split),
@@ -235,10 +224,11 @@ def forecast(
     }
 
 
-def _nodes_in(
-    store: GridStore, run_dir: Path, config: UrbanConfig, model: Model, log: Callable[[str], None]
-) -> NodeRange:
-    """Where ``store`` has the run's own nodes, by their ids: a row, a weight or a graph is of one node and no other.
+def _region_in(
+    store: GridStore, run_dir: Path, config: UrbanConfig, model: Forecaster, log: Callable[[str], None]
+) -> AnyRegion:
+    """The region of ``store`` with the run's own nodes, by their ids: an embedding, a weight or a graph is of one node
+    and no other.
 
     A run without test forecasts does not say which they are: those of the store it was trained on, else all. Raises
     InputError where the nodes are not there, or not one after the other.
@@ -247,21 +237,24 @@ def _nodes_in(
     if not path.exists():
         log(f"note: {path} is not there to say which nodes the run knows; those of {store.path} are taken for them")
         if not _trained_on(store.path, config):
-            return NodeRange(0, store.shape[0])
-        first = NodeRange.parse(config.data.region).n0 if config.data.region else 0
-        return NodeRange(first, first + (nodes_of_model(model) or store.shape[0] - first)).within(store.shape)
+            return store.region()
+        return NodeRange(0, model.nodes) if config.continual and model.nodes else store.region(config.data.region)
     trained = open_forecasts(path).header
-    ids, found = trained.cell_ids.tolist(), store.cell_ids.tolist()
-    first = found.index(ids[0]) if ids[0] in found else 0
-    if found[first : first + len(ids)] != ids:
-        remedy = "fit prompts to it with recipe few-shot" if isinstance(model, UrbanPG) else "train others on it"
+    ids, stored = trained.cell_ids, store.cell_ids
+    if ids.ndim != stored.ndim:
+        kind, other = ("a grid", "nodes") if stored.ndim == 2 else ("nodes", "cells of a grid")
+        raise InputError(f"{store.path} holds {kind}, {run_dir} forecasts {other}; {model.elsewhere}")
+    first = next(iter(np.argwhere(stored == ids.flat[0])), np.zeros(ids.ndim, np.int64))
+    edges = list(zip(first.tolist(), (first + ids.shape).tolist(), strict=True))
+    if stored[tuple(slice(*edge) for edge in edges)].tolist() != ids.tolist():
         raise InputError(
-            f"{store.path} has {len(found)} nodes, ids {found[0]} to {found[-1]}, and not one after the other the "
-            f"{len(ids)} that {run_dir} was trained on, ids {ids[0]} to {ids[-1]}; {remedy}"
+            f"{store.path} has {stored.size} nodes, ids {stored.flat[0]} to {stored.flat[-1]}, and not one after the "
+            f"other the {ids.size} that {run_dir} was trained on, ids {ids.flat[0]} to {ids.flat[-1]}; "
+            f"{model.elsewhere}"
         )
     if store.city != (city := trained.metadata.contract.city):
         log(f"note: {store.path} is of {store.city!r}, the run of {city!r}; nodes of one id are taken to be the same")
-    return NodeRange(first, first + len(ids))
+    return parse_region(",".join(f"{start}:{stop}" for start, stop in edges))
 
 
 def _trained_on(path: Path, config: UrbanConfig) -> bool:
