@@ -56,7 +56,7 @@ def city(folder: Path, side: int, days: int) -> Path:
 def all_windows(path: Path, share: float = 1.0) -> Windows:
     """Every window of a store opened anew, whose cache may hold ``share`` of the values and masks."""
     store = open_store(path)
-    store.frame_cache.limit = int(share * store.present.size * store.inside.size * 5)
+    store.chunk_cache.limit = int(share * store.present.size * store.inside.size * 5)
     days = DaySpan.parse([store.attributes["first_day"], store.attributes["last_day"]])
     return store.windows(days, S, K, channel="internet")
 

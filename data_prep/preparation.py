@@ -43,7 +43,7 @@ class PrepareSummary:
             city=store.city,
             channels=store.channels,
             frames=int(store.present.sum()),
-            runs=len(store.runs),
+            runs=len(store.segments),
             cells=int(store.inside.sum()),
             missing={name: counts["missing"] for name, counts in store.coverage.items()},
             true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},

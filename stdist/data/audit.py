@@ -11,14 +11,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from stdist.data.metadata import StoreMetadata
 from stdist.data.schema import observed_name
 from stdist.data.spans import DaySpan
 from stdist.errors import InputError
-
-if TYPE_CHECKING:
-    from stdist.data.store import GridStore
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Fitted:
         return DaySpan.parse([self.first_day, self.last_day])
 
 
-def data_digest(store: "GridStore", channel: str) -> str:
+def data_digest(store: StoreMetadata, channel: str) -> str:
     """One sha256 over a channel's values and the times and places they belong to, whatever the split.
 
     Made of the recorded digests of files; reads none of them.

@@ -16,9 +16,10 @@ from stdist.data.audit import Fitted, leaks
 from stdist.data.check_report import LISTED, CheckReport, listed
 from stdist.data.check_values import check_channels
 from stdist.data.integrity import ROOT_METADATA, combined_digest, sha256_of
-from stdist.data.schema import observed_name, runs_of, train_mean_name
+from stdist.data.metadata import read_attributes
+from stdist.data.schema import observed_name, train_mean_name, true_segments
 from stdist.data.spans import DaySpan
-from stdist.data.store import GridStore, read_attributes
+from stdist.data.store import GridStore
 from stdist.progress import Progress
 
 
@@ -128,7 +129,7 @@ def _time(store: GridStore, report: CheckReport) -> None:
     frames = len(np.arange(first, last + 1)) * store.slots_per_day
     if len(store.times) != frames or store.local_times[0] != first:
         report.add("error", f"time has {len(store.times)} frames, the days {first}:{last} have {frames}", "time")
-    for start, stop in runs_of(~store.present):
+    for start, stop in true_segments(~store.present):
         stamps = [str(store.local_times[i].astype("datetime64[m]")) for i in (start, stop - 1)]
         report.gaps.append({"first": stamps[0], "last": stamps[1], "frames": stop - start})
     for gap in report.gaps[:LISTED]:

@@ -11,7 +11,7 @@ import numpy as np
 from stdist.data.check_report import CheckReport, Severity, listed
 from stdist.data.imputation import interpolate
 from stdist.data.parts import Tile
-from stdist.data.schema import CHUNK, observed_name, runs_of, tiles_of
+from stdist.data.schema import CHUNK, observed_name, tiles_of, true_segments
 from stdist.data.statistics import StatisticsState
 from stdist.data.store import GridStore
 from stdist.progress import Progress
@@ -104,7 +104,7 @@ class _Channel:
         low, high = max(0, (day - 1) * slots), min(len(store.present), (day + 2) * slots)
         values, observed = self._read(low, high, tile)
         wrong = np.zeros(observed.shape, bool)
-        for start, stop in runs_of(store.present[low:high]):
+        for start, stop in true_segments(store.present[low:high]):
             begins = low + start == 0 or not store.present[low + start - 1]
             ends = low + stop == len(store.present) or not store.present[low + stop]
             known, given = observed[start:stop], values[start:stop]

@@ -16,10 +16,10 @@ import zarr
 
 from stdist.data.coordinates import Coordinate, create_array
 from stdist.data.imputation import Known, first_known, interpolate, last_known
-from stdist.data.integrity import ROOT_METADATA, combined_digest, require_whole, sha256_of
+from stdist.data.integrity import ROOT_METADATA, combined_digest, require_all_files, sha256_of
 from stdist.data.notes import FOLDER, Notes
 from stdist.data.parts import Executor, Part, PartResult, Tile
-from stdist.data.schema import fill_short_absences, observed_name, runs_of, train_mean_name
+from stdist.data.schema import fill_short_absences, observed_name, train_mean_name, true_segments
 from stdist.data.shards import Shards, present_of
 from stdist.data.spans import DaySpan, Split, default_split
 from stdist.data.statistics import StatisticsState
@@ -28,7 +28,7 @@ from stdist.errors import InputError
 MAX_GAP = 6
 """Absent stretches of at most this many frames between present ones are imputed; longer ones are gaps."""
 
-Segment = tuple[int, int, bool, bool]
+DaySegment = tuple[int, int, bool, bool]
 """[start, stop) of a run inside one day; whether it comes from the day before, goes on into the next."""
 
 
@@ -41,7 +41,7 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, max_ga
         raise InputError(f"{out}: no frame was written; the sources hold nothing for these days")
     attributes = {"long_name": "frame exists in the source, or fills a short absence"}
     create_array(shards.group, Coordinate("present", present, ("time",), attributes))
-    days = tuple(sorted(segments_of(present, shards.slots_per_day)))
+    days = tuple(sorted(day_segments(present, shards.slots_per_day)))
     split = split or default_split(shards.days[list(days)])
 
     parts = [
@@ -85,7 +85,7 @@ class Imputation:
         notes, shards = Notes(self.root), Shards(self.root)
         assert part.tiles is not None
         (tile,), channel = part.tiles, part.payload
-        days = segments_of(np.asarray(shards.array("present")[:]), shards.slots_per_day)
+        days = day_segments(np.asarray(shards.array("present")[:]), shards.slots_per_day)
         scratch = notes.scratch / part.name
         with notes.working(self.session):
             shutil.rmtree(scratch, ignore_errors=True)  # of a killed preparation
@@ -94,7 +94,7 @@ class Imputation:
         return PartResult(part.name, *result)
 
     def _fill(
-        self, shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[Segment]], scratch: Path
+        self, shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Forwards over the days, filling; known neighbours are carried across midnight."""
         inside = np.asarray(shards.array("inside")[tile])
@@ -126,12 +126,12 @@ class Imputation:
         return files, {"missing": missing, "true_zeros": zeros, "state": state}
 
 
-def segments_of(present: np.ndarray, slots_per_day: int) -> dict[int, list[Segment]]:
+def day_segments(present: np.ndarray, slots_per_day: int) -> dict[int, list[DaySegment]]:
     """Per day that holds frames: its parts of runs, in global frame indices. present: bool [T]."""
     days = {}
     for day in range(len(present) // slots_per_day):
         first, last = day * slots_per_day, (day + 1) * slots_per_day
-        parts = [(first + a, first + b) for a, b in runs_of(present[first:last])]
+        parts = [(first + a, first + b) for a, b in true_segments(present[first:last])]
         if parts:
             days[day] = [
                 (a, b, a == first and a > 0 and bool(present[a - 1]), b == last and bool(present[b : b + 1].any()))
@@ -140,7 +140,7 @@ def segments_of(present: np.ndarray, slots_per_day: int) -> dict[int, list[Segme
     return days
 
 
-def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[Segment]], scratch: Path) -> None:
+def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path) -> None:
     """Backwards over the days, leaving on disk what is known after each of them."""
     scratch.mkdir(parents=True)
     nothing = Known.none(tuple(side.stop - side.start for side in tile))
@@ -167,7 +167,7 @@ def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
 
 
 def _seal(partial: Path, out: Path, shard_files: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    require_whole(partial, shard_files)
+    require_all_files(partial, shard_files)
     files = dict(shard_files)
     for path in sorted(partial.rglob("*")):
         name = path.relative_to(partial)

@@ -61,7 +61,7 @@ def combined_digest(files: Mapping[str, Any], attributes: Mapping[str, Any]) -> 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def require_whole(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def require_all_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise InputError naming the first file that is missing or has not its recorded size."""
     for name, recorded in files.items():
         try:
@@ -72,12 +72,3 @@ def require_whole(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise InputError(
                 f"{root} is damaged: {name} has {size} of {recorded['bytes']} bytes; prepare or copy the store again"
             )
-
-
-def damaged_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of files that are missing or whose bytes are not the recorded ones; reads everything."""
-    return [
-        name
-        for name, recorded in files.items()
-        if not (root / name).is_file() or sha256_of(root / name) != recorded["sha256"]
-    ]

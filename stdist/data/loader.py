@@ -26,10 +26,11 @@ KEPT = 2
 
 @dataclass(frozen=True, eq=False)
 class TensorBatch:
-    """``WindowBatch`` as tensors, with the ``Samples`` it was read for.
+    """``WindowBatch`` as tensors.
 
     history: float32 [B, S, H, W]. target: float32 [B, K, h, w]; target_observed: bool, same shape. Of nodes:
-    [B, S, N] and [B, K, n]. origin_index: int64 [B]. indices: int64 [B]. cells: int64 [B, C] or None.
+    [B, S, N] and [B, K, n]. origin_index: int64 [B]. indices: numbers of the windows, int64 [B]. cells:
+    ``WindowSampler.cells``, int64 [B, C] or None.
     """
 
     history: Tensor
@@ -87,7 +88,7 @@ class WindowLoader:
                 used.append(batch)
                 if len(used) > KEPT:
                     pool.submit([used.popleft()].clear)
-                # What was read ahead does not count: a state is of the batches that were handed out.
+                # What was read ahead does not count: the sampler stands after the batches that were handed out.
                 self.sampler.consumed = after
                 yield batch
             self.sampler.end(epoch)
@@ -111,10 +112,3 @@ class WindowLoader:
             return np.empty(shape, dtype)
         kind = {np.dtype(np.float32): torch.float32, np.dtype(np.bool_): torch.bool}[np.dtype(dtype)]
         return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's, which counts the batches that were handed out."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state)

@@ -209,13 +209,13 @@ def fill_short_absences(present: np.ndarray, max_gap: int) -> np.ndarray:
     Their values are then missing ones, which Eq. 20 imputes; a longer stretch is a gap that ends a run.
     """
     filled = present.copy()
-    for start, stop in runs_of(~present):
+    for start, stop in true_segments(~present):
         if start > 0 and stop < len(present) and stop - start <= max_gap:
             filled[start:stop] = True
     return filled
 
 
-def runs_of(flags: np.ndarray) -> list[tuple[int, int]]:
+def true_segments(flags: np.ndarray) -> list[tuple[int, int]]:
     """Half-open [start, stop) of every run of True in bool [T]."""
     edges = np.diff(np.concatenate(([0], flags.astype(np.int8), [0])))
     return list(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True))

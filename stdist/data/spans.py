@@ -134,17 +134,12 @@ class Region:
 
     @classmethod
     def parse(cls, value: "Region | str | Sequence[int]") -> "Region":
-        """From ``"r0:r1,c0:c1"`` or four integers."""
+        """Reads ``"r0:r1,c0:c1"`` or four integers."""
         if isinstance(value, Region):
             return value
-        if isinstance(value, str):
-            match = re.fullmatch(r"\s*(\d+):(\d+)\s*,\s*(\d+):(\d+)\s*", value)
-            parts: Sequence[Any] = match.groups() if match else ()
-        else:
-            parts = value
-        if len(parts) != 4:
+        if (edges := _edges(value, 4)) is None:
             raise InputError(f"region {value!r} is not r0:r1,c0:c1; write it as 44:55,44:55 (end excluded)")
-        return cls(*(int(part) for part in parts))
+        return cls(*edges)
 
     def within(self, shape: tuple[int, ...]) -> "Region":
         """Itself, or InputError where it leaves a grid of ``shape`` (H, W), or is asked of nodes (N,)."""
@@ -179,16 +174,12 @@ class NodeRange:
 
     @classmethod
     def parse(cls, value: "NodeRange | str | Sequence[int]") -> "NodeRange":
-        """From ``"n0:n1"`` or two integers."""
+        """Reads ``"n0:n1"`` or two integers."""
         if isinstance(value, NodeRange):
             return value
-        parts: Sequence[Any] = value
-        if isinstance(value, str):
-            match = re.fullmatch(r"\s*(\d+):(\d+)\s*", value)
-            parts = match.groups() if match else ()
-        if len(parts) != 2:
+        if (edges := _edges(value, 2)) is None:
             raise InputError(f"node range {value!r} is not n0:n1; write it as 0:100 (end excluded)")
-        return cls(int(parts[0]), int(parts[1]))
+        return cls(*edges)
 
     def within(self, shape: tuple[int, ...]) -> "NodeRange":
         """Itself, or InputError where it leaves ``shape`` (N,), or is asked of a grid (H, W)."""
@@ -215,12 +206,20 @@ AnyRegion = Region | NodeRange
 
 
 def parse_region(value: "AnyRegion | str | Sequence[int]") -> AnyRegion:
-    """A ``Region`` from ``"r0:r1,c0:c1"``, a ``NodeRange`` from ``"n0:n1"``."""
-    if isinstance(value, NodeRange) or (isinstance(value, str) and re.fullmatch(r"\s*\d+:\d+\s*", value)):
+    """A ``Region`` of ``"r0:r1,c0:c1"`` or four integers, a ``NodeRange`` of ``"n0:n1"`` or two."""
+    if isinstance(value, NodeRange) or (not isinstance(value, Region) and _edges(value, 2)):
         return NodeRange.parse(value)
     return Region.parse(value)
 
 
-def whole(shape: tuple[int, ...]) -> AnyRegion:
-    """All of a grid (H, W) or of a node set (N,)."""
+def _edges(value: str | Sequence[int], count: int) -> list[int] | None:
+    """The ``count`` integers of ``a:b,c:d`` or of a sequence; None where there are others."""
+    if isinstance(value, str):
+        pairs = re.fullmatch(r"\s*" + r"\s*,\s*".join([r"(\d+):(\d+)"] * (count // 2)) + r"\s*", value)
+        value = [int(edge) for edge in pairs.groups()] if pairs else []
+    return [int(edge) for edge in value] if len(value) == count else None
+
+
+def all_cells(shape: tuple[int, ...]) -> AnyRegion:
+    """The region of all of a grid (H, W) or of all nodes (N,)."""
     return NodeRange(0, shape[0]) if len(shape) == 1 else Region(0, shape[0], 0, shape[1])

@@ -1,12 +1,16 @@
 """Statistics of one channel over a span of days: mergeable, so that no more than a day of a tile is in memory."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from stdist.data.parts import Tile
-from stdist.data.spans import DaySpan
+from stdist.data.schema import tiles_of
+from stdist.data.spans import AnyRegion, DaySpan, parse_region
+from stdist.data.stored_arrays import StoredArrays
+from stdist.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,3 +80,21 @@ class StatisticsState:
         cell_mean = self.cell_sum / np.maximum(self.cell_count, 1)
         std = float(np.sqrt(self.squares / self.count))
         return Statistics(self.mean, std, self.maximum, self.count, cell_mean.astype(np.float32), span)
+
+
+def fit_statistics(store: StoredArrays, channel: str, span: DaySpan, region: AnyRegion) -> Statistics:
+    """Reads ``span`` and ``region`` with a day of a tile in memory; InputError where there is no observed value."""
+    first, stop = store.step_range(span)
+    state = StatisticsState(region.shape)
+    days = [(start, start + store.slots_per_day) for start in range(first, stop, store.slots_per_day)]
+    present = [day for day in days if store.present[slice(*day)].any()]
+    for tile in tiles_of(store.slots_per_day, region.shape):
+        of_tile = StatisticsState(tuple(side.stop - side.start for side in tile))
+        edges = [(a.start + side.start, a.start + side.stop) for a, side in zip(region.slices, tile, strict=True)]
+        cells = parse_region(list(chain(*edges)))
+        for day in present:
+            of_tile.add(store.values(channel, *day, cells), store.observed(channel, *day, cells))
+        state.merge(of_tile, tile)
+    if state.count == 0:
+        raise InputError(f"span {span} of {store.path} holds no observed value of {channel}; choose other days")
+    return state.result(span)

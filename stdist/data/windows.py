@@ -3,16 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from stdist.data.schema import runs_of
+from stdist.data.schema import true_segments
 from stdist.data.spans import AnyRegion, DaySpan
+from stdist.data.stored_arrays import StoredArrays
 from stdist.errors import InputError
-
-if TYPE_CHECKING:
-    from stdist.data.store import GridStore
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 """Makes an array of a shape and dtype, as ``np.empty`` does; the loader's are pinned."""
@@ -41,7 +39,7 @@ def window_origins(present: np.ndarray, first: int, stop: int, S: int, K: int, *
     """
     origins = [
         np.arange(max(start + S - 1, first + S - 1 if history_inside else first - 1), min(end, stop) - K)
-        for start, end in runs_of(present)
+        for start, end in true_segments(present)
     ]
     return np.concatenate([np.zeros(0, np.int64), *origins]).astype(np.int64)
 
@@ -54,7 +52,7 @@ class Windows:
     ``GridStore.windows``; raises InputError where no window fits.
     """
 
-    store: "GridStore"
+    store: StoredArrays
     channel: str
     span: DaySpan
     span_name: str
@@ -64,19 +62,19 @@ class Windows:
     history_inside: bool
     history_region: AnyRegion
     origins: np.ndarray = field(init=False)
-    _chunk_frames: int = field(init=False, repr=False)
+    _chunk_steps: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.S < 1 or self.K < 1:
             raise InputError(f"S = {self.S}, K = {self.K}: a window needs at least one frame of each")
-        self._chunk_frames = self.store.frames_per_chunk(self.channel)
-        first, stop = self.store.frames_of(self.span)
+        self._chunk_steps = self.store.steps_per_chunk(self.channel)
+        first, stop = self.store.step_range(self.span)
         self.origins = window_origins(
             self.store.present, first, stop, self.S, self.K, history_inside=self.history_inside
         )
         if len(self.origins) == 0:
             # Where history may lie before the span, a run counts from its own start to the span's end.
-            runs = [(max(a, first) if self.history_inside else a, min(b, stop)) for a, b in self.store.runs]
+            runs = [(max(a, first) if self.history_inside else a, min(b, stop)) for a, b in self.store.segments]
             longest = max((b - a for a, b in runs if b > first), default=0)
             raise InputError(
                 f"no window fits {self.span_name} {self.span}: its longest gap-free run has "
@@ -86,10 +84,6 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.origins)
-
-    def fraction(self, share: float) -> "Windows":
-        """The windows of the first ``share`` of the days: few-shot (docs/decisions.md, 12)."""
-        return replace(self, span=self.span.fraction(share))
 
     def of_region(self, region: AnyRegion, history_region: AnyRegion | None = None) -> "Windows":
         """The same windows with the targets of ``region``, and the history of ``history_region``: of the same cells
@@ -119,7 +113,7 @@ class Windows:
     def read(self, indices: Sequence[int] | np.ndarray, empty: Empty = np.empty) -> WindowBatch:
         """The windows number ``indices`` (positions in ``origins``), as one batch, in arrays made by ``empty``.
 
-        Chunks that windows share are decoded once and held in the store's ``frame_cache``; chunks that no window
+        Chunks that windows share are decoded once and held in the store's ``chunk_cache``; chunks that no window
         touches are not read. Raises InputError where the store cannot be read.
         """
         origins = self.origins[np.asarray(indices, np.int64)]
@@ -143,7 +137,7 @@ class Windows:
         self, what: str, region: AnyRegion, parts: Sequence[tuple[np.ndarray, np.ndarray, tuple[slice, ...]]]
     ) -> None:
         """Fills ``out`` [B, L, …] of each part, (out, first frame of its rows int64 [B], cells within ``region``)."""
-        step = self._chunk_frames
+        step = self._chunk_steps
         chunks: dict[int, list[tuple[int, int, int]]] = {}
         for number, (out, firsts, _) in enumerate(parts):
             for row, first in enumerate(firsts.tolist()):
@@ -163,7 +157,7 @@ class Windows:
         self, what: str, region: AnyRegion, chunk: tuple[int, int], needed: tuple[int, int]
     ) -> tuple[int, np.ndarray]:
         """Frames of one chunk through the cache, or just the ``needed`` ones where a chunk is beyond its limit."""
-        cache, key = self.store.frame_cache, (what, self.channel, region, chunk)
+        cache, key = self.store.chunk_cache, (what, self.channel, region, chunk)
         size = (chunk[1] - chunk[0]) * math.prod(region.shape) * (4 if what == "values" else 1)
         if size > cache.limit:
             return needed[0], self._decode(what, region, needed)

@@ -55,7 +55,7 @@ def forecast_baselines(
     """
     S, K, channel, frames = windows.S, windows.K, windows.channel, len(store.times)
     fit = store.windows(train, S, K, channel=channel, region=windows.region, history_inside=True)
-    fit_frames = slice(*store.frames_of(fit.span))
+    fit_frames = slice(*store.step_range(fit.span))
     slots, days = week_slots(store), store.local_times.astype("datetime64[D]")
     features = calendar(slots, store.slots_per_day, fit_frames.stop - fit_frames.start)
     for tile in tiles(windows.region, SERIES_IN_MEMORY // frames):

@@ -142,5 +142,5 @@ def _days_at_once(windows: Windows) -> int | None:
     """For the sampler: as many days as half of the cache holds, None where it holds the whole span."""
     store, nodes = windows.store, math.prod(windows.region.shape)
     day = store.slots_per_day * nodes * 5  # a float32 and a bool
-    days = store.frame_cache.limit // (2 * day)
+    days = store.chunk_cache.limit // (2 * day)
     return None if days >= len(windows.span) else max(2, days)

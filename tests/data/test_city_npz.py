@@ -8,6 +8,7 @@ import pytest
 import xarray
 
 from data_prep import city_npz
+from stdist.data.check import check_store
 from stdist.errors import InputError
 
 H, W, F = 2, 3, 14
@@ -43,9 +44,9 @@ def test_files_follow_one_another_in_time(tmp_path, prepared):
     files = [save(tmp_path, "volume_train.npz", train), save(tmp_path, "volume_test.npz", test)]
     plan = city_npz.plan(files, start="2015-01-01", cadence=30, city="nyc")
     store = prepared(pickle.loads(pickle.dumps(plan)))
-    assert store.runs == [(0, 50)] and store.channels == ("volume",) and store.shape == (H, W)
+    assert store.segments == [(0, 50)] and store.channels == ("volume",) and store.shape == (H, W)
     np.testing.assert_array_equal(store.values("volume", 0, 50), np.concatenate([train, test])[..., 0])
-    assert store.observed("volume", 0, 50).all() and store.verify() == []
+    assert store.observed("volume", 0, 50).all() and check_store(store.path).ok
 
 
 def test_one_file_a_channel_with_poi(tmp_path, prepared):
@@ -144,9 +145,9 @@ def test_taxi_raster_of_new_york(real_data, prepared):
     raw = np.concatenate([np.load(file)["volume"][..., 0] for file in files])
     values = store.values("volume", 0, 31 * 48)
     np.testing.assert_array_equal(values, raw.astype(np.float32))
-    assert store.runs == [(0, 1488)] and store.coverage["volume"]["true_zeros"] == int((raw == 0).sum())
+    assert store.segments == [(0, 1488)] and store.coverage["volume"]["true_zeros"] == int((raw == 0).sum())
     by_day = values.reshape(31, -1).sum(axis=1)
     assert sorted(np.argsort(by_day)[:2].tolist()) == [25, 26]
-    assert store.verify() == []
+    assert check_store(store.path).ok
     dataset = xarray.open_zarr(store.path, consolidated=True)
     assert dataset["volume"].dims == ("time", "row", "col")

@@ -89,8 +89,8 @@ def test_eq20_day_by_day_equals_the_whole_run_at_once(seed, share):
                 writer.write_day(d, {"x": values[where]}, present[where])
             store = open_store(writer.finalise())
         written = store.values("x", 0, len(values))
-        assert store.runs
-        for start, stop in store.runs:
+        assert store.segments
+        for start, stop in store.segments:
             part = values[start:stop].copy()
             part[~present[start:stop]] = NAN
             np.testing.assert_allclose(written[start:stop], interpolate(part, ~np.isnan(part)), rtol=1e-6)
@@ -134,7 +134,7 @@ def test_short_absences_are_imputed_and_longer_ones_are_gaps(make_store, absent,
     present = np.ones(288, bool)
     present[140 : 140 + absent] = False
     store = make_store(values, present)
-    assert store.runs == runs
+    assert store.segments == runs
     assert not store.observed("internet", 140, 140 + absent).any()
     inside = store.values("internet", 140, 140 + absent)[:, 0, 0]
     if len(runs) == 1:

@@ -10,6 +10,7 @@ import xarray
 
 from data_prep import Day, Part, Plan, prepare
 from stdist.data import DaySpan, NodeRange, NodeSpec, Region, Split, open_store
+from stdist.data.check import check_store
 from stdist.errors import InputError
 
 FIRST = np.datetime64("2019-01-01")
@@ -77,7 +78,7 @@ def test_plain_xarray_opens_it(path):
 
 def test_the_store_says_the_same(path):
     store = open_store(path)
-    assert store.dims == ("node",) and store.shape == (4,) and store.verify() == []
+    assert store.dims == ("node",) and store.shape == (4,) and check_store(store.path).ok
     assert store.cell_ids.tolist() == IDS.tolist() and store.cell_ids.dtype.kind == "U"
     assert store.since is not None and store.since[3] == FIRST + 1
     assert store.adjacency is not None and store.adjacency.dtype == np.float32

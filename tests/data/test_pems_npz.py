@@ -8,6 +8,7 @@ import pytest
 import xarray
 
 from data_prep import pems_npz, zones_npz
+from stdist.data.check import check_store
 from stdist.errors import InputError
 
 T, N = 300, 4
@@ -38,7 +39,7 @@ def test_frames_are_read_back_and_zeros_are_measured(tmp_path, prepared):
     plan = pems_npz.plan([path], start="2018-01-01T23:00")
     store = prepared(plan)
     assert store.dims == ("node",) and store.shape == (N,) and store.channels == ("flow", "occupancy", "speed")
-    assert store.city == "pems04" and store.runs == [(276, 576)]
+    assert store.city == "pems04" and store.segments == [(276, 576)]
     assert store.local_times[276] == np.datetime64("2018-01-01T23:00")
     seen = store.observed("flow", 276, 576)
     np.testing.assert_array_equal(seen, ~np.isnan(frames()[..., 0]))
@@ -47,7 +48,7 @@ def test_frames_are_read_back_and_zeros_are_measured(tmp_path, prepared):
         known = ~np.isnan(frames()[..., index])
         np.testing.assert_array_equal(values[known], frames()[..., index][known].astype(np.float32))
     assert store.coverage["flow"]["missing"] == 1 and store.coverage["flow"]["true_zeros"] == 10
-    assert store.verify() == []
+    assert check_store(store.path).ok
 
 
 def test_plan_is_picklable_and_reads_no_data(tmp_path, monkeypatch):
@@ -204,7 +205,7 @@ def test_zones_of_manhattan(real_data, prepared):
     graph = {"adjacency": folder / "adjacency.csv", "node_ids": folder / "zones.csv"}
     store = prepared(zones_npz.plan([path], start="2019-01-01", **graph))
     raw = np.load(path)["arr_0"].astype(np.float32)
-    assert store.shape == (69,) and store.runs == [(0, 17544)]
+    assert store.shape == (69,) and store.segments == [(0, 17544)]
     assert store.local_times[-1] == np.datetime64("2020-12-31T23:00")
     for index, channel in enumerate(("flow_in", "flow_out")):
         np.testing.assert_array_equal(store.values(channel, 0, 17544), raw[..., index])
@@ -213,4 +214,4 @@ def test_zones_of_manhattan(real_data, prepared):
     assert dataset["node"].values[:3].tolist() == [4, 12, 13]
     # Alphabet City touches East Village, Lower East Side, Stuyvesant Town and Two Bridges in the file.
     assert np.flatnonzero(dataset["adjacency"].values[0]).tolist() == [13, 35, 51, 55]
-    assert store.verify() == []
+    assert check_store(store.path).ok

@@ -17,6 +17,7 @@ import zarr
 from data_prep import READERS, Day, Part, Plan, prepare
 from data_prep.local_processes import local_processes
 from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, notes, open_store, shards
+from stdist.data.check import check_store
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.errors import InputError, Interrupted
 
@@ -74,7 +75,7 @@ def test_a_gap_of_a_day_is_reported_and_the_store_is_whole(tmp_path):
     # Six slots a day: a day without frames is as long as the longest absence that is filled.
     assert summary.runs == 1 and summary.absent_days == () and summary.frames == DAYS * SLOTS
     store = open_store(summary.path)
-    assert store.verify() == [] and not (store.path / notes.FOLDER).exists()
+    assert check_store(store.path).ok and not (store.path / notes.FOLDER).exists()
     assert xarray.open_zarr(store.path).equals(store.dataset)
     assert not store.observed("flow", 2 * SLOTS, 3 * SLOTS).any()
     known = np.concatenate([~np.isnan(_values(day)) for day in (0, 1, 3, 4, 5)])
@@ -180,7 +181,7 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
         return map(run_part, parts)
 
     assert prepare(_plan(), out, executor=monitor).digest == digest
-    assert _names(tmp_path) == ["toy.zarr"] and open_store(out).verify() == []
+    assert _names(tmp_path) == ["toy.zarr"] and check_store(out).ok
     assert not list(out.rglob("*.partial")) and not (out / notes.FOLDER).exists()
     if name != "rename":
         assert len(again) + len(done) == 4
@@ -205,7 +206,7 @@ def test_a_preparation_with_workers_is_killed_and_its_workers_end_with_it(tmp_pa
     process.join()
     assert process.exitcode == -signal.SIGKILL and not out.exists()
     assert prepare(plan, out).digest == synthetic
-    assert _names(tmp_path) == ["city.zarr"] and open_store(out).verify() == []
+    assert _names(tmp_path) == ["city.zarr"] and check_store(out).ok
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

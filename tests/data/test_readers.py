@@ -30,7 +30,7 @@ def test_wide_csv_reads_rows_as_frames(tmp_path):
     assert summary.missing == {"internet": 2} and summary.true_zeros == {"internet": 1}
     assert json.loads(json.dumps(summary.as_dict()))["runs"] == 1
     # Two calendar days of four slots; the frames are the slots 1 ... 4.
-    assert len(store.times) == 8 and store.runs == [(1, 5)]
+    assert len(store.times) == 8 and store.segments == [(1, 5)]
     assert store.local_times[1] == np.datetime64("2013-11-01T06:00")
     expected = [[1, 2, 3], [0, 5, 6], [7, 8, 9], [10, 11, 12]]
     assert store.values("internet", 1, 5)[:, 0].tolist() == expected
@@ -108,7 +108,7 @@ def test_npz_frames_are_sorted_by_their_stamps(tmp_path):
     summary = READERS["frames-npz"].prepare([path], tmp_path / "out.zarr")
     store = open_store(summary.path)
     assert (summary.city, summary.frames, summary.runs) == ("turin", 5, 2)
-    assert summary.channels == ("speed", "calls") and store.runs == [(0, 3), (143, 145)]
+    assert summary.channels == ("speed", "calls") and store.segments == [(0, 3), (143, 145)]
     assert store.values("speed", 0, 3)[:, 0, 0].tolist() == [3, 4, 5]
     assert store.values("calls", 143, 145)[:, 0, 1].tolist() == [4, 6]
     assert summary.missing == {"speed": 1, "calls": 1}

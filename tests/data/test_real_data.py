@@ -47,9 +47,9 @@ def test_persistence_on_the_block_is_the_known_figure(block):
 
 
 def test_whole_grid_has_three_runs_and_no_window_crosses_one(whole):
-    assert [stop - start for start, stop in whole.runs] == [51, 28, 30]
-    assert whole.local_times[whole.runs[0][0]] == np.datetime64("2013-11-03T00:00")
-    assert whole.local_times[whole.runs[2][0]] == np.datetime64("2013-12-16T19:40")
+    assert [stop - start for start, stop in whole.segments] == [51, 28, 30]
+    assert whole.local_times[whole.segments[0][0]] == np.datetime64("2013-11-03T00:00")
+    assert whole.local_times[whole.segments[2][0]] == np.datetime64("2013-12-16T19:40")
     windows = whole.windows("train", 12, 6, channel="internet")
     assert len(windows) == sum(length - 17 for length in (51, 28, 30))
     batch = windows.read(range(len(windows)))
@@ -113,7 +113,7 @@ def test_traffic_is_where_the_two_month_totals_are(whole, real_data):
     totals = np.zeros(10_000)
     totals[table[:, 0].astype(int) - 1] = table[:, 1]
     totals = totals.reshape(100, 100)
-    frames = np.stack([whole.values("internet", *run).mean(axis=0) for run in whole.runs]).mean(axis=0)
+    frames = np.stack([whole.values("internet", *run).mean(axis=0) for run in whole.segments]).mean(axis=0)
     ranks = [np.argsort(np.argsort(values, axis=None)) for values in (frames, totals)]
     assert np.corrcoef(*ranks)[0, 1] > 0.95
     for turned in (totals[::-1], totals[:, ::-1], totals.T):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stdist.data import DaySpan, NodeRange, Region, Split
-from stdist.data.spans import default_split, parse_region, whole
+from stdist.data.spans import all_cells, default_split, parse_region
 from stdist.errors import InputError
 
 
@@ -103,7 +103,7 @@ def test_region_outside_names_the_grid():
 def test_a_region_is_of_a_grid_or_of_nodes_by_its_text():
     assert parse_region("1:2,3:4") == Region(1, 2, 3, 4) and parse_region(" 3:9 ") == NodeRange(3, 9)
     assert parse_region(NodeRange(0, 2)) == NodeRange(0, 2) and parse_region((0, 1, 2, 3)) == Region(0, 1, 2, 3)
-    assert whole((4, 5)) == Region(0, 4, 0, 5) and whole((7,)) == NodeRange(0, 7)
+    assert all_cells((4, 5)) == Region(0, 4, 0, 5) and all_cells((7,)) == NodeRange(0, 7)
     assert NodeRange(3, 9).shape == (6,) and NodeRange(3, 9).slices == (slice(3, 9),)
     with pytest.raises(InputError, match="the store has 7 nodes; write a range"):
         Region(0, 1, 0, 1).within((7,))

@@ -73,9 +73,9 @@ def test_facts_of_the_store(make_store, values):
     assert store.slots_per_day == 144 and store.cadence == np.timedelta64(10, "m")
     assert store.times.dtype == np.dtype("datetime64[ns]") and len(store.times) == 432
     assert store.local_times[0] == np.datetime64("2013-11-01")
-    assert store.default_split == SPLIT and store.runs == [(0, 432)]
+    assert store.default_split == SPLIT and store.segments == [(0, 432)]
     assert store.coverage["internet"] == {"missing": int(np.isnan(values).sum()), "true_zeros": 1}
-    assert store.attributes["recipe"] == {"reader": "test"} and store.verify() == []
+    assert store.attributes["recipe"] == {"reader": "test"}
 
 
 def test_cells_outside_the_city_are_neither_missing_nor_observed(tmp_path, values):
@@ -149,21 +149,6 @@ def test_a_short_shard_is_named(make_store, values):
     shard.unlink()
     with pytest.raises(InputError, match="internet/c/1/0/0 is missing"):
         open_store(store.path)
-
-
-def test_a_flipped_byte_is_found_by_verify(make_store, values):
-    store = make_store(values)
-    shard = store.path / "internet" / "c" / "1" / "0" / "0"
-    data = bytearray(shard.read_bytes())
-    data[50] ^= 1
-    shard.write_bytes(data)
-    assert open_store(store.path).verify() == ["internet/c/1/0/0"]
-
-
-def test_changed_attributes_are_found_by_verify(make_store, values):
-    path = make_store(values).path / "zarr.json"
-    path.write_text(path.read_text().replace('"toy"', '"tOy"'))
-    assert open_store(path.parent).verify() == ["zarr.json"]
 
 
 def test_what_is_no_store_is_one_clear_line(make_store, values, tmp_path):

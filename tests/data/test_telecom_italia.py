@@ -43,7 +43,7 @@ def test_sums_over_countries_by_hand(tmp_path):
     assert store.observed("internet", 0, 2)[:, 1, 1].tolist() == [True, True]
     assert store.coverage["internet"]["true_zeros"] == 1
     # Frames without any row do not exist.
-    assert store.runs == [(0, 2)] and store.times[0] == np.datetime64("2013-10-31T23:00")
+    assert store.segments == [(0, 2)] and store.times[0] == np.datetime64("2013-10-31T23:00")
     assert store.cell_ids[1, 1] == 102 and store.units == "rescaled activity"
 
 
@@ -212,7 +212,7 @@ def test_a_missing_day_is_a_gap(tmp_path):
         _write(tmp_path, GOOD.replace(str(MIDNIGHT), str(third)), "b.txt"),
     ]
     store = open_store(prepare(paths, tmp_path / "out.zarr").path)
-    assert store.runs == [(0, 1), (288, 289)] and len(store.times) == 432
+    assert store.segments == [(0, 1), (288, 289)] and len(store.times) == 432
     assert [source["name"] for source in store.attributes["sources"]] == ["a.txt", "b.txt"]
 
 

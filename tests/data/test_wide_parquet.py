@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from data_prep import wide_parquet
+from stdist.data.check import check_store
 from stdist.errors import InputError
 
 FIRST = np.datetime64("2013-11-01T00:00")
@@ -53,7 +54,7 @@ def test_slices_of_days_give_the_whole_table(tmp_path, monkeypatch, prepared):
     seen = store.observed("internet").reshape(120, 4)
     np.testing.assert_array_equal(seen, ~np.isnan(data))
     np.testing.assert_array_equal(store.values("internet", 0, 120).reshape(120, 4)[seen], data[seen])
-    assert store.verify() == []
+    assert check_store(store.path).ok
 
 
 def test_reading_is_bounded_by_slices(tmp_path, monkeypatch):
@@ -74,7 +75,7 @@ def test_absent_rows_are_gaps(tmp_path, prepared):
     data, keep = values(72), np.r_[0:20, 40:72]
     path = parquet(tmp_path, data[keep], stamps=hours(72)[keep])
     store = prepared(wide_parquet.plan([path], width=4, height=1))
-    assert store.runs == [(0, 20), (40, 72)]
+    assert store.segments == [(0, 20), (40, 72)]
     np.testing.assert_array_equal(store.values("internet", 40, 72)[:, 0], data[40:])
 
 
@@ -91,7 +92,7 @@ def test_stamps_with_a_zone_become_local(tmp_path, prepared):
     first = np.datetime64("2013-10-31T23:00")
     path = parquet(tmp_path, values(24), stamps=hours(24, first), zone="UTC")
     store = prepared(wide_parquet.plan([path]))
-    assert store.runs == [(0, 24)] and store.local_times[0] == FIRST and store.times[0] == first
+    assert store.segments == [(0, 24)] and store.local_times[0] == FIRST and store.times[0] == first
 
 
 def test_rows_without_stamps_need_a_start(tmp_path):

@@ -78,7 +78,7 @@ def test_batches_hold_the_right_frames(make_store, limit):
     values = _counting(3)
     values[150, 1, 2] = np.nan
     store = make_store(values, split=SPLIT)
-    store.frame_cache.limit = limit
+    store.chunk_cache.limit = limit
     region = Region(1, 2, 1, 3)
     windows = store.windows("train", 3, 2, channel="internet", region=region)
     # Windows number 147 and 10 have origins 149 and 12.
@@ -207,7 +207,7 @@ def test_a_tile_of_a_large_grid_touches_no_other_shard(make_store):
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["cached", "from disk"])
 def test_windows_of_a_batch_that_overlap_read_their_frames_once(make_store, limit):
     store = make_store(np.random.default_rng(0).random((144, 40, 8), np.float32))
-    store.frame_cache.limit = limit
+    store.chunk_cache.limit = limit
     counted = _counted(store)
     windows = store.windows("train", 12, 36, channel="internet", region=Region(0, 8, 0, 8))
     windows.read(np.arange(len(windows)))
@@ -229,7 +229,7 @@ def test_batches_equal_a_naive_reading(whole_store, data):
     store, S, K = whole_store, data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
     sides = st.tuples(st.integers(0, 5), st.integers(1, 3)).map(lambda side: (side[0], side[0] + side[1]))
     region, seen = (Region(*data.draw(sides), *data.draw(sides)) for _ in range(2))
-    store.frame_cache.limit = data.draw(st.sampled_from([0, 48 * 4 * 9, 10_000, 2**30]))
+    store.chunk_cache.limit = data.draw(st.sampled_from([0, 48 * 4 * 9, 10_000, 2**30]))
     windows = store.windows("train", S, K, channel="internet", region=region, history_region=seen)
     indices = data.draw(st.lists(st.integers(0, len(windows) - 1), min_size=1, max_size=6))
     batch = windows.read(indices)
@@ -256,7 +256,7 @@ def test_windows_of_nodes(make_store):
     assert "region 1040:1060" in windows.contract
 
     counted = _counted(store)
-    store.frame_cache.limit = 0
+    store.chunk_cache.limit = 0
     alone = windows.of_region(nodes).read([25, 0])
     np.testing.assert_array_equal(alone.history, batch.history[:, :, 1040:1060])
     np.testing.assert_array_equal(alone.target, batch.target)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import yearly_npz
+from stdist.data.check import check_store
 from stdist.errors import InputError
 
 NODES = {2011: 2, 2012: 3, 2013: 3}
@@ -33,9 +34,9 @@ def test_nodes_grow_and_years_are_runs(tmp_path, prepared):
     plan = make_plan(raw, adjacency=tmp_path / "graph" / "2013_adj.npz")
     assert len(plan.parts) == 3
     store = prepared(plan)
-    assert store.shape == (3,) and len(store.runs) == 3
+    assert store.shape == (3,) and len(store.segments) == 3
     assert plan.spec.since.tolist() == [np.datetime64(f"{y}-07-10").item() for y in (2011, 2011, 2012)]
-    for year, (start, stop) in zip(NODES, store.runs, strict=True):
+    for year, (start, stop) in zip(NODES, store.segments, strict=True):
         assert store.local_times[start] == np.datetime64(f"{year}-07-10T00:00") and stop - start == ROWS
         expected = np.load(raw / f"{year}.npz")["x"]
         count = NODES[year]
@@ -44,7 +45,7 @@ def test_nodes_grow_and_years_are_runs(tmp_path, prepared):
         assert seen[:, :count].all() and not seen[:, count:].any()
     # Before a node exists its values are not missing ones.
     assert store.coverage["flow"]["missing"] == 0
-    assert (store.dataset["adjacency"].values == 13).all() and store.verify() == []
+    assert (store.dataset["adjacency"].values == 13).all() and check_store(store.path).ok
     assert plan.spec.adjacency.tobytes() not in pickle.dumps((plan.read, plan.parts))
 
 

@@ -157,7 +157,7 @@ def test_baselines_against_naive_loops(days, cadence, nodes, tmp_path, monkeypat
     filled = store.values("flow", 0, len(store.times), RANGE).astype(float)
     series = filled.copy()
     series[store.local_times < np.datetime64("2024-03-06"), 5] = np.nan  # sensor 7 is not there yet
-    per_day, (start, stop) = store.slots_per_day, store.frames_of(store.default_split.train)
+    per_day, (start, stop) = store.slots_per_day, store.step_range(store.default_split.train)
     counted = dict.fromkeys(NAMES, 0)
     for n, origin in enumerate(windows.origins):
         for k, target in enumerate(range(origin + 1, origin + 5)):

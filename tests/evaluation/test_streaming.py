@@ -139,7 +139,7 @@ def test_memory_depends_neither_on_windows_nor_on_cells(raster, suffix, tmp_path
     for days, side in ((1, 16), (1, 16), (4, 16), (4, 64)):  # the first one pays for imports and caches
         path, size = scored(raster, days, side, tmp_path, suffix)
         store = open_store(raster.path)
-        store.frame_cache.limit = 2**20  # the truth has a bound of its own
+        store.chunk_cache.limit = 2**20  # the truth has a bound of its own
         tracemalloc.start()
         evaluate(path, store)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -191,10 +191,10 @@ def test_every_window_is_scored_once_at_any_number_of_ranks(store, windows, worl
     forecasts, seen, states = make_forecasts(windows), [], []
     for rank in range(world):
         state = ErrorState.empty(4)
-        for samples in WindowSampler(windows, 3, shuffle=False, rank=rank, world=world):
-            batch = windows.read(samples.indices)
-            state = state.update(forecasts.values[samples.indices], batch.target, batch.target_observed)
-            seen += samples.indices.tolist()
+        for indices, _ in WindowSampler(windows, 3, shuffle=False, rank=rank, world=world).batches(0):
+            batch = windows.read(indices)
+            state = state.update(forecasts.values[indices], batch.target, batch.target_observed)
+            seen += indices.tolist()
         states.append(state)
     assert sorted(seen) == list(range(20))
     merged, whole = sum(states, ErrorState.empty(4)), evaluate(forecasts, store).state

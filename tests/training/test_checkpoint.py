@@ -373,7 +373,7 @@ def test_damaged_ones_of_a_lost_future_go_first(toy, tmp_path):
 def test_the_best_of_the_checkpoint_before_is_kept_with_it(toy, tmp_path):
     """Best at step 1, then at step 4: while step 4 is the newest, step 3 may still be gone on from, whose best is 1."""
     settings = replace(toy.SETTINGS, max_steps=6, save_steps=1, eval_steps=1)
-    stage = toy.ToyStage(watched="error")
+    stage = toy.ToyStage(monitor="error")
     stage.evaluations = [9, 2, 8, 8, 1, 8, 8]
     seen: dict[int, list[str]] = {}
     folder = tmp_path / "checkpoints" / "toy"
@@ -489,7 +489,7 @@ def test_a_damaged_result_of_a_finished_stage_is_said(toy, tmp_path, damage):
 
 def test_a_damaged_best_checkpoint_is_no_result(toy, tmp_path):
     """The best is older than what is gone on from; one flipped bit would be another model."""
-    stage = toy.ToyStage(watched="error")
+    stage = toy.ToyStage(monitor="error")
     stage.evaluations = [9, 1, 8, 8]
 
     def flip(step: int) -> None:

@@ -88,8 +88,8 @@ def test_logging_steps_thins_the_log_but_keeps_the_last_step(toy, tmp_path, log_
 EVERY_STEP = LoopSettings(max_steps=20, logging_steps=1, save_steps=100, eval_steps=1, patience=3)
 
 
-def _watched(toy, evaluations: Sequence[float], on_step: Callable[[int], None] = lambda step: None):
-    stage = toy.ToyStage(watched="error", on_step=on_step)
+def _monitored(toy, evaluations: Sequence[float], on_step: Callable[[int], None] = lambda step: None):
+    stage = toy.ToyStage(monitor="error", on_step=on_step)
     stage.evaluations = list(evaluations)
     return stage
 
@@ -97,7 +97,7 @@ def _watched(toy, evaluations: Sequence[float], on_step: Callable[[int], None] =
 def test_patience_stops_the_stage_and_the_best_is_restored(toy, tmp_path):
     """Errors 9, 7, 5, then three evaluations without a new best (5 again is none): stopped at step 5, result step 2."""
     weights: dict[int, torch.Tensor] = {}
-    stage = _watched(toy, [9, 7, 5, 6, 5, 8, 1, 1])
+    stage = _monitored(toy, [9, 7, 5, 6, 5, 8, 1, 1])
     stage.on_step = lambda step: weights.update({step: stage.model.weight.detach().clone()})
     summary = toy.run(tmp_path, stage, EVERY_STEP)
     assert summary["steps"] == 5 and summary["checkpoint"] == "step-2"
@@ -108,13 +108,13 @@ def test_patience_stops_the_stage_and_the_best_is_restored(toy, tmp_path):
 
 
 def test_an_evaluation_that_falls_resets_patience(toy, tmp_path):
-    summary = toy.run(tmp_path, _watched(toy, [9, 9, 9, 8, 9, 9, 7, 9, 9, 9, 0]), EVERY_STEP)
+    summary = toy.run(tmp_path, _monitored(toy, [9, 9, 9, 8, 9, 9, 7, 9, 9, 9, 0]), EVERY_STEP)
     assert summary["steps"] == 9 and summary["checkpoint"] == "step-6"
 
 
 def test_without_patience_a_stage_runs_to_its_end(toy, tmp_path):
     settings = replace(EVERY_STEP, max_steps=6, patience=None)
-    summary = toy.run(tmp_path, _watched(toy, [3, 4, 4, 4, 4, 4, 4]), settings)
+    summary = toy.run(tmp_path, _monitored(toy, [3, 4, 4, 4, 4, 4, 4]), settings)
     assert summary["steps"] == 6 and summary["checkpoint"] == "step-0"
 
 
@@ -123,8 +123,8 @@ def test_patience_counts_on_over_a_resume(toy, tmp_path, step):
     """Stopped in any step, patience 3 runs out at step 5 as if nothing had happened: not sooner, not later."""
     errors = [9, 7, 5, 6, 5, 8, 1, 1]
     with pytest.raises(_Killed):
-        toy.run(tmp_path, _watched(toy, errors, _stop_at(step, _Killed())), EVERY_STEP)
-    summary = toy.run(tmp_path, _watched(toy, errors[step:]), EVERY_STEP)
+        toy.run(tmp_path, _monitored(toy, errors, _stop_at(step, _Killed())), EVERY_STEP)
+    summary = toy.run(tmp_path, _monitored(toy, errors[step:]), EVERY_STEP)
     assert summary["steps"] == 5 and summary["checkpoint"] == "step-2" and summary["after"] == {"error": 5}
 
 
@@ -134,8 +134,8 @@ def test_a_stage_stopped_by_patience_stays_stopped(toy, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr(loop.StageCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(_Killed()))
-        toy.run(tmp_path, _watched(toy, [9, 7, 5, 6, 5, 8, 1, 1]), EVERY_STEP)
-    summary = toy.run(tmp_path, _watched(toy, [1], _stop_at(5, AssertionError("made a step"))), EVERY_STEP)
+        toy.run(tmp_path, _monitored(toy, [9, 7, 5, 6, 5, 8, 1, 1]), EVERY_STEP)
+    summary = toy.run(tmp_path, _monitored(toy, [1], _stop_at(5, AssertionError("made a step"))), EVERY_STEP)
     assert summary["steps"] == 5 and summary["checkpoint"] == "step-2"
 
 
@@ -143,8 +143,8 @@ def test_the_best_checkpoint_survives_pruning_and_a_resume(toy, tmp_path):
     settings = replace(EVERY_STEP, max_steps=9, patience=None, save_steps=1)
     errors = [9, 2, 8, 8, 8, 8, 8, 8, 8, 8]
     with pytest.raises(_Killed):
-        toy.run(tmp_path, _watched(toy, errors, _stop_at(6, _Killed())), settings)
-    summary = toy.run(tmp_path, _watched(toy, errors[6:]), settings)
+        toy.run(tmp_path, _monitored(toy, errors, _stop_at(6, _Killed())), settings)
+    summary = toy.run(tmp_path, _monitored(toy, errors[6:]), settings)
     assert summary["checkpoint"] == "step-1" and summary["after"] == {"error": 2}
 
 

@@ -7,7 +7,7 @@ from threading import Barrier, Event
 import numpy as np
 import pytest
 
-from stdist.data.frame_cache import FrameCache
+from stdist.data.chunk_cache import ChunkCache
 
 
 def _of(value: int, size: int = 10):
@@ -19,7 +19,7 @@ def _unread():
 
 
 def test_the_longest_unused_go_first_and_bytes_stay_within_the_limit():
-    cache = FrameCache(limit=240)
+    cache = ChunkCache(limit=240)
     for key in range(3):
         cache.get(key, _of(key))
     assert cache.nbytes == 240
@@ -32,13 +32,13 @@ def test_the_longest_unused_go_first_and_bytes_stay_within_the_limit():
 
 
 def test_what_is_larger_than_the_limit_is_handed_out_and_not_held():
-    cache = FrameCache(limit=79)
+    cache = ChunkCache(limit=79)
     assert cache.get("a", _of(1))[0] == 1 and cache.nbytes == 0
     assert cache.get("a", _of(2))[0] == 2
 
 
 def test_threads_that_ask_at_once_read_once():
-    cache, together, reads = FrameCache(), Barrier(4), []
+    cache, together, reads = ChunkCache(), Barrier(4), []
 
     def ask(_):
         together.wait()
@@ -50,7 +50,7 @@ def test_threads_that_ask_at_once_read_once():
 
 
 def test_a_failure_is_raised_and_read_again_when_asked_again():
-    cache = FrameCache()
+    cache = ChunkCache()
     with pytest.raises(ZeroDivisionError):
         cache.get("a", lambda: 1 / 0)
     assert cache.get("a", _of(5))[0] == 5 and cache.nbytes == 80
@@ -58,11 +58,11 @@ def test_a_failure_is_raised_and_read_again_when_asked_again():
 
 def test_nobody_writes_into_what_others_read():
     with pytest.raises(ValueError, match="read-only"):
-        FrameCache().get("a", _of(5))[0] = 1
+        ChunkCache().get("a", _of(5))[0] = 1
 
 
 def test_a_pickled_copy_is_empty_and_keeps_the_limit():
-    cache = FrameCache(limit=1000)
+    cache = ChunkCache(limit=1000)
     cache.get("a", _of(5))
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.limit == 1000 and copy.nbytes == 0 and copy.get("a", _of(6))[0] == 6

@@ -11,7 +11,7 @@ CACHE_BYTES = 2**30
 """What a store holds in memory unless it is told another limit: 8,928 frames of a 100 x 100 grid take half of it."""
 
 
-class FrameCache:
+class ChunkCache:
     """Arrays by key, the longest unused ones dropped beyond ``limit`` bytes. Threads may share it.
 
     A pickled copy is empty: whoever gets one reads the store itself.
@@ -23,8 +23,8 @@ class FrameCache:
         self._held: OrderedDict[Hashable, Future[np.ndarray]] = OrderedDict()
         self._bytes = 0
 
-    def __reduce__(self) -> tuple[type["FrameCache"], tuple[int]]:
-        return FrameCache, (self.limit,)
+    def __reduce__(self) -> tuple[type["ChunkCache"], tuple[int]]:
+        return ChunkCache, (self.limit,)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,110 @@
+"""The arrays of a grid store: axes, places, and values by channel, time steps and region."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray
+import zarr
+
+from stdist.data.chunk_cache import ChunkCache
+from stdist.data.metadata import StoreMetadata
+from stdist.data.schema import observed_name, true_segments
+from stdist.data.spans import AnyRegion, all_cells, parse_region
+
+
+class StoredArrays(StoreMetadata):
+    """A store of T time steps on a grid of H rows and W columns or at N nodes, whose arrays are read when asked for."""
+
+    @cached_property
+    def dataset(self) -> xarray.Dataset:
+        """All arrays, lazily."""
+        return xarray.open_zarr(self.path, consolidated=True, chunks=None)
+
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        # Kept, because opening an array again costs as much as reading a small region of it.
+        return dict(zarr.open_group(self.path, mode="r").arrays())
+
+    def _all(self, name: str) -> np.ndarray:
+        return np.asarray(self._arrays[name][...])
+
+    @cached_property
+    def chunk_cache(self) -> ChunkCache:
+        """Decoded chunks, shared by all windows of this store; set its ``limit`` where memory is scarce or plenty."""
+        return ChunkCache()
+
+    def steps_per_chunk(self, channel: str) -> int:
+        """Time steps that are decoded together, and so best read together."""
+        return self._arrays[self.require_channel(channel)].chunks[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) of a grid, (N,) of nodes."""
+        return self._arrays["inside"].shape
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """UTC stamps of all time steps, datetime64[ns] [T]."""
+        return self._all("time").astype("datetime64[m]").astype("datetime64[ns]")
+
+    @property
+    def local_times(self) -> np.ndarray:
+        """Local stamps of all time steps, datetime64[ns] [T]."""
+        return self.times + np.timedelta64(self.attributes["utc_offset_minutes"], "m")
+
+    @cached_property
+    def cell_ids(self) -> np.ndarray:
+        """The data's own ids: of cells int64 [H, W], of nodes int64 or str [N]."""
+        ids = self._all("node" if self.dims == ("node",) else "cell_id")
+        return ids if ids.dtype.kind == "i" else np.array(ids.tolist(), str)
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """Cells that belong to the city, bool [H, W]; all nodes do, bool [N]."""
+        return self._all("inside")
+
+    @cached_property
+    def since(self) -> np.ndarray | None:
+        """First local day of each node, datetime64[D] [N]; None where all exist from the start."""
+        return self._all("since").astype("datetime64[D]") if "since" in self._arrays else None
+
+    @property
+    def adjacency(self) -> np.ndarray | None:
+        """Weights of the graph, float32 [N, N], from a node (row) to its neighbour; None where there is none."""
+        return self._all("adjacency") if "adjacency" in self._arrays else None
+
+    @property
+    def static(self) -> dict[str, np.ndarray]:
+        """Features that do not change with time, float32 [H, W] or [N] by name."""
+        names = sorted(name for name in self._arrays if name.startswith("static_"))
+        return {name.removeprefix("static_"): self._all(name) for name in names}
+
+    @cached_property
+    def present(self) -> np.ndarray:
+        """Time steps that exist, bool [T]; a window lies in one stretch of them."""
+        return self._all("present")
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Half-open time steps of every gap-free stretch."""
+        return true_segments(self.present)
+
+    def values(self, channel: str, start: int, stop: int, region: AnyRegion | None = None) -> np.ndarray:
+        """Steps [start, stop) of a channel, imputed, float32 [T, h, w] or [T, n]; NaN where one is not present."""
+        return self._read(self.require_channel(channel), start, stop, region)
+
+    def observed(
+        self, channel: str, start: int | None = None, stop: int | None = None, region: AnyRegion | None = None
+    ) -> np.ndarray:
+        """Values of steps [start, stop) that were measured and not imputed, bool [T, h, w] or [T, n]."""
+        last = len(self.present) if stop is None else stop
+        return self._read(observed_name(self.require_channel(channel)), start or 0, last, region)
+
+    def _read(self, name: str, start: int, stop: int, region: AnyRegion | None) -> np.ndarray:
+        cells = self.region(region).slices
+        return np.asarray(self._arrays[name][(slice(int(start), int(stop)), *cells)])
+
+    def region(self, region: AnyRegion | str | None = None) -> AnyRegion:
+        """A region of the store, all of it by default; InputError where it leaves the store's space."""
+        return all_cells(self.shape) if region is None else parse_region(region).within(self.shape)
