@@ -137,9 +137,10 @@ class NodeForecaster(CityScaling, Forecaster):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "NodeForecaster":
         kind = load_spec(_AnySpec, Path(folder)).model_type
-        config = BACKBONES.get(kind, ModelConfig)
-        if not issubclass(config, BackboneConfig):
+        if kind not in BACKBONES:
             raise InputError(f"{Path(folder) / CONFIG} is of a {kind!r}, which is no backbone of nodes")
+        config = BACKBONES[kind]
+        assert issubclass(config, BackboneConfig)
         return load_module(_empty, config.Spec, Path(folder)).eval()
 
 

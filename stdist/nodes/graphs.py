@@ -30,7 +30,7 @@ def grid_graph(inside: Bool[np.ndarray, "h w"]) -> Float[Tensor, "N N"]:
     pairs = pairs[:, (pairs >= 0).all(0)]
     edges = torch.from_numpy(np.concatenate([pairs, pairs[::-1]], 1))
     nodes = int(inside.sum())
-    return torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), (nodes, nodes)).coalesce()
+    return torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), (nodes, nodes), check_invariants=False).coalesce()
 
 
 def matrix(edges: Tensor, weights: Tensor, nodes: int) -> Float[Tensor, "N N"]:

@@ -62,7 +62,7 @@ class UrbanConfig(RunConfig):
         if name not in BACKBONES:
             raise InputError(f"model.kind {name!r} is none; choose one of {', '.join(sorted(BACKBONES))}")
         kind = BACKBONES[name]
-        return create_model(cls.__name__, __base__=cls, model=(kind, kind()))
+        return create_model(cls.__name__, __base__=cls, model=(kind, kind(kind=name)))
 
     @field_validator("model", mode="before")
     @classmethod

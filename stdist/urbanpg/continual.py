@@ -21,7 +21,7 @@ COLUMNS = ["period", "nodes", "new", "MAE of old nodes, before", "after", "MAE o
 
 def expanded(model: Forecaster, dataset: NodeDataset, config: ContinualConfig, seed: int) -> UrbanPG:
     """A copy of ``model`` as the period of ``dataset`` begins: backbone and old nodes frozen unless the configuration
-    trains them, new nodes behind the old. Where this period is the first that tells weekdays apart, those begin alike."""
+    trains them, new nodes at the end. Where this period is the first that tells weekdays apart, those begin alike."""
     assert isinstance(model, UrbanPG)
     old_nodes = model.nodes
     torch.manual_seed(seed + old_nodes)

@@ -155,7 +155,7 @@ def make_forecasts(
         progress_bar("forecast", unit="windows") as progress,
     ):
         left, began = writer.left, time.perf_counter()
-        sampler = WindowSampler(windows, batch_size, shuffle=False)
+        sampler = WindowSampler(forecasts.windows, batch_size, shuffle=False)
         sampler.consumed = left[0].windows.start if left else 0
         with torch.no_grad():
             for piece, batch in zip(left, WindowLoader(sampler) if left else (), strict=True):

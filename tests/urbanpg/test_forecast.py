@@ -10,6 +10,7 @@ import xarray
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs import recipes
+from stdist.urbanpg import scoring
 from stdist.urbanpg.config import UrbanConfig
 
 
@@ -25,7 +26,7 @@ def config(request, city, make_config, tmp_path_factory) -> UrbanConfig:
 def forecast(run: Path, store: GridStore | Path, out: Path, region: str | None = None) -> tuple[xarray.Dataset, str]:
     """Forecasts of the test days, and what was said."""
     said: list[str] = []
-    recipes.forecast(run, store if isinstance(store, Path) else store.path, region, "test", out, said.append)
+    scoring.forecast(run, store if isinstance(store, Path) else store.path, region, "test", out, said.append)
     with xarray.open_zarr(out) as made:
         return made.load(), "\n".join(said)
 
