@@ -32,13 +32,11 @@ import numpy as np
 import pandas as pd
 import polars as pl
 from _harness import comparison, cost_in_fresh_process, figure, in_turn, parser, publish, seconds
+from _raw_telecom import write_raw
 
-from data_prep import telecom_italia
-from data_prep.local_processes import local_processes
-from data_prep.preparation import prepare
-from data_prep.synthetic import write_raw
-from data_prep.telecom_rows import SCHEMA, blocks
-from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
+from data_prep import prepare, telecom_italia
+from data_prep.preparation import local_processes
+from data_prep.telecom_rows import CHANNELS, SCHEMA, SLOT_MS, SLOTS_PER_DAY, blocks, day_start_ms
 from stdist.data import GridWriter
 from stdist.data.synthetic import SyntheticCity
 

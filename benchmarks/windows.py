@@ -35,8 +35,7 @@ import numpy as np
 import zarr
 from _harness import comparison, figure, in_turn, parser, publish, seconds
 
-from data_prep import synthetic
-from data_prep.preparation import prepare
+from data_prep import READERS
 from stdist.data import DaySpan, GridStore, Region, Windows, open_store
 from stdist.data.loader import WindowLoader
 from stdist.data.sampler import WindowSampler
@@ -49,7 +48,7 @@ def city(folder: Path, side: int, days: int) -> Path:
     """A store of a synthetic city of side x side cells, made unless it is there."""
     out = folder / f"city-{side}-{days}.zarr"
     if not out.exists():
-        prepare(synthetic.plan([], height=side, width=side, days=days), out)
+        READERS["synthetic"].prepare([], out, height=side, width=side, days=days)
     return out
 
 

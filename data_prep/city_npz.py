@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import ArrayFile, array_file, parse_channels
-from data_prep.common import city_of, grid_spec, with_spans
-from data_prep.frames import frames_of, part_of, plan_of, stamps_from
-from data_prep.plan import Plan
+from data_prep.common import GridPlace, city_of
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import part_of, plan_of, stamps_from, steps_of
 from stdist.errors import InputError
 
 
-@with_spans
+@reader("city-npz")
 def plan(
     sources: list[Path],
     *,
@@ -57,7 +58,7 @@ def plan(
     path, shape = arrays[0].path, arrays[0].shape
     frames = shape[0] if stacked else sum(array.shape[0] for array in arrays)
     stamps = stamps_from(path, start, frames, cadence, "2015-01-01T00:00")
-    spec = grid_spec(
+    spec = GridPlace().spec(
         city or city_of(path),
         names,
         stamps,
@@ -68,7 +69,7 @@ def plan(
         static=_poi(poi, arrays[0], transpose, north_first) if poi else None,
     )
     load = partial(_load, arrays, names, stacked, transpose, north_first)
-    part = part_of(spec, frames_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
+    part = part_of(spec, steps_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
     recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
     return plan_of(spec, recipe, [*(array.path for array in arrays), *([Path(poi)] if poi else [])], [part])
 

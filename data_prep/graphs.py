@@ -39,6 +39,10 @@ class Nodes:
     files: list[Path] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def with_graph(self, adjacency: Path | None, dcrnn: bool, files: list[Path | None]) -> "Nodes":
+        weights, notes = read_graph(adjacency, self.ids, dcrnn) if adjacency else (None, {})
+        return replace(self, adjacency=weights, files=[Path(file) for file in files if file], notes=notes)
+
     def spec(
         self,
         city: str,
@@ -67,18 +71,33 @@ class Nodes:
         )
 
 
-def sensors(ids: np.ndarray, adjacency: Path | None, meta: Path | None) -> Nodes:
-    """Nodes whose ids the data tells; adjacency: ``read_graph`` by DCRNN's rule, meta: ``read_nodes``."""
-    known = read_nodes(meta, ids) if meta else Nodes(ids)
-    weights, notes = read_graph(adjacency, ids, dcrnn=True) if adjacency else (None, {})
-    return replace(known, adjacency=weights, files=[Path(file) for file in (adjacency, meta) if file], notes=notes)
+@dataclass(frozen=True)
+class SensorFiles:
+    """Options: files about nodes whose ids the data tells. adjacency: weights or road distances between nodes
+    (``graphs.read_graph``). meta: places of the nodes (``graphs.read_nodes``)."""
+
+    adjacency: Path | None = None
+    meta: Path | None = None
+
+    def nodes(self, ids: np.ndarray) -> Nodes:
+        """The graph follows DCRNN's rule. Raises InputError where a file is not of these nodes."""
+        nodes = read_nodes(self.meta, ids) if self.meta else Nodes(ids)
+        return nodes.with_graph(self.adjacency, dcrnn=True, files=[self.adjacency, self.meta])
 
 
-def counted_nodes(count: int, adjacency: Path | None, node_ids: Path | None) -> Nodes:
-    """Nodes of data that tells only how many there are; adjacency: ``read_graph``, node_ids: ``read_nodes``."""
-    known = read_nodes(node_ids, count) if node_ids else Nodes(np.arange(count))
-    weights, notes = read_graph(adjacency, known.ids) if adjacency else (None, {})
-    return replace(known, adjacency=weights, files=[Path(file) for file in (node_ids, adjacency) if file], notes=notes)
+@dataclass(frozen=True)
+class NodeFiles:
+    """Options: files about nodes of which the data tells only the number. adjacency: square table of weights, or CSV of
+    edges from,to,distance (``graphs.read_graph``). node_ids: ids one a line, or CSV with a column of ids and perhaps
+    places (``graphs.read_nodes``); numbered from 0 by default."""
+
+    adjacency: Path | None = None
+    node_ids: Path | None = None
+
+    def nodes(self, count: int) -> Nodes:
+        """Raises InputError where a file is not of so many nodes."""
+        nodes = read_nodes(self.node_ids, count) if self.node_ids else Nodes(np.arange(count))
+        return nodes.with_graph(self.adjacency, dcrnn=False, files=[self.node_ids, self.adjacency])
 
 
 def ids_of(names: list[str]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Reader of the Telecom Italia Big Data Challenge, Milan and Trentino (Harvard Dataverse, ODbL): a text file a day.
 
 The data's facts: 62 files a city (2013-11-01 … 2014-01-01), 10-minute slots. Values are rescaled activity, not
-counts. The text format is described in ``telecom_text``.
+counts. The text format is described in ``telecom_rows``.
 
 - Milan: 20.8 GB, 319,896,289 rows, 100 x 100 squares of 235 m; 34,682 (square, slot) pairs have no row (0.04 %).
   Square ids run 1 … 10000 from the south-west corner eastward, then north: row (id − 1) // 100 counts from the
@@ -25,13 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import cell_ids, existing, with_spans
+from data_prep.common import cell_ids, existing
 from data_prep.geometry import read_geometry, require_orientation
-from data_prep.plan import Day, Part, Plan
-from data_prep.telecom_day import Squares, read_day
-from data_prep.telecom_rows import COLUMNS, open_raw
-from data_prep.telecom_text import CHANNELS, SLOT_MS, UTC_OFFSET_MINUTES
-from stdist.data import GridSpec
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.telecom_rows import CHANNELS, COLUMNS, SLOT_MS, UTC_OFFSET_MINUTES, Squares, open_raw, read_day
+from stdist.data import Day, GridSpec, Part
 from stdist.errors import InputError
 
 SIDE = 100
@@ -42,7 +41,7 @@ CITIES = {"mi": "milan", "tn": "trentino"}
 ENDINGS = (".txt", ".txt.gz")
 
 
-@with_spans
+@reader("telecom-italia")
 def plan(sources: list[Path], *, city: str | None = None, geometry: Path | None = None) -> Plan:
     """Plan of all five channels from day files, or from folders that hold them: a part for every day.
 

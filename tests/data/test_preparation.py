@@ -15,7 +15,7 @@ import xarray
 import zarr
 
 from data_prep import READERS, Day, Part, Plan, prepare
-from data_prep.local_processes import local_processes
+from data_prep.preparation import local_processes
 from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, notes, open_store, shards
 from stdist.data.check import check_store
 from stdist.data.parts import Executor, PartResult, RunPart
