@@ -106,10 +106,10 @@ def store_bytes(path: Path, out: Path) -> int:
 
 
 def require_agreement(path: Path) -> None:
-    found = ours(path)
+    values = ours(path)
     for side in (peer, peer_pivoting_once):
         for name, expected in side(path).items():
-            if not np.allclose(found[name], expected, rtol=1e-6, atol=0, equal_nan=True):
+            if not np.allclose(values[name], expected, rtol=1e-6, atol=0, equal_nan=True):
                 raise SystemExit(f"error: {name} is not what pandas makes of it")
 
 
@@ -163,8 +163,8 @@ def measure(runs: int, rows: int) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__, runs=5)
     arguments.add_argument("--rows", type=int, default=SIDE, help="rows of 100 squares (default: %(default)s)")
-    given = arguments.parse_args()
-    publish(measure(given.runs, given.rows), given.json)
+    options = arguments.parse_args()
+    publish(measure(options.runs, options.rows), options.json)
 
 
 if __name__ == "__main__":

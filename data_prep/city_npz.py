@@ -56,8 +56,8 @@ def plan(
     names, stacked = _channels(arrays, channels)
     _require_one_raster(arrays, stacked)
     path, shape = arrays[0].path, arrays[0].shape
-    frames = shape[0] if stacked else sum(array.shape[0] for array in arrays)
-    stamps = stamps_from(path, start, frames, cadence, "2015-01-01T00:00")
+    steps = shape[0] if stacked else sum(array.shape[0] for array in arrays)
+    stamps = stamps_from(path, start, steps, cadence, "2015-01-01T00:00")
     spec = GridPlace().spec(
         city or city_of(path),
         names,
@@ -81,9 +81,9 @@ def _load(
     volumes = [_turned(array.load(), 1, transpose, north_first) for array in arrays]
     if stacked:
         return dict(zip(names, volumes, strict=True))
-    whole = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
-    whole = whole.reshape(*whole.shape[:3], -1)
-    return {name: whole[..., index] for index, name in enumerate(names)}
+    volume = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+    volume = volume.reshape(*volume.shape[:3], -1)
+    return {name: volume[..., index] for index, name in enumerate(names)}
 
 
 def _turned(raster: np.ndarray, axis: int, transpose: bool, north_first: bool) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from stdist.data import GridSpec
 from stdist.errors import InputError
 
-KNOWN_UTC_OFFSETS = {"milan": 60, "trentino": 60}
+UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
 PACIFIC = -480
 """Pacific standard time, minutes: that of California's detectors in winter."""
@@ -42,7 +42,7 @@ def city_of(path: Path) -> str:
 
 
 def utc_offset_of(city: str, utc_offset: int | None) -> int:
-    return KNOWN_UTC_OFFSETS.get(city.lower(), 0) if utc_offset is None else utc_offset
+    return UTC_OFFSETS.get(city.lower(), 0) if utc_offset is None else utc_offset
 
 
 def parse_start(start: str) -> np.datetime64:

@@ -64,7 +64,7 @@ def plan(
         **nodes.notes,
     }
     rows = steps_of(path, spec, stamps)
-    present = np.zeros(spec.frames, bool)
+    present = np.zeros(spec.steps, bool)
     present[rows] = True
     all_steps = np.flatnonzero(fill_short_absences(present, RESTORED_MINUTES // cadence))
     parts = []

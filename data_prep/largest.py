@@ -101,7 +101,7 @@ class Year:
 
     @property
     def zeros(self) -> str:
-        """What a 0 means."""
+        """The meaning of a 0."""
         return "measured" if self.cadence == RAW_CADENCE else "missing"
 
 
@@ -126,8 +126,8 @@ def quarter_hours(day: np.ndarray, rows: int) -> np.ndarray:
     pandas' ``resample("15min").mean().round(0)`` of float64 [T, N]; NaN where no value is known.
     """
     quarters = day.reshape(-1, rows, day.shape[1])
-    known = ~np.isnan(quarters)
-    total, count = np.where(known, quarters, 0).sum(axis=1), known.sum(axis=1)
+    seen = ~np.isnan(quarters)
+    total, count = np.where(seen, quarters, 0).sum(axis=1), seen.sum(axis=1)
     return np.rint(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)).astype(np.float32)
 
 
@@ -147,13 +147,13 @@ def _parts(years: list[Year]) -> tuple[np.ndarray, list[Part]]:
 
 def _detectors(
     source: Path,
-    found: np.ndarray,
+    columns: np.ndarray,
     region: str | None,
     districts: str | None,
     meta: Path | None,
     adjacency: Path | None,
 ) -> Nodes:
-    """The detectors to take from ``source``, whose columns are the ids ``found``, in the metadata's order.
+    """The detectors to take from ``source``, whose column ids are ``columns``, in the metadata's order.
 
     meta, adjacency: where None, the one ``*_meta.csv`` and ``*_rn_adj.npy`` beside the source, if there are any.
     static: ``district`` and ``lanes``, float32 [N]. Raises InputError where a region is unknown or asked for without
@@ -166,8 +166,8 @@ def _detectors(
     if meta is None:
         if chosen:
             raise InputError(f"{source.parent} holds no *_meta.csv that tells the districts; give it with --meta")
-        weights = _cut(adjacency, np.arange(len(found)), len(found)) if adjacency else None
-        return Nodes(found, adjacency=weights, files=graph)
+        weights = _cut(adjacency, np.arange(len(columns)), len(columns)) if adjacency else None
+        return Nodes(columns, adjacency=weights, files=graph)
     table = read_table(meta)
     sensor, *place = (column_of(meta, table, what) for what in ("ids", "the latitude", "the longitude"))
     district = numbers(meta, table.select(column_of(meta, table, "the district")))[:, 0]
@@ -175,8 +175,8 @@ def _detectors(
     if not len(rows):
         raise InputError(f"{meta} has no detector in district {', '.join(map(str, chosen))}; check --districts")
     ids = np.array(table[sensor].to_list())
-    rows_of(meta, ids.tolist(), found)
-    absent = np.setdiff1d(ids[rows], found)
+    rows_of(meta, ids.tolist(), columns)
+    absent = np.setdiff1d(ids[rows], columns)
     if len(absent):
         raise InputError(
             f"{source} lacks detector {absent[0]} ({len(absent)} of {len(rows)} absent); choose its --region"
@@ -213,10 +213,9 @@ def _beside(source: Path, pattern: str) -> Path | None:
 
 def _positions(table: pl.DataFrame, adjacency: Path) -> np.ndarray:
     """Row of the graph of each detector: the column ID2 where the graph is the whole state's, else its row."""
-    own = np.arange(len(table))
     size = array_file(adjacency, None, "N, N").shape[0]
     if size == len(table) or "ID2" not in table.columns:
-        return own
+        return np.arange(len(table))
     return numbers(adjacency, table.select("ID2"))[:, 0].astype(np.int64)
 
 
@@ -225,8 +224,8 @@ def _cut(adjacency: Path, rows: np.ndarray, listed: int) -> np.ndarray:
     array = array_file(adjacency, None, "N, N")
     if array.shape[0] != array.shape[1] or rows.max() >= array.shape[0]:
         raise InputError(f"{adjacency} is {array.shape[0]} x {array.shape[1]}, there are {listed} detectors; check it")
-    whole = array.load()
+    graph = array.load()
     weights = np.empty((len(rows), len(rows)), np.float32)
     for number, row in enumerate(rows):
-        weights[number] = whole[row][rows]
+        weights[number] = graph[row][rows]
     return require_weights(adjacency, weights, len(rows))

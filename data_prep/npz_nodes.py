@@ -167,7 +167,7 @@ def _load_year(array: ArrayFile, name: str) -> dict[str, np.ndarray]:
 
 
 def _files(sources: list[Path]) -> list[Path]:
-    """In order of their years."""
+    """The files in order of their years."""
     files: dict[int, Path] = {}
     for path in files_in(sources, "*.npz"):
         if not re.fullmatch(r"\d{4}", path.stem):

@@ -1,4 +1,4 @@
-"""From a plan to a store: init, parts in any order and in any process, finalise."""
+"""Plans of stores, and their execution: init, parts in any order and in any process, finalise."""
 
 import errno
 import multiprocessing
@@ -40,9 +40,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a preparation wrote. ``missing``: per channel, values of present frames that the source
-    lacks, now imputed; ``true_zeros``: measured zeros; ``runs``: gap-free runs of present frames;
-    ``absent_days``: local days between the first and the last without any frame."""
+    """A written store, in numbers. ``frames``: time steps that exist; ``runs``: gap-free segments of them; ``missing``:
+    per channel, values of these steps that the source lacks, now imputed; ``true_zeros``: measured zeros;
+    ``absent_days``: local days between the first and the last without any step."""
 
     path: Path
     city: str
@@ -137,7 +137,7 @@ class _Count:
 
 @contextmanager
 def _explained(out: Path) -> Iterator[None]:
-    """What stops a preparation but not its restart, in one line."""
+    """Turns what stops a preparation, but not its restart, into one line."""
     again = "what is done is kept, the same command goes on from there"
     try:
         yield
@@ -162,7 +162,7 @@ def local_processes(workers: int) -> Iterator[Executor]:
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    given = "POLARS_MAX_THREADS" in os.environ
+    limited = "POLARS_MAX_THREADS" in os.environ
     # Read where polars is imported, which in a worker is before any code of ours.
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -182,7 +182,7 @@ def local_processes(workers: int) -> Iterator[Executor]:
         yield execute
     finally:
         pool.shutdown(cancel_futures=True)
-        if not given:
+        if not limited:
             del os.environ["POLARS_MAX_THREADS"]
 
 

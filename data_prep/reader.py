@@ -60,13 +60,13 @@ def _with_options(plan: Callable[..., Plan]) -> Callable[..., Plan]:
     """``plan`` with the fields of its option classes in their place, and ``SPANS``."""
     parameters: list[Parameter] = []
     classes: dict[str, type] = {}
-    for own in signature(plan, eval_str=True).parameters.values():
-        if is_dataclass(own.annotation):
-            classes[own.name] = options_class = cast("type", own.annotation)
+    for parameter in signature(plan, eval_str=True).parameters.values():
+        if is_dataclass(parameter.annotation):
+            classes[parameter.name] = options_class = cast("type", parameter.annotation)
             fields = signature(options_class).parameters.values()
             parameters += [field.replace(kind=Parameter.KEYWORD_ONLY) for field in fields]
         else:
-            parameters.append(own)
+            parameters.append(parameter)
     parameters += [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=str | None) for name in SPANS]
 
     @wraps(plan)

@@ -102,7 +102,7 @@ def day_start_ms(day: np.datetime64) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Squares:
-    """Where a city's squares lie. Picklable.
+    """The places of a city's squares. Picklable.
 
     place: int64 [largest id + 2], index of a square among the cells of the grid, -1 for an id that is none, as the
     last one.
@@ -166,12 +166,12 @@ class _Sums:
         for totals, name in zip(self.totals, CHANNELS, strict=True):
             totals[first:last] += np.bincount(pair, rows[name].fill_null(0).to_numpy(), last - first)
 
-    def _require(self, right: np.ndarray, found: np.ndarray, first_line: int, what: str) -> None:
+    def _require(self, right: np.ndarray, fields: np.ndarray, first_line: int, what: str) -> None:
         if right.all():
             return
         index = int(right.argmin())
         raise InputError(
-            f"{self.path}, line {first_line + index}: {what} ({found[index]}); "
+            f"{self.path}, line {first_line + index}: {what} ({fields[index]}); "
             "the file is damaged, or of another city or day"
         )
 

@@ -133,7 +133,7 @@ def _wide_reader(name: str, facts: str, open_table: Callable[[Path, str | None, 
             names, spec = _row_by_row(path, names, cells.cell_ids.reshape(-1)), cells
             recipe |= {"row0": grid.row0, "col0": grid.col0}
         steps = steps_of(path, spec, table.stamps)
-        days_at_once = max(1, (table.rows_at_once or spec.frames) // spec.slots_per_day)
+        days_at_once = max(1, (table.rows_at_once or spec.steps) // spec.slots_per_day)
         parts = [
             part_of(spec, steps[a:b], partial(_load, channel, spec.shape, partial(table.load, names, a, b)), path)
             for a, b in slices_of_days(steps // spec.slots_per_day, days_at_once)

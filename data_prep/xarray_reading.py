@@ -113,7 +113,7 @@ class AxisOptions:
 
 
 def runs_backwards(data: xarray.Dataset, dim: str, axis: str) -> bool:
-    """Whether an axis runs from north to south (``Y``) or from east to west (``X``), by its coordinates.
+    """True where an axis runs from north to south (``Y``) or from east to west (``X``), by its coordinates.
 
     Those of the dimension itself where they are numbers along a CF or usually named axis, else two-dimensional
     latitudes or longitudes. An axis that nothing tells runs as it should: rows from the south, columns from the
@@ -234,7 +234,7 @@ def minutes_of(path: Path, times: np.ndarray) -> np.ndarray:
 
 
 def valid_range(array: xarray.DataArray) -> tuple[float, float]:
-    """What lies outside is missing (CF 2.5.1); infinite where not told.
+    """Bounds outside of which a value is missing (CF 2.5.1); infinite where not told.
 
     Of packed variables the attributes are packed too, unless they are fractions where the file has whole numbers.
     """

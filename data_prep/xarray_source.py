@@ -161,7 +161,7 @@ def _inspect(path: Path, variable: str | None, axis_names: AxisOptions) -> Sourc
 
 
 def _variables(path: Path, data: xarray.Dataset, time: str, variable: str | None) -> list[xarray.DataArray]:
-    """Those named, or all numeric ones along time and space that are no bounds of a coordinate."""
+    """The variables named, or all numeric ones along time and space that are no bounds of a coordinate."""
     bounds = {c.attrs.get("bounds", c.encoding.get("bounds")) for c in data.coords.values()}
     numeric = [
         str(name)

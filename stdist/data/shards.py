@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from stdist.data.integrity import sha256_of
-from stdist.data.notes import Notes
+from stdist.data.journal import Journal
 from stdist.data.parts import Day, Part, PartResult, Tile
 from stdist.data.schema import MINUTES_PER_DAY, observed_name, tiles_of
 
@@ -100,9 +100,9 @@ class Shards:
 
 @dataclass(frozen=True)
 class PartWriter:
-    """Reads a part and writes its shards, then leaves a note of it. Picklable where ``read`` is.
+    """Reads a part and writes its shards, then leaves an entry of it in the journal. Picklable where ``read`` is.
 
-    session: whose work it is (``Notes.lock``). written: called after each day (or tile of it).
+    session: whose work it is (``Journal.lock``). written: called after each day (or tile of it).
     """
 
     root: Path
@@ -112,65 +112,63 @@ class PartWriter:
 
     def __call__(self, part: Part) -> PartResult:
         """Raises ValueError where a day is not one of the part's own whole shards."""
-        notes, shards = Notes(self.root), Shards(self.root)
+        journal, shards = Journal(self.root), Shards(self.root)
         files: dict[str, dict[str, Any]] = {}
         present: dict[int, np.ndarray] = {}
         seen: set[tuple[int, int]] = set()
-        with notes.working(self.session):
+        with journal.working(self.session):
             for day in self.read(part):
-                here = _present(shards, day)
+                present_slots = _present(shards, day)
                 for index, tile in _tiles(shards, part, day):
                     if (day.index, index) in seen:
                         raise ValueError(f"part {part.name} yields day {day.index}, tile {index} twice")
                     seen.add((day.index, index))
                     inner = tile if day.tile is None else tuple(slice(None) for _ in tile)
-                    files |= _write(shards, day, tile, inner, here)
-                present[day.index] = present.get(day.index, np.zeros_like(here)) | here
+                    files |= _write(shards, day, tile, inner, present_slots)
+                present[day.index] = present.get(day.index, np.zeros_like(present_slots)) | present_slots
                 if self.written:
                     self.written()
-            bits = {str(day): np.packbits(here).tobytes().hex() for day, here in sorted(present.items())}
+            bits = {str(day): np.packbits(slots).tobytes().hex() for day, slots in sorted(present.items())}
             result = PartResult(part.name, files, {"present": bits})
-            notes.add(result)
+            journal.add(result)
         return result
 
 
 def present_of(result: PartResult, slots_per_day: int) -> dict[int, np.ndarray]:
-    """bool [slots_per_day] by day: which frames the sources of a part have."""
+    """Time steps that the sources of a part have, bool [slots_per_day] by day."""
     bits = {int(day): np.frombuffer(bytes.fromhex(text), np.uint8) for day, text in result.result["present"].items()}
     return {day: np.unpackbits(row, count=slots_per_day).astype(bool) for day, row in bits.items()}
 
 
 def _present(shards: Shards, day: Day) -> np.ndarray:
     slots = shards.slots_per_day
-    here = np.ones(slots, bool) if day.present is None else np.asarray(day.present, bool)
-    if here.shape != (slots,):
-        raise ValueError(f"day {day.index}: present has shape {here.shape}, a day has {slots} slots")
-    return here
+    present = np.ones(slots, bool) if day.present is None else np.asarray(day.present, bool)
+    if present.shape != (slots,):
+        raise ValueError(f"day {day.index}: present has shape {present.shape}, a day has {slots} slots")
+    return present
 
 
 def _tiles(shards: Shards, part: Part, day: Day) -> list[tuple[int, Tile]]:
     """Number and slices of the tiles that a day holds; ValueError where they are not the part's own shards."""
-    own = shards.tiles if part.tiles is None else part.tiles
-    wanted = own if day.tile is None else (day.tile,)
-    if day.index not in part.days or not all(tile in own and tile in shards.tiles for tile in wanted):
+    of_part = shards.tiles if part.tiles is None else part.tiles
+    of_day = of_part if day.tile is None else (day.tile,)
+    if day.index not in part.days or not all(tile in of_part and tile in shards.tiles for tile in of_day):
         raise ValueError(f"part {part.name} yields day {day.index}, tile {day.tile}: not one of its whole shards")
-    if day.tile is None and len(own) < len(shards.tiles):
+    if day.tile is None and len(of_part) < len(shards.tiles):
         raise ValueError(f"part {part.name} owns tiles, but yields day {day.index} of the whole space")
-    return [(shards.tiles.index(tile), tile) for tile in wanted]
+    return [(shards.tiles.index(tile), tile) for tile in of_day]
 
 
-def _write(shards: Shards, day: Day, tile: Tile, inner: Tile, here: np.ndarray) -> dict[str, dict[str, Any]]:
-    """inner: where the tile lies in the day's values."""
-    shape = shards.shape if day.tile is None else tuple(part.stop - part.start for part in tile)
-    keep = here.reshape(-1, *(1 for _ in tile)) & shards.exists(day.index, tile)
+def _write(shards: Shards, day: Day, tile: Tile, inner: Tile, present: np.ndarray) -> dict[str, dict[str, Any]]:
+    """inner: the tile's place in the day's values."""
+    shape = shards.shape if day.tile is None else tuple(side.stop - side.start for side in tile)
+    keep = present.reshape(-1, *(1 for _ in tile)) & shards.exists(day.index, tile)
     files: dict[str, dict[str, Any]] = {}
     for channel in shards.names:
-        given = day.values[channel]
-        if given.shape != (shards.slots_per_day, *shape):
-            raise ValueError(
-                f"day {day.index} of {channel} has shape {given.shape}, the store {(shards.slots_per_day, *shape)}"
-            )
-        values = np.where(keep, given[(slice(None), *inner)], np.float32(np.nan)).astype(np.float32)
+        numbers = day.values[channel]
+        if numbers.shape != (expected := (shards.slots_per_day, *shape)):
+            raise ValueError(f"day {day.index} of {channel} has shape {numbers.shape}, the store {expected}")
+        values = np.where(keep, numbers[(slice(None), *inner)], np.float32(np.nan)).astype(np.float32)
         files |= shards.write(channel, day.index, tile, values)
         files |= shards.write(observed_name(channel), day.index, tile, ~np.isnan(values))
     return files

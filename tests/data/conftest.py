@@ -66,8 +66,8 @@ def read_plan() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     def read(plan: Plan, channel: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         plan = pickle.loads(pickle.dumps(plan))
         spec = plan.spec
-        values = np.full((spec.frames, *spec.shape), np.nan, np.float32)
-        present = np.zeros(spec.frames, bool)
+        values = np.full((spec.steps, *spec.shape), np.nan, np.float32)
+        present = np.zeros(spec.steps, bool)
         seen = set()
         for part in plan.parts:
             for day in plan.read(part):
