@@ -96,7 +96,7 @@ class _Channel:
         if measured.any():
             self.lowest = min(self.lowest, float(values[measured].min()))
             self.highest = max(self.highest, float(values[measured].max()))
-        if self._train and self._train.first_day <= self._date(day) <= self._train.last_day:
+        if self._train and self._train.first_day <= self.store.date(day) <= self._train.last_day:
             part.add(values, observed)
 
     def imputation(self, day: int, tile: Tile) -> None:
@@ -169,11 +169,8 @@ class _Channel:
         values, observed = (self.store.dataset[name][(slice(start, stop), *tile)].values for name in names)
         return values, observed.astype(bool)
 
-    def _date(self, day: int) -> np.datetime64:
-        return self.store.days.first_day + np.timedelta64(day, "D")
-
     def _exists(self, day: int, tile: Tile) -> np.ndarray:
-        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self._date(day)
+        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self.store.date(day)
 
     def _place(self, start: int, tile: Tile) -> Callable[[np.ndarray], str]:
         """Names the frame and cell of an index into a day of a tile."""

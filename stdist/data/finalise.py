@@ -33,8 +33,8 @@ DaySegment = tuple[int, int, bool, bool]
 
 
 def finalise(partial: Path, out: Path, session: str, split: Split | None, max_gap: int, executor: Executor) -> None:
-    """Turn a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
-    journal, shards = Journal(partial), Shards(partial)
+    """Turns a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
+    journal, shards = Journal(partial), Shards.of(partial)
     finished = journal.finished()
     present = fill_short_absences(_present(shards, finished), max_gap)
     if not present.any():
@@ -42,16 +42,16 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, max_ga
     attributes = {"long_name": "frame exists in the source, or fills a short absence"}
     create_array(shards.group, Coordinate("present", present, ("time",), attributes))
     days = tuple(sorted(day_segments(present, shards.slots_per_day)))
-    split = split or default_split(shards.days[list(days)])
+    split = split or default_split(np.array([shards.date(day) for day in days]))
 
     parts = [
         Part(f"impute {channel} {index}", days, channel, (tile,))
-        for channel in shards.names
+        for channel in shards.channels
         for index, tile in enumerate(shards.tiles)
     ]
     results = {result.name: result for result in executor(Imputation(partial, session, split.train), parts)}
     coverage, statistics = {}, {}
-    for channel in shards.names:
+    for channel in shards.channels:
         of_channel = [(part, results[part.name].result) for part in parts if part.payload == channel]
         coverage[channel] = {name: sum(r[name] for _, r in of_channel) for name in ("missing", "true_zeros")}
         state = StatisticsState(shards.shape)
@@ -61,8 +61,7 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, max_ga
         if split.train is not None and state.count:
             fitted = state.result(split.train)
             statistics[channel] = fitted.as_attribute()
-            dims = tuple(str(name) for name in shards.group.attrs["dims"])  # type: ignore[union-attr]
-            create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, dims))
+            create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, shards.dims))
 
     files = {name: file for result in (*finished.values(), *results.values()) for name, file in result.files.items()}
     computed = {"train_statistics": statistics, "coverage": coverage, "max_gap": max_gap}
@@ -82,10 +81,10 @@ class Imputation:
     train: DaySpan | None
 
     def __call__(self, part: Part) -> PartResult:
-        journal, shards = Journal(self.root), Shards(self.root)
+        journal, shards = Journal(self.root), Shards.of(self.root)
         assert part.tiles is not None
         (tile,), channel = part.tiles, part.payload
-        days = day_segments(np.asarray(shards.array("present")[:]), shards.slots_per_day)
+        days = day_segments(shards.present, shards.slots_per_day)
         scratch = journal.scratch / part.name
         with journal.working(self.session):
             shutil.rmtree(scratch, ignore_errors=True)  # of a killed preparation
@@ -97,7 +96,7 @@ class Imputation:
         self, shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Fills day after day; the nearest values seen are carried across midnight."""
-        inside = np.asarray(shards.array("inside")[tile])
+        inside = shards.inside[tile]
         nothing = Nearest.none(inside.shape)
         state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
         before, missing, zeros = nothing, 0, 0
@@ -121,7 +120,7 @@ class Imputation:
                 before = left.updated(last_observed(values[part], observed[part], start))
             if not observed.all():
                 files |= shards.write(channel, day, tile, filled)
-            if self.train and self.train.first_day <= shards.days[day] <= self.train.last_day:
+            if self.train and self.train.first_day <= shards.date(day) <= self.train.last_day:
                 state.add(values, observed)
         return files, {"missing": missing, "true_zeros": zeros, "state": state}
 

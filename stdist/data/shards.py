@@ -3,91 +3,67 @@
 Concurrent writes to parts of a shard lose data silently, so that nothing less than a shard is ever written.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
 
-from stdist.data.integrity import sha256_of
+from stdist.data.integrity import ROOT_METADATA, sha256_of
 from stdist.data.journal import Journal
 from stdist.data.parts import Day, Part, PartResult, Tile
-from stdist.data.schema import MINUTES_PER_DAY, observed_name, tiles_of
+from stdist.data.schema import observed_name, tiles_of
+from stdist.data.stored_arrays import StoredArrays
 
 
-@dataclass(frozen=True, eq=False)
-class Shards:
-    """The arrays of the partial store ``root``, by day and tile. Cheap to make: reads metadata only."""
+class Shards(StoredArrays):
+    """A store in the making, by day and tile. Cheap to make: reads metadata only."""
 
-    root: Path
+    @classmethod
+    def of(cls, root: Path) -> "Shards":
+        """Opens the partial store ``root``."""
+        return cls(root, json.loads((root / ROOT_METADATA).read_text())["attributes"])
 
     @cached_property
     def group(self) -> zarr.Group:
-        return zarr.open_group(self.root, mode="r+", use_consolidated=False)
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        array = self.group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+        return zarr.open_group(self.path, mode="r+", use_consolidated=False)
 
     @cached_property
-    def channels(self) -> dict[str, zarr.Array[Any]]:
-        """The arrays of values and of what was observed, by name."""
-        names = [name for channel in self.names for name in (channel, observed_name(channel))]
-        return {name: self.array(name) for name in names}
-
-    @cached_property
-    def names(self) -> list[str]:
-        return list(self.group.attrs["channels"])  # type: ignore[arg-type]
-
-    @cached_property
-    def slots_per_day(self) -> int:
-        return MINUTES_PER_DAY // int(self.group.attrs["cadence_minutes"])  # type: ignore[arg-type]
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return self.array("inside").shape
-
-    @cached_property
-    def days(self) -> np.ndarray:
-        """Local calendar days, datetime64[D]."""
-        first, last = (np.datetime64(str(self.group.attrs[name]), "D") for name in ("first_day", "last_day"))
-        return np.arange(first, last + 1)
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        # Listed here and not by zarr, which warns of the journal's folder.
+        names = [metadata.parent.name for metadata in self.path.glob(f"*/{ROOT_METADATA}")]
+        return {name: cast("zarr.Array[Any]", self.group[name]) for name in names}
 
     @cached_property
     def tiles(self) -> list[Tile]:
         return tiles_of(self.slots_per_day, self.shape)
 
-    @cached_property
-    def since(self) -> np.ndarray | None:
-        """First local day of every node, datetime64[D]; None where there is no such thing."""
-        return np.asarray(self.array("since")[:]).astype("datetime64[D]") if "since" in self.group else None
-
     def exists(self, day: int, tile: Tile) -> np.ndarray:
-        """bool, the tile's shape (or one that broadcasts to it): the node is there on that day."""
-        return np.ones(1, bool) if self.since is None else self.since[tile] <= self.days[day]
+        """Nodes that exist on that day, bool of the tile's shape, or one that broadcasts to it."""
+        return np.ones(1, bool) if self.since is None else self.since[tile] <= self.date(day)
 
     def slots(self, day: int) -> slice:
         return slice(day * self.slots_per_day, (day + 1) * self.slots_per_day)
 
     def read(self, name: str, day: int, tile: Tile) -> np.ndarray:
-        return np.asarray(self.channels[name][(self.slots(day), *tile)])
+        return np.asarray(self._arrays[name][(self.slots(day), *tile)])
 
     def write(self, name: str, day: int, tile: Tile, values: np.ndarray) -> dict[str, dict[str, Any]]:
-        """Write one shard; its bytes and sha256 by its name, or nothing where it holds fill values alone.
+        """Writes one shard; returns its bytes and sha256 by its name, or nothing where it holds fill values alone.
 
         The bytes are on the disk when this returns.
         """
-        array = self.channels[name]
+        array = self._arrays[name]
         array[(self.slots(day), *tile)] = values
         assert array.shards is not None
         place = [part.start // side for part, side in zip(tile, array.shards[1:], strict=True)]
         file = f"{name}/c/{'/'.join(map(str, (day, *place)))}"
-        path = self.root / file
+        path = self.path / file
         if not path.exists():
             return {}
         handle = os.open(path, os.O_RDONLY)
@@ -112,7 +88,7 @@ class PartWriter:
 
     def __call__(self, part: Part) -> PartResult:
         """Raises ValueError where a day is not one of the part's own whole shards."""
-        journal, shards = Journal(self.root), Shards(self.root)
+        journal, shards = Journal(self.root), Shards.of(self.root)
         files: dict[str, dict[str, Any]] = {}
         present: dict[int, np.ndarray] = {}
         seen: set[tuple[int, int]] = set()
@@ -164,7 +140,7 @@ def _write(shards: Shards, day: Day, tile: Tile, inner: Tile, present: np.ndarra
     shape = shards.shape if day.tile is None else tuple(side.stop - side.start for side in tile)
     keep = present.reshape(-1, *(1 for _ in tile)) & shards.exists(day.index, tile)
     files: dict[str, dict[str, Any]] = {}
-    for channel in shards.names:
+    for channel in shards.channels:
         numbers = day.values[channel]
         if numbers.shape != (expected := (shards.slots_per_day, *shape)):
             raise ValueError(f"day {day.index} of {channel} has shape {numbers.shape}, the store {expected}")
