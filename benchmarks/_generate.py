@@ -24,21 +24,18 @@ class Generation:
         self.policy, self.candidates = policy, candidates
         self.shared, self.prompts = make_prompts(policy, visual_tokens, cells)
         self.model = plain_model(policy)
-        self._sampler = Sampler(policy)
+        self._sampler = Sampler(policy, "greedy" if candidates == 1 else "sample", candidates)
 
     @torch.no_grad()
     def over_shared_prompts(self) -> Tensor:
         """Ids written, ``[cells · candidates, K]``."""
         prefix = self.policy.prefix(self.shared, no_grids())
-        written = self._sampler.complete(
-            prefix,
-            self.prompts,
-            HORIZON,
-            "greedy" if self.candidates == 1 else "sample",
-            num_generations=self.candidates,
-            generator=torch.Generator().manual_seed(0),
-        )
-        return written.choices + self.policy.first_numeral_id
+        uniforms = None
+        if self.candidates > 1:
+            shape = len(self.prompts) * self.candidates, HORIZON
+            uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        completions = self._sampler.generate(prefix, self.prompts, HORIZON, uniforms)
+        return completions.answer_ids + self.policy.first_numeral_id
 
     @torch.no_grad()
     def through_generate(self, cells: int, batch_size: int) -> Tensor:

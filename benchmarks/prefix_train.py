@@ -76,7 +76,7 @@ class Update:
             ids = torch.cat([shared, prompts[rows], previous[rows]], dim=1)
             hidden = decoder(inputs_embeds=policy.embed(ids), use_cache=False).last_hidden_state[:, -HORIZON:]
             logits = F.linear(hidden.flatten(0, 1), torch.cat(policy.answer_rows))
-            log_probs = -F.cross_entropy(logits, self.written.choices[rows].flatten(), reduction="none")
+            log_probs = -F.cross_entropy(logits, self.written.answer_ids[rows].flatten(), reduction="none")
             self._loss(log_probs.view(-1, HORIZON), rows).backward()
 
     def gradient(self, update: Callable[[], None]) -> Tensor:

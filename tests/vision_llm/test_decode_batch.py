@@ -12,7 +12,7 @@ from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.rollout import decode_batch
 from stdist.vision_llm.rollout.decode_batch import DecodeBatch, Family, RecordedStep
-from stdist.vision_llm.rollout.sampler import Completions, Sampler
+from stdist.vision_llm.rollout.sampler import Completions, Decoding, Sampler
 
 MAX_TOKENS = 6
 
@@ -61,50 +61,25 @@ def calls(talkative: Policy, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return recorded
 
 
-def ragged(cells: PolicyBatch) -> Tensor:
-    """Real tokens of each prompt: all but none to four of the last ones, which become something to be ignored."""
-    lengths = cells.prompts.shape[1] - torch.arange(len(cells.prompts)) % 5
-    for prompt, length in zip(cells.prompts, lengths.tolist(), strict=True):
-        prompt[length:] = 301
-    return lengths
-
-
 def complete(
-    policy: Policy,
-    cells: PolicyBatch,
-    decoding: str,
-    g: int,
-    lengths: Tensor | None = None,
-    max_tokens: int = MAX_TOKENS,
+    policy: Policy, cells: PolicyBatch, decoding: Decoding, g: int, max_tokens: int = MAX_TOKENS
 ) -> Completions:
-    return Sampler(policy).complete(
-        policy.prefix(cells.shared, cells.grids),
-        cells.prompts,
-        max_tokens,
-        decoding,
-        num_generations=g,
-        may_end=True,
-        lengths=lengths,
-        generator=torch.Generator().manual_seed(5),
-    )
+    prefix, uniforms = policy.prefix(cells.shared, cells.grids), None
+    if decoding == "sample":
+        shape = len(cells.prompts) * g, max_tokens
+        uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(5))
+    return Sampler(policy, decoding, g, allow_eos=True).generate(prefix, cells.prompts, max_tokens, uniforms)
 
 
 def assert_same(ours: Completions, theirs: Completions) -> None:
-    assert torch.equal(ours.choices, theirs.choices) and torch.equal(ours.mask, theirs.mask)
+    assert torch.equal(ours.answer_ids, theirs.answer_ids) and torch.equal(ours.mask, theirs.mask)
     assert torch.equal(ours.values, theirs.values) and torch.equal(ours.lengths, theirs.lengths)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("windows", "decoding", "g", "has_lengths"),
-    [
-        (1, "sample", 2, True),
-        (2, "greedy", 1, False),
-        (2, "sample", 4, True),
-        (3, "greedy", 1, True),
-        (3, "sample", 2, False),
-        (3, "sample", 4, False),
-    ],
+    ("windows", "decoding", "g"),
+    [(1, "sample", 2), (2, "greedy", 1), (2, "sample", 4), (3, "greedy", 1), (3, "sample", 2), (3, "sample", 4)],
 )
 def test_a_small_batch_writes_what_a_large_one_writes(
     talkative: Policy,
@@ -113,23 +88,21 @@ def test_a_small_batch_writes_what_a_large_one_writes(
     calls: list[Call],
     monkeypatch: pytest.MonkeyPatch,
     windows: int,
-    decoding: str,
+    decoding: Decoding,
     g: int,
-    has_lengths: bool,
 ) -> None:
     let_end(decoding)
     calls.clear()
     cells = make_cells(windows)
-    lengths = ragged(cells) if has_lengths else None
-    together = complete(talkative, cells, decoding, g, lengths)
+    together = complete(talkative, cells, decoding, g)
     assert all(0 not in call.steps for call in calls[1:]), "all are let in at once"
     calls.clear()
     most = 3 if g == 1 else 6
     monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", most)
     monkeypatch.setattr(decode_batch, "PREFILL_TOKENS", 2 * cells.prompts.shape[1])
-    written = complete(talkative, cells, decoding, g, lengths)
-    assert_same(written, together)
-    tokens = written.mask.sum(1).tolist()
+    completions = complete(talkative, cells, decoding, g)
+    assert_same(completions, together)
+    tokens = completions.mask.sum(1).tolist()
     assert len(set(tokens)) > 1, "candidates end at different times"
     assert_no_holes(calls, tokens, most)
 
@@ -160,33 +133,11 @@ def test_cells_are_let_in_while_others_still_run(
     let_end("sample")
     calls.clear()
     monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 5)
-    written = complete(talkative, make_cells(3), "sample", 1, max_tokens=24)
+    completions = complete(talkative, make_cells(3), "sample", 1, max_tokens=24)
     assert len([call for call in calls if 0 in call.steps and max(call.steps) > 0]) >= 3
     assert any(len({number // 5 for number in call.numbers}) > 1 for call in calls), "cells of two windows at a time"
-    reads = written.mask.sum(1) - 1
+    reads = completions.mask.sum(1) - 1
     assert int(reads.sum()) / 5 <= len(calls) < int(reads.view(3, 5).amax(1).sum())
-
-
-def test_cells_of_different_prompt_lengths_decode_as_alone(
-    talkative: Policy,
-    let_end: Callable[[str], None],
-    make_cells: Callable[[int], PolicyBatch],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each cell's real tokens by themselves below its own window."""
-    let_end("greedy")
-    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
-    cells = make_cells(2)
-    lengths = ragged(cells)
-    together = complete(talkative, cells, "greedy", 1, lengths)
-    prefix = talkative.prefix(cells.shared, cells.grids)
-    for cell, length in enumerate(lengths.tolist()):
-        prompt = cells.prompts[cell : cell + 1, :length]
-        window = prefix.part(cell // 5, cell // 5 + 1)
-        alone = Sampler(talkative).complete(window, prompt, MAX_TOKENS, "greedy", may_end=True)
-        tokens = int(together.mask[cell].sum())
-        assert torch.equal(together.choices[cell, :tokens], alone.choices[0]) and alone.mask.all()
-        torch.testing.assert_close(together.log_probs[cell, :tokens], alone.log_probs[0], rtol=0, atol=1e-4)
 
 
 def test_a_step_of_fixed_size_writes_the_same(
@@ -199,13 +150,12 @@ def test_a_step_of_fixed_size_writes_the_same(
     let_end("sample")
     cells = make_cells(1)
     monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
-    for lengths in (None, ragged(cells)):
-        expected = complete(talkative, cells, "sample", 3, lengths)
-        sizes: list[int] = []
-        with monkeypatch.context() as patch:
-            fixed_size(patch, talkative, sizes)
-            assert_same(complete(talkative, cells, "sample", 3, lengths), expected)
-        assert set(sizes) == {6}
+    expected = complete(talkative, cells, "sample", 3)
+    sizes: list[int] = []
+    with monkeypatch.context() as patch:
+        fixed_size(patch, talkative, sizes)
+        assert_same(complete(talkative, cells, "sample", 3), expected)
+    assert set(sizes) == {6}
 
 
 def fixed_size(patch: pytest.MonkeyPatch, policy: Policy, sizes: list[int]) -> None:
@@ -263,9 +213,7 @@ def test_no_shared_key_is_copied_for_a_sequence(
         return hidden
 
     monkeypatch.setattr(talkative, "decode", spy)
-    Sampler(talkative).complete(
-        talkative.prefix(cells.shared, cells.grids), cells.prompts, 3, "sample", num_generations=g
-    )
+    complete(talkative, cells, "sample", g, max_tokens=3)
     own = 2 * 32  # keys of one token in one layer
     fewest_tokens = min(cells.prompts.shape[1], cells.shared.shape[1])
     assert [sequences for sequences, _ in made] == [windows * 5 * g] * 2
@@ -280,7 +228,7 @@ def test_a_cells_keys_are_held_once_however_many_candidates_it_has(
     t = cells.prompts.shape[1]
     with torch.no_grad():
         batch = DecodeBatch(
-            talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, None, g, max_tokens=MAX_TOKENS
+            talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, g, max_tokens=MAX_TOKENS
         )
         batch.admit()
         batch.feed(torch.full((10 * g,), talkative.first_numeral_id))
@@ -311,7 +259,7 @@ def test_the_batch_is_as_large_as_its_cache_may_be(
 
     def slots(sequences: int, g: int) -> int:
         monkeypatch.setattr(decode_batch, "CACHE_BYTES", sequences * MAX_TOKENS * talkative.cache_bytes_per_token)
-        return DecodeBatch(talkative, prefix, cells.prompts, None, g, MAX_TOKENS).slots
+        return DecodeBatch(talkative, prefix, cells.prompts, g, MAX_TOKENS).slots
 
     assert [slots(n, 2) for n in (100, 20, 19, 10, 7, 6, 2, 1)] == [20, 20, 10, 10, 6, 6, 2, 2]
     assert [slots(n, 4) for n in (19, 11, 1)] == [16, 8, 4]

@@ -148,14 +148,14 @@ def test_values_above_t_max_are_counted_once_a_window(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> dict[str, list]:
-    """Windows read, windows encoded, shapes of what the sampler gave and its seeds, in the order of calls."""
-    calls: dict[str, list] = {"read": [], "encoded": [], "candidates": [], "seeds": []}
+    """Windows read, windows encoded, shapes of what the sampler gave and its first uniform numbers, by call."""
+    calls: dict[str, list] = {"read": [], "encoded": [], "candidates": [], "uniforms": []}
     read, prefix, sample = CityWindows.read, policy.prefix, Sampler.forecast
 
     def counted(self: Sampler, *arguments: Any) -> torch.Tensor:
         values = sample(self, *arguments)
         calls["candidates"].append(tuple(values.shape))
-        calls["seeds"].append(arguments[-1].initial_seed())
+        calls["uniforms"].append(None if arguments[-1] is None else arguments[-1][0, 0].item())
         return values
 
     monkeypatch.setattr(CityWindows, "read", lambda self, i: calls["read"].append(len(i)) or read(self, i))
@@ -169,14 +169,14 @@ def test_blocks_of_the_same_windows_share_reading_and_encoding(forecast: Forecas
     forecast(SAMPLE, (3, 7))
     assert seen["read"] == seen["encoded"] == [3, 3, 1]
     assert seen["candidates"] == [(w * c, 3, 3) for w in (3, 3, 1) for c in (7, 7, 4)]
-    seeds = list(seen["seeds"])
-    assert len(set(seeds)) == 9, "pieces draw by themselves"
+    uniforms = list(seen["uniforms"])
+    assert len(set(uniforms)) == 9, "pieces draw by themselves"
     for calls in seen.values():
         calls.clear()
     forecast(SAMPLE, (3, 7), stop_at=(4,))
     assert len(seen["candidates"]) == 9, "four pieces, then the other five"
     assert seen["read"] == seen["encoded"] == [3, 3, 3, 1]
-    assert seen["seeds"] == seeds
+    assert seen["uniforms"] == uniforms
 
 
 def test_progress_counts_cells_times_windows(policy: Policy, city: CityWindows) -> None:

@@ -106,7 +106,7 @@ def per_sample_loss(policy: Policy, case: Case, algorithm: str, logits_of: Calla
     first, end = policy.first_numeral_id, len(policy.vocabulary)
     sayable = torch.cat([torch.arange(first, first + end), torch.tensor([policy.end_id])])
     log_probs = []
-    for candidate, choices in enumerate(case.written.choices):
+    for candidate, choices in enumerate(case.written.answer_ids):
         tokens = int(case.written.mask[candidate].sum())
         logits = logits_of(candidate // G, sayable[choices[: tokens - 1]])[-tokens:, sayable]
         said = (logits / TEMPERATURE).log_softmax(-1).gather(1, choices[:tokens, None])[:, 0]

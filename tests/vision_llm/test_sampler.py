@@ -30,8 +30,8 @@ def talkative(make_policy: Callable[..., Policy]) -> Policy:
 Lean = Callable[[Policy, PolicyBatch, float], None]
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def uniforms(seed: int, sequences: int, tokens: int) -> Tensor:
+    return torch.rand(sequences, tokens, generator=torch.Generator().manual_seed(seed))
 
 
 # --- the inverse distribution function ------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_median_of_a_distribution() -> None:
     assert at_quantile(probabilities, torch.full((3,), 0.5)).tolist() == [2, 0, 3]
 
 
-# --- what is written ---------------------------------------------------------------------------------------------
+# --- what is generated ---------------------------------------------------------------------------------------------
 
 
 def first_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> Tensor:
@@ -72,7 +72,7 @@ def first_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> Tensor:
     return policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
 
 
-def test_only_numerals_and_the_end_are_ever_written(
+def test_only_numerals_and_the_end_are_ever_generated(
     talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
 ) -> None:
     """Every text row, the image pad's above all, screams along the hidden states; none is heard."""
@@ -87,62 +87,61 @@ def test_only_numerals_and_the_end_are_ever_written(
         assert (said < talkative.first_numeral_id).all() and (said != talkative.end_id).all()
     prefix, n = talkative.prefix(batch.shared, batch.grids), len(talkative.vocabulary)
     for decoding in ("greedy", "median", "sample"):
-        written = Sampler(talkative).complete(
-            prefix, batch.prompts, 6, decoding, num_generations=4, may_end=True, generator=seeded(0)
-        )
-        assert written.choices.min() >= 0 and written.choices.max() <= n
-        numerals = written.choices < n
-        assert torch.equal(numerals.sum(1), written.lengths)
-        decoded = torch.from_numpy(talkative.vocabulary.decode(written.choices[numerals].numpy())).float()
-        assert torch.equal(written.values[numerals], decoded)
+        sampler = Sampler(talkative, decoding, num_generations=4, allow_eos=True)
+        completions = sampler.generate(prefix, batch.prompts, 6, uniforms(0, 24, 6) if decoding == "sample" else None)
+        assert completions.answer_ids.min() >= 0 and completions.answer_ids.max() <= n
+        numerals = completions.answer_ids < n
+        assert torch.equal(numerals.sum(1), completions.lengths)
+        decoded = torch.from_numpy(talkative.vocabulary.decode(completions.answer_ids[numerals].numpy())).float()
+        assert torch.equal(completions.values[numerals], decoded)
 
 
 def test_greedy_is_the_chain_of_most_likely_numerals(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
-    """Each step recomputed naively, by a whole forward over everything written so far."""
-    written = Sampler(policy).complete(prefix, batch.prompts, 5, "greedy")
+    """Each step recomputed naively, by a whole forward over everything generated so far."""
+    completions = Sampler(policy, "greedy").generate(prefix, batch.prompts, 5)
     ids = batch.prompts
     for step in range(5):
         hidden, _ = policy.branch(prefix, ids)
         log_p = policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
         best = log_p.argmax(-1)
-        assert torch.equal(written.choices[:, step], best)
-        assert torch.allclose(written.log_probs[:, step], log_p.max(-1).values, atol=1e-4)
+        assert torch.equal(completions.answer_ids[:, step], best)
+        assert torch.allclose(completions.log_probs[:, step], log_p.max(-1).values, atol=1e-4)
         ids = torch.cat([ids, best[:, None] + policy.first_numeral_id], dim=1)
 
 
-@pytest.mark.parametrize("may_end", [False, True])
+@pytest.mark.parametrize("allow_eos", [False, True])
 def test_greedy_equals_transformers_generate_under_the_same_mask(
     talkative: Policy,
     batch: PolicyBatch,
     lean_towards_end: Lean,
     plain_model: Callable[[Policy], Qwen2_5_VLForConditionalGeneration],
     plain_inputs: Callable[..., dict[str, Tensor]],
-    may_end: bool,
+    allow_eos: bool,
 ) -> None:
     """Token for token, each cell a sequence of its own with its window's images; text may not be said."""
     lean_towards_end(talkative, batch, 3.0)
     prefix = talkative.prefix(batch.shared, batch.grids)
-    written = Sampler(talkative).complete(prefix, batch.prompts, 6, "greedy", may_end=may_end)
-    lengths = written.mask.sum(1).tolist()
-    assert (len(set(lengths)) > 1 and min(lengths) < 6) if may_end else lengths == [6] * 6
+    completions = Sampler(talkative, "greedy", allow_eos=allow_eos).generate(prefix, batch.prompts, 6)
+    lengths = completions.mask.sum(1).tolist()
+    assert (len(set(lengths)) > 1 and min(lengths) < 6) if allow_eos else lengths == [6] * 6
     model, first, end = plain_model(talkative), talkative.first_numeral_id, talkative.end_id
-    text = [token for token in range(first) if token != end or not may_end]
+    text = [token for token in range(first) if token != end or not allow_eos]
     for cell, length in enumerate(lengths):
         inputs = plain_inputs(talkative, batch, cell, batch.prompts.new_zeros(0))
         said = model.generate(
             **inputs, max_new_tokens=6, do_sample=False, suppress_tokens=text, eos_token_id=end, pad_token_id=end
         )[0, inputs["input_ids"].shape[1] :]
-        choices = written.choices[cell, :length]
+        choices = completions.answer_ids[cell, :length]
         ids = torch.where(choices == len(talkative.vocabulary), end, choices + first)
         assert said.tolist() == ids.tolist()
 
 
 def test_median_decoding_halves_each_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
-    """At most half of the probability lies strictly below the value written, at most half strictly above."""
-    written = Sampler(policy).complete(prefix, batch.prompts, 1, "median")
+    """At most half of the probability lies strictly below the value generated, at most half strictly above."""
+    completions = Sampler(policy, "median").generate(prefix, batch.prompts, 1)
     probabilities = first_step(policy, batch, prefix).exp().numpy()
     for row in range(6):
-        value = policy.vocabulary.values[written.choices[row, 0]]
+        value = policy.vocabulary.values[completions.answer_ids[row, 0]]
         assert probabilities[row][policy.vocabulary.values < value].sum() <= 0.5 + 1e-5
         assert probabilities[row][policy.vocabulary.values > value].sum() <= 0.5 + 1e-5
 
@@ -153,63 +152,61 @@ def test_samples_follow_their_probabilities(
 ) -> None:
     """χ² over 20 bins of about equal probability: 4,000 draws of one cell, mean 19, standard deviation 6.2."""
     one = prefix.part(0, 1)
-    draws = Sampler(policy).complete(
-        one, batch.prompts[:1], 1, "sample", num_generations=4000, temperature=temperature, generator=seeded(0)
-    )
+    sampler = Sampler(policy, "sample", num_generations=4000, temperature=temperature)
+    draws = sampler.generate(one, batch.prompts[:1], 1, uniforms(0, 4000, 1))
     hidden, _ = policy.branch(one, batch.prompts[:1])
     p = (policy.answer_logits(hidden[:, -1])[0, :-1] / temperature).softmax(-1).numpy()
     shuffled = np.random.default_rng(0).permutation(len(p))  # bins that value order cannot fill by accident
     bins = np.empty(len(p), int)
     bins[shuffled] = np.minimum((p[shuffled].cumsum() * 20).astype(int), 19)
     expected = np.bincount(bins, p, 20) * 4000
-    seen = np.bincount(bins[draws.choices[:, 0].numpy()], minlength=20)
+    seen = np.bincount(bins[draws.answer_ids[:, 0].numpy()], minlength=20)
     assert ((seen - expected) ** 2 / expected).sum() < 19 + 4 * 6.2
-    chosen = np.log(p[draws.choices[:, 0].numpy()])
+    chosen = np.log(p[draws.answer_ids[:, 0].numpy()])
     assert np.allclose(draws.log_probs[:, 0].numpy(), chosen, atol=1e-4)
 
 
-def test_same_seed_same_samples(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
-    def sample(seed: int) -> Tensor:
-        return (
-            Sampler(policy)
-            .complete(prefix, batch.prompts, 4, "sample", num_generations=3, generator=seeded(seed))
-            .choices
-        )
-
-    assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
-    candidates = sample(1).view(6, 3, 4)
-    assert not torch.equal(candidates[:, 0], candidates[:, 1])
+def test_a_sequences_uniforms_alone_say_what_it_draws(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+    """The same numbers for another candidate of the cell draw the same tokens; other numbers others."""
+    sampler, drawn = Sampler(policy, "sample", num_generations=3), uniforms(1, 18, 4)
+    tokens = sampler.generate(prefix, batch.prompts, 4, drawn).answer_ids.view(6, 3, 4)
+    assert not torch.equal(tokens[:, 0], tokens[:, 1])
+    turned = drawn.view(6, 3, 4).roll(1, dims=1)
+    again = sampler.generate(prefix, batch.prompts, 4, turned.flatten(0, 1)).answer_ids.view(6, 3, 4)
+    assert torch.equal(again, tokens.roll(1, dims=1))
 
 
 def test_candidates_of_a_cell_are_consecutive_and_continue_its_own_prompt(
     policy: Policy, batch: PolicyBatch, prefix: Prefix
 ) -> None:
-    alone = Sampler(policy).complete(prefix, batch.prompts, 4, "greedy")
-    together = Sampler(policy).complete(prefix, batch.prompts, 4, "greedy", num_generations=3)
-    assert torch.equal(together.choices, alone.choices.repeat_interleave(3, 0))
+    alone = Sampler(policy, "greedy").generate(prefix, batch.prompts, 4)
+    together = Sampler(policy, "greedy", num_generations=3).generate(prefix, batch.prompts, 4)
+    assert torch.equal(together.answer_ids, alone.answer_ids.repeat_interleave(3, 0))
 
 
 # --- the end -----------------------------------------------------------------------------------------------------
 
 
-def test_without_may_end_exactly_max_tokens_numerals_are_written(
+def test_without_allow_eos_exactly_max_tokens_numerals_are_generated(
     talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
 ) -> None:
     lean_towards_end(talkative, batch, 50.0)
     prefix = talkative.prefix(batch.shared, batch.grids)
     for decoding in ("greedy", "median", "sample"):
-        written = Sampler(talkative).complete(prefix, batch.prompts, 5, decoding, generator=seeded(0))
-        assert written.mask.all() and (written.lengths == 5).all() and written.choices.shape == (6, 5)
-        assert (written.choices < len(talkative.vocabulary)).all()
+        drawn = uniforms(0, 6, 5) if decoding == "sample" else None
+        completions = Sampler(talkative, decoding).generate(prefix, batch.prompts, 5, drawn)
+        assert completions.mask.all() and (completions.lengths == 5).all() and completions.answer_ids.shape == (6, 5)
+        assert (completions.answer_ids < len(talkative.vocabulary)).all()
 
 
-def test_with_may_end_a_certain_end_comes_first(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean) -> None:
+def test_with_allow_eos_a_certain_end_comes_first(
+    talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
+) -> None:
     lean_towards_end(talkative, batch, 100.0)
-    written = Sampler(talkative).complete(
-        talkative.prefix(batch.shared, batch.grids), batch.prompts, 5, "greedy", may_end=True
-    )
-    assert written.choices.tolist() == [[len(talkative.vocabulary)]] * 6  # and nobody decodes on after the last end
-    assert written.mask.all() and (written.lengths == 0).all() and (written.values == 0).all()
+    sampler = Sampler(talkative, "greedy", allow_eos=True)
+    completions = sampler.generate(talkative.prefix(batch.shared, batch.grids), batch.prompts, 5)
+    assert completions.answer_ids.tolist() == [[len(talkative.vocabulary)]] * 6, "and nobody decodes on"
+    assert completions.mask.all() and (completions.lengths == 0).all() and (completions.values == 0).all()
 
 
 @pytest.fixture
@@ -218,17 +215,9 @@ def some_that_ended(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lea
     lean_towards_end(talkative, batch, 6.0)
 
     def write(temperature: float = 1.0, top_p: float = 1.0) -> Completions:
-        return Sampler(talkative).complete(
-            talkative.prefix(batch.shared, batch.grids),
-            batch.prompts,
-            6,
-            "sample",
-            num_generations=5,
-            temperature=temperature,
-            top_p=top_p,
-            may_end=True,
-            generator=seeded(3),
-        )
+        sampler = Sampler(talkative, "sample", 5, temperature, top_p, allow_eos=True)
+        prefix = talkative.prefix(batch.shared, batch.grids)
+        return sampler.generate(prefix, batch.prompts, 6, uniforms(3, 30, 6))
 
     return write
 
@@ -236,18 +225,18 @@ def some_that_ended(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lea
 def test_mask_lengths_and_values_of_sequences_that_end(
     talkative: Policy, some_that_ended: Callable[..., Completions]
 ) -> None:
-    written = some_that_ended()
+    completions = some_that_ended()
     end = len(talkative.vocabulary)
-    ended = (written.choices == end).any(1)
-    assert 3 < ended.sum() < 27 and len(written.lengths.unique()) > 3, "the seed must give both kinds"
+    ended = (completions.answer_ids == end).any(1)
+    assert 3 < ended.sum() < 27 and len(completions.lengths.unique()) > 3, "the seed must give both kinds"
     for row in range(30):
-        choices = written.choices[row].tolist()
+        choices = completions.answer_ids[row].tolist()
         length = choices.index(end) if end in choices else len(choices)
-        assert written.lengths[row] == length
-        assert written.mask[row].tolist() == [position <= length for position in range(6)]
+        assert completions.lengths[row] == length
+        assert completions.mask[row].tolist() == [position <= length for position in range(6)]
         assert choices[length:] == [end] * (6 - length)  # an ended sequence stays ended
-        assert (written.values[row, length:] == 0).all() and (written.log_probs[row, length + 1 :] == 0).all()
-        assert (written.log_probs[row, : min(length + 1, 6)] < 0).all()
+        assert (completions.values[row, length:] == 0).all() and (completions.log_probs[row, length + 1 :] == 0).all()
+        assert (completions.log_probs[row, : min(length + 1, 6)] < 0).all()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.3, 1.0), (0.8, 0.6)])
@@ -260,11 +249,11 @@ def test_log_probs_equal_those_of_one_forward_over_the_finished_text(
 ) -> None:
     """What was sampled token by token from a cache is what the learner sees: ratio 1 before the first update. A
     nucleus narrows the draw; the log-probability is still that among all choices."""
-    written = some_that_ended(temperature, top_p)
-    tree = candidate_tree(talkative, batch, written)
-    again = completion_log_probs(talkative, tree, written, temperature, sizes=[2, 4, 7])
-    assert torch.allclose(again, written.log_probs, atol=1e-4)
-    assert (again[~written.mask] == 0).all()
+    completions = some_that_ended(temperature, top_p)
+    tree = candidate_tree(talkative, batch, completions)
+    again = completion_log_probs(talkative, tree, completions, temperature, sizes=[2, 4, 7])
+    assert torch.allclose(again, completions.log_probs, atol=1e-4)
+    assert (again[~completions.mask] == 0).all()
 
 
 # --- the nucleus -------------------------------------------------------------------------------------------------
@@ -300,9 +289,9 @@ def test_nothing_outside_the_nucleus_is_ever_drawn(
     without the cut some would not be."""
     outside = {}
     for top_p in (0.5, 1.0):
-        written = some_that_ended(0.9, top_p)
-        tree = candidate_tree(talkative, batch, written)
-        states = torch.empty(30, written.choices.shape[1], talkative.rows.input.shape[1])
+        completions = some_that_ended(0.9, top_p)
+        tree = candidate_tree(talkative, batch, completions)
+        states = torch.empty(30, completions.answer_ids.shape[1], talkative.rows.input.shape[1])
 
         def visit(rows: slice, of_rows: Tensor, states: Tensor = states) -> Tensor:
             states[rows] = of_rows
@@ -310,7 +299,7 @@ def test_nothing_outside_the_nucleus_is_ever_drawn(
 
         prefix_tree.forward(talkative, tree, visit, [9, 9, 9])
         p = (talkative.answer_logits(states.flatten(0, 1)) / 0.9).softmax(-1).view(*states.shape[:2], -1)
-        drawn = [(p[i, t].tolist(), int(written.choices[i, t])) for i, t in written.mask.nonzero().tolist()]
+        drawn = [(p[i, t].tolist(), int(completions.answer_ids[i, t])) for i, t in completions.mask.nonzero().tolist()]
         # A hair wider, since probabilities of another pass differ in their last digits.
         outside[top_p] = sum(choice not in naive_nucleus(row, 0.5 + 1e-4) for row, choice in drawn)
         assert len({choice for _, choice in drawn}) > 10
@@ -322,8 +311,7 @@ def test_nothing_outside_the_nucleus_is_ever_drawn(
 
 def test_direct_is_the_mean_behind_blanks(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
     """Step k is read where k − 1 blanks stand for the answers before it; the end token has no share in the mean."""
-    sampler = Sampler(policy)
-    direct = sampler.direct(prefix, batch.prompts, 3)
+    direct = Sampler(policy, "direct").forecast(prefix, batch.prompts)[:, 0]
     assert direct.shape == (6, 3)
     for step in range(3):
         blanks = batch.prompts.new_full((6, step), policy.blank_id)
@@ -331,7 +319,6 @@ def test_direct_is_the_mean_behind_blanks(policy: Policy, batch: PolicyBatch, pr
         p = policy.answer_logits(hidden[:, -1]).double()[:, :-1].softmax(-1).numpy()
         expected = [sum(q * v for q, v in zip(row, policy.vocabulary.values, strict=True)) for row in p]
         assert direct[:, step].tolist() == pytest.approx(expected, rel=1e-3)
-    torch.testing.assert_close(sampler.direct(prefix, batch.prompts, 1), direct[:, :1], rtol=1e-4, atol=1e-2)
 
 
 def test_policy_forecast_is_the_samplers(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
@@ -343,7 +330,7 @@ def test_policy_forecast_is_the_samplers(policy: Policy, batch: PolicyBatch, pre
     ours = policy.forecast(frames, [(0, 1), (2, 2), (4, 2)], origin, decoding="greedy")
     one = policy.prefix(batch.shared[:1], batch.grids[:1])
     assert ours.shape == (3, 3)
-    assert np.array_equal(ours, Sampler(policy).complete(one, prompts, 3, "greedy").values.numpy())
+    assert np.array_equal(ours, Sampler(policy, "greedy").generate(one, prompts, 3).values.numpy())
 
 
 def test_policy_forecast_names_cells_by_the_datas_own_ids(make_policy: Callable[..., Policy]) -> None:
@@ -355,7 +342,6 @@ def test_policy_forecast_names_cells_by_the_datas_own_ids(make_policy: Callable[
     origin = np.datetime64("2013-11-05T09:00")
     shared = torch.tensor([policy.prompts.shared(origin)])
     prompts = policy.prompts.cells(np.array([43]), np.array([8]), frames[:, 2, 1][None])
-    expected = Sampler(policy).forecast(
-        policy.prefix(shared, torch.from_numpy(frames)[None]), torch.from_numpy(prompts), "direct"
-    )
+    prefix = policy.prefix(shared, torch.from_numpy(frames)[None])
+    expected = Sampler(policy, "direct").forecast(prefix, torch.from_numpy(prompts))
     assert np.array_equal(policy.forecast(frames, [(2, 1)], origin, decoding="direct"), expected[:, 0].detach().numpy())

@@ -116,7 +116,8 @@ class Policy(nn.Module):
         prefix = self.prefix(shared, torch.from_numpy(np.asarray(frames, np.float32))[None])
         first_row, first_col = spec.setting.first_cell
         prompts = self.prompts.cells(rows + first_row, cols + first_col, frames[:, rows, cols].T)
-        values = Sampler(self).forecast(prefix, torch.from_numpy(prompts).to(self.device), decoding)
+        uniforms = torch.rand(len(prompts), spec.setting.horizon) if decoding == "sample" else None
+        values = Sampler(self, decoding).forecast(prefix, torch.from_numpy(prompts).to(self.device), uniforms)
         return values[:, 0].cpu().numpy()
 
     # --- parts of the base model -------------------------------------------------------------------------------

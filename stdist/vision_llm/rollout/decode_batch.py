@@ -83,7 +83,7 @@ class DecodeBatch:
     Args:
         policy: whose cells are forecast.
         prefix: the windows.
-        prompts: cells' own prompts, consecutive cells share a window; ``lengths`` where they are padded on the right.
+        prompts: cells' own prompts, consecutive cells share a window.
         num_generations: candidates of each cell, G.
         max_tokens: most a candidate may write.
 
@@ -96,11 +96,10 @@ class DecodeBatch:
         policy: "Policy",
         prefix: Prefix,
         prompts: Int[Tensor, "cells tokens"],
-        lengths: Int[Tensor, "cells"] | None,
         num_generations: int,
         max_tokens: int,
     ):
-        self.policy, self.prefix, self.prompts, self.lengths = policy, prefix, prompts, lengths
+        self.policy, self.prefix, self.prompts = policy, prefix, prompts
         self.num_generations = num_generations
         fits = CACHE_BYTES // (max_tokens * policy.cache_bytes_per_token)
         most_cells = max(1, min(MOST_SEQUENCES, fits) // num_generations)
@@ -120,7 +119,6 @@ class DecodeBatch:
         self._own_keys, self._own_values = buffer(self.slots, max_tokens), buffer(self.slots, max_tokens)
         tokens = prompts.shape[1]
         self._cell_keys, self._cell_values = buffer(2 * cells, tokens), buffer(2 * cells, tokens)
-        self._cell_lengths = prompts.new_zeros(2 * cells)
         nothing = prompts.new_zeros(0)
         self.number = self.step = self.position = self._cell = self._window = nothing
         self._tokens = max_tokens
@@ -151,15 +149,12 @@ class DecodeBatch:
         while start < self._next_cell:
             w = start // self._cells_per_window
             stop = min(start + at_once, self._next_cell, (w + 1) * self._cells_per_window)
-            lengths = None if self.lengths is None else self.lengths[start:stop]
-            _, node = self.policy.branch(self.prefix.part(w, w + 1), self.prompts[start:stop], lengths)
+            _, node = self.policy.branch(self.prefix.part(w, w + 1), self.prompts[start:stop])
             done = start - (self._next_cell - cells)
             here = torch.tensor(places[done : done + stop - start], device=self.prompts.device)
             for mine, theirs in ((self._cell_keys, node.keys), (self._cell_values, node.values)):
                 for buffer, tensor in zip(mine, theirs, strict=True):
                     buffer[here] = tensor
-            if lengths is not None:
-                self._cell_lengths[here] = lengths
             last.append(node.last)
             position.append(node.position)
             window.append(torch.full_like(node.position, w))
@@ -220,7 +215,7 @@ class DecodeBatch:
         def family(parents: int, most: int) -> Family:
             return Family(zeros(self.slots), zeros(self.slots), zeros(parents, most))
 
-        cells = family(len(self._cell_lengths), self.num_generations)
+        cells = family(len(self._cell_keys[0]), self.num_generations)
         windows = family(1, self.slots)
         ids, position, written = zeros(self.slots), zeros(self.slots), zeros(self.slots)
         return Step(ids, position, written, cells, windows, self.prefix, extent=self._tokens, ragged=True)
@@ -236,11 +231,7 @@ class DecodeBatch:
         lengths = step.written + 1 if step.ragged else None
         parts = [MATH.forward(q, keys[:, :, : step.extent], values[:, :, : step.extent], scale, lengths=lengths)]
         used = len(step.cells.table)
-        cells = Segment(
-            self._cell_keys[layer][:used],
-            self._cell_values[layer][:used],
-            None if self.lengths is None else self._cell_lengths[:used].clamp(min=1),
-        )
+        cells = Segment(self._cell_keys[layer][:used], self._cell_values[layer][:used])
         for segment, family in zip((cells, *step.prefix.segments(layer)), (step.cells, step.windows), strict=True):
             parts.append(self._to_parents(q, segment, family, scale))
         return merge(parts)[0].reshape(n, 1, heads, d)
@@ -250,10 +241,7 @@ class DecodeBatch:
         kv_heads, d = q.shape[1], q.shape[3]
         parents, most = family.table.shape
         together = q[family.table].transpose(1, 2).reshape(parents, kv_heads, -1, d)
-        if segment.lengths is None:
-            out, lse = self.policy.attention.forward(together, segment.keys, segment.values, scale, False)
-        else:
-            out, lse = MATH.forward(together, segment.keys, segment.values, scale, lengths=segment.lengths)
+        out, lse = self.policy.attention.forward(together, segment.keys, segment.values, scale, False)
         out, lse = out.unflatten(2, (most, -1)), lse.unflatten(2, (most, -1))
         return out[family.parent, :, family.rank], lse[family.parent, :, family.rank]
 

@@ -45,7 +45,7 @@ def forecast_pieces(
     Windows are read and encoded once for all consecutive pieces of them. Each piece draws from ``seed``, its first
     window and its first cell alone, so that it does not matter which pieces were forecast before it.
     """
-    sampler = Sampler(policy)
+    sampler = Sampler(policy, decoding, num_generations)
     for windows, blocks in groupby(pieces, key=lambda piece: piece.windows):
         read, prefix = city.read(indices[windows]), None
         for piece in blocks:
@@ -54,9 +54,13 @@ def forecast_pieces(
             if prefix is None:
                 with torch.no_grad():
                     prefix = policy.prefix(batch.shared, batch.grids)
-            generator = torch.Generator(device=policy.device)
-            generator.manual_seed(_piece_seed(seed, int(indices[windows][0]), int(cells[0])))
-            values = sampler.forecast(prefix, batch.prompts, decoding, num_generations, generator)
+            uniforms = None
+            if decoding == "sample":
+                generator = torch.Generator(device=policy.device)
+                generator.manual_seed(_piece_seed(seed, int(indices[windows][0]), int(cells[0])))
+                shape = len(batch.prompts) * num_generations, policy.spec.setting.horizon
+                uniforms = torch.rand(shape, generator=generator, device=policy.device)
+            values = sampler.forecast(prefix, batch.prompts, uniforms)
             yield piece, batch, values.view(len(batch.shared), len(cells), *values.shape[1:]).cpu().numpy()
 
 

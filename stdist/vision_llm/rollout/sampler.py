@@ -1,9 +1,9 @@
 """Constrained sampling: a forecast is numerals and the end token, nothing else can be said.
 
 A window's prompt is prefilled once, a cell's once; all candidates decode together over shared keys and values
-(``decode_batch``). Every draw is an inverse of the step's cumulative distribution over *values*: at a uniform number it
-is a sample, at one half it is the median, which is what point forecasts want of a distribution over thousands of
-neighbouring numerals.
+(``decode_batch``). Every token is the inverse of its step's cumulative distribution over *values*, at a quantile: at a
+uniform number it is a sample, at one half it is the median, which is what point forecasts want of a distribution over
+thousands of neighbouring numerals.
 """
 
 from dataclasses import dataclass
@@ -29,14 +29,17 @@ Decoding = Literal["greedy", "median", "sample", "direct"]
 
 @dataclass
 class Completions:
-    """What was written, per sequence: ``choices`` are columns of ``Policy.answer_logits`` (numeral indices, then end).
+    """Generated tokens of each sequence.
 
-    ``mask`` is True where a token was written (the end token included), ``log_probs`` are those of the constrained
-    distribution at the sampling temperature, 0 outside the mask. ``values`` are decoded numerals, 0 elsewhere;
-    ``lengths`` counts numerals.
+    Attributes:
+        answer_ids: numeral indices; the vocabulary's length is the end token, which also fills the rest.
+        mask: True at generated tokens, the end token included.
+        log_probs: of the constrained distribution at the sampling temperature; 0 outside the mask.
+        values: decoded numerals in units; 0 elsewhere.
+        lengths: numerals of each sequence.
     """
 
-    choices: Int[Tensor, "sequences tokens"]
+    answer_ids: Int[Tensor, "sequences tokens"]
     mask: Bool[Tensor, "sequences tokens"]
     log_probs: Float[Tensor, "sequences tokens"]
     values: Float[Tensor, "sequences tokens"]
@@ -45,14 +48,14 @@ class Completions:
     def widened(self, tokens: int) -> "Completions":
         """The same with at least ``tokens`` columns, the new ones outside the mask."""
         columns = (0, max(0, tokens - self.mask.shape[1]))
-        choices, mask, log_probs, values = (
-            nn.functional.pad(x, columns) for x in (self.choices, self.mask, self.log_probs, self.values)
+        answer_ids, mask, log_probs, values = (
+            nn.functional.pad(x, columns) for x in (self.answer_ids, self.mask, self.log_probs, self.values)
         )
-        return Completions(choices, mask, log_probs, values, self.lengths)
+        return Completions(answer_ids, mask, log_probs, values, self.lengths)
 
 
 def at_quantile(
-    probabilities: Float[Tensor, "sequences choices"], quantile: Float[Tensor, "sequences"]
+    probabilities: Float[Tensor, "sequences tokens"], quantile: Float[Tensor, "sequences"]
 ) -> Int[Tensor, "sequences"]:
     """Column where the cumulative probability first exceeds ``quantile`` (the inverse distribution function)."""
     cumulative = probabilities.cumsum(-1)
@@ -62,132 +65,124 @@ def at_quantile(
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1).clamp(max=cumulative.shape[-1] - 1)
 
 
-def nucleus(p: Float[Tensor, "sequences choices"], top_p: float) -> Float[Tensor, "sequences choices"]:
-    """Zero outside the fewest most likely choices whose probabilities reach ``top_p`` (Holtzman et al. 2020)."""
+def nucleus(p: Float[Tensor, "sequences tokens"], top_p: float) -> Float[Tensor, "sequences tokens"]:
+    """Zero outside the fewest most likely tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020)."""
     descending, order = p.sort(-1, descending=True)
     outside = descending.cumsum(-1) - descending >= top_p
     return p.masked_fill(torch.empty_like(outside).scatter_(-1, order, outside), 0.0)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """How a token is chosen: head ``rows`` of what may be said, and ``order``, their indices by value, the end last."""
-
-    rows: list[Float[Tensor, "_ d"]]
-    order: Int[Tensor, "choices"]
-    decoding: Decoding
-    temperature: float
-    top_p: float
-
-    def __call__(
-        self, hidden: Float[Tensor, "sequences d"], quantiles: Float[Tensor, "sequences"]
-    ) -> tuple[Int[Tensor, "sequences"], Float[Tensor, "sequences"]]:
-        """The next choice of each sequence and its log-probability at ``temperature`` (among all choices: ``top_p``
-        narrows the draw, not what the learner will compute for it)."""
-        at_once = max(1, LOGIT_BYTES // (4 * len(self.order)))
-        parts = [self._choose(*pair) for pair in zip(hidden.split(at_once), quantiles.split(at_once), strict=True)]
-        choices, log_probs = zip(*parts, strict=True)
-        return torch.cat(choices), torch.cat(log_probs)
-
-    def _choose(self, hidden: Tensor, quantile: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = (row_logits(hidden, self.rows) / self.temperature).log_softmax(-1)
-        if self.decoding == "greedy":
-            choice = log_p.argmax(-1)
-        else:
-            p = log_p.exp() if self.top_p == 1.0 else nucleus(log_p.exp(), self.top_p)
-            choice = self.order[at_quantile(p[:, self.order], quantile)]
-        return choice, log_p.gather(-1, choice[:, None])[:, 0]
-
-
 class Sampler:
-    """Draws completions from a policy. Holds the order of numerals by value that inverse sampling needs."""
+    """Generates completions with a policy.
 
-    def __init__(self, policy: "Policy"):
-        self.policy = policy
-        values = torch.tensor(policy.vocabulary.values)
-        self._by_value = values.argsort().to(policy.device)
-        self._values = values.to(policy.device, torch.float32)
+    Args:
+        policy: on the device it generates on.
+        decoding: ``greedy``, ``median``, ``sample``; ``direct`` forecasts only.
+        num_generations: completions of each prompt, G.
+        temperature: of the distribution that is drawn from and whose log-probabilities are returned.
+        top_p: samples come from the most likely tokens that hold this probability; log-probabilities stay those among
+            all tokens, which is what a learner computes for them.
+        allow_eos: the end token may be drawn and stops its sequence; without it exactly ``max_tokens`` numerals are
+            generated.
+    """
 
-    @torch.no_grad()
-    def complete(
+    def __init__(
         self,
-        prefix: Prefix,
-        cell_prompts: Int[Tensor, "cells tokens"],
-        max_tokens: int,
+        policy: "Policy",
         decoding: Decoding,
         num_generations: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        may_end: bool = False,
-        lengths: Int[Tensor, "cells"] | None = None,
-        generator: torch.Generator | None = None,
-        share: tuple[int, int] = (0, 1),
-    ) -> Completions:
-        """Writes up to ``max_tokens`` after each cell's prompt, ``num_generations`` times each (consecutive rows).
+        allow_eos: bool = False,
+    ):
+        self.policy, self.decoding, self.num_generations = policy, decoding, num_generations
+        self.temperature, self.top_p, self.allow_eos = temperature, top_p, allow_eos
+        values = torch.tensor(policy.vocabulary.values)
+        # Answer ids in the order of their values, which the inverse distribution function needs; the end comes last.
+        order = values.argsort()
+        self._order = (torch.cat([order, order.new_tensor([len(values)])]) if allow_eos else order).to(policy.device)
+        self._values = values.to(policy.device, torch.float32)
 
-        ``may_end``: the end token may be chosen and stops its sequence; without it exactly ``max_tokens`` numerals are
-        written. ``top_p``: samples come from the most likely choices that hold this probability. ``lengths``: real
-        tokens of each prompt, where they are padded on the right. ``generator`` makes sampling reproducible: its draws
-        belong to a candidate and a step, whatever is decoded beside it. ``share``: (i, n) draws for these candidates
-        as for the i-th of n equal parts of a larger call.
+    @torch.no_grad()
+    def generate(
+        self,
+        prefix: Prefix,
+        prompts: Int[Tensor, "cells tokens"],
+        max_tokens: int,
+        uniforms: Float[Tensor, "sequences max_tokens"] | None = None,
+    ) -> Completions:
+        """Up to ``max_tokens`` tokens behind each prompt, ``num_generations`` times each (consecutive sequences).
+
+        ``uniforms``: quantiles at which ``sample`` draws each token, in [0, 1); they belong to a sequence and a step,
+        whatever is decoded beside it.
         """
+        assert (uniforms is not None) == (self.decoding == "sample"), "samples, and only they, are drawn at uniforms"
         policy, end = self.policy, len(self.policy.vocabulary)
-        total = len(cell_prompts) * num_generations
-        choices = cell_prompts.new_full((total, max_tokens), end)
-        log_probs = torch.zeros(total, max_tokens, device=policy.device)
-        mask = torch.zeros(total, max_tokens, dtype=torch.bool, device=policy.device)
-        quantiles = torch.full((total, max_tokens), 0.5, device=policy.device)
-        if decoding == "sample":
-            part, parts = share
-            drawn = torch.rand(parts * total, max_tokens, generator=generator, device=policy.device)
-            quantiles = drawn[part * total : (part + 1) * total]
-        # In the hidden states' dtype once, not at every step; without the end where it may not be chosen.
-        rows = [block.to(prefix.last.dtype) for block in policy.answer_rows[: 2 if may_end else 1]]
-        order = torch.cat([self._by_value, self._by_value.new_tensor([end])]) if may_end else self._by_value
-        choose = _Choice(rows, order, decoding, temperature, top_p)
-        batch = DecodeBatch(policy, prefix, cell_prompts, lengths, num_generations, max_tokens)
+        shape = (len(prompts) * self.num_generations, max_tokens)
+        quantiles = torch.full(shape, 0.5, device=prompts.device) if uniforms is None else uniforms
+        answer_ids = prompts.new_full(shape, end)
+        log_probs = torch.zeros(shape, device=prompts.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=prompts.device)
+        # In the hidden states' dtype once, not at every step; without the end where it may not be drawn.
+        head = [block.to(prefix.last.dtype) for block in policy.answer_rows[: 2 if self.allow_eos else 1]]
+        batch = DecodeBatch(policy, prefix, prompts, self.num_generations, max_tokens)
         hidden = prefix.last[:0]
         while len(batch) or batch.waiting:
             hidden = torch.cat([hidden, batch.admit()])
             at = batch.number, batch.step
-            choice, choices_log_probs = choose(hidden, quantiles[at])
-            choices[at], log_probs[at], mask[at] = choice, choices_log_probs, True
-            stays = (choice != end) & (batch.step + 1 < max_tokens)
-            ids = choice[batch.keep(stays)] + policy.first_numeral_id
+            tokens, token_log_probs = self._next_tokens(hidden, head, quantiles[at])
+            answer_ids[at], log_probs[at], mask[at] = tokens, token_log_probs, True
+            stays = (tokens != end) & (batch.step + 1 < max_tokens)
+            ids = tokens[batch.keep(stays)] + policy.first_numeral_id
             hidden = batch.feed(ids) if len(batch) else hidden[:0]
         longest = int(mask.sum(1).max())
-        choices, mask, log_probs = choices[:, :longest], mask[:, :longest], log_probs[:, :longest]
-        numeral = mask & (choices != end)
-        values = torch.where(numeral, self._values[choices.clamp(max=end - 1)], 0.0)
-        return Completions(choices, mask, log_probs, values, numeral.sum(1))
+        answer_ids, mask, log_probs = answer_ids[:, :longest], mask[:, :longest], log_probs[:, :longest]
+        numeral = mask & (answer_ids != end)
+        values = torch.where(numeral, self._values[answer_ids.clamp(max=end - 1)], 0.0)
+        return Completions(answer_ids, mask, log_probs, values, numeral.sum(1))
+
+    def _next_tokens(
+        self,
+        hidden: Float[Tensor, "sequences d"],
+        head: list[Float[Tensor, "_ d"]],
+        quantiles: Float[Tensor, "sequences"],
+    ) -> tuple[Int[Tensor, "sequences"], Float[Tensor, "sequences"]]:
+        """The next answer id of each sequence and its log-probability, some sequences at a time."""
+        at_once = max(1, LOGIT_BYTES // (4 * len(self._order)))
+        tokens, log_probs = [], []
+        for states, quantile in zip(hidden.split(at_once), quantiles.split(at_once), strict=True):
+            log_p = (row_logits(states, head) / self.temperature).log_softmax(-1)
+            if self.decoding == "greedy":
+                token = log_p.argmax(-1)
+            else:
+                p = log_p.exp() if self.top_p == 1.0 else nucleus(log_p.exp(), self.top_p)
+                token = self._order[at_quantile(p[:, self._order], quantile)]
+            tokens.append(token)
+            log_probs.append(log_p.gather(-1, token[:, None])[:, 0])
+        return torch.cat(tokens), torch.cat(log_probs)
 
     def forecast(
         self,
         prefix: Prefix,
-        cell_prompts: Int[Tensor, "cells tokens"],
-        decoding: Decoding,
-        num_generations: int = 1,
-        generator: torch.Generator | None = None,
+        prompts: Int[Tensor, "cells tokens"],
+        uniforms: Float[Tensor, "sequences K"] | None = None,
     ) -> Float[Tensor, "cells G K"]:
         """Exactly K values for each cell, ``num_generations`` candidates each, in the data's units."""
         horizon = self.policy.spec.setting.horizon
-        if decoding == "direct":
-            return self.direct(prefix, cell_prompts, horizon)[:, None]
-        written = self.complete(prefix, cell_prompts, horizon, decoding, num_generations, generator=generator)
-        return written.values.view(len(cell_prompts), num_generations, horizon)
+        if self.decoding == "direct":
+            return self._direct(prefix, prompts, horizon)[:, None]
+        return self.generate(prefix, prompts, horizon, uniforms).values.view(len(prompts), -1, horizon)
 
     @torch.no_grad()
-    def direct(
-        self, prefix: Prefix, cell_prompts: Int[Tensor, "cells tokens"], horizon: int
-    ) -> Float[Tensor, "cells K"]:
+    def _direct(self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], horizon: int) -> Float[Tensor, "cells K"]:
         """All steps in one pass: the mean of each step's distribution given the history alone, in units.
 
         The mean is what minimises squared error; a chain of steps cannot use it, since it need not be a numeral. For
         policies that learned to answer behind blanks (``sft.blank_share``).
         """
-        policy, cells = self.policy, len(cell_prompts)
-        blanks = cell_prompts.new_full((cells, horizon - 1), policy.blank_id)
-        ids = torch.cat([cell_prompts, blanks], dim=1)
+        policy, cells = self.policy, len(prompts)
+        blanks = prompts.new_full((cells, horizon - 1), policy.blank_id)
+        ids = torch.cat([prompts, blanks], dim=1)
         at_once = max(1, min(PREFILL_TOKENS // ids.shape[1], LOGIT_BYTES // (4 * horizon * len(policy.vocabulary))))
         per_window = cells // prefix.sequences
         means = []

@@ -55,7 +55,9 @@ class GRPOStage(Stage):
         self.policy, self.train, self.validation = policy, train, validation
         self.cell_mean, self.config, self.seed, self.decoding = cell_mean, config, seed, decoding
         self.group = group
-        self.sampler = Sampler(policy)
+        self.sampler = Sampler(
+            policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
+        )
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
@@ -119,17 +121,14 @@ class GRPOStage(Stage):
         self, batch: PolicyBatch, generator: torch.Generator, among: ProcessGroup = ProcessGroup()
     ) -> Completions:
         """Candidates of this learner's batch, drawn as they would be were all learners' batches one."""
-        written = self.sampler.complete(
+        sequences = len(batch.prompts) * self.config.num_generations
+        max_tokens = self.policy.spec.setting.horizon + EXTRA_TOKENS
+        drawn = torch.rand(among.size * sequences, max_tokens, generator=generator, device=self.policy.device)
+        written = self.sampler.generate(
             self.policy.prefix(batch.shared, batch.grids),
             batch.prompts,
-            self.policy.spec.setting.horizon + EXTRA_TOKENS,
-            "sample",
-            num_generations=self.config.num_generations,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            may_end=True,
-            generator=generator,
-            share=(among.rank, among.size),
+            max_tokens,
+            uniforms=drawn[among.rank * sequences : (among.rank + 1) * sequences],
         )
         # All learners' trees have one shape, and so as many backward passes: each of them may be a collective.
         return written.widened(max(among.all_gather_object(written.mask.shape[1])))
@@ -169,7 +168,7 @@ class GRPOStage(Stage):
 def candidate_tree(policy: Policy, batch: PolicyBatch, written: Completions) -> Tree:
     """Windows, their cells' prompts, and what was written behind each: the last token is predicted, never read."""
     end = len(policy.vocabulary)
-    ids = torch.where(written.choices == end, policy.end_id, written.choices + policy.first_numeral_id)
+    ids = torch.where(written.answer_ids == end, policy.end_id, written.answer_ids + policy.first_numeral_id)
     return Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(ids[:, :-1])))
 
 
@@ -179,7 +178,7 @@ def candidate_log_probs(
     """Log-probability of the tokens of candidates ``rows`` under the distribution they were sampled from (without
     top-p's cut); 0 outside the mask. ``states`` predict them."""
     mask = written.mask[rows]
-    losses = token_losses(states[mask], policy.answer_rows, written.choices[rows][mask], temperature)
+    losses = token_losses(states[mask], policy.answer_rows, written.answer_ids[rows][mask], temperature)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses.log_probs)
 
 
