@@ -34,6 +34,9 @@ class Stage(Protocol):
     monitor: str | None
     """Metric whose fall counts as progress: its best checkpoint is the result. None: the last one is."""
 
+    headline: tuple[str, ...]
+    """Metrics that say in a line what the stage gained."""
+
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         """Passes the losses of this learner's share of step number ``step``, from 0, to ``backward``. Returns scalars,
         ``loss`` among them."""
@@ -237,6 +240,7 @@ class _StageRun:
                 self._load_weights(result, check=True)
             summary = {
                 "stage": self.stage.name,
+                "headline": list(self.stage.headline),
                 "before": progress.first,
                 "after": progress.best_metrics,
                 "last": progress.last_metrics,

@@ -1,12 +1,8 @@
-"""Forecasters of nodes from a configuration to a scored forecast, in UrbanPG's three paradigms: pre-training (or
-training from scratch), few-shot (Eq. 8) and continual learning (Eq. 9–10). Baselines train in the same harness.
+"""Forecasters of nodes as recipes, in UrbanPG's three paradigms: pre-training (or training from scratch), few-shot
+(Eq. 8) and continual learning (Eq. 9–10). Baselines train in the same harness."""
 
-Every step is skipped when its result is already in the run folder, so the same command run again resumes.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +10,16 @@ import torch
 from stdist.data import NodeRange
 from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.errors import InputError
-from stdist.evaluation.run_files import Efficiency
+from stdist.evaluation import Efficiency, Table, write_embeddings
 from stdist.files import write_atomically
 from stdist.nodes import efficiency
-from stdist.nodes.config import EpochsConfig
 from stdist.nodes.learners import NodeLearners, check_grid
 from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.nodes.task import Task, open_period, open_task
-from stdist.runs.recipes import ForecastRequest, Log, OnMetrics, Recipe
-from stdist.runs.run_folder import begin_run_folder, open_together, refuse_foreign_folder
+from stdist.runs.forecasting import Predictor, Written
+from stdist.runs.recipes import Recipe
+from stdist.runs.run import Run
+from stdist.runs.run_folder import refuse_foreign_folder
 from stdist.training.deepspeed_json import deepspeed_json
 from stdist.training.engine import Engine, ParameterGroup, cosine_schedule
 from stdist.training.engines import engine_name, make_engine
@@ -34,77 +31,169 @@ from stdist.urbanpg.checkpoints import (
     backbone_path,
     digest_of,
     load_backbone,
+    load_fitted,
     load_forecaster,
     require_same_frozen,
     stage_names,
 )
 from stdist.urbanpg.config import UrbanConfig
-from stdist.urbanpg.continual import expanded, period_row, require_gradients
+from stdist.urbanpg.continual import COLUMNS, TITLE, expanded, period_row, require_gradients
+from stdist.urbanpg.embeddings import project_embeddings
 from stdist.urbanpg.model import UrbanPG
 from stdist.urbanpg.models import new_baseline, new_urbanpg, prompts_on
 from stdist.urbanpg.node_parallel import NodeParallel
-from stdist.urbanpg.scoring import EFFICIENCY, drop_forecasts, forecast, forecast_and_score, stage_sentence
+from stdist.urbanpg.predictor import NodesPredictor
 
-Opened = tuple[list[Task], Model, list[tuple[Fitted, ...]], list[str]]
-"""A task for every stage, the first one's model, what each one's result is fitted on, and what is to be said."""
+EFFICIENCY = "efficiency.json"
+"""Beside a stage's checkpoints: the cost of its training."""
 
 
-@dataclass
-class Run:
-    """A run in progress on one learner."""
+class UrbanPGRecipe(Recipe[UrbanConfig]):
+    """``recipe: urbanpg-train``, ``few-shot`` and ``continual``."""
 
+    Config = UrbanConfig
+
+    def stages(self, config: UrbanConfig) -> tuple[str, ...]:
+        return stage_names(config)
+
+    def check(self, config: UrbanConfig, group: ProcessGroup) -> list[Task]:
+        return check(config, group)
+
+    def open(self, config: UrbanConfig, group: ProcessGroup) -> "NodesRun":
+        return NodesRun(config, *open_run(config, group))
+
+    def load(self, config: UrbanConfig, checkpoint: Path) -> Predictor:
+        model = load_forecaster(checkpoint)
+        model.to(_device())
+        return NodesPredictor(model, config, load_fitted(checkpoint) or ())
+
+    def plan(self, config: UrbanConfig, device_memory: int | None, device_flops: float) -> Any:
+        from stdist.urbanpg.plan import plan_run
+
+        return plan_run(config, device_memory)
+
+
+class NodesRun(Run):
+    """One model that every stage trains further. Nothing else holds it: a learner with some of the nodes lets go of the
+    whole city's rows.
+
+    Args:
+        tasks: the data of every stage. model: as the first stage begins. fitted: of each stage's result.
+    """
+
+    metric = "mae"
     config: UrbanConfig
-    learners: NodeLearners
-    device: torch.device
-    trainer: Trainer
-    notes: list[str]
-    model: Model
-    """To be trained next, then its result. Nothing else holds it: a learner with some of the nodes lets go of the
-    whole city's rows."""
+
+    def __init__(
+        self,
+        config: UrbanConfig,
+        tasks: list[Task],
+        model: Model,
+        fitted: list[tuple[Fitted, ...]],
+        notes: list[str],
+    ):
+        self.config, self.tasks, self.model, self.notes = config, tasks, model, notes
+        self.store, self.train, self.test = tasks[-1].store, tasks[-1].train, tasks[-1].test
+        self._fitted, self._periods = fitted, list[list[str | float | None]]()
+        self._learners: NodeLearners | None = None
+        self._device = _device()
 
     @property
-    def group(self) -> ProcessGroup:
-        return self.learners.group
+    def summary(self) -> str:
+        return f"{self.tasks[-1].nodes.shape[0]} nodes"
 
-
-def train(
-    config: UrbanConfig,
-    log: Callable[[str], None],
-    on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
-) -> dict[str, Any]:
-    """Runs or resumes everything ``config`` names. Returns the test metrics, the stages' summaries and paths.
-
-    As one of several learners (torch.distributed is up) this process trains its share; the first one also writes the
-    run folder, forecasts and scores, and only its result has the metrics. See :meth:`stdist.runs.recipes.Recipe.train`.
-    """
-    group = ProcessGroup.current()
-    log = log if group.is_main else lambda line: None
-    tasks, model, fitted, notes = open_together(group, partial(open_run, config, group))
-    store = tasks[0].store
-    if group.is_main:
-        begin_run_folder(config, store.digest)
-    log(f"run {config.run_dir}: {store.city}, {tasks[-1].nodes.shape[0]} nodes, {len(tasks[0].train)} training windows")
-    for note in notes:
-        log(note)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learners = NodeLearners.current(tasks[0].nodes.shape[0], config.nodes.ranks)
-    run = Run(config, learners, device, Trainer(config.run_dir, group, log, on_metrics), notes, model)
-    del model
-    summaries, rows = {}, []
-    before: Model | None = None
-    for number, (name, task) in enumerate(zip(stage_names(config), tasks, strict=True)):
+    def fit(self, stage: str, trainer: Trainer) -> dict[str, Any]:
+        config, number = self.config, stage_names(self.config).index(stage)
+        task, before = self.tasks[number], None
         if config.continual and number:
-            before = run.model if group.is_main else None
-            run.model = expanded(run.model, task, config.continual, config.seed)
-        summaries[name] = fit(run, name, task, fitted[number])
-        if config.continual and group.is_main:
-            batch_size = config.training.train_batch_size
-            rows.append(period_row(number + 1, task, before, run.model, batch_size, config.nodes.block_nodes))
-    run.trainer.close()
-    if not group.is_main:
-        return {"run": str(config.run_dir), "stages": summaries}
-    result = forecast_and_score(config, tasks[-1], run.model, fitted[-1], summaries, rows, notes, log)
-    return {"run": str(config.run_dir), "stages": summaries, **result}
+            before = self.model if trainer.group.is_main else None
+            self.model = expanded(self.model, task, config.continual, config.seed)
+        summary = self._fit(stage, task, self._fitted[number], trainer)
+        if config.continual and trainer.group.is_main:
+            batch_size, block_nodes = config.training.train_batch_size, config.nodes.block_nodes
+            self._periods.append(period_row(number + 1, task, before, self.model, batch_size, block_nodes))
+        return summary
+
+    def predictor(self) -> Predictor:
+        return NodesPredictor(self.model, self.config, self._fitted[-1])
+
+    def report_extras(self, written: Written) -> dict[str, Any]:
+        config, task = self.config, self.tasks[-1]
+        if isinstance(self.model, UrbanPG):
+            projections = project_embeddings(self.model.prompts, task.statistics.cell_mean, config.seed)
+            write_embeddings(config.run_dir, projections)
+        tables = [Table(title=TITLE, columns=COLUMNS, rows=self._periods)] if self._periods else []
+        return {"efficiency": self._costs(written.windows_per_second), "tables": tables}
+
+    def _costs(self, windows_per_second: float | None) -> list[Efficiency]:
+        paths = [self.config.run_dir / "checkpoints" / stage / EFFICIENCY for stage in stage_names(self.config)]
+        costs = [Efficiency.model_validate_json(path.read_text()) for path in paths if path.exists()]
+        if costs:
+            costs[-1] = costs[-1].model_copy(update={"inference_samples_per_second": windows_per_second})
+        return costs
+
+    def _fit(self, name: str, task: Task, fitted: tuple[Fitted, ...], trainer: Trainer) -> dict[str, Any]:
+        """Trains the model on the windows of ``task``, or only loads what that left; the run then has the whole city's
+        model with the stage's result, read from the checkpoint.
+
+        Raises InputError where frozen weights are other ones than the stage once began with, RuntimeError where a byte
+        of them changed.
+        """
+        config, settings, model, group = self.config, self.config.training, self.model, trainer.group
+        if self._learners is None:
+            self._learners = NodeLearners.current(task.nodes.shape[0], config.nodes.ranks)
+        learners = self._learners = self._learners.of_nodes(task.nodes.shape[0])
+        frozen = [each for each, parameter in model.named_parameters() if not parameter.requires_grad]
+        before, counts = digest_of(model, frozen), (efficiency.count(model), efficiency.count(model, trained=True))
+        if frozen:
+            require_same_frozen(config, name, before, group)
+        if isinstance(model, UrbanPG) and learners.node_ranks > 1:
+            model = self.model = NodeParallel(model.backbone, model.prompts, learners)
+        model.to(self._device).train()
+        here = NodeRange(task.nodes.n0 + learners.here.start, task.nodes.n0 + learners.here.stop)
+        train, validation = (
+            WindowForecasts(model, windows.of_region(here), learners, config.nodes.block_nodes)
+            for windows in (task.train, task.validation)
+        )
+        stage = ForecastStage(name, train, validation, settings, config.seed)
+        epoch = stage.steps_per_epoch
+        steps = settings.max_epochs * epoch
+        checkpoints = trainer.checkpoints(name)
+        summary = trainer.fit(
+            stage,
+            ForecasterFiles(model, fitted),
+            partial(_engine, config, learners.data_ranks, steps, model),
+            LoopSettings(steps, settings.logging_steps, epoch, epoch, settings.patience),
+            run_info={"device": str(self._device), "learners": f"{group.size}, {engine_name(config.learners)}"},
+        )
+        result = load_forecaster(checkpoints.folder / summary["checkpoint"])
+        if digest_of(result, frozen) != before:
+            raise RuntimeError(f"weights that {name} froze are not in {checkpoints.folder} as they were; this is a bug")
+        if group.is_main and stage.seconds_per_epoch is not None:
+            cost = Efficiency(
+                name=name,
+                parameters=counts[0],
+                trained_parameters=counts[1],
+                batch_size=settings.train_batch_size,
+                hardware=efficiency.hardware(self._device, group.size),
+                seconds_per_epoch=stage.seconds_per_epoch,
+                samples_per_second=epoch * settings.train_batch_size / stage.seconds_per_epoch,
+                peak_memory_bytes=efficiency.peak_memory(self._device),
+            )
+            write_atomically(checkpoints.folder / EFFICIENCY, cost.model_dump_json(indent=1))
+        if frozen:
+            size = sum(parameter.nbytes for each, parameter in result.named_parameters() if each in frozen)
+            note = f"{name}: {size:,} bytes of frozen weights are in its result as they were (sha256 {before[:12]}…)"
+            self.notes.append(note)
+            trainer.log(note)
+        for each, parameter in result.named_parameters():
+            parameter.requires_grad = each not in frozen
+        self.model = result.to(self._device)
+        return summary
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check(config: UrbanConfig, group: ProcessGroup) -> list[Task]:
@@ -136,8 +225,8 @@ def check(config: UrbanConfig, group: ProcessGroup) -> list[Task]:
     return tasks
 
 
-def open_run(config: UrbanConfig, group: ProcessGroup) -> Opened:
-    """What ``group`` is to train on. Raises InputError for whatever would stop the run later."""
+def open_run(config: UrbanConfig, group: ProcessGroup) -> tuple[list[Task], Model, list[tuple[Fitted, ...]], list[str]]:
+    """A task for every stage, the first one's model, what each one's result is fitted on, and notes for people."""
     tasks, notes = check(config, group), []
     task, model_config, seed = tasks[0], config.model, config.seed
     if not task.holds_weeks:
@@ -172,69 +261,8 @@ def _fitted(config: UrbanConfig, tasks: list[Task], before: tuple[Fitted, ...]) 
     return fitted
 
 
-def fit(run: Run, name: str, task: Task, fitted: tuple[Fitted, ...]) -> dict[str, Any]:
-    """Trains the run's model on the windows of ``task`` as the stage ``name``, or only loads what that left. Returns
-    its closing summary; the run then has the whole city's model with its result, read from the checkpoint.
-
-    Raises InputError where what is frozen is not what the stage once began with, RuntimeError where a byte of it
-    changed.
-    """
-    config, settings, model = run.config, run.config.training, run.model
-    learners = run.learners = run.learners.of_nodes(task.nodes.shape[0])
-    frozen = [each for each, parameter in model.named_parameters() if not parameter.requires_grad]
-    before, counts = digest_of(model, frozen), (efficiency.count(model), efficiency.count(model, trained=True))
-    if frozen:
-        require_same_frozen(config, name, before, run.group)
-    if isinstance(model, UrbanPG) and learners.node_ranks > 1:
-        model = run.model = NodeParallel(model.backbone, model.prompts, learners)
-    model.to(run.device).train()
-    here = NodeRange(task.nodes.n0 + learners.here.start, task.nodes.n0 + learners.here.stop)
-    train, validation = (
-        WindowForecasts(model, windows.of_region(here), learners, config.nodes.block_nodes)
-        for windows in (task.train, task.validation)
-    )
-    stage = ForecastStage(name, train, validation, settings, config.seed)
-    epoch = stage.steps_per_epoch
-    steps = settings.max_epochs * epoch
-    checkpoints = run.trainer.checkpoints(name)
-    if run.group.is_main and checkpoints.finished is None:
-        drop_forecasts(config.run_dir)
-    summary = run.trainer.fit(
-        stage,
-        ForecasterFiles(model, fitted),
-        partial(_engine, run, settings, steps, model),
-        LoopSettings(steps, settings.logging_steps, epoch, epoch, settings.patience),
-        run_info={"device": str(run.device), "learners": f"{run.group.size}, {engine_name(config.learners)}"},
-    )
-    result = load_forecaster(checkpoints.folder / summary["checkpoint"])
-    if digest_of(result, frozen) != before:
-        raise RuntimeError(f"weights that {name} froze are not in {checkpoints.folder} as they were; this is a bug")
-    if run.group.is_main and stage.seconds_per_epoch is not None:
-        cost = Efficiency(
-            name=name,
-            parameters=counts[0],
-            trained_parameters=counts[1],
-            batch_size=settings.train_batch_size,
-            hardware=efficiency.hardware(run.device, run.group.size),
-            seconds_per_epoch=stage.seconds_per_epoch,
-            samples_per_second=epoch * settings.train_batch_size / stage.seconds_per_epoch,
-            peak_memory_bytes=efficiency.peak_memory(run.device),
-        )
-        write_atomically(checkpoints.folder / EFFICIENCY, cost.model_dump_json(indent=1))
-    run.trainer.log(stage_sentence(summary))
-    if frozen:
-        size = sum(parameter.nbytes for each, parameter in result.named_parameters() if each in frozen)
-        note = f"{name}: {size:,} bytes of frozen weights are in its result as they were (sha256 {before[:12]}…)"
-        run.notes.append(note)
-        run.trainer.log(note)
-    for each, parameter in result.named_parameters():
-        parameter.requires_grad = each not in frozen
-    run.model = result.to(run.device)
-    return summary
-
-
-def _engine(run: Run, settings: EpochsConfig, steps: int, model: Model) -> Engine:
-    learners, data_ranks = run.config.learners, run.learners.data_ranks
+def _engine(config: UrbanConfig, data_ranks: int, steps: int, model: Model) -> Engine:
+    learners, settings = config.learners, config.training
     if isinstance(model, NodeParallel):
         # Imports DeepSpeed, which is not installed everywhere.
         from stdist.urbanpg.node_engine import NodeEngine
@@ -246,26 +274,3 @@ def _engine(run: Run, settings: EpochsConfig, steps: int, model: Model) -> Engin
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = ParameterGroup(trained, settings.learning_rate, settings.weight_decay)
     return make_engine(learners, settings, steps, model, [weights], data_ranks)
-
-
-class UrbanPGRecipe(Recipe[UrbanConfig]):
-    """``recipe: urbanpg-train``, ``few-shot`` and ``continual``."""
-
-    Config = UrbanConfig
-
-    def stages(self, config: UrbanConfig) -> tuple[str, ...]:
-        return stage_names(config)
-
-    def check(self, config: UrbanConfig, group: ProcessGroup) -> list[Task]:
-        return check(config, group)
-
-    def train(self, config: UrbanConfig, log: Log, on_metrics: OnMetrics) -> dict[str, Any]:
-        return train(config, log, on_metrics)
-
-    def forecast(self, config: UrbanConfig, request: ForecastRequest, log: Log) -> dict[str, Any]:
-        return forecast(request.run_dir, request.store, request.region, request.split, request.out, log)
-
-    def plan(self, config: UrbanConfig, device_memory: int | None, device_flops: float) -> Any:
-        from stdist.urbanpg.plan import plan_run
-
-        return plan_run(config, device_memory)

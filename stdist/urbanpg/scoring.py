@@ -16,11 +16,11 @@ from stdist.data.loader import WindowLoader
 from stdist.data.sampler import WindowSampler
 from stdist.errors import InputError
 from stdist.evaluation import (
+    ChunkGrid,
     Efficiency,
     ForecastHeader,
     ForecastMetadata,
     ForecastWriter,
-    PiecePlan,
     Table,
     build_report,
     evaluate,
@@ -155,7 +155,7 @@ def make_forecasts(
         cell_ids=windows.store.cell_ids[windows.region.slices],
         has_quantiles=False,
     )
-    plan = PiecePlan(len(windows), nodes, batch_size, nodes)
+    plan = ChunkGrid(len(windows), nodes, batch_size, nodes)
     forecasts = WindowForecasts(
         model.eval(), windows, NodeLearners(windows.history_region.shape[0]), config.nodes.block_nodes
     )
@@ -163,7 +163,7 @@ def make_forecasts(
         ForecastWriter(path, header, np.arange(nodes), plan, {"training": summaries[stage]}, log) as writer,
         progress_bar("forecast", unit="windows") as progress,
     ):
-        left, began = writer.left, time.perf_counter()
+        left, began = writer.remaining, time.perf_counter()
         sampler = WindowSampler(windows, batch_size, shuffle=False)
         sampler.consumed = left[0].windows.start if left else 0
         with torch.no_grad():
