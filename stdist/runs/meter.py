@@ -10,10 +10,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -91,17 +91,16 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-class _Functions(TorchFunctionMode):
-    """What the dispatcher never sees: integers made from Python lists, and attention, which it takes apart."""
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, is_causal: bool = False, **options: Any) -> Tensor:
+    """The fused kernel of a GPU, which keeps no matrix of scores; by itself torch takes attention on shapes apart."""
+    flash = aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, 0.0, is_causal, False, scale=options.get("scale"))[0]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.tensor and "device" in kwargs:
-            return torch.tensor(*args, **kwargs | {"device": CPU}).to(kwargs["device"])
-        if func is nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
-            return aten._scaled_dot_product_flash_attention(*args[:3], 0.0, causal, False, scale=scale)[0]
-        return func(*args, **kwargs)
+
+def _tensor(data: Any, *, device: Any = None, make: Callable[..., Tensor] = torch.tensor, **options: Any) -> Tensor:
+    """On the device ``meta`` torch.tensor forgets what integers it is given."""
+    tensor = make(data, **options)
+    return tensor if device is None else tensor.to(device)
 
 
 @contextmanager
@@ -110,7 +109,11 @@ def metered(module: nn.Module) -> Iterator[Meter]:
     gradients = {parameter: torch.zeros_like(parameter) for parameter in module.parameters() if parameter.requires_grad}
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
-    with Meter([*module.parameters(), *module.buffers(), *gradients.values()]) as meter, _Functions():
+    with (
+        Meter([*module.parameters(), *module.buffers(), *gradients.values()]) as meter,
+        patch.object(nn.functional, "scaled_dot_product_attention", _attention),
+        patch.object(torch, "tensor", _tensor),
+    ):
         yield meter
     module.zero_grad()
 

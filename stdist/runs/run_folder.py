@@ -8,7 +8,6 @@ import yaml
 from stdist.config import RunConfig, dump_config
 from stdist.errors import InputError
 from stdist.files import write_atomically
-from stdist.runs.recipes import load_config
 from stdist.training.process_group import ProcessGroup
 
 CONFIG = "config.yaml"

@@ -10,24 +10,15 @@ from pydantic import ValidationError
 from stdist.data import Region, open_store
 from stdist.errors import InputError
 from stdist.runs import memory_plan
-from stdist.runs.memory_plan import Ranks, Weights, gathered_bytes
+from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
-from stdist.vision_llm.config import AlignmentConfig, VisionLLMConfig
+from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
+from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.recipe import check_learners, parameter_groups
-from stdist.vision_llm.stage_costs import (
-    EMBEDDINGS,
-    HEAD,
-    ROWS,
-    VISION,
-    Costs,
-    alignment_costs,
-    policy_weights,
-    shape_policy,
-    window_costs,
-)
+from stdist.vision_llm.stage_costs import Costs, alignment_costs, policy_weights, shape_policy, window_costs
 from stdist.vision_llm.task import ASSUMED_GRID, stage_config, unfitted_spec
 
 
@@ -63,19 +54,8 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
 
     Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
     """
-    learners, settings = config.learners, stage_config(config, stage)
-    spec, cells, _ = read_city(config)
-    spec = spec.model_copy(update={"load_in_4bit": False})  # it has no shapes of its own
-    names = config.stages[: config.stages.index(stage) + 1]
-    stages = tuple((name, stage_config(config, name).trainable) for name in names)
-    group, ranks = ProcessGroup(0, learners.num_workers), ranks_of(config)
-    if isinstance(settings, AlignmentConfig):
-        examples = len(group.local_items(range(settings.train_batch_size)))
-        costs, depths = alignment_costs(spec, stages, settings, examples), 0
-    else:
-        windows = len(group.local_items(range(settings.windows_per_step)))
-        costs, depths = window_costs(spec, stages, settings, windows, min(settings.cells_per_window, cells)), 1
-    policy = shape_policy(spec, stages)
+    settings, ranks = stage_config(config, stage), ranks_of(config)
+    policy, costs = costs_of(config, stage)
     weights = policy_weights(policy, config.policy.load_in_4bit)
     if ranks.zero_stage and settings.trainable == "full":  # DeepSpeed casts all of it
         weights = [replace(w, bytes_each=policy.text_rows.element_size()) for w in weights]
@@ -85,7 +65,6 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
         # ZeRO-3 makes the policy whole for every validation; a stage that samples is refused it.
         phases["training"] = phases["training"] | {"gathered weights": live}
         phases["validation"] = {"gathered weights": everything}
-    walks, backwards = passes(weights, costs, depths)
     return StagePlan(
         stage,
         settings.trainable,
@@ -93,10 +72,27 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
         weights,
         phases,
         costs.flops,
-        memory_plan.traffic(weights, ranks, walks, backwards),
+        memory_plan.traffic(weights, ranks, *costs.passes(weights)),
         {"tokens_per_learner": costs.tokens, "micro_batches": costs.micro_batches},
         device_flops,
     )
+
+
+def costs_of(config: VisionLLMConfig, stage: str) -> tuple[Policy, Costs]:
+    """The policy without weights as it begins the stage, and one learner's costs of a step."""
+    settings, group = stage_config(config, stage), ProcessGroup(0, config.learners.num_workers)
+    spec, cells, _ = read_city(config)
+    spec = spec.model_copy(update={"load_in_4bit": False})  # it has no shapes of its own
+    names = config.stages[: config.stages.index(stage) + 1]
+    stages = tuple((name, stage_config(config, name).trainable) for name in names)
+    if isinstance(settings, AlignmentConfig):
+        examples = len(group.local_items(range(settings.train_batch_size)))
+        costs = alignment_costs(spec, stages, settings, examples)
+    else:
+        assert isinstance(settings, ForecastStageConfig)
+        windows = len(group.local_items(range(settings.windows_per_step)))
+        costs = window_costs(spec, stages, settings, windows, min(settings.cells_per_window, cells))
+    return shape_policy(spec, stages), costs
 
 
 def ranks_of(config: VisionLLMConfig) -> Ranks:
@@ -119,20 +115,6 @@ def read_city(config: VisionLLMConfig) -> tuple[PolicySpec, int, list[str]]:
     if config.data.region:
         inside = inside[Region.parse(config.data.region).within(inside.shape).slices]
     return unfitted_spec(config, store), int(inside.sum()), notes
-
-
-def passes(weights: list[Weights], costs: Costs, frames: int) -> tuple[dict[str, int], dict[str, float]]:
-    """Passes of a step over all weights of a kind, forward or backward; and those that give it a gradient, if it trains.
-
-    Every call of the decoder has a backward pass of its own; the first ``frames`` depths of them see frames, behind the
-    last depth is the head. The tower and the embeddings, below which nothing trains, are walked backward only where
-    they train. Half of the numeral rows are the embeddings', half the head's.
-    """
-    prefixes, calls, leaves = sum(costs.calls[:frames]), sum(costs.calls), costs.calls[-1]
-    forward = {VISION: prefixes, EMBEDDINGS: calls}
-    walks = {w.kind: forward.get(w.kind, calls) * (1 + (w.trainable or w.kind not in forward)) for w in weights}
-    some = {VISION: prefixes, HEAD: leaves, ROWS: (calls + leaves) / 2}
-    return walks, {w.kind: some.get(w.kind, calls) for w in weights}
 
 
 def _changes(config: VisionLLMConfig, stage: str) -> Iterator[Changes]:

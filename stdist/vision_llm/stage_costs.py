@@ -46,14 +46,29 @@ Stages = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one learner in one step. ``calls``: of the decoder, for the sequences of each depth; ``micro_batches``:
-    sequences of each depth at once; ``phases``: see :class:`stdist.runs.plan.StagePlan`."""
+    """One learner's in one step. ``calls``: of the decoder, for the sequences of each depth, and ``prefixes``: those
+    that see frames; ``micro_batches``: sequences of each depth at once; ``phases``: as a ``StagePlan`` has them."""
 
     tokens: int
     flops: float
     calls: list[int]
     micro_batches: list[int]
     phases: dict[str, dict[str, float]]
+    prefixes: int = 0
+
+    def passes(self, weights: list[Weights]) -> tuple[dict[str, int], dict[str, float]]:
+        """Passes of a step over all weights of a kind, forward or backward; and those that give it a gradient, if it
+        trains.
+
+        Every call of the decoder has a backward pass of its own; behind the last depth is the head. The tower and the
+        embeddings, below which nothing trains, are walked backward only where they train. Half of the numeral rows are
+        the embeddings', half the head's.
+        """
+        calls, leaves = sum(self.calls), self.calls[-1]
+        forward = {VISION: self.prefixes, EMBEDDINGS: calls}
+        walks = {w.kind: forward.get(w.kind, calls) * (1 + (w.trainable or w.kind not in forward)) for w in weights}
+        some = {VISION: self.prefixes, HEAD: leaves, ROWS: (calls + leaves) / 2}
+        return walks, {w.kind: some.get(w.kind, calls) for w in weights}
 
 
 @cache
@@ -152,7 +167,7 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
     if grpo:
         phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations)
     passes = [(3 if grpo else 1) * f + b for f, b in zip(forward, backward, strict=True)]
-    return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases)
+    return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases, calls[0])
 
 
 def micro_batches(windows: int, families: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
@@ -199,7 +214,7 @@ def _tree(spec: PolicySpec, stages: Stages, at_once: tuple[int, ...]) -> tuple[l
 
 
 class _Walk:
-    """A policy that notes the operations of each depth of a tree, forward and backward, and the bytes held meanwhile."""
+    """A policy that notes the operations of each depth of a tree, forward and backward, and the bytes held."""
 
     def __init__(self, policy: Policy, meter: Meter):
         self._policy, self._meter, self._depth = policy, meter, 0
