@@ -19,15 +19,12 @@ DAYS_PER_WEEK = 7
 class NodeDataset:
     """Windows of ``nodes``; ``statistics`` of their region in the training span."""
 
+    store: GridStore
     nodes: NodeSet
     train: Windows
     validation: Windows
     test: Windows
     statistics: Statistics
-
-    @property
-    def store(self) -> GridStore:
-        return self.nodes.store
 
     @property
     def cadence(self) -> int:
@@ -84,6 +81,7 @@ def _open(
         return everything.of_region(region)
 
     dataset = NodeDataset(
+        store,
         NodeSet.of(store, region),
         windows("train"),
         windows("validation"),

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from stdist.data import GridStore, NodeRange
+from stdist.data import NodeRange
 from stdist.data.spans import AnyRegion
+from stdist.data.stored_arrays import StoredArrays
 from stdist.errors import InputError
 from stdist.nodes.graphs import grid_graph
 
@@ -18,12 +19,12 @@ class NodeSet:
     """N nodes of ``store``. ``region``: the part of the store that holds them and is read; ``positions``: int64 [N],
     theirs in an array of the flattened region. Cells outside the city are no nodes."""
 
-    store: GridStore
+    store: StoredArrays
     region: AnyRegion
     positions: Int[np.ndarray, " N"]
 
     @classmethod
-    def of(cls, store: GridStore, region: AnyRegion | None = None) -> "NodeSet":
+    def of(cls, store: StoredArrays, region: AnyRegion | None = None) -> "NodeSet":
         """All nodes of ``region``, of the whole store by default. Raises InputError where there is none."""
         region = store.region(region)
         positions = np.flatnonzero(store.inside[region.slices])

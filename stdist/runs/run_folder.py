@@ -51,7 +51,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
     On how many learners it is trained, and how, may change, since the batches do not; and so may the way to it."""
     run_dir = config.run_dir
     if (path := run_dir / CONFIG).exists():
-        there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
+        there, here = (yaml.safe_load(dump_config(run)) for run in (load_config(path), config))
         for key in ("learners", "nodes", "output_dir"):
             if key in here:
                 here[key] = there.get(key)
