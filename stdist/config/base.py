@@ -109,6 +109,11 @@ class RunConfig(Strict):
     def run_dir(self) -> Path:
         return self.output_dir / self.name
 
+    @property
+    def last_split(self) -> SplitConfig | None:
+        """Days of the last stage; the store's own split where None."""
+        return self.data.split
+
     def shared_paths(self, root: Path) -> dict[str, Path]:
         """Files and folders that every machine of a cluster must see, by their key; ``root``: what relative ones are
         relative to."""

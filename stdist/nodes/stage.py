@@ -72,6 +72,7 @@ class ForecastStage(Stage):
     """See :class:`stdist.training.loop.Stage`: a step is a batch of windows, an evaluation all validation windows."""
 
     monitor: str | None = "mae"
+    headline = ("mae", "rmse", "mape")
 
     def __init__(
         self, name: str, train: WindowForecasts, validation: WindowForecasts, config: EpochsConfig, seed: int

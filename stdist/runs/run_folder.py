@@ -1,13 +1,11 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from stdist.config import RunConfig, dump_config
-from stdist.runs.recipes import load_config
 from stdist.errors import InputError
 from stdist.files import write_atomically
 from stdist.training.process_group import ProcessGroup
@@ -18,8 +16,8 @@ STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path
 
 
 def open_together(group: ProcessGroup, open_input: Callable[[], T]) -> T:
-    """What ``open_input`` gives. Raises InputError on every learner where it does on one: nothing is written before all
-    of the input is known to be good, to all learners."""
+    """Calls ``open_input`` on every learner. Raises InputError on all where it does on one: nothing is written before
+    all learners know that the input is good."""
     opened: list[T] = []
     problem = None
     try:
@@ -38,20 +36,13 @@ def begin_run_folder(config: RunConfig, store_digest: str) -> None:
     write_atomically(config.run_dir / CONFIG, dump_config(config))
 
 
-def read_run_config(run_dir: Path) -> RunConfig:
-    """Raises InputError where ``run_dir`` is no run folder."""
-    if not (run_dir / CONFIG).is_file():
-        raise InputError(f"{run_dir} is no run folder, it has no {CONFIG}; name the folder of a `stdist train`")
-    return load_config(run_dir / CONFIG)
-
-
 def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
     """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
 
     On how many learners it is trained, and how, may change, since the batches do not; and so may the way to it."""
     run_dir = config.run_dir
     if (path := run_dir / CONFIG).exists():
-        there, here = (yaml.safe_load(dump_config(run)) for run in (load_config(path), config))
+        there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
         for key in ("learners", "nodes", "output_dir"):
             if key in here:
                 here[key] = there.get(key)
@@ -69,7 +60,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
+        for name in new:  # an option that only the old has is one that this version has not
             found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
             if found:
                 return found

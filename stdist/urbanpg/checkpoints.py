@@ -7,7 +7,9 @@ from stdist.data.audit import Fitted
 from stdist.errors import InputError
 from stdist.files import write_atomically
 from stdist.nodes.checkpoints import load_fitted
-from stdist.runs.run_folder import CONFIG, read_run_config
+from stdist.runs.forecasting import finished_stage
+from stdist.runs.recipes import read_run_config
+from stdist.runs.run_folder import CONFIG
 from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.process_group import ProcessGroup
 from stdist.urbanpg.backbone import Backbone
@@ -29,12 +31,7 @@ def result_of(run_dir: Path, config: RunConfig) -> Path:
     """The checkpoint that a finished run forecasts with. Raises InputError where it is not finished, or no such run."""
     if not isinstance(config, UrbanConfig):
         raise InputError(f"{run_dir} is a run of recipe {config.recipe}; name one of a forecaster of nodes")
-    stage = StageCheckpoints(run_dir / "checkpoints" / stage_names(config)[-1])
-    if stage.finished is None:
-        raise InputError(
-            f"{run_dir} has not finished its stage {stage.folder.name}; run `stdist train` on its config again"
-        )
-    return stage.folder / stage.finished["checkpoint"]
+    return finished_stage(run_dir, stage_names(config)[-1])[0]
 
 
 def load_backbone(path: Path) -> tuple[Backbone, tuple[Fitted, ...] | None]:

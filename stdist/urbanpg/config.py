@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from stdist.config.base import RunConfig, Strict
+from stdist.config.base import RunConfig, SplitConfig, Strict
 from stdist.errors import InputError
 from stdist.nodes.config import EpochsConfig, NodesConfig, PeriodConfig
 from stdist.nodes.interface import BACKBONES, ModelConfig
@@ -85,6 +85,13 @@ class UrbanConfig(RunConfig):
                 if (tree.get(key) is not None) != (tree.get("recipe") == recipe):
                     raise ValueError(f"recipe {recipe} and the key {key} go together, and recipe is {tree['recipe']}")
         return tree
+
+    @property
+    def last_split(self) -> SplitConfig | None:
+        if not self.continual:
+            return self.data.split
+        last = self.continual.periods[-1]
+        return SplitConfig(train=last.train, validation=last.validation, test=last.test)
 
     def shared_paths(self, root: Path) -> dict[str, Path]:
         more = {"few_shot.backbone": self.few_shot.backbone} if self.few_shot else {}

@@ -16,7 +16,9 @@ from stdist.nodes.dataset import open_dataset
 from stdist.nodes.learners import NodeLearners
 from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.runs import recipes
-from stdist.urbanpg import UrbanPG, recipe, scoring
+from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.recipes import train
+from stdist.urbanpg import UrbanPG, recipe
 from stdist.urbanpg.checkpoints import result_of
 from stdist.urbanpg.config import UrbanConfig
 
@@ -24,8 +26,12 @@ KINDS = ("urbanpg", "stid", "graph_wavenet", "stgcn")
 Finished = tuple[UrbanConfig, dict[str, Any], list[str]]
 
 
-def train(config: UrbanConfig) -> dict[str, Any]:
-    return recipes.train(config, lambda line: None)
+def forecast_to(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
+    return recipes.forecast(ForecastRequest(run_dir, store, region, split, out), log)
+
+
+def train_quietly(config: UrbanConfig) -> dict[str, Any]:
+    return train(config, lambda line: None)
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -41,7 +47,7 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 def finished(city, make_config, tmp_path_factory) -> Finished:
     """The one run of UrbanPG that several tests look at."""
     config, said = make_config(city, tmp_path_factory.mktemp("runs")), list[str]()
-    return config, recipes.train(config, said.append), said
+    return config, train(config, said.append), said
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -76,7 +82,7 @@ def test_the_result_is_the_epoch_with_the_smallest_validation_error(finished):
 def test_a_finished_run_is_not_trained_again(finished):
     config, result, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (config.run_dir / "checkpoints").rglob("*") if path.is_file()}
-    assert train(config)["test"] == result["test"]
+    assert train_quietly(config)["test"] == result["test"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -87,7 +93,7 @@ def test_a_stage_that_is_redone_leaves_no_forecasts_of_its_first_weights(finishe
     shutil.rmtree(config.run_dir / "checkpoints")
     old = config.run_dir / "forecasts" / "test.zarr" / "old"
     old.touch()
-    train(config)
+    train_quietly(config)
     assert old.parent.exists() and not old.exists()
 
 
@@ -104,9 +110,9 @@ def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, make_config, 
 
     monkeypatch.setattr(ForecastStage, "step", breaking)
     with pytest.raises(ZeroDivisionError):
-        train(again)
+        train_quietly(again)
     monkeypatch.undo()
-    train(again)
+    train_quietly(again)
     assert max(seen) == 8 and losses(again.run_dir) == losses(config.run_dir)
     assert weights_of(result_of(again.run_dir, again)) == weights_of(result_of(config.run_dir, config))
 
@@ -114,11 +120,11 @@ def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, make_config, 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_baselines_train_in_the_same_harness(make_config, city, tmp_path, kind):
     config = make_config(city, tmp_path, model={"kind": kind}, training={"max_epochs": 1}, data={"history": 12})
-    result = train(config)
+    result = train_quietly(config)
     stage = result["stages"]["train"]
     assert stage["after"]["mae"] < stage["before"]["mae"]
     again = tmp_path / "again.zarr"
-    scoring.forecast(config.run_dir, city.path, None, "test", again, lambda line: None)
+    forecast_to(config.run_dir, city.path, None, "test", again, lambda line: None)
     assert evaluate(again, city).to_json()["pooled"] == result["test"]
 
 
@@ -157,7 +163,7 @@ def test_the_loss_is_the_mean_over_observed_points_alone(make_config, city, tmp_
 def test_blocks_of_nodes_train_as_all_nodes_do(finished, make_config, city, tmp_path):
     config, _, _ = finished
     blocks = make_config(city, tmp_path, nodes={"block_nodes": 4})
-    train(blocks)
+    train_quietly(blocks)
     ours, theirs = (np.array([loss for *_, loss in losses(each.run_dir)]) for each in (blocks, config))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
@@ -183,7 +189,7 @@ def few_shot(finished, small_city, make_config, tmp_path_factory) -> Finished:
     config, said = finished[0], list[str]()
     changes = {"recipe": "few-shot", "few_shot": {"backbone": str(config.run_dir)}, "data": {"fraction": 0.25}}
     prompted = make_config(small_city, tmp_path_factory.mktemp("runs"), **changes, model={"d": None})
-    return prompted, recipes.train(prompted, said.append), said
+    return prompted, train(prompted, said.append), said
 
 
 def test_few_shot_fits_prompts_on_a_frozen_backbone(few_shot, finished, small_city):
@@ -217,14 +223,14 @@ def test_frozen_weights_that_changed_end_the_run(few_shot, make_config, small_ci
     )
     monkeypatch.setattr(ForecastStage, "step", touching)
     with pytest.raises(RuntimeError, match=r"weights that prompts froze are not in .* as they were"):
-        train(config)
+        train_quietly(config)
 
 
 def test_a_run_killed_between_forecasts_and_their_speed_is_reported(finished, city, tmp_path):
     config = finished[0].model_copy(update={"output_dir": tmp_path})
     shutil.copytree(finished[0].run_dir, config.run_dir)
     (config.run_dir / "forecasts" / "windows_per_second").unlink()
-    assert train(config)["test"] == finished[1]["test"]
+    assert train_quietly(config)["test"] == finished[1]["test"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +268,7 @@ for _period in PERIODS:
 def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, trained):
     continual = {"periods": PERIODS, **dict.fromkeys(trained, True)}
     config = make_config(city, tmp_path, recipe="continual", continual=continual, training={"max_epochs": 2})
-    result = train(config)
+    result = train_quietly(config)
     assert list(result["stages"]) == ["period-1", "period-2", "period-3"]
     folders = [
         config.run_dir / "checkpoints" / name / summary["checkpoint"] for name, summary in result["stages"].items()
@@ -288,7 +294,7 @@ def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, tra
 def test_forecasts_of_some_nodes_are_those_of_all(finished, city, tmp_path):
     """Their history is all nodes': attention reads them all."""
     config = finished[0]
-    scoring.forecast(config.run_dir, city.path, "3:5", "test", tmp_path / "some.zarr", lambda line: None)
+    forecast_to(config.run_dir, city.path, "3:5", "test", tmp_path / "some.zarr", lambda line: None)
     with (
         xarray.open_zarr(tmp_path / "some.zarr") as some,
         xarray.open_zarr(config.run_dir / "forecasts" / "test.zarr") as everywhere,
@@ -301,7 +307,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     config, out = finished[0], tmp_path / "x.zarr"
 
     def forecast(store: GridStore, region: str | None = None) -> None:
-        scoring.forecast(config.run_dir, store.path, region, "test", out, lambda line: None)
+        forecast_to(config.run_dir, store.path, region, "test", out, lambda line: None)
 
     refused(lambda: forecast(small_city), "5 nodes, ids s0 to s4", "the 9 that", "ids s0 to s8", "few-shot")
     refused(lambda: forecast(city, "5:12"), "region 5:12 is not within the nodes 0:9")
@@ -309,7 +315,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     unfinished = tmp_path / "unfinished"
     shutil.copytree(config.run_dir, unfinished)
     (unfinished / "checkpoints" / "train" / "finished.json").unlink()
-    refused(lambda: scoring.forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
+    refused(lambda: forecast_to(unfinished, city.path, None, "test", out, print), "has not finished its stage")
 
 
 def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
@@ -321,7 +327,7 @@ def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
     store = prepare(READERS["zones-npz"].plan([tmp_path / "halves.npz"], **options), tmp_path / "halves.zarr").path
     out = tmp_path / "x.zarr"
     refused(
-        lambda: scoring.forecast(finished[0].run_dir, store, None, "test", out, lambda line: None),
+        lambda: forecast_to(finished[0].run_dir, store, None, "test", out, lambda line: None),
         "has a value every 30 min, prompts 'toy-town' are of 60 min",
         "few-shot",
     )
@@ -334,7 +340,7 @@ def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
 def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refused):
     late = make_city(tmp_path / "late.zarr", late=4)
     runs = tmp_path / "runs"
-    refused(lambda: train(make_config(late, runs)), "node 4 (id s4) on 2024-03-06", "continual")
+    refused(lambda: train_quietly(make_config(late, runs)), "node 4 (id s4) on 2024-03-06", "continual")
     assert not runs.exists()
     nodes = make_config(late, runs, data={"region": "0:4"}, training={"max_epochs": 1})
     assert open_dataset(nodes.data).nodes.region == NodeRange(0, 4)
@@ -358,5 +364,5 @@ def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refus
     ],
 )
 def test_input_that_cannot_be_trained_on(make_config, city, tmp_path, changes, parts, refused):
-    refused(lambda: train(make_config(city, tmp_path, **changes)), *parts)
+    refused(lambda: train_quietly(make_config(city, tmp_path, **changes)), *parts)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from stdist.errors import InputError
 from stdist.nodes.checkpoints import ForecasterFiles, load_fitted
 from stdist.nodes.dataset import open_period
 from stdist.nodes.learners import nodes_of
-from stdist.runs import recipes
+from stdist.runs import recipes, training
 from stdist.training.process_group import ProcessGroup
 from stdist.urbanpg import UrbanPG, recipe
 from stdist.urbanpg.checkpoints import result_of, stage_names
@@ -43,7 +43,7 @@ NONE_NEW = [period(4, 2, 6), period(8, 2, 6)]
 @pytest.fixture
 def unscored(monkeypatch) -> None:
     """Forecasts and their scores take longer than these trainings."""
-    monkeypatch.setattr(recipe, "forecast_and_score", lambda *arguments: {})
+    monkeypatch.setattr(training, "score_test", lambda *arguments: {})
 
 
 # --- leaks ---------------------------------------------------------------------------------------------------------

@@ -7,13 +7,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from stdist.evaluation import ErrorState, ForecastWriter, Piece, PiecePlan
+<<<<<<< HEAD
+from stdist.evaluation import ErrorState, Piece, PiecePlan
 from stdist.evaluation.forecasts import QUANTILES
+=======
+from stdist.evaluation import Chunk, ChunkGrid, ErrorState, ForecastWriter
+from stdist.evaluation.forecast_header import QUANTILES
 from stdist.progress import Progress
+>>>>>>> s0
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastConfig
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.frames import clipped
 from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 
@@ -21,10 +25,10 @@ from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 PIECE_SIZE = 2048
 
 
-def plan_pieces(windows: int, cells: int, windows_per_batch: int) -> PiecePlan:
+def plan_pieces(windows: int, cells: int, windows_per_batch: int) -> ChunkGrid:
     """Pieces of ``windows_per_batch`` windows, and of all their cells if these are few."""
     together = min(windows, windows_per_batch)
-    return PiecePlan(windows, cells, together, max(1, min(cells, PIECE_SIZE // together)))
+    return ChunkGrid(windows, cells, together, max(1, min(cells, PIECE_SIZE // together)))
 
 
 def candidates_per_cell(config: ForecastConfig) -> int:
@@ -35,11 +39,11 @@ def forecast_pieces(
     policy: Policy,
     city: CityWindows,
     indices: Int[np.ndarray, " N"],
-    pieces: Iterable[Piece],
+    pieces: Iterable[Chunk],
     decoding: Decoding,
     num_generations: int = 1,
     seed: int = 0,
-) -> Iterator[tuple[Piece, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
+) -> Iterator[tuple[Chunk, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
 
     Windows are read and encoded once for all consecutive pieces of them. Each piece draws from ``seed``, its first
@@ -76,6 +80,8 @@ def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.nd
     return quantities.transpose(0, 1, 3, 2).astype(np.float32)
 
 
+<<<<<<< HEAD
+=======
 def forecast_windows(
     policy: Policy,
     city: CityWindows,
@@ -89,8 +95,8 @@ def forecast_windows(
     ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, of the whole
     grid of each window.
     """
-    left = writer.left
-    total = writer.plan.size
+    left = writer.remaining
+    total = writer.grid.size
     done = total - sum(piece.size for piece in left)
     progress(done, total)
     generations = candidates_per_cell(config)
@@ -104,6 +110,7 @@ def forecast_windows(
         progress(done, total)
 
 
+>>>>>>> s0
 def validation_errors(
     policy: Policy,
     city: CityWindows,
@@ -115,7 +122,7 @@ def validation_errors(
     """Pooled MAE, RMSE and NRMSE (Eq. 21–23) of point forecasts on observed points of the windows ``indices``, which
     the learners of ``group`` forecast together."""
     state = ErrorState.empty(policy.spec.setting.horizon)
-    pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).pieces()
+    pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).chunks()
     for _, batch, values in forecast_pieces(policy, city, indices, group.local_items(list(pieces)), decoding):
         horizon_first = (0, 2, 1)
         state = state.update(
