@@ -16,6 +16,7 @@ from stdist.nodes.checkpoints import ForecasterFiles, digest_of, load_fitted
 from stdist.nodes.dataset import NodeDataset, open_dataset, open_period
 from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners, check_grid
+from stdist.nodes.predictor import NodesPredictor
 from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.runs.forecasting import Predictor, Written
 from stdist.runs.recipes import Recipe
@@ -29,7 +30,6 @@ from stdist.urbanpg.checkpoints import backbone_path, load_backbone, require_sam
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.continual import COLUMNS, TITLE, expanded, period_row, require_gradients
 from stdist.urbanpg.models import UrbanPGModelConfig
-from stdist.urbanpg.predictor import NodesPredictor
 
 EFFICIENCY = "efficiency.json"
 """Beside a stage's checkpoints: the cost of its training."""
@@ -50,9 +50,10 @@ class UrbanPGRecipe(Recipe[UrbanConfig]):
         return NodesRun(config, *open_run(config, group))
 
     def load(self, config: UrbanConfig, checkpoint: Path) -> Predictor:
-        model = config.model.load(checkpoint).to(_device())
+        model = config.model.load(checkpoint)
         model.block_nodes = config.nodes.block_nodes
-        return NodesPredictor(model, config, load_fitted(checkpoint) or ())
+        model.to(_device())
+        return _predictor(config, model, load_fitted(checkpoint) or ())
 
     def plan(self, config: UrbanConfig, device_memory: int | None, device_flops: float) -> Any:
         from stdist.urbanpg.plan import plan_run
@@ -62,10 +63,10 @@ class UrbanPGRecipe(Recipe[UrbanConfig]):
 
 class NodesRun(Run):
     """One model that every stage trains further. Nothing else holds it: a learner with some of the nodes lets go of the
-    whole city's rows.
+    whole city's embeddings.
 
     Args:
-        datasets: of every stage. model: as the first stage begins. fitted: of each stage's result.
+        datasets: of every stage. model: as the first stage begins. fitted: the data each stage's result is fitted on.
     """
 
     metric = "mae"
@@ -95,50 +96,51 @@ class NodesRun(Run):
         if config.continual and number:
             before = self.model if trainer.group.is_main else None
             self.model = expanded(self.model, dataset, config.continual, config.seed)
-        summary = self._fit(stage, dataset, self._fitted[number], trainer)
+        if self._learners is None:
+            self._learners = NodeLearners.current(len(dataset.nodes), config.nodes.ranks)
+        self._learners = self._learners.of_nodes(len(dataset.nodes))
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        digest = digest_of(self.model, frozen)
+        if frozen:
+            require_same_frozen(config, stage, digest, trainer.group)
+        summary = self._train(stage, dataset, self._fitted[number], self._learners, trainer)
+        self._take_result(trainer.checkpoints(stage).folder / summary["checkpoint"], frozen, digest, trainer)
         if config.continual and trainer.group.is_main:
             batch_size = config.training.train_batch_size
             self._periods.append(period_row(number + 1, dataset, before, self.model, batch_size))
         return summary
 
     def predictor(self) -> Predictor:
-        return NodesPredictor(self.model, self.config, self._fitted[-1])
+        return _predictor(self.config, self.model, self._fitted[-1])
 
     def report_extras(self, written: Written) -> dict[str, Any]:
-        if projections := self.model.embeddings(self.datasets[-1].node_means, self.config.seed):
-            write_embeddings(self.config.run_dir, projections)
-        tables = [Table(title=TITLE, columns=COLUMNS, rows=self._periods)] if self._periods else []
-        return {"efficiency": self._costs(written.windows_per_second), "tables": tables}
-
-    def _costs(self, windows_per_second: float | None) -> list[Efficiency]:
-        paths = [self.config.run_dir / "checkpoints" / stage / EFFICIENCY for stage in stage_names(self.config)]
+        config = self.config
+        if embeddings := self.model.embeddings(self.datasets[-1].node_means, config.seed):
+            write_embeddings(config.run_dir, embeddings)
+        paths = [config.run_dir / "checkpoints" / stage / EFFICIENCY for stage in stage_names(config)]
         costs = [Efficiency.model_validate_json(path.read_text()) for path in paths if path.exists()]
         if costs:
-            costs[-1] = costs[-1].model_copy(update={"inference_samples_per_second": windows_per_second})
-        return costs
+            costs[-1] = costs[-1].model_copy(update={"inference_samples_per_second": written.windows_per_second})
+        tables = [Table(title=TITLE, columns=COLUMNS, rows=self._periods)] if self._periods else []
+        return {"efficiency": costs, "tables": tables}
 
-    def _fit(self, name: str, dataset: NodeDataset, fitted: tuple[Fitted, ...], trainer: Trainer) -> dict[str, Any]:
-        """Trains the model on the windows of ``dataset``, or only loads what that left; the run then has the stage's
-        result, read from the checkpoint, for the whole city.
-
-        Raises InputError where frozen weights are other ones than the stage once began with, RuntimeError where a byte
-        of them changed.
-        """
-        config, settings, model, group = self.config, self.config.training, self.model, trainer.group
-        if self._learners is None:
-            self._learners = NodeLearners.current(len(dataset.nodes), config.nodes.ranks)
-        learners = self._learners = self._learners.of_nodes(len(dataset.nodes))
-        frozen = [weight for weight, parameter in model.named_parameters() if not parameter.requires_grad]
-        before, counts = digest_of(model, frozen), (efficiency.count(model), efficiency.count(model, trained=True))
-        if frozen:
-            require_same_frozen(config, name, before, group)
-        model = self.model = config.model.on_learner(model, learners)
+    def _train(
+        self,
+        name: str,
+        dataset: NodeDataset,
+        fitted: tuple[Fitted, ...],
+        learners: NodeLearners,
+        trainer: Trainer,
+    ) -> dict[str, Any]:
+        """Trains the model on the windows of ``dataset``, or only loads what that left; notes the cost."""
+        config, settings, group = self.config, self.config.training, trainer.group
+        counts = efficiency.count(self.model), efficiency.count(self.model, trained=True)
+        model = self.model = config.model.on_learner(self.model, learners)
         model.to(self._device).train()
         train, validation = (WindowForecasts(model, part, learners) for part in (dataset.train, dataset.validation))
         stage = ForecastStage(name, train, validation, settings, config.seed)
         epoch = stage.steps_per_epoch
         steps = settings.max_epochs * epoch
-        checkpoints = trainer.checkpoints(name)
         summary = trainer.fit(
             stage,
             ForecasterFiles(model, fitted),
@@ -146,10 +148,6 @@ class NodesRun(Run):
             LoopSettings(steps, settings.logging_steps, epoch, epoch, settings.patience),
             run_info={"device": str(self._device), "learners": f"{group.size}, {engine_name(config.learners)}"},
         )
-        result = config.model.load(checkpoints.folder / summary["checkpoint"])
-        result.block_nodes = config.nodes.block_nodes
-        if digest_of(result, frozen) != before:
-            raise RuntimeError(f"weights that {name} froze are not in {checkpoints.folder} as they were; this is a bug")
         if group.is_main and stage.seconds_per_epoch is not None:
             cost = Efficiency(
                 name=name,
@@ -161,20 +159,34 @@ class NodesRun(Run):
                 samples_per_second=epoch * settings.train_batch_size / stage.seconds_per_epoch,
                 peak_memory_bytes=efficiency.peak_memory(self._device),
             )
-            write_atomically(checkpoints.folder / EFFICIENCY, cost.model_dump_json(indent=1))
+            write_atomically(trainer.checkpoints(name).folder / EFFICIENCY, cost.model_dump_json(indent=1))
+        return summary
+
+    def _take_result(self, checkpoint: Path, frozen: list[str], digest: str, trainer: Trainer) -> None:
+        """Reads the whole city's model from a stage's result. Raises RuntimeError where a byte of what was frozen
+        changed."""
+        model = self.config.model.load(checkpoint)
+        model.block_nodes = self.config.nodes.block_nodes
+        if digest_of(model, frozen) != digest:
+            raise RuntimeError(f"frozen weights are not in {checkpoint} as they were; this is a bug")
         if frozen:
-            size = sum(parameter.nbytes for weight, parameter in result.named_parameters() if weight in frozen)
-            note = f"{name}: {size:,} bytes of frozen weights are in its result as they were (sha256 {before[:12]}…)"
+            size = sum(parameter.nbytes for name, parameter in model.named_parameters() if name in frozen)
+            stage = checkpoint.parent.name
+            note = f"{stage}: {size:,} bytes of frozen weights are in its result as they were (sha256 {digest[:12]}…)"
             self.notes.append(note)
             trainer.log(note)
-        for weight, parameter in result.named_parameters():
-            parameter.requires_grad = weight not in frozen
-        self.model = result.to(self._device)
-        return summary
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name not in frozen
+        self.model = model.to(self._device)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _predictor(config: UrbanConfig, model: Forecaster, fitted: tuple[Fitted, ...]) -> Predictor:
+    first_nodes = model.nodes if config.continual else None
+    return NodesPredictor(model, config.data, config.training.train_batch_size, fitted, first_nodes)
 
 
 def check(config: UrbanConfig, group: ProcessGroup) -> list[NodeDataset]:
@@ -209,25 +221,28 @@ def check(config: UrbanConfig, group: ProcessGroup) -> list[NodeDataset]:
 def open_run(
     config: UrbanConfig, group: ProcessGroup
 ) -> tuple[list[NodeDataset], Forecaster, list[tuple[Fitted, ...]], list[str]]:
-    """A dataset for every stage, the first one's model, the data each one's result is fitted on, and notes for
-    people."""
-    datasets, notes, before = check(config, group), list[str](), tuple[Fitted, ...]()
-    dataset = datasets[0]
+    """A dataset for every stage, the first one's model, the data each one's result is fitted on, and notes for people.
+
+    Raises InputError for whatever would stop the run later.
+    """
+    datasets, notes = check(config, group), []
+    dataset, seed = datasets[0], config.seed
     if not dataset.holds_weeks:
         until = next((f" until period {n}" for n, later in enumerate(datasets, 1) if later.holds_weeks), "")
         notes.append(f"{dataset.train.span} does not hold every weekday twice: to the model all days are one{until}")
+    before: tuple[Fitted, ...] = ()
     if config.few_shot:
         path = backbone_path(config)
         if path != config.few_shot.backbone:
             notes.append(f"{config.few_shot.backbone} is not there any more; its backbone is in {path}")
         backbone, fitted = load_backbone(path)
         assert isinstance(config.model, UrbanPGModelConfig)
-        model: Forecaster = config.model.prompts_on(backbone, dataset, config.seed)
+        model: Forecaster = config.model.prompts_on(backbone, dataset, seed)
         if fitted is None:
             notes.append(f"nothing says which data the backbone {path} was trained on")
         before = fitted or ()
     else:
-        model = config.model.build(dataset, config.seed)
+        model = config.model.build(dataset, seed)
     model.block_nodes = config.nodes.block_nodes
     return datasets, model, _fitted(config, datasets, before), notes
 
