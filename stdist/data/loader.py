@@ -63,9 +63,6 @@ class WindowLoader:
         self.sampler, self.threads, self.prefetch = sampler, threads, prefetch
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
 
-    def __len__(self) -> int:
-        return len(self.sampler)
-
     def __iter__(self) -> Iterator[TensorBatch]:
         epoch, consumed = self.sampler.begin()
         batches = self.sampler.batches(epoch, consumed)
