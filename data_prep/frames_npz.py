@@ -5,7 +5,7 @@ Arrays: ``time`` (T,), datetime64, local time, in any order; every other array o
 the file lacks are gaps, which no window crosses, except short absences (``stdist.data.finalise.MAX_GAP``).
 
 An example is the public whole-grid sample of Telecom Italia, Milan: ``internet`` (109, 100, 100), 10 minutes,
-in three separate runs of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
+in three separate segments of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
 """
 
 from functools import partial

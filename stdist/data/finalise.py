@@ -26,7 +26,7 @@ from stdist.data.statistics import StatisticsState
 from stdist.errors import InputError
 
 MAX_GAP = 6
-"""Absent stretches of at most this many frames between present ones are imputed; longer ones are gaps."""
+"""Absent stretches of at most this many steps between present ones are imputed; longer ones are gaps."""
 
 DaySegment = tuple[int, int, bool, bool]
 """[start, stop) of a gap-free segment inside one day; whether it comes from the day before, goes on into the next."""
@@ -72,8 +72,8 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, execut
 class Imputation:
     """Eq. 20 over the gap-free segments of one channel and tile, with one day of it in memory, and its statistics.
 
-    ``Part``: payload the channel, days those that hold frames. Result: ``missing`` and ``true_zeros``, over
-    present frames and inside cells; ``state``, the ``StatisticsState`` of the training span.
+    ``Part``: payload the channel, days those that hold time steps. Result: ``missing`` and ``true_zeros``, over
+    present steps and inside cells; ``state``, the ``StatisticsState`` of the training span.
     """
 
     root: Path
