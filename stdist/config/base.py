@@ -2,7 +2,7 @@
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -99,6 +99,11 @@ class RunConfig(Strict):
         if Path(name).name != name or name in ("", ".."):
             raise ValueError("must name one folder below output_dir, without slashes")
         return name
+
+    @classmethod
+    def of_tree(cls, tree: dict[str, Any]) -> type[Self]:
+        """The class that validates ``tree``, where a value in it says which keys there are. Raises InputError."""
+        return cls
 
     @property
     def run_dir(self) -> Path:

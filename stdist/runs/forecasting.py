@@ -16,7 +16,7 @@ from stdist.data import DaySpan, GridStore, Split, Windows, open_store
 from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
-from stdist.evaluation import ForecastHeader, ForecastMetadata, ForecastWriter, Piece, PiecePlan, forecast_contract
+from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
 from stdist.progress import progress_bar
 from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
 
@@ -37,13 +37,13 @@ class ForecastRequest:
 
 
 class Predictor(ABC):
-    """A trained model that forecasts windows piece by piece.
+    """A trained model that forecasts windows chunk by chunk.
 
     Attributes:
         fitted: what of it was fitted on which days of which data.
         has_quantiles: whether each forecast has quantiles behind its point forecast.
         settings: what else decides the forecasts, JSON.
-        unit: what a piece counts, for the progress bar.
+        unit: what a chunk counts, for the progress bar.
     """
 
     fitted: tuple[Fitted, ...]
@@ -62,17 +62,17 @@ class Predictor(ABC):
         """Notes on ``windows`` for people. Raises InputError where the model cannot forecast them."""
 
     @abstractmethod
-    def plan(self, windows: Windows) -> tuple[PiecePlan, Int[np.ndarray, " cells"]]:
-        """How the forecasts are cut into pieces, and which positions of the region are forecast, row by row."""
+    def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " cells"]]:
+        """How the forecasts are cut into chunks, and which positions of the region are forecast, row by row."""
 
     @abstractmethod
     def predict(
-        self, windows: Windows, pieces: Iterable[Piece]
-    ) -> Iterator[tuple[Piece, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
-        """Each piece's point forecasts, then quantiles, and counts to add up over pieces."""
+        self, windows: Windows, chunks: Iterable[Chunk]
+    ) -> Iterator[tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
+        """Each chunk's point forecasts, then quantiles, and counts to add up over chunks."""
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
-        """Lines for people about the counts of all pieces."""
+        """Lines for people about the counts of all chunks."""
         return []
 
 
@@ -97,7 +97,7 @@ def write_forecasts(
     ``summary``: of the stage whose result forecasts. It names the checkpoint, and as a whole it tells two trainings
     apart that left checkpoints of the same name.
     """
-    plan, cells = predictor.plan(windows)
+    grid, cells = predictor.grid(windows)
     header = ForecastHeader(
         metadata=ForecastMetadata(
             run=config.name,
@@ -111,21 +111,21 @@ def write_forecasts(
     )
     work = {**predictor.settings, "training": summary}
     with (
-        ForecastWriter(out, header, cells, plan, work, log) as writer,
+        ForecastWriter(out, header, cells, grid, work, log) as writer,
         progress_bar("forecast", unit=predictor.unit) as progress,
     ):
-        pieces, began = writer.left, time.perf_counter()
-        size = sum(piece.size for piece in pieces)
-        done = plan.size - size
-        progress(done, plan.size)
-        for piece, values, counts in predictor.predict(windows, pieces):
-            writer.write(piece, values, counts)
-            done += piece.size
-            progress(done, plan.size)
+        chunks, began = writer.remaining, time.perf_counter()
+        size = sum(chunk.size for chunk in chunks)
+        done = grid.size - size
+        progress(done, grid.size)
+        for chunk, values, counts in predictor.predict(windows, chunks):
+            writer.write(chunk, values, counts)
+            done += chunk.size
+            progress(done, grid.size)
         seconds = time.perf_counter() - began
         notes = predictor.notes(writer.counts)
         writer.finish()
-    return Written(notes, size / plan.cells / seconds if pieces else None)
+    return Written(notes, size / grid.cells / seconds if chunks else None)
 
 
 def drop_test_forecasts(run_dir: Path) -> None:

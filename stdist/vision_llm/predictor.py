@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from stdist.data import GridStore, Region, Windows
 from stdist.data.spans import AnyRegion
-from stdist.evaluation import Piece, PiecePlan
+from stdist.evaluation import Chunk, ChunkGrid
 from stdist.runs.forecasting import ForecastRequest, Predictor
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
@@ -45,27 +45,27 @@ class PolicyPredictor(Predictor):
         clamped = find_unwritable([windows], self.policy.vocabulary, self.clamp)
         return [clamped] if clamped else []
 
-    def plan(self, windows: Windows) -> tuple[PiecePlan, Int[np.ndarray, " cells"]]:
+    def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " cells"]]:
         cells = CityWindows(self.policy, windows, self.clamp).cells
         return plan_pieces(len(windows), len(cells), self.config.forecast.windows_per_batch), cells
 
     def predict(
-        self, windows: Windows, pieces: Iterable[Piece]
-    ) -> Iterator[tuple[Piece, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
+        self, windows: Windows, chunks: Iterable[Chunk]
+    ) -> Iterator[tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
         """Counts values ``clipped``: drawn as white in the windows' frames because they exceed t_max."""
         city, encoder = CityWindows(self.policy, windows, self.clamp), self.policy.encoder
-        for piece, batch, values in forecast_pieces(
+        for chunk, batch, values in forecast_pieces(
             self.policy,
             city,
             np.arange(len(city)),
-            pieces,
+            chunks,
             self.config.forecast.decoding,
             self.num_generations,
             self.config.seed,
         ):
-            first_of_windows = piece.cells.start == 0
+            first_of_windows = chunk.cells.start == 0
             white = clipped(batch.grids.numpy(), encoder.t_max) if encoder and first_of_windows else 0
-            yield piece, summarise(values), {"clipped": white}
+            yield chunk, summarise(values), {"clipped": white}
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
         white = counts.get("clipped", 0)

@@ -12,16 +12,15 @@ import xarray
 
 from stdist.data import GridStore, NodeRange
 from stdist.evaluation import evaluate
+from stdist.nodes.dataset import open_dataset
 from stdist.nodes.learners import NodeLearners
 from stdist.nodes.stage import ForecastStage, WindowForecasts
-from stdist.nodes.task import open_task
 from stdist.runs import recipes
 from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import train
 from stdist.urbanpg import UrbanPG, recipe
-from stdist.urbanpg.checkpoints import load_forecaster, result_of
+from stdist.urbanpg.checkpoints import result_of
 from stdist.urbanpg.config import UrbanConfig
-from stdist.urbanpg.models import new_urbanpg
 
 KINDS = ("urbanpg", "stid", "graph_wavenet", "stgcn")
 Finished = tuple[UrbanConfig, dict[str, Any], list[str]]
@@ -36,7 +35,7 @@ def train_quietly(config: UrbanConfig) -> dict[str, Any]:
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in load_forecaster(folder).state_dict().items()}
+    return {name: value.numpy().tobytes() for name, value in UrbanPG.from_pretrained(folder).state_dict().items()}
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:
@@ -131,25 +130,25 @@ def test_baselines_train_in_the_same_harness(make_config, city, tmp_path, kind):
 
 @pytest.mark.parametrize("changes", [{"temporal": False}, {"spatial": False}, {"p": 0}, {"stca": False}])
 def test_ablations_are_configuration(make_config, city, tmp_path, changes):
-    task = open_task(make_config(city, tmp_path).data)
-    model = new_urbanpg(make_config(city, tmp_path, model=changes).model, task, 0)
+    dataset = open_dataset(make_config(city, tmp_path).data)
+    model = make_config(city, tmp_path, model=changes).model.build(dataset, 0)
     specs = model.prompts.spec.model_dump() | model.backbone.spec.model_dump()
-    whole = new_urbanpg(make_config(city, tmp_path).model, task, 0)
+    whole = make_config(city, tmp_path).model.build(dataset, 0)
     assert specs == whole.prompts.spec.model_dump() | whole.backbone.spec.model_dump() | changes
 
 
 def test_the_loss_is_the_mean_over_observed_points_alone(make_config, city, tmp_path):
     """Masked MAE in the data's units, on the windows that the sampler drew, against a loop over points."""
     config = make_config(city, tmp_path, model={"p": 0})
-    task = open_task(config.data)
-    model, learners = new_urbanpg(config.model, task, 0).train(), NodeLearners(9)
+    dataset = open_dataset(config.data)
+    model, learners = config.model.build(dataset, 0).train(), NodeLearners(9)
     stage = ForecastStage(
-        "train", *(WindowForecasts(model, task.train, learners) for _ in range(2)), config.training, 5
+        "train", *(WindowForecasts(model, dataset.train, learners) for _ in range(2)), config.training, 5
     )
     back: list[torch.Tensor] = []
     scalars = stage.step(3, back.append)
-    indices, _ = next(WindowForecasts(model, task.train, learners).sampler(32, seed=5).batches(0, 3 * 32))
-    batch = task.train.read(indices)
+    indices, _ = next(WindowForecasts(model, dataset.train, learners).sampler(32, seed=5).batches(0, 3 * 32))
+    batch = dataset.train.read(indices)
     slot, weekday = model.prompts.calendar(city.local_times[batch.origin_index])
     made = model(torch.from_numpy(batch.history), slot, weekday).detach().numpy()
     errors = [
@@ -173,13 +172,13 @@ def test_a_span_without_two_weeks_has_one_kind_of_day(finished, make_config, mak
     """A weekday that training never saw would otherwise be forecast with a row that nobody taught."""
     config, _, said = finished
     assert "2024-03-04:2024-03-11 does not hold every weekday twice: to the model all days are one" in said
-    model = load_forecaster(result_of(config.run_dir, config))
+    model = UrbanPG.from_pretrained(result_of(config.run_dir, config))
     days = np.arange("2024-03-04", "2024-03-11", dtype="datetime64[D]").astype("datetime64[m]")
     assert model.prompts.calendar(days)[1].tolist() == [0] * 7
     assert "Day of week" not in (config.run_dir / "report" / "embeddings.json").read_text()
-    longer = open_task(make_config(make_city(tmp_path / "longer.zarr", days=18), tmp_path).data)
+    longer = open_dataset(make_config(make_city(tmp_path / "longer.zarr", days=18), tmp_path).data)
     assert longer.holds_weeks
-    assert new_urbanpg(config.model, longer, 0).prompts.calendar(days)[1].tolist() == [*range(7)]
+    assert config.model.build(longer, 0).prompts.calendar(days)[1].tolist() == [*range(7)]
 
 
 # --- few-shot (Eq. 8) ----------------------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, tra
     rows = [each["prompts.node_rows.0"] for each in weights]
     assert (backbone[0] == backbone[1] == backbone[2]) is not bool(trained)
     assert (rows[0] == rows[1] == rows[2]) is not bool(trained)
-    assert load_forecaster(folders[2]).prompts.spec.periods == (4, 2, 3)
+    assert UrbanPG.from_pretrained(folders[2]).prompts.spec.periods == (4, 2, 3)
     metrics = json.loads((config.run_dir / "report" / "metrics.json").read_text())
     (table,) = metrics["tables"]
     assert [row[:3] for row in table["rows"]] == [["1", 4, 4], ["2", 6, 2], ["3", 9, 3]]
@@ -344,7 +343,7 @@ def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refus
     refused(lambda: train_quietly(make_config(late, runs)), "node 4 (id s4) on 2024-03-06", "continual")
     assert not runs.exists()
     nodes = make_config(late, runs, data={"region": "0:4"}, training={"max_epochs": 1})
-    assert open_task(nodes.data).nodes == NodeRange(0, 4)
+    assert open_dataset(nodes.data).nodes.region == NodeRange(0, 4)
 
 
 @pytest.mark.parametrize(
@@ -367,11 +366,3 @@ def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refus
 def test_input_that_cannot_be_trained_on(make_config, city, tmp_path, changes, parts, refused):
     refused(lambda: train_quietly(make_config(city, tmp_path, **changes)), *parts)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_grid_is_for_another_recipe(make_config, tmp_path, refused):
-    from data_prep import READERS
-
-    READERS["synthetic"].prepare([], tmp_path / "grid.zarr", height=3, width=3, days=3, cadence=60)
-    config = make_config(type("Store", (), {"path": tmp_path / "grid.zarr"})(), tmp_path / "runs")
-    refused(lambda: train_quietly(config), "holds a grid", "vision-llm")

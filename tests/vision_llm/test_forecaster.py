@@ -65,40 +65,18 @@ def forecast(policy: Policy, city: CityWindows, tmp_path: Path) -> Forecast:
             windows.store.cell_ids,
             has_quantiles=predictor.has_quantiles,
         )
-<<<<<<< HEAD
-        pieces = PiecePlan(len(city), len(city.cells), *plan)
-        for stop in (*stop_at, len(pieces.pieces())):
+        pieces = ChunkGrid(len(city), len(city.cells), *plan)
+        for stop in (*stop_at, len(pieces.chunks())):
             with ForecastWriter(tmp_path / "f.zarr", header, city.cells, pieces, {}, lambda line: None) as writer:
-                left = writer.left[: stop - len(pieces.pieces()) + len(writer.left)]
+                left = writer.remaining[: stop - len(pieces.chunks()) + len(writer.remaining)]
                 for piece, values, counts in predictor.predict(windows, left):
                     writer.write(piece, values, counts)
-                if not writer.left:
+                if not writer.remaining:
                     make.clipped = writer.counts["clipped"]  # type: ignore[attr-defined]
                     writer.finish()
-        made = read_forecasts(tmp_path / "f.zarr")
-        return np.stack([made.values, *([] if made.quantiles is None else made.quantiles)])
+        forecasts = open_forecasts(tmp_path / "f.zarr")
+        return forecasts.read(slice(0, len(city)), windows.region, quantiles=True)
 
-=======
-        pieces = ChunkGrid(len(city), len(city.cells), *plan)
-        for stop in (*stop_at, None):
-            with ForecastWriter(tmp_path / "f.zarr", header, city.cells, pieces, {}, lambda line: None) as writer:
-                try:
-                    forecast_windows(policy, city, config, 7, writer, killed_at(writer, stop))
-                except KeyboardInterrupt:
-                    continue
-                make.clipped = writer.counts["clipped"]  # type: ignore[attr-defined]
-                writer.finish()
-        made = open_forecasts(tmp_path / "f.zarr")
-        return made.read(slice(0, len(city)), windows.region, quantiles=True)
-
-    def killed_at(writer: ForecastWriter, stop: int | None) -> Progress:
-        def progress(done: int, total: int) -> None:
-            if stop is not None and len(writer.grid.chunks()) - len(writer.remaining) == stop:
-                raise KeyboardInterrupt
-
-        return progress
-
->>>>>>> s0
     return make
 
 
@@ -193,24 +171,6 @@ def test_blocks_of_the_same_windows_share_reading_and_encoding(forecast: Forecas
     assert seen["uniforms"] == uniforms
 
 
-<<<<<<< HEAD
-=======
-def test_progress_counts_cells_times_windows(policy: Policy, city: CityWindows) -> None:
-    class Kept:
-        """A writer that has the first of four pieces from before."""
-
-        grid = ChunkGrid(7, 18, 4, 9)
-        remaining = grid.chunks()[1:]
-
-        def write(self, *_arguments: object) -> None:
-            pass
-
-    told: list[tuple[int, int]] = []
-    forecast_windows(policy, city, ForecastConfig(decoding="direct"), 0, Kept(), lambda *n: told.append(n))  # type: ignore[arg-type]
-    assert told == [(n, 7 * 18) for n in (36, 72, 99, 126)]
-
-
->>>>>>> s0
 def test_validation_in_pieces_is_that_of_all_at_once(
     policy: Policy, city: CityWindows, seen: dict[str, list], monkeypatch: pytest.MonkeyPatch
 ) -> None:
