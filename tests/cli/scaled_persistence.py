@@ -88,9 +88,7 @@ class ScaledPersistencePredictor(Predictor):
         cells = int(np.prod(windows.region.shape))
         return ChunkGrid(len(windows), cells, 16, cells), np.arange(cells)
 
-    def predict(
-        self, windows: Windows, chunks: Iterable[Chunk]
-    ) -> Iterator[tuple[Chunk, np.ndarray, dict[str, int]]]:
+    def predict(self, windows: Windows, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, np.ndarray, dict[str, int]]]:
         for chunk in chunks:
             history = torch.from_numpy(windows.read(np.arange(len(windows))[chunk.windows]).history)
             with torch.no_grad():

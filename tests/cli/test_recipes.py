@@ -51,7 +51,7 @@ def test_a_recipe_from_outside_is_planned_trained_and_forecasts(install, stdist,
     install(scaled_persistence="scaled_persistence:ScaledPersistenceRecipe")
     plan = stdist("plan", config, "--json")
     assert plan.code == 0 and plan.json == {"parameters": 1}
-    assert stdist("plan", config).out.split() == "parameters 1 one number trains fits".split()
+    assert stdist("plan", config).out.splitlines() == ["parameters 1", "one number trains", "fits"]
 
     trained = stdist("train", config, "--json")
     assert trained.code == 0, trained.err
@@ -76,3 +76,10 @@ def test_a_recipe_from_outside_is_planned_trained_and_forecasts(install, stdist,
 def test_a_recipe_that_nobody_installed_is_one_line_that_names_those_there_are(install, refused, config):
     line = refused("train", config)
     assert f"recipe '{NAME}' is none; choose one of " in line and "vision-llm" in line
+
+
+@pytest.mark.parametrize("value", ["scaled_persistence:Recipes", "scaled:ScaledPersistenceRecipe"])
+def test_a_package_that_is_broken_is_one_line_and_stops_no_other_recipe(install, refused, stdist, config, value):
+    install(scaled_persistence=value)
+    assert refused("plan", config).startswith(f"recipe '{NAME}' cannot be loaded from {value} (")
+    assert NAME in refused("plan", config, "recipe=vision")
