@@ -73,7 +73,7 @@ class WindowForecasts:
         state = ErrorState.empty(self.windows.K)
         for made, batch in self.all(batch_size):
             parts = (each[:, :, nodes].cpu().numpy() for each in (made, batch.target, batch.target_observed))
-            state = state.update(*parts)
+            state += ErrorState.of(*parts)
         return reduce(add, self.learners.group.all_gather_object(state))
 
 

@@ -102,7 +102,6 @@ class Forecasts:
 
 def write_forecasts(forecasts: Forecasts, path: Path, cells=None, chunks: tuple[int, int] | None = None) -> Path:
     """``cells``: positions of those that are written, else all. ``chunks``: windows and cells of one, else all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     n, k, *shape = forecasts.values.shape
     cells = np.arange(np.prod(shape)) if cells is None else cells
     quantities = forecasts.quantities
