@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.dates as mdates
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -48,7 +49,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def _figure(height: float, **style: Any) -> Iterator[Figure]:
+def page_figure(height: float, **style: Any) -> Iterator[Figure]:
     """A figure of the page's width, to be drawn on while the report's style holds."""
     with rc_context({**STYLE, **style}):
         yield Figure(figsize=(WIDTH, height), layout="constrained")
@@ -56,7 +57,7 @@ def _figure(height: float, **style: Any) -> Iterator[Figure]:
 
 def horizon_curves(model: Sequence[float], others: Mapping[str, Sequence[float]], minutes_per_step: float) -> Figure:
     """NRMSE of each horizon step, the model against every other forecaster."""
-    with _figure(4.6) as figure:
+    with page_figure(4.6) as figure:
         axes = figure.add_subplot()
         axes.set_prop_cycle(color=OTHERS, linestyle=STYLES)
         marker = "o" if len(model) < 40 else ""
@@ -78,7 +79,7 @@ def training_curves(log: StageLog) -> Figure:
     panels = [(f"{name} (evaluation)", values, True) for name, values in log.evaluation.items()]
     panels = [(n, log.training[n], False) for n in names[: max(2, PANELS_PER_STAGE - len(panels))]] + panels
     rows = -(-len(panels) // 2)
-    with _figure(2.5 * rows) as figure:
+    with page_figure(2.5 * rows) as figure:
         for i, (name, values, is_evaluation) in enumerate(panels):
             axes = figure.add_subplot(rows, 2, i + 1)
             steps = np.array(sorted(values))
@@ -100,62 +101,71 @@ def smoothed(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return np.convolve(curve, window, "same") / np.convolve(np.ones_like(curve), window, "same")
 
 
-def cell_traces(
-    title: str,
-    units: str,
-    times: Shaped[np.ndarray, " T"],
-    truth: Float[np.ndarray, " T"],
-    origins: Int[np.ndarray, " N"],
-    forecast: Float[np.ndarray, "N K"],
-    band: Float[np.ndarray, "2 N K"] | None = None,
-) -> Figure:
-    """One cell: forecasts stitched at the last step, and whole K-step forecasts of its busiest day.
+class Trace(NamedTuple):
+    """One cell: N forecasts of K steps and the truth. ``times`` are local stamps, ``origins`` count into them."""
 
-    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origins`` count into them.
-    ``band`` is the 0.1 and the 0.9 quantile.
-    """
-    K = forecast.shape[1]
-    day = int(np.timedelta64(1, "D") / (times[1] - times[0]))
-    start = _busiest(truth, origins, day, K)
-    one_day = slice(max(0, start), min(len(times), start + day + K))
-    observed: dict[str, Any] = {"color": TRUTH, "linewidth": 1.3, "label": "observed"}
-    with _figure(5.4) as figure:
+    title: str
+    units: str
+    times: Shaped[np.ndarray, " T"]
+    truth: Float[np.ndarray, " T"]
+    """NaN where it was not observed."""
+    origins: Int[np.ndarray, " N"]
+    forecast: Float[np.ndarray, "N K"]
+    band: Float[np.ndarray, "2 N K"] | None = None
+    """The 0.1 and the 0.9 quantile of the candidates."""
+
+
+def cell_traces(trace: Trace) -> Figure:
+    """Forecasts stitched at the last step, above whole K-step forecasts of the busiest day."""
+    K, origins = trace.forecast.shape[1], trace.origins
+    with page_figure(5.4) as figure:
         top, bottom = figure.subplots(2, 1, gridspec_kw={"hspace": 0.08})
-        stitched = np.full(len(times), np.nan)
-        stitched[origins + K] = forecast[:, K - 1]
+        stitched = np.full(len(trace.times), np.nan)
+        stitched[origins + K] = trace.forecast[:, K - 1]
         dense = len(origins) > 1 and np.median(np.diff(np.sort(origins))) == 1
         marks: dict[str, Any] = {"linewidth": 1.3} if dense else {"linestyle": "", "marker": "o", "markersize": 3}
-        top.plot(times, truth, **observed)
-        top.plot(times, stitched, color=MODEL, label="forecast", **marks)
-        top.set(title=f"{title}: every forecast {K} steps ahead", ylabel=units)
-
-        bottom.plot(times[one_day], truth[one_day], **observed)
-        next_free = start
-        for row in np.argsort(origins):
-            origin = int(origins[row])
-            if origin < next_free or origin + K >= one_day.stop:
-                continue
-            next_free = origin + K
-            targets = times[origin + 1 : origin + K + 1]
-            if band is not None:
-                bottom.fill_between(targets, band[0, row], band[1, row], color=MODEL, alpha=0.18, linewidth=0)
-            bottom.plot(targets, forecast[row], color=MODEL, linewidth=1.5)
-            bottom.plot(times[origin], truth[origin], marker="o", markersize=4, color=TRUTH, linestyle="")
-        interval = ", with 10 to 90 % of the candidates" if band is not None else ""
-        bottom.set(title=f"One day of whole {K}-step forecasts{interval}; dots are origins", ylabel=units)
-        for axes in (top, bottom):
-            locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
-            axes.xaxis.set_major_locator(locator)
-            axes.xaxis.set_major_formatter(
-                mdates.ConciseDateFormatter(locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
-            )
-            axes.set_ylim(bottom=min(0.0, float(np.nanmin(forecast))))
-            axes.margins(x=0.01)
+        top.plot(trace.times, trace.truth, color=TRUTH, linewidth=1.3, label="observed")
+        top.plot(trace.times, stitched, color=MODEL, label="forecast", **marks)
+        top.set(title=f"{trace.title}: every forecast {K} steps ahead", ylabel=trace.units)
+        _time_axis(top, trace)
+        draw_day(bottom, trace)
+        interval = ", with 10 to 90 % of the candidates" if trace.band is not None else ""
+        bottom.set(title=f"One day of whole {K}-step forecasts{interval}; dots are origins", ylabel=trace.units)
         figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure
 
 
-def _busiest(truth: np.ndarray, origins: np.ndarray, day: int, K: int) -> int:
+def draw_day(axes: Axes, trace: Trace) -> None:
+    """Draws whole forecasts of the busiest day, one after the other, over what was observed."""
+    times, truth, origins, K = trace.times, trace.truth, trace.origins, trace.forecast.shape[1]
+    day = int(np.timedelta64(1, "D") / (times[1] - times[0]))
+    next_free = start = _busiest(truth, origins, day)
+    stop = min(len(times), start + day + K)
+    axes.plot(times[start:stop], truth[start:stop], color=TRUTH, linewidth=1.3, label="observed")
+    for row in np.argsort(origins):
+        origin = int(origins[row])
+        if origin < next_free or origin + K >= stop:
+            continue
+        next_free = origin + K
+        targets = times[origin + 1 : origin + K + 1]
+        if trace.band is not None:
+            axes.fill_between(targets, *trace.band[:, row], color=MODEL, alpha=0.18, linewidth=0)
+        axes.plot(targets, trace.forecast[row], color=MODEL, linewidth=1.5)
+        axes.plot(times[origin], truth[origin], marker="o", markersize=4, color=TRUTH, linestyle="")
+    _time_axis(axes, trace)
+
+
+def _time_axis(axes: Axes, trace: Trace) -> None:
+    locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(
+        mdates.ConciseDateFormatter(locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
+    )
+    axes.set_ylim(bottom=min(0.0, float(np.nanmin(trace.forecast))))
+    axes.margins(x=0.01)
+
+
+def _busiest(truth: np.ndarray, origins: np.ndarray, day: int) -> int:
     """The origin after which a day of forecasts meets the most traffic."""
     total = np.concatenate(([0.0], np.cumsum(np.nan_to_num(truth))))
     traffic = total[np.minimum(origins + day, len(truth))] - total[origins]
@@ -176,7 +186,7 @@ def error_map(
         (f"Mean traffic, {inside.shape[0]} × {inside.shape[1]} cells", traffic, units, "Greys", None),
         ("Error of each scored cell", cell_nrmse, "NRMSE", "YlOrBr", (c0 - 0.5, c1 - 0.5, r0 - 0.5, r1 - 0.5)),
     )
-    with _figure(4.0, **{"axes.grid": False}) as figure:
+    with page_figure(4.0, **{"axes.grid": False}) as figure:
         left, right = figure.subplots(1, 2)
         for axes, (title, values, label, colours, extent) in zip((left, right), maps, strict=True):
             norm = LogNorm() if axes is left and _long_tailed(values) else None
@@ -198,7 +208,7 @@ def node_errors(
 ) -> Figure:
     """NRMSE of each scored node on a map, or the largest first without ``places`` (longitude, latitude); MAE against
     the mean. A node without an observed point (NaN) is left out."""
-    with _figure(4.0) as figure:
+    with page_figure(4.0) as figure:
         left, right = figure.subplots(1, 2)
         size = np.clip(5000 / len(mean), 4, 40)
         seen = ~np.isnan(nrmse)
@@ -236,7 +246,9 @@ def _long_tailed(values: Float[np.ndarray, " n"]) -> bool:
 def projections(panels: Sequence[Projection]) -> Figure:
     """Embeddings in a plane, three in a row; axes have no meaning of their own, only what lies close does."""
     rows = -(-len(panels) // 3)
-    with _figure(3.5 * rows, **{"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}) as figure:
+    with page_figure(
+        3.5 * rows, **{"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    ) as figure:
         for i, panel in enumerate(panels):
             axes = figure.add_subplot(rows, min(3, len(panels)), i + 1)
             values = np.array(panel.values, float)

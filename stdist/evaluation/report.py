@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from jaxtyping import Int
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
@@ -198,19 +199,17 @@ def _horizon_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
 
 def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> ForecastPictures:
     forecasts = open_forecasts(run_dir / "forecasts" / "test.zarr")
-    header, store = forecasts.header, _store_of(run_dir, config_text)
-    windows, origins = match_windows(header, store)
-    numbers = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
-    cells = ErrorState.empty(numbers.size)
-    for block, tile in header.blocks():
-        cells_of_tile = numbers[header.place(block, tile)[2:]].ravel()
-        batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
-        by_cell = (array.reshape(-1, cells_of_tile.size) for array in batch)
-        cells.add_at(cells_of_tile, ErrorState.of(*by_cell))
+    header, store = forecasts.header, store_of(run_dir, config_text)
+    cells, origins = cell_errors(forecasts, store)
     mean_truth = cells.sum_truth / np.maximum(cells.count, 1)
+    kind = "cell" if isinstance(header.region, Region) else "node"
     traces = [
-        _trace(label, cell, forecasts, store, origins, gallery)
-        for label, cell in representative_cells(mean_truth).items()
+        gallery.add(
+            f"forecast-{size}-{kind}".lower(),
+            figures.cell_traces(read_trace(f"{size} {kind}", cell, forecasts, store, origins)),
+            f"{size} {kind}: forecasts against what was observed, local time",
+        )
+        for size, cell in representative_cells(mean_truth).items()
     ]
     if isinstance(header.region, Region):
         figure = _grid_errors(header, header.region, store, int(origins[0]) + 1, cells)
@@ -223,6 +222,19 @@ def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> Fo
         figure = figures.node_errors(errors["nrmse"], errors["mae"], mean_truth, places, store.units)
         caption = "The error of each node, and against its mean"
     return ForecastPictures(traces, gallery.add("error-map", figure, caption), cells.pooled()["nrmse"])
+
+
+def cell_errors(forecasts: ForecastFile, store: GridStore) -> tuple[ErrorState, Int[np.ndarray, " N"]]:
+    """Returns errors with an entry a cell (row by row) or node, and the store's frame index of every origin."""
+    header = forecasts.header
+    windows, origins = match_windows(header, store)
+    numbers = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
+    errors = ErrorState.empty(numbers.size)
+    for block, tile in header.blocks():
+        batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
+        cells = numbers[header.place(block, tile)[2:]].ravel()
+        errors.add_at(cells, ErrorState.of(*(array.reshape(-1, cells.size) for array in batch)))
+    return errors, origins
 
 
 def _grid_errors(header: ForecastHeader, region: Region, store: GridStore, first: int, cells: ErrorState) -> Figure:
@@ -247,9 +259,10 @@ def representative_cells(mean_truth: np.ndarray) -> dict[str, int]:
     return {label: cell for cell, label in labels.items()}
 
 
-def _trace(
-    label: str, cell: int, forecasts: ForecastFile, store: GridStore, origins: np.ndarray, gallery: _Gallery
-) -> Image:
+def read_trace(
+    name: str, cell: int, forecasts: ForecastFile, store: GridStore, origins: Int[np.ndarray, " N"]
+) -> figures.Trace:
+    """Reads one cell's forecasts, by its position in the region row by row, and the truth of all their steps."""
     header, contract = forecasts.header, forecasts.header.metadata.contract
     index = np.unravel_index(cell, header.cell_ids.shape)
     position = [axis.start + int(i) for axis, i in zip(header.region.slices, index, strict=True)]
@@ -257,24 +270,15 @@ def _trace(
     region = type(header.region)(*(edge for i in position for edge in (i, i + 1)))
     observed = store.observed(contract.channel, first, stop, region).ravel()
     truth = np.where(observed, store.values(contract.channel, first, stop, region).ravel(), np.nan)
-    read = forecasts.read(slice(0, len(origins)), region, quantiles=True)
-    point, *quantiles = read.reshape(read.shape[:3])
+    values = forecasts.read(slice(0, len(origins)), region, quantiles=True)
+    point, *quantiles = values.reshape(values.shape[:3])
     where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], position, strict=True))
-    label = f"{label} {'node' if len(position) == 1 else 'cell'}"
-    figure = figures.cell_traces(
-        f"{label} {header.cell_ids[index]} ({where})",
-        contract.units,
-        store.local_times[first:stop],
-        truth,
-        origins - first,
-        point,
-        np.stack([quantiles[0], quantiles[-1]]) if quantiles else None,
-    )
-    name = f"forecast-{label.lower().replace(' ', '-')}"
-    return gallery.add(name, figure, f"{label}: forecasts against what was observed, local time")
+    title, band = f"{name} {header.cell_ids[index]} ({where})", np.stack(quantiles[::2]) if quantiles else None
+    return figures.Trace(title, contract.units, store.local_times[first:stop], truth, origins - first, point, band)
 
 
-def _store_of(run_dir: Path, config_text: str) -> GridStore:
+def store_of(run_dir: Path, config_text: str) -> GridStore:
+    """Opens the store that a run's configuration names. Raises InputError where it names none."""
     config: Any = yaml.safe_load(config_text)
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not data.get("store"):
@@ -305,7 +309,7 @@ def memory(size: int | None) -> str:
 
 
 def change(before: float | None, after: float) -> str:
-    """From ``before`` to ``after`` in per cent, or as a factor where it is tenfold or more."""
+    """The way from ``before`` to ``after`` in per cent, or as a factor where it is tenfold or more."""
     if not before:
         return "–"
     if abs(after / before) >= 10:

@@ -10,7 +10,6 @@ import pytest
 from stdist.data import GridSpec, GridStore, GridWriter, NodeSpec, Split, open_store
 from stdist.evaluation import (
     ChunkGrid,
-    EvaluationResult,
     ForecastHeader,
     ForecastMetadata,
     ForecastWriter,
@@ -18,6 +17,7 @@ from stdist.evaluation import (
     forecast_contract,
     open_forecasts,
 )
+from stdist.evaluation.protocol import EvaluationResult
 
 DAYS, SLOTS, H, W = 21, 24, 4, 3
 GAP = (15 * SLOTS + 2, 15 * SLOTS + 12)

@@ -5,15 +5,15 @@ import pytest
 
 from stdist.data import DaySpan, GridSpec, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
-from stdist.evaluation import (
+from stdist.evaluation import ErrorState, baselines, forecast_header, score_baselines
+from stdist.evaluation.baselines import (
     BaselineForecasts,
-    ErrorState,
-    baselines,
+    calendar,
     forecast_baselines,
-    forecast_header,
-    score_baselines,
+    ridge,
+    same_slot_before,
+    week_slots,
 )
-from stdist.evaluation.baselines import calendar, ridge, same_slot_before, week_slots
 
 NAMES = ["persistence", "same time yesterday", "same time last week", "mean by weekday and slot", "ridge"]
 

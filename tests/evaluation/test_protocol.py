@@ -114,9 +114,7 @@ def test_cells_not_in_the_store_are_refused(forecasts, store):
 
 def test_windows_outside_the_claimed_split_are_refused(forecasts, store):
     early = replace(forecasts, origins=forecasts.origins - np.timedelta64(30, "D") // 30)
-    with pytest.raises(
-        InputError, match=r"24 forecasts, first at origin 2024-03-19T22:00Z, are no windows"
-    ):
+    with pytest.raises(InputError, match=r"24 forecasts, first at origin 2024-03-19T22:00Z, are no windows"):
         score(early, store)
 
 
