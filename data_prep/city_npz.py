@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import ArrayFile, array_file, parse_channels
-from data_prep.common import city_of, grid_spec, with_spans
-from data_prep.frames import frames_of, part_of, plan_of, stamps_from
-from data_prep.plan import Plan
+from data_prep.common import GridPlace, city_of
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import part_of, plan_of, stamps_from, steps_of
 from stdist.errors import InputError
 
 
-@with_spans
+@reader("city-npz")
 def plan(
     sources: list[Path],
     *,
@@ -55,9 +56,9 @@ def plan(
     names, stacked = _channels(arrays, channels)
     _require_one_raster(arrays, stacked)
     path, shape = arrays[0].path, arrays[0].shape
-    frames = shape[0] if stacked else sum(array.shape[0] for array in arrays)
-    stamps = stamps_from(path, start, frames, cadence, "2015-01-01T00:00")
-    spec = grid_spec(
+    steps = shape[0] if stacked else sum(array.shape[0] for array in arrays)
+    stamps = stamps_from(path, start, steps, cadence, "2015-01-01T00:00")
+    spec = GridPlace().spec(
         city or city_of(path),
         names,
         stamps,
@@ -68,7 +69,7 @@ def plan(
         static=_poi(poi, arrays[0], transpose, north_first) if poi else None,
     )
     load = partial(_load, arrays, names, stacked, transpose, north_first)
-    part = part_of(spec, frames_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
+    part = part_of(spec, steps_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
     recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
     return plan_of(spec, recipe, [*(array.path for array in arrays), *([Path(poi)] if poi else [])], [part])
 
@@ -80,9 +81,9 @@ def _load(
     volumes = [_turned(array.load(), 1, transpose, north_first) for array in arrays]
     if stacked:
         return dict(zip(names, volumes, strict=True))
-    whole = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
-    whole = whole.reshape(*whole.shape[:3], -1)
-    return {name: whole[..., index] for index, name in enumerate(names)}
+    volume = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+    volume = volume.reshape(*volume.shape[:3], -1)
+    return {name: volume[..., index] for index, name in enumerate(names)}
 
 
 def _turned(raster: np.ndarray, axis: int, transpose: bool, north_first: bool) -> np.ndarray:

@@ -34,7 +34,7 @@ RHYTHMS: dict[str, tuple[float, list[tuple[float, float, float]], list[tuple[flo
     "leisure": (0.40, [(12.5, 0.5, 2.0), (19.5, 1.0, 3.0), (23, 0.4, 2.0)], [(16, 1.0, 3.5), (22, 0.9, 3.0)]),
 }
 WEEKEND_LEAN = 0.5
-"""How far a free day leaves the working day's rhythm for its own."""
+"""Share of its own rhythm that a free day takes; the rest is the working day's."""
 SHARED_HOURS, OWN_HOURS = 14.0, 1.5
 """Correlation times of the noise that neighbours share and of a cell's own."""
 SHARED_STD, OWN_STD, SLOT_STD = 0.12, 0.10, 0.12

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from stdist.evaluation import Chunk, ChunkGrid, ErrorState, ForecastWriter
+from stdist.evaluation import Chunk, ChunkGrid, ErrorState
 from stdist.evaluation.forecast_header import QUANTILES
-from stdist.progress import Progress
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastConfig
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.frames import clipped
 from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 
@@ -74,34 +72,6 @@ def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.nd
     if candidates.shape[2] > 1:
         quantities = np.concatenate([quantities, np.quantile(candidates, QUANTILES, axis=2)])
     return quantities.transpose(0, 1, 3, 2).astype(np.float32)
-
-
-def forecast_windows(
-    policy: Policy,
-    city: CityWindows,
-    config: ForecastConfig,
-    seed: int,
-    writer: ForecastWriter,
-    progress: Progress,
-) -> None:
-    """Forecasts the pieces that ``writer`` lacks. ``progress`` counts cells x windows, those that were there included.
-
-    ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, of the whole
-    grid of each window.
-    """
-    left = writer.remaining
-    total = writer.grid.size
-    done = total - sum(piece.size for piece in left)
-    progress(done, total)
-    generations = candidates_per_cell(config)
-    for piece, batch, values in forecast_pieces(
-        policy, city, np.arange(len(city)), left, config.decoding, generations, seed
-    ):
-        first_of_windows = piece.cells.start == 0
-        white = clipped(batch.grids.numpy(), policy.encoder.t_max) if policy.encoder and first_of_windows else 0
-        writer.write(piece, summarise(values), {"clipped": white})
-        done += piece.size
-        progress(done, total)
 
 
 def validation_errors(

@@ -29,6 +29,7 @@ from stdist.vision_llm.kernels.token_losses import best_rows, token_losses
 from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.policy.prompts import END
 
+HEADLINES = {"alignment": ("exact_match",), "arithmetic": ("loss", "exact_match", "median_relative_error")}
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
 T = TypeVar("T")
 _EVALUATION_SEED = 7_000_001  # added to the run's seed
@@ -43,6 +44,7 @@ class AlignmentStage(Stage):
         self, name: str, policy: Policy, config: AlignmentConfig, seed: int, group: ProcessGroup = ProcessGroup()
     ):
         self.name, self.policy, self.config, self.seed, self.group = name, policy, config, seed, group
+        self.headline = HEADLINES[name]
         self._batch = BATCHES[name]
         share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
         self._share, each = share, share.stop - share.start
