@@ -2,6 +2,8 @@
 
     stdist demo --out demo
     python docs/make_picture.py demo/runs/NAME --out docs/report.png
+
+Says the size of the file, and fails above 200 kB.
 """
 
 import argparse
