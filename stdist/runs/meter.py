@@ -45,7 +45,9 @@ class Meter(TorchDispatchMode):
             return self._run(func, args, kwargs)
         if kwargs.get("device") == META and not _dtype(func, args, kwargs).is_floating_point:
             kwargs = kwargs | {"device": CPU}
-        return self._counted(func(*args, **kwargs))
+        out = func(*args, **kwargs)
+        self.flops += _flops(func, args, kwargs, out)
+        return self._counted(out)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation on shapes, or what it gave of such shapes before."""
@@ -73,10 +75,10 @@ class Meter(TorchDispatchMode):
         return type(out)(map(self._counted, out)) if isinstance(out, (tuple, list)) else out
 
     def _count(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return tensor
         if not tensor.is_floating_point():
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+            return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+        if tensor.layout != torch.strided:
+            return tensor
         storage = tensor.untyped_storage()
         number, size = storage._cdata, storage.nbytes()
         if number not in self._known:
@@ -104,13 +106,13 @@ def _tensor(data: Any, *, device: Any = None, make: Callable[..., Tensor] = torc
 
 
 @contextmanager
-def metered(module: nn.Module) -> Iterator[Meter]:
+def metered(module: nn.Module, *inputs: Tensor) -> Iterator[Meter]:
     """Counts what runs inside, on a module whose gradients are there already, as from a second micro-batch on."""
     gradients = {parameter: torch.zeros_like(parameter) for parameter in module.parameters() if parameter.requires_grad}
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
     with (
-        Meter([*module.parameters(), *module.buffers(), *gradients.values()]) as meter,
+        Meter([*module.parameters(), *module.buffers(), *gradients.values(), *inputs]) as meter,
         patch.object(nn.functional, "scaled_dot_product_attention", _attention),
         patch.object(torch, "tensor", _tensor),
     ):

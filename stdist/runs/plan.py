@@ -81,6 +81,7 @@ class StagePlan:
             "parameters": sum(w.count for w in self.weights),
             "trainable_parameters": sum(w.count for w in self.weights if w.trainable),
             "bytes": {kind: vars(state) for kind, state in self.states.items()} | self.buffers,
+            "phases": {phase: dict(held) for phase, held in self.phases.items()},
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             **self.counts,

@@ -14,11 +14,10 @@ from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
-from stdist.vision_llm.policy.model import Policy
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.recipe import check_learners, parameter_groups
-from stdist.vision_llm.stage_costs import Costs, alignment_costs, policy_weights, shape_policy, window_costs
+from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
 from stdist.vision_llm.task import ASSUMED_GRID, stage_config, unfitted_spec
 
 
@@ -55,7 +54,7 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
     Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
     """
     settings, ranks = stage_config(config, stage), ranks_of(config)
-    policy, costs = costs_of(config, stage)
+    policy, costs = shape_policy(*starting_point(config, stage)), costs_of(config, stage)
     weights = policy_weights(policy, config.policy.load_in_4bit)
     if ranks.zero_stage and settings.trainable == "full":  # DeepSpeed casts all of it
         weights = [replace(w, bytes_each=policy.text_rows.element_size()) for w in weights]
@@ -78,21 +77,23 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
     )
 
 
-def costs_of(config: VisionLLMConfig, stage: str) -> tuple[Policy, Costs]:
-    """The policy without weights as it begins the stage, and one learner's costs of a step."""
+def costs_of(config: VisionLLMConfig, stage: str) -> Costs:
+    """One learner's of a step."""
     settings, group = stage_config(config, stage), ProcessGroup(0, config.learners.num_workers)
-    spec, cells, _ = read_city(config)
-    spec = spec.model_copy(update={"load_in_4bit": False})  # it has no shapes of its own
-    names = config.stages[: config.stages.index(stage) + 1]
-    stages = tuple((name, stage_config(config, name).trainable) for name in names)
     if isinstance(settings, AlignmentConfig):
         examples = len(group.local_items(range(settings.train_batch_size)))
-        costs = alignment_costs(spec, stages, settings, examples)
-    else:
-        assert isinstance(settings, ForecastStageConfig)
-        windows = len(group.local_items(range(settings.windows_per_step)))
-        costs = window_costs(spec, stages, settings, windows, min(settings.cells_per_window, cells))
-    return shape_policy(spec, stages), costs
+        return alignment_costs(*starting_point(config, stage), settings, examples)
+    assert isinstance(settings, ForecastStageConfig)
+    windows = len(group.local_items(range(settings.windows_per_step)))
+    cells = min(settings.cells_per_window, read_city(config)[1])
+    return window_costs(*starting_point(config, stage), settings, windows, cells)
+
+
+def starting_point(config: VisionLLMConfig, stage: str) -> tuple[PolicySpec, Stages]:
+    """The policy that the run trains, and the stages that it has begun when ``stage`` trains it."""
+    spec = read_city(config)[0].model_copy(update={"load_in_4bit": False})  # which has no shapes of its own
+    names = config.stages[: config.stages.index(stage) + 1]
+    return spec, tuple((name, stage_config(config, name).trainable) for name in names)
 
 
 def ranks_of(config: VisionLLMConfig) -> Ranks:

@@ -22,7 +22,7 @@ from stdist.runs.recipes import parse_config
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.kernels.attention import MATH, Choice
-from stdist.vision_llm.plan import costs_of, plan_run, plan_stage
+from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import Policy
@@ -159,7 +159,7 @@ def kind_of(name: str) -> str:
 def test_parameters_by_kind_are_those_of_the_policy(config, stages, trainable, dtype):
     """Counts, bytes and what trains."""
     run = config(stages=stages, policy={"dtype": dtype}, **{stages[0]: {"trainable": trainable}})
-    policy, plan = policy_at(run, stages[-1]), plan_stage(run, stages[-1])
+    policy, planned_policy = policy_at(run, stages[-1]), shape_policy(*starting_point(run, stages[-1]))
     real: dict[tuple[str, bool], list[int]] = {}
     for name, parameter in policy.named_parameters():
         kind = kind_of(name)
@@ -169,11 +169,11 @@ def test_parameters_by_kind_are_those_of_the_policy(config, stages, trainable, d
         held[0] += parameter.numel()
         held[1] += parameter.nbytes
     planned: dict[tuple[str, bool], list[float]] = {}
-    for weights in plan.weights:
+    for weights in policy_weights(planned_policy, four_bit=False):
         kind = weights.kind if weights.kind in (LORA, ROWS, REFERENCE_LORA, REFERENCE_ROWS, VISION) else "base"
         held = planned.setdefault((kind, weights.trainable), [0, 0])
         held[0] += weights.count
-        held[1] += plan.states[weights.kind].weights
+        held[1] += weights.bytes
     assert planned == real
 
 
@@ -199,7 +199,7 @@ def test_a_step_of_sft_is_planned_as_it_runs(config, monkeypatch):
     """Tokens, micro-batches, operations and passes, of a real policy's real step. Attention as plain products, which
     are as many operations as the fused kernel's."""
     run = config(stages=["sft"], sft={"trainable": "full"}, frames={"enabled": False})
-    plan, (_, costs) = plan_stage(run, "sft"), costs_of(run, "sft")
+    plan, costs = plan_stage(run, "sft"), costs_of(run, "sft")
     monkeypatch.setattr(Policy, "attention_choice", Choice(MATH, "plain"))
     policy = policy_at(run, "sft")
     city = CityWindows(policy, open_task(run).train)
@@ -325,7 +325,7 @@ def test_full_fine_tuning_with_zero_3(config, base):
     learners = DEEPSPEED | {"zero_stage": 3}
     policy = {"base": base, "dtype": "bfloat16"}
     run = config(policy=policy, stages=["sft"], sft={"trainable": "full", "windows_per_step": 8}, learners=learners)
-    plan, (_, costs) = plan_stage(run, "sft"), costs_of(run, "sft")
+    plan, costs = plan_stage(run, "sft"), costs_of(run, "sft")
     count = {w.kind: w.count for w in plan.weights}
     whole, everything = count["head"] + count[ROWS], sum(count.values())
     states = sum(state.device for state in plan.states.values())
@@ -336,7 +336,7 @@ def test_full_fine_tuning_with_zero_3(config, base):
     assert len(costs.calls) == 2 and costs.prefixes == costs.calls[0] == 1
     vision = 2 * count[VISION]
     assert gathers == pytest.approx(2 * vision + sum(costs.calls) * 2 * (2 * (everything - whole) - vision))
-    walks, _ = costs.passes(policy_weights(costs_of(config(stages=["sft"]), "sft")[0], False))
+    walks, _ = costs.passes(policy_weights(shape_policy(*starting_point(config(stages=["sft"]), "sft")), False))
     assert walks["decoder"] == walks[LORA] == 2 * walks["embeddings"] and walks[VISION] == 1
 
 
