@@ -21,9 +21,10 @@ from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.scoring import forecast, forecast_and_score, stage_sentence
 from stdist.vision_llm.stages.alignment import AlignmentStage
@@ -60,7 +61,7 @@ def train(
     return {"run": str(run_dir), "stages": summaries, **result}
 
 
-def _open(config: VisionLLMConfig, group: ProcessGroup) -> tuple[Task, Policy, str | None]:
+def _open(config: VisionLLMConfig, group: ProcessGroup) -> tuple[Task, PolicyModel, str | None]:
     """The run's data, its policy on the device, and what is to be said of values that were clamped. Raises InputError
     for whatever would stop the run later."""
     task = check(config, group)
@@ -104,7 +105,7 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
 class PolicyFiles:
     """See :class:`stdist.training.loop.Model`."""
 
-    policy: Policy
+    policy: PolicyModel
 
     def snapshot(self) -> Callable[[Path], None]:
         return snapshot_policy(self.policy)
@@ -116,7 +117,7 @@ class PolicyFiles:
 def train_stages(
     config: VisionLLMConfig,
     task: Task,
-    policy: Policy,
+    policy: PolicyModel,
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None],
 ) -> dict[str, dict[str, Any]]:
@@ -151,7 +152,7 @@ def train_stages(
     return summaries
 
 
-def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, group: ProcessGroup) -> Engine:
+def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: PolicyModel, group: ProcessGroup) -> Engine:
     """The configured engine on what trains in the stage."""
     groups = parameter_groups(policy, settings)
     return engines.make_engine(
@@ -163,21 +164,21 @@ def _build_stage(
     config: VisionLLMConfig,
     name: str,
     task: Task,
-    policy: Policy,
+    policy: PolicyModel,
     group: ProcessGroup,
     train: CityWindows,
     validation: CityWindows,
 ) -> Stage:
     decoding = _validation_decoding(config)
     if name == "grpo":
-        policy.begin_grpo(config.seed)
+        begin_grpo(policy, config.seed)
         region = task.train.region
         cell_mean = task.statistics.cell_mean[region.slices].ravel()
         return GRPOStage(policy, train, validation, cell_mean, config.grpo, config.seed, decoding, group)
     settings = stage_config(config, name)
-    if settings.trainable == "lora" and not policy.adapters:
-        policy.add_lora(seed=config.seed)
-    policy.train_only(settings.trainable, frames=name == "sft")
+    if settings.trainable == "lora" and not adapter_names(policy):
+        add_lora(policy, seed=config.seed)
+    train_only(policy, settings.trainable, frames=name == "sft")
     if name == "sft":
         return SFTStage(policy, train, validation, config.sft, config.seed, decoding, group)
     return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
@@ -188,7 +189,7 @@ def _validation_decoding(config: VisionLLMConfig) -> Decoding:
     return "median" if config.forecast.decoding == "sample" else config.forecast.decoding
 
 
-def parameter_groups(policy: Policy, settings: StageConfig) -> list[ParameterGroup]:
+def parameter_groups(policy: PolicyModel, settings: StageConfig) -> list[ParameterGroup]:
     """Backbone or adapter matrices, their vectors (never decayed), and the numeral rows at their own rate."""
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     backbone = {name: p for name, p in trained.items() if name.startswith("backbone.")}

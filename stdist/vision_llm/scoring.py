@@ -28,7 +28,7 @@ from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.checkpoints import load_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.frames import pixels_per_cell
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import candidates_per_cell, forecast_windows, plan_pieces
 from stdist.vision_llm.task import Task, cadence_minutes, first_cell, span_of
 
@@ -52,7 +52,7 @@ def stage_sentence(summary: dict[str, Any]) -> str:
 def forecast_and_score(
     config: VisionLLMConfig,
     task: Task,
-    policy: Policy,
+    policy: PolicyModel,
     summaries: dict[str, Any],
     notes: list[str],
     log: Callable[[str], None],
@@ -128,7 +128,9 @@ def checkpoint_name(config: VisionLLMConfig, summary: dict[str, Any]) -> str:
     return f"{config.stages[-1]}/{summary['checkpoint']}"
 
 
-def make_forecasts(config: VisionLLMConfig, policy: Policy, city: CityWindows, writer: ForecastWriter) -> list[str]:
+def make_forecasts(
+    config: VisionLLMConfig, policy: PolicyModel, city: CityWindows, writer: ForecastWriter
+) -> list[str]:
     """Forecasts every window that the writer lacks. Returns what a reader of them should know: values that the frames
     could not show."""
     with progress_bar("forecast", unit="cells") as progress:
@@ -185,7 +187,7 @@ def forecast(
     return {"out": str(out), "windows": len(windows), "checkpoint": checkpoint}
 
 
-def retarget(policy: Policy, store: GridStore) -> None:
+def retarget(policy: PolicyModel, store: GridStore) -> None:
     """Points a policy at a store's city, cadence and grid; t_max, in the data's units, stays the training city's."""
     spec, (height, width) = policy.spec, store.shape
     frames = spec.frames

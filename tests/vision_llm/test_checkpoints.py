@@ -16,16 +16,18 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlamaConfig, Qwen2_5
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm import Policy as PublicPolicy
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, save_policy
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_image_processor, build_model, build_tokenizer
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 PlainInputs = Callable[..., dict[str, Tensor]]
 
 
-def train_a_little(policy: Policy) -> Policy:
+def train_a_little(policy: PolicyModel) -> PolicyModel:
     """Moves every trainable parameter, so that nothing loaded can be right by accident."""
     generator = torch.Generator().manual_seed(4)
     for parameter in policy.parameters():
@@ -34,16 +36,16 @@ def train_a_little(policy: Policy) -> Policy:
     return policy.eval()
 
 
-def logits(policy: Policy, batch: PolicyBatch) -> Tensor:
+def logits(policy: PolicyModel, batch: PolicyBatch) -> Tensor:
     """Everything the policy can say after each of the batch's prompts, ``[cells, text + numerals]``."""
     with torch.no_grad():
         hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), batch.prompts)
-        return policy.logits(hidden[:, -1])
+        return head_logits(hidden[:, -1], policy.full_head)
 
 
 def says_the_same(
     model: Qwen2_5_VLForConditionalGeneration | PeftModel,
-    policy: Policy,
+    policy: PolicyModel,
     batch: PolicyBatch,
     plain_inputs: PlainInputs,
 ) -> bool:
@@ -60,7 +62,7 @@ def test_a_trained_preset_is_a_model_of_transformers(
     make_policy: MakePolicy, batch: PolicyBatch, plain_inputs: PlainInputs, folder: Path
 ) -> None:
     policy = make_policy()
-    policy.train_only("full")
+    train_only(policy, "full")
     save_policy(train_a_little(policy), folder)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert model.get_input_embeddings().weight.shape[0] == policy.first_numeral_id + len(policy.vocabulary)
@@ -72,10 +74,10 @@ def test_a_trained_preset_with_lora_is_a_model_and_an_adapter(
 ) -> None:
     """After GRPO: the base, the numeral rows, and the second adapter, which holds all that the first one had."""
     policy = make_policy()
-    policy.add_lora()
-    policy.train_only("lora")
+    add_lora(policy)
+    train_only(policy, "lora")
     train_a_little(policy)
-    policy.begin_grpo()
+    begin_grpo(policy)
     save_policy(train_a_little(policy), folder)
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert not says_the_same(base, policy, batch, plain_inputs), "the adapter must matter"
@@ -87,7 +89,7 @@ def test_a_frozen_base_gets_an_adapter_with_the_numeral_rows(
 ) -> None:
     """The named base, resized to the checkpoint's tokenizer, plus ``adapter/``: nothing of the base is copied."""
     policy = make_policy(base=str(base), base_is_trained=False)
-    policy.train_only("lora")
+    train_only(policy, "lora")
     save_policy(train_a_little(policy), folder)
     assert not list(folder.glob("*.safetensors"))
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size < (
@@ -108,7 +110,7 @@ def test_a_frozen_base_is_bitwise_what_was_published(make_policy: MakePolicy, ba
     assert ours.keys() == published.keys()
     assert all(torch.equal(ours[name], published[name]) for name in published)
     assert policy.first_numeral_id == len(build_tokenizer()) < len(published["lm_head.weight"])
-    assert policy.text_rows.shape[0] == policy.first_numeral_id
+    assert policy.text_head.shape[0] == policy.first_numeral_id
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_a_base_with_tied_embeddings(
     """Numerals have two rows where text tokens have one: saved as untied, or loaded onto the untied base."""
     policy = make_policy(base=str(tied_base), base_is_trained=trained)
     assert policy.base_model.lm_head.weight is policy.base_model.get_input_embeddings().weight
-    policy.train_only("full" if trained else "lora")
+    train_only(policy, "full" if trained else "lora")
     save_policy(train_a_little(policy), folder)
     batch = make_batch(policy)
     if trained:
@@ -158,20 +160,20 @@ def test_round_trip(
     """``load_policy`` gives the same logits, the same spec, and no weight its own."""
     changes = {"base": str(base)} if "folder" in case else {}
     policy = make_policy(base_is_trained="full" in case, **changes)
-    if "adapter" in case and not policy.adapters:
-        policy.add_lora()
-    policy.train_only("full" if "full" in case else "lora")
+    if "adapter" in case and not adapter_names(policy):
+        add_lora(policy)
+    train_only(policy, "full" if "full" in case else "lora")
     save_policy(train_a_little(policy), folder)
     loaded = load_policy(folder)
     batch = make_batch(policy)
     assert loaded.spec == policy.spec and not loaded.training
     assert torch.equal(logits(loaded, batch), logits(policy, batch))
     assert torch.equal(loaded.rows.output, policy.rows.output)
-    assert loaded.adapters == policy.adapters
+    assert adapter_names(loaded) == adapter_names(policy)
     public = PublicPolicy.from_pretrained(folder)
-    assert torch.equal(public.rows.input, policy.rows.input)
+    assert torch.equal(public.model.rows.input, policy.rows.input)
     frames, origin = batch.grids[0].numpy(), np.datetime64("2013-11-05T12:00")
-    assert np.array_equal(*(p.forecast(frames, [(1, 1)], origin) for p in (public, policy)))
+    assert np.array_equal(*(p.forecast(frames, [(1, 1)], origin) for p in (public, PublicPolicy(policy))))
 
 
 def test_a_checkpoint_needs_no_preset_to_load(
@@ -240,7 +242,7 @@ def test_the_checkpoints_image_processor_is_the_encoders(make_policy: MakePolicy
 
 def test_no_pickle_is_in_a_checkpoint(make_policy: MakePolicy, folder: Path) -> None:
     policy = make_policy()
-    policy.add_lora()
+    add_lora(policy)
     save_policy(policy, folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".md", ".jinja"}

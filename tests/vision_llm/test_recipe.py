@@ -14,7 +14,7 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
 from stdist.runs.recipes import parse_config
-from stdist.vision_llm import recipe, scoring
+from stdist.vision_llm import Policy, recipe, scoring
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.policy.checkpoints import load_policy
 from stdist.vision_llm.stages.grpo import GRPOStage
@@ -123,7 +123,7 @@ def test_forecasts_are_the_final_checkpoints_own(run: Path, config: VisionLLMCon
     """One window, one cell, by the notebook's call on the checkpoint that the run names."""
     final = run / "checkpoints" / "grpo"
     checkpoint = json.loads((final / "finished.json").read_text())["checkpoint"]
-    policy = load_policy(final / checkpoint)
+    policy = Policy.from_pretrained(final / checkpoint)
     forecast = xarray.open_zarr(run / "forecasts" / "test.zarr")["forecast"]
     origin = store.windows("test", 4, 3, channel="internet").origins[5]
     frames = store.values("internet", origin - 3, origin + 1)

@@ -18,7 +18,7 @@ END = "<|im_end|>"
 BLANK = "<|vision_pad|>"  # a token of Qwen's that no prompt uses: stands for a value not given
 
 
-class Prompts:
+class PromptEncoder:
     """Turns windows and cells into token ids.
 
     Args:

@@ -6,7 +6,6 @@ as all candidates of a window read the window's.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,9 +14,10 @@ from torch import Tensor
 from stdist.vision_llm.kernels.attention import MATH
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.kernels.tree_attention import Segment, merge
+from stdist.vision_llm.policy.model import PolicyModel
 
 if TYPE_CHECKING:
-    from stdist.vision_llm.policy.model import Policy
+    pass
 
 # Candidates written together: enough to keep matrix products busy, few enough that their states stay in caches.
 MOST_SEQUENCES = 1024
@@ -93,7 +93,7 @@ class DecodeBatch:
 
     def __init__(
         self,
-        policy: "Policy",
+        policy: PolicyModel,
         prefix: Prefix,
         prompts: Int[Tensor, "cells tokens"],
         num_generations: int,

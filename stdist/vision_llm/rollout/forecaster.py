@@ -14,7 +14,7 @@ from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastConfig
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.frames import clipped
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 
 # Cells x windows of a piece: enough to fill a device, few enough that a killed forecast loses little.
@@ -32,7 +32,7 @@ def candidates_per_cell(config: ForecastConfig) -> int:
 
 
 def forecast_pieces(
-    policy: Policy,
+    policy: PolicyModel,
     city: CityWindows,
     indices: Int[np.ndarray, " N"],
     pieces: Iterable[Piece],
@@ -77,7 +77,7 @@ def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.nd
 
 
 def forecast_windows(
-    policy: Policy,
+    policy: PolicyModel,
     city: CityWindows,
     config: ForecastConfig,
     seed: int,
@@ -105,7 +105,7 @@ def forecast_windows(
 
 
 def validation_errors(
-    policy: Policy,
+    policy: PolicyModel,
     city: CityWindows,
     indices: np.ndarray,
     windows_per_batch: int,
