@@ -1,4 +1,4 @@
-"""What the policy reads: shared part first, one cell's part last (docs/decisions.md, prompt order).
+"""Prompts as token ids: shared part first, one cell's part last (docs/decisions.md, prompt order).
 
 ``shared``: system text, S frames, and the instruction every cell of a window has in common (city, channel, cadence,
 time). ``cells``: coordinates and history of a cell, as single-token numerals, so that every cell's prompt of a run has

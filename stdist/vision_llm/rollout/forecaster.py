@@ -1,4 +1,4 @@
-"""Forecasts of a region for many windows, piece by piece, and the errors a stage watches."""
+"""Forecasts of a region for many windows, piece by piece, and the validation errors of a stage."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -42,8 +42,8 @@ def forecast_pieces(
 ) -> Iterator[tuple[Piece, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
 
-    Windows are read and encoded once for all consecutive pieces of them. Each piece draws from ``seed``, its first
-    window and its first cell alone, so that it does not matter which pieces were forecast before it.
+    Windows are read and encoded once for all consecutive pieces of them. Uniform numbers of a piece depend on ``seed``,
+    its first window and its first cell alone, so that it does not matter which pieces were forecast before it.
     """
     sampler = Sampler(policy, decoding, num_generations)
     for windows, blocks in groupby(pieces, key=lambda piece: piece.windows):
@@ -84,7 +84,7 @@ def forecast_windows(
     writer: ForecastWriter,
     progress: Progress,
 ) -> None:
-    """Forecasts the pieces that ``writer`` lacks. ``progress`` counts cells x windows, those that were there included.
+    """Forecasts the pieces that ``writer`` lacks. ``progress`` counts cells x windows, finished ones included.
 
     ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, of the whole
     grid of each window.

@@ -19,9 +19,6 @@ from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.decode_batch import PREFILL_TOKENS, DecodeBatch
 from stdist.vision_llm.tree.prefix_tree import slices
 
-if TYPE_CHECKING:
-    pass
-
 # Logits are made for as many sequences at a time as keep them within this.
 LOGIT_BYTES = 2**28
 
