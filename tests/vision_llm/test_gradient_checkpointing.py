@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import begin_grpo, train_only
-from stdist.vision_llm.policy.checkpoints import load_policy, save_policy
+from stdist.vision_llm.policy.checkpoints import load_policy, snapshot_policy
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 
@@ -93,7 +93,7 @@ def test_the_vision_tower_is_left_alone(make_case: MakePolicy) -> None:
 
 
 def test_a_checkpoint_remembers_it(make_case: MakePolicy, folder: Path) -> None:
-    save_policy(make_case("preset, in full", True), folder)
+    snapshot_policy(make_case("preset, in full", True))(folder)
     loaded = load_policy(folder)
     train_only(loaded, "full")
     assert step(loaded.train())[0] == 2

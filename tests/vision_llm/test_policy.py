@@ -49,7 +49,7 @@ def test_logits_say_only_tokens_that_exist_in_the_order_of_ids(policy: PolicyMod
     assert full.shape == (3, first + n) and answer.shape == (3, n + 1)
     assert torch.allclose(full[:, first:], answer[:, :-1], atol=1e-6)
     assert torch.allclose(full[:, policy.end_id], answer[:, -1], atol=1e-6)
-    numeral = policy.vocabulary.id("<|FP42/1|>")
+    numeral = policy.vocabulary.indices(42, 1)
     assert torch.allclose(answer[:, numeral], hidden @ policy.rows.output[numeral], atol=1e-6)
 
 

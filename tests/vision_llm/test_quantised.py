@@ -18,7 +18,7 @@ from stdist.runs.recipes import parse_config
 from stdist.vision_llm import Policy as PublicPolicy
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import adapter_names, as_reference, begin_grpo, train_only
-from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, save_policy
+from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.task import open_task, policy_spec
 
@@ -183,7 +183,7 @@ def test_a_second_adapter_starts_as_the_first(make_quantised: MakePolicy) -> Non
 
 def test_a_checkpoint_quantises_its_base_again(make_quantised: MakePolicy, folder: Path) -> None:
     policy = moved(make_quantised()).eval()
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     assert [path.parent.name for path in folder.rglob("*.safetensors")] == ["adapter"]
     ids = sentences(policy)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_checkpoint_quantises_its_base_again(make_quantised: MakePolicy, folde
 def test_a_checkpoint_loads_without_stdist(make_quantised: MakePolicy, base: Path, folder: Path) -> None:
     """The named base, quantised in the same way and resized to the checkpoint's tokenizer, plus ``adapter/``."""
     policy = moved(make_quantised()).eval()
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -75,7 +75,7 @@ def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
 
 
 def load_policy(path: Path) -> PolicyModel:
-    """A policy saved by ``save_policy``, in evaluation mode. Raises InputError where ``path`` holds none."""
+    """A policy from its checkpoint, in evaluation mode. Raises InputError where ``path`` holds none."""
     try:
         spec = PolicySpec.model_validate_json((path / "policy.json").read_text())
     except FileNotFoundError:
@@ -89,13 +89,8 @@ def load_policy(path: Path) -> PolicyModel:
     return policy.eval()
 
 
-def save_policy(policy: PolicyModel, path: Path) -> None:
-    """Writes the checkpoint into the existing folder ``path``."""
-    snapshot_policy(policy)(path)
-
-
 def snapshot_policy(policy: PolicyModel) -> Callable[[Path], None]:
-    """Copies what a checkpoint holds; what it returns writes the copy into an existing folder, at any time."""
+    """A copy of a checkpoint's contents, as a function that writes it into an existing folder at any time."""
     spec = policy.spec.model_dump_json(indent=1)
     parts = [_snapshot_base(policy)] if policy.spec.base_is_trained else []
     parts += [_snapshot_adapter(policy)] if adapter_names(policy) else []
