@@ -271,3 +271,44 @@ def test_families_by_hand() -> None:
     assert family.rank.tolist() == [0, 0, 1, 2, 1]
     assert family.table.tolist() == [[1, 4, 0], [0, 0, 0], [0, 2, 3]]
     assert torch.equal(family.table[family.parent, family.rank], torch.arange(5))
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cells_are_let_in_when_a_quarter_is_free_and_take_the_first_free_places(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifteen cells in two rounds of eight, by hand: the last sequence fills a hole, the lowest place goes first."""
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 8)
+    cells = make_cells(3)
+    batch = DecodeBatch(talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, 1, MAX_TOKENS)
+    assert (batch.slots, len(batch.admit()), batch.waiting) == (8, 8, 7)
+    assert batch.keep(torch.arange(8) != 0).tolist() == [7, 1, 2, 3, 4, 5, 6]
+    assert (len(batch.admit()), batch.waiting) == (0, 7), "one of eight is less than a quarter"
+    assert batch.keep(torch.arange(7) != 0).tolist() == [6, 1, 2, 3, 4, 5]
+    assert (len(batch.admit()), batch.waiting) == (2, 5)
+    assert batch.number.tolist() == [6, 1, 2, 3, 4, 5, 8, 9]
+    assert batch._cell.tolist() == [6, 1, 2, 3, 4, 5, 0, 7]
+    assert batch._window.tolist() == [1, 0, 0, 0, 0, 1, 1, 1]
+    batch.keep(torch.zeros(8, dtype=torch.bool))
+    assert (len(batch.admit()), batch.waiting) == (5, 0) and batch._cell.tolist() == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_a_cells_place_is_free_when_its_last_candidate_has_ended(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cells of four candidates at a time, places for four: with one candidate of each left, nobody is let in."""
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 8)
+    cells = make_cells(2)
+    batch = DecodeBatch(talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, 4, MAX_TOKENS)
+    assert len(batch.admit()) == 8 and batch._cell.tolist() == [0] * 4 + [1] * 4
+    batch.keep(torch.tensor([0, 0, 0, 1, 0, 0, 0, 1]) == 1)
+    for place in (2, 3):
+        assert len(batch.admit()) == 4 and batch._cell.tolist()[-4:] == [place] * 4
+        batch.keep(torch.arange(len(batch)) < len(batch) - 3)
+    assert sorted(batch._cell.tolist()) == [0, 1, 2, 3] and len(batch.admit()) == 0 and batch.waiting == 6
+    batch.keep(batch._cell != 2)
+    assert len(batch.admit()) == 4 and batch._cell.tolist()[-4:] == [2] * 4

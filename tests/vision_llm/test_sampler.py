@@ -13,6 +13,7 @@ from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.rollout import sampler
 from stdist.vision_llm.rollout.sampler import Completions, Sampler, at_quantile, nucleus
 from stdist.vision_llm.stages.grpo import candidate_tree, completion_log_probs
 from stdist.vision_llm.tree import prefix_tree
@@ -321,6 +322,22 @@ def test_direct_is_the_mean_behind_blanks(policy: PolicyModel, batch: PolicyBatc
         p = head_logits(hidden[:, -1], policy.answer_head).double()[:, :-1].softmax(-1).numpy()
         expected = [sum(q * v for q, v in zip(row, policy.vocabulary.values, strict=True)) for row in p]
         assert direct[:, step].tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_logits_of_a_few_sequences_at_a_time_change_nothing(
+    policy: PolicyModel, batch: PolicyBatch, prefix: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers = [lambda: Sampler(policy, "greedy").generate(prefix, batch.prompts, 3).answer_ids]
+    makers += [lambda: Sampler(policy, "direct").forecast(prefix, batch.prompts)]
+    together = [make() for make in makers]
+    calls: list[int] = []
+    logits = sampler.head_logits
+    monkeypatch.setattr(sampler, "head_logits", lambda hidden, head: calls.append(len(hidden)) or logits(hidden, head))
+    monkeypatch.setattr(sampler, "LOGIT_BYTES", 4 * 1801 * 4)
+    greedy, direct = [make() for make in makers]
+    assert calls == [4, 2] * 3 + [3] * 6, "six cells of a step, and one cell's three steps"
+    assert torch.equal(greedy, together[0])
+    torch.testing.assert_close(direct, together[1], rtol=1e-4, atol=1e-2)
 
 
 def test_policy_forecast_is_the_samplers(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
