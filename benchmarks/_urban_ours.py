@@ -5,8 +5,7 @@ from _urban_point import MEAN, STD, K, Made, S
 from torch import Tensor
 from torch.nn import functional as F
 
-from stdist.urbanpg import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
-from stdist.urbanpg.blocks import forward_in_blocks
+from stdist.urbanpg import Backbone, BackboneSpec, ContextPrompts, PromptSpec, UrbanPG
 
 SLOT, WEEKDAY = torch.tensor([5]), torch.tensor([2])
 
@@ -19,7 +18,7 @@ class Quadratic(UrbanPG):
         H = backbone.embed(prompts.normalise(history))
         q, k, v = backbone.qkv(H).chunk(3, -1)
         P_t = prompts.temporal(slot, weekday)[:, None]
-        P_s = prompts.perturb(prompts.rows(), 0, self.draw(None))
+        P_s = prompts.perturb(prompts.node_embeddings(), 0, self.step_seed(None))
         attended = F.scaled_dot_product_attention(q[:, None], (k + P_t + P_s)[:, None], v[:, None])[:, 0]
         Z = H + (attended * (1 + P_t) + P_s) * P_t
         made = backbone.mlp_out(backbone.mlp_in(Z).relu())
@@ -29,8 +28,7 @@ class Quadratic(UrbanPG):
 def make(model: str, nodes: int, width: int, block_nodes: int | None = None) -> Made:
     """``model``: ``urbanpg`` or ``quadratic``; ``block_nodes``: nodes that pass together, None for all."""
     spec = BackboneSpec(history=S, horizon=K, d=width)
-    prompts = Prompts(PromptSpec(scenario="city", periods=(nodes,), cadence=15, d=width), MEAN, STD)
+    prompts = ContextPrompts(PromptSpec(scenario="city", periods=(nodes,), cadence=15, d=width), MEAN, STD)
     made = (UrbanPG if model == "urbanpg" else Quadratic)(Backbone(spec), prompts)
-    if block_nodes is None:
-        return made, lambda history: made(history, SLOT, WEEKDAY)
-    return made, lambda history: forward_in_blocks(made, history, SLOT, WEEKDAY, block_nodes=block_nodes)
+    made.block_nodes = block_nodes
+    return made, lambda history: made(history, SLOT, WEEKDAY)

@@ -29,7 +29,7 @@ from stdist.config import LearnersConfig
 from stdist.nodes.learners import NodeLearners
 from stdist.training.deepspeed_json import deepspeed_json
 from stdist.training.engine import Engine, ParameterGroup, TorchEngine
-from stdist.urbanpg import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
+from stdist.urbanpg import Backbone, BackboneSpec, ContextPrompts, PromptSpec, UrbanPG
 from stdist.urbanpg.node_parallel import NodeParallel
 
 S = K = 12
@@ -53,14 +53,14 @@ def train(learners: NodeLearners, d: int, runs: int, torch_alone: bool) -> dict[
     model, engine = build(learners, nodes, d, torch_alone)
     generator = torch.Generator().manual_seed(1)
     history, target = (
-        torch.randn(1, length, nodes, generator=generator)[:, :, learners.here].clone() for length in (S, K)
+        torch.randn(1, length, nodes, generator=generator)[:, :, learners.node_slice].clone() for length in (S, K)
     )
     slot = weekday = torch.zeros(1, dtype=torch.int64)
     points = learners.total(torch.tensor(float(target.numel())))
     losses: list[float] = []
 
     def step() -> None:
-        loss = (model(history, slot, weekday, draw=len(losses)) - target).abs().sum() / points
+        loss = (model(history, slot, weekday, noise_seed=len(losses)) - target).abs().sum() / points
         engine.backward(loss)
         engine.step()
         losses.append(float(learners.total(loss)))
@@ -76,7 +76,7 @@ def train(learners: NodeLearners, d: int, runs: int, torch_alone: bool) -> dict[
 def build(learners: NodeLearners, nodes: int, d: int, torch_alone: bool) -> tuple[UrbanPG, Engine]:
     torch.manual_seed(0)
     spec = BackboneSpec(history=S, horizon=K, d=d)
-    whole = UrbanPG(Backbone(spec), Prompts(PromptSpec(scenario="a", periods=(nodes,), cadence=60, d=d)))
+    whole = UrbanPG(Backbone(spec), ContextPrompts(PromptSpec(scenario="a", periods=(nodes,), cadence=60, d=d)))
     if torch_alone:
         return whole.train(), TorchEngine(
             [ParameterGroup(dict(whole.named_parameters()), 1e-3, 0.0)], lambda step: 1.0, 5.0

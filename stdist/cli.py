@@ -123,14 +123,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run or resume every stage a config names, then forecast, score and report."""
-    from stdist.runs.recipes import load_config
+    from stdist.runs import recipes
 
-    loaded = load_config(config, overrides)
+    loaded = recipes.load_config(config, overrides)
     if loaded.learners.num_workers > 1:
-        from stdist.orchestration.learners import train as run
+        from stdist.orchestration import learners
+
+        result = learners.train(loaded, log)
     else:
-        from stdist.runs.recipes import train as run
-    result = run(loaded, log)
+        result = recipes.train(loaded, log)
     finish(result, as_json, result["report"])
 
 
@@ -157,13 +158,12 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast a region of a store for every window of a split."""
-    from stdist.runs.recipes import ForecastRequest, recipe_of
-    from stdist.runs.run_folder import read_run_config
+    from stdist.runs import recipes
+    from stdist.runs.forecasting import ForecastRequest
 
     if out.suffix not in (".zarr", ".parquet"):
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
-    config = read_run_config(run)
-    result = recipe_of(config).forecast(config, ForecastRequest(run, store, region, split, out), log)
+    result = recipes.forecast(ForecastRequest(run, store, region, split, out), log)
     finish(result, as_json, str(out))
 
 

@@ -2,7 +2,7 @@
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -100,9 +100,19 @@ class RunConfig(Strict):
             raise ValueError("must name one folder below output_dir, without slashes")
         return name
 
+    @classmethod
+    def of_tree(cls, tree: dict[str, Any]) -> type[Self]:
+        """The class that validates ``tree``, where a value in it says which keys there are. Raises InputError."""
+        return cls
+
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
+
+    @property
+    def last_split(self) -> SplitConfig | None:
+        """Days of the last stage; the store's own split where None."""
+        return self.data.split
 
     def shared_paths(self, root: Path) -> dict[str, Path]:
         """Files and folders that every machine of a cluster must see, by their key; ``root``: what relative ones are

@@ -37,7 +37,10 @@ def validated(tree: dict[str, Any], kind: type[RunConfig], where: str) -> RunCon
     Raises InputError for an unknown key (with the nearest right one) or a wrong value.
     """
     try:
+        kind = kind.of_tree(tree)
         return kind.model_validate(tree)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except ValidationError as error:
         raise InputError(f"{where}: {_first_problem(error, kind)}") from None
 

@@ -1,4 +1,4 @@
-"""What was forecast and what was scored: the words that make two error figures comparable."""
+"""Contracts of forecasts and of scores: the words that make two error figures comparable."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stdist.data.audit import Fitted
 from stdist.errors import InputError
 
-Model = TypeVar("Model", bound=BaseModel)
+Schema = TypeVar("Schema", bound=BaseModel)
 
 MASK_RULE = "observed points only; inputs may be imputed"
 
 
 class ForecastContract(BaseModel):
-    """What a forecaster promised to forecast; travels with its forecasts.
+    """The promise of a forecaster; travels with its forecasts.
 
     ``region`` is (r0, r1, c0, c1) of a grid, half-open, row 0 in the south, or (n0, n1) of nodes; ``split`` covers
     the local days ``first_day`` to ``last_day`` (ISO dates, both included), windows' history too where
@@ -40,7 +40,7 @@ class ForecastContract(BaseModel):
 
 
 class EvaluationContract(ForecastContract):
-    """What was scored: the protocol that every error figure carries.
+    """The protocol that every error figure carries.
 
     ``windows`` were scored of the ``windows_in_split`` that the split holds; ``points`` are observed
     (window, step, cell or node) values; ``first_target`` and ``last_target`` are UTC stamps.
@@ -58,9 +58,9 @@ class EvaluationContract(ForecastContract):
 
 
 class ForecastMetadata(BaseModel):
-    """Where forecasts came from: the run's name, its checkpoint, and the contract they were made under.
+    """The origin of forecasts: the run's name, its checkpoint, and the contract they were made under.
 
-    ``fitted``: what of the forecaster was fitted on data, and on which days: forecasts of these are never scored.
+    ``fitted``: the forecaster's parts that were fitted on data, and on which days: forecasts of these are never scored.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,11 +71,11 @@ class ForecastMetadata(BaseModel):
     fitted: tuple[Fitted, ...] = ()
 
 
-def parsed(model: type[Model], content: Any, what: str, remedy: str) -> Model:
-    """``content`` (of JSON) as a model. Raises InputError that names ``what``, its first wrong key and the remedy."""
+def parsed(schema: type[Schema], content: Any, what: str, remedy: str) -> Schema:
+    """Returns ``content`` (of JSON) as a ``schema``. An InputError names ``what``, the first wrong key, ``remedy``."""
     try:
-        return model.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{what}: '{where}': {first['msg']}; {remedy}") from error
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{what}: '{key}': {first['msg']}; {remedy}") from error

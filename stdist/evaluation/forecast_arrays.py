@@ -10,6 +10,7 @@ import zarr
 from jaxtyping import Float
 
 from stdist.data.spans import AnyRegion
+from stdist.errors import InputError
 from stdist.evaluation.blocks import cut
 from stdist.evaluation.forecast_header import (
     METADATA_KEY,
@@ -22,6 +23,7 @@ from stdist.evaluation.forecast_header import (
 
 
 def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    """Writes a group of Zarr v3 with consolidated metadata, a few windows at a time (``ForecastHeader.block``)."""
     contract = header.metadata.contract
     space = header.dims[2:]
     ids = header.cell_ids
@@ -65,6 +67,7 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
 
 
 def open_zarr(path: Path) -> tuple[ForecastHeader, ReadBlock]:
+    """Opens a group that ``write_zarr`` wrote. Raises InputError where it says too little or contradicts itself."""
     with xr.open_zarr(path, chunks=None) as dataset:
         header = ForecastHeader(
             read_metadata(dataset.attrs.get(METADATA_KEY), path),
@@ -74,7 +77,8 @@ def open_zarr(path: Path) -> tuple[ForecastHeader, ReadBlock]:
         )
     forecast = zarr.open_array(path / "forecast", mode="r")
     point = zarr.open_array(path / "point", mode="r") if header.has_quantiles else forecast
-    header.require_shape(point.shape)
+    if point.shape != header.shape:
+        raise InputError(f"{path}: forecasts have shape {point.shape}, their origins and contract say {header.shape}")
 
     def read(windows: slice, tile: AnyRegion, quantiles: bool) -> Float[np.ndarray, "quantity n K *cells"]:
         place = header.place(windows, tile)

@@ -1,4 +1,4 @@
-"""What a file of forecasts says beside their values, and the blocks that are in memory of them."""
+"""The header of a file of forecasts, and the blocks in which the values are read and written."""
 
 import json
 import math
@@ -20,15 +20,20 @@ POINTS_IN_MEMORY = 2**20
 """Values (window, step, cell) that are read together, and written together unless one window has more."""
 
 ReadWindows = Callable[[slice], Float[np.ndarray, "quantity n K *cells"]]
-"""Gives n consecutive windows: the point forecast, then the quantiles if there are any."""
+"""Returns n consecutive windows: the point forecast, then the quantiles if there are any."""
 
 ReadBlock = Callable[[slice, AnyRegion, bool], Float[np.ndarray, "quantity n K *cells"]]
-"""Gives n consecutive windows of a tile of the region: the point forecast, then, if wanted, the quantiles there are."""
+"""Returns n consecutive windows of a tile of the region: the point forecast, then, if asked for, the quantiles."""
 
 
 @dataclass(frozen=True, eq=False)
 class ForecastHeader:
-    """What a file of forecasts says beside their values; see ``Forecasts``."""
+    """All that a file of forecasts says beside the values, of N windows, K steps and the cells of one region.
+
+    ``origins`` are the UTC stamps (datetime64[ns]) of the last history frames; step k (from 1) is the value k frames
+    later. ``has_quantiles``: beside the point forecast there are ``QUANTILES`` of the candidates. Values are in the
+    data's units; cells nobody forecast (outside the city) are NaN.
+    """
 
     metadata: ForecastMetadata
     origins: Shaped[np.ndarray, " N"]
@@ -69,18 +74,9 @@ class ForecastHeader:
             yield from ((windows, tile) for windows in cut(self.shape[0], size))
 
     def place(self, windows: slice, tile: AnyRegion) -> tuple[slice, ...]:
-        """Where a block lies in an array of ``shape``."""
+        """The index of a block in an array of ``shape``."""
         pairs = zip(tile.slices, self.region.slices, strict=True)
         return windows, slice(None), *(slice(t.start - r.start, t.stop - r.start) for t, r in pairs)
-
-    def require_shape(self, shape: tuple[int, ...]) -> None:
-        """Raises InputError where an array of point forecasts is not of ``shape``."""
-        if shape != self.shape:
-            raise InputError(
-                f"forecasts have shape {shape}, their origins and contract say {self.shape} ({', '.join(self.dims)})"
-            )
-        if self.cell_ids.shape != self.shape[2:]:
-            raise InputError(f"cell ids have shape {self.cell_ids.shape}, the region is {self.shape[2:]}")
 
 
 def read_metadata(text: str | None, path: Path) -> ForecastMetadata:

@@ -1,9 +1,10 @@
-"""Forecasts too many to hold: written piece by piece, so that a killed forecast goes on where it was.
+"""Forecasts too many to hold: written chunk by chunk, so that a killed forecast goes on where it was.
 
-A piece is a few windows times a block of cells. Its values are a chunk of their own in an array beside the final name,
+A chunk is a few windows times some of the cells. It is a chunk of its own in an array beside the final name,
 ``NAME.zarr.partial/pieces.zarr`` or ``NAME.parquet.partial/pieces.zarr``, written before ``progress.json`` counts it:
-whenever the process is killed, what is counted is whole. The final file is made of the pieces at the end, a few windows
-at a time.
+whenever the process is killed, what is counted is complete. The final file is made of them at the end, a few windows at
+a time: its own chunks are sized for readers, not for the device that forecast (chunks of 16 windows and one row of a
+100 x 100 grid are 50 times as many files, and seven times as slow to read; a copy costs seconds).
 """
 
 import fcntl
@@ -23,11 +24,11 @@ from jaxtyping import Float, Int
 from stdist.errors import InputError
 from stdist.evaluation.blocks import cut
 from stdist.evaluation.forecast_header import ForecastHeader
-from stdist.evaluation.forecasts import require_suffix, stream_forecasts
+from stdist.evaluation.forecasts import FORMATS, require_suffix
 from stdist.files import write_atomically
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Positions in a forecast's windows, and in its list of cells."""
 
     windows: slice
@@ -40,27 +41,31 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PiecePlan:
-    """How ``windows`` x ``cells`` are cut; pieces at the ends may be smaller."""
+class ChunkGrid:
+    """A cut of ``windows`` x ``cells``; chunks at the ends may be smaller."""
 
     windows: int
     cells: int
-    windows_per_piece: int
-    cells_per_piece: int
+    windows_per_chunk: int
+    cells_per_chunk: int
 
     @property
     def size(self) -> int:
         """Cells times windows."""
         return self.windows * self.cells
 
-    def pieces(self) -> list[Piece]:
-        """In the order they are forecast: all blocks of cells of the first windows, then the next windows."""
-        blocks = cut(self.cells, self.cells_per_piece)
-        return [Piece(windows, cells) for windows in cut(self.windows, self.windows_per_piece) for cells in blocks]
+    def chunks(self) -> list[Chunk]:
+        """All chunks in the order they are forecast: all cells of the first windows, then the next windows."""
+        blocks = cut(self.cells, self.cells_per_chunk)
+        return [Chunk(windows, cells) for windows in cut(self.windows, self.windows_per_chunk) for cells in blocks]
 
 
 class ForecastWriter:
-    """Writes forecasts to ``path``, as ``write_forecasts`` does, of pieces given in the order of ``left``.
+    """Writes forecasts to ``path``, chunk by chunk in the order of ``remaining``.
+
+    ``.zarr``: array ``forecast (origin, step, row, col)``, of nodes ``(origin, step, node)``; with quantiles
+    ``forecast (quantile, origin, …)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value,
+    cells without a forecast left out. The name appears only when the file is complete, replacing an older one.
 
     Left before ``finish`` it keeps what it has, and the next writer of the same work goes on there. What a writer of
     other work left behind is discarded with a line, not refused: as with a finished file of that name, the newest
@@ -68,11 +73,11 @@ class ForecastWriter:
 
     Args:
         path: NAME.zarr or NAME.parquet.
-        header: what the file says beside the values.
+        header: all that the file says beside the values.
         cells: positions (row by row) in the region of the cells that are forecast; all others become NaN.
-        plan: the pieces.
-        work: what else decides the values, JSON: settings that make forecasts different work when they differ.
-        log: is given a line for people about what was there already.
+        grid: the cut into chunks.
+        work: whatever else decides the values, as JSON: settings that make forecasts different work when they differ.
+        log: takes a line for people about what was there already.
 
     Raises InputError for another suffix, and where another process is writing the same forecasts.
     """
@@ -82,19 +87,19 @@ class ForecastWriter:
         path: Path | str,
         header: ForecastHeader,
         cells: Int[np.ndarray, " cells"],
-        plan: PiecePlan,
+        grid: ChunkGrid,
         work: Mapping[str, Any],
         log: Callable[[str], None],
     ):
-        self.path, self.plan = require_suffix(path), plan
+        self.path, self.grid = require_suffix(path), grid
         self._header, self._cells = header, cells
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.partial / "lock", self.path)
-        described = header.metadata.model_dump(mode="json")
-        pieces = {"pieces": list(astuple(plan)), "quantities": header.quantities}
-        self._work = json.loads(json.dumps({**described.pop("contract"), **described, **pieces, **work}))
-        self._all, self._whole = plan.pieces(), 0
+        metadata = header.metadata.model_dump(mode="json")
+        layout = {"pieces": list(astuple(grid)), "quantities": header.quantities}
+        self._work = json.loads(json.dumps({**metadata.pop("contract"), **metadata, **layout, **work}))
+        self._chunks, self._complete = grid.chunks(), 0
         self.counts: Counter[str] = Counter()
         if not self._resume(log):
             self._begin()
@@ -108,91 +113,99 @@ class ForecastWriter:
         self._lock.close()
 
     @property
-    def left(self) -> list[Piece]:
-        """The pieces that are still to be written."""
-        return self._all[self._whole :]
+    def remaining(self) -> list[Chunk]:
+        """The chunks that are still to be written."""
+        return self._chunks[self._complete :]
 
     def write(
         self,
-        piece: Piece,
+        chunk: Chunk,
         values: Float[np.ndarray, "quantity windows K cells"],
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Keeps the next piece: its point forecasts, then their quantiles if the header has any.
+        """Keeps the next chunk: its point forecasts, then their quantiles if the header has any.
 
-        ``counts``: numbers to add to ``counts``, which are kept with the pieces.
+        ``counts``: numbers to add to the writer's ``counts``, which are kept with the chunks.
         """
-        assert piece == self._all[self._whole], f"{piece} is not the next one"
-        self._pieces[:, piece.windows, :, piece.cells] = values
-        self._whole += 1
+        assert chunk == self._chunks[self._complete], f"{chunk} is not the next one"
+        self._values[:, chunk.windows, :, chunk.cells] = values
+        self._complete += 1
         self.counts.update(counts or {})
-        self._note()
+        self._save_progress()
 
     def finish(self) -> Path:
-        """Gives the final file its name, replacing an older one, and removes the pieces."""
-        assert not self.left, f"{len(self.left)} pieces are missing"
-        stream_forecasts(self._header, self._read, self.path, scratch=self.partial)
-        self._forget()
+        """Makes the final file, gives it its name, and removes the chunks."""
+        assert not self.remaining, f"{len(self.remaining)} chunks are missing"
+        write_file, _ = FORMATS[self.path.suffix]
+        unfinished, replaced = self.partial / self.path.name, self.partial / "replaced"
+        write_file(self._header, self._read, unfinished)
+        if self.path.is_dir():  # a folder cannot be renamed onto a filled one
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.path.rename(replaced)
+        unfinished.replace(self.path)
+        self._drop_progress()
         shutil.rmtree(self.partial)
         return self.path
 
     def _resume(self, log: Callable[[str], None]) -> bool:
-        """Whether pieces of this very work are there to go on with."""
+        """Takes over the chunks of this very work, if there are any; returns False if not."""
         try:
-            known = json.loads((self.partial / "progress.json").read_text())
+            progress = json.loads((self.partial / "progress.json").read_text())
         except FileNotFoundError:
             return False
-        if not known["whole"]:
+        if not progress["whole"]:
             return False
-        have = f"{self.partial} holds {known['whole']} pieces"
-        if known["work"] != self._work:
-            names = [name for name in self._work if known["work"].get(name) != self._work[name]]
-            log(f"{have} made with another {', '.join(names)}; they are discarded")
+        leftover = f"{self.partial} holds {progress['whole']} chunks"
+        if progress["work"] != self._work:
+            names = [name for name in self._work if progress["work"].get(name) != self._work[name]]
+            log(f"{leftover} made with another {', '.join(names)}; they are discarded")
             return False
-        log(f"{have} of {len(self._all)}, going on from there")
-        self._pieces = zarr.open_array(self.partial / "pieces.zarr", mode="r+")
-        self._whole = known["whole"]
-        self.counts.update(known["counts"])
+        log(f"{leftover} of {len(self._chunks)}, going on from there")
+        self._values = zarr.open_array(self.partial / "pieces.zarr", mode="r+")
+        self._complete = progress["whole"]
+        self.counts.update(progress["counts"])
         return True
 
     def _begin(self) -> None:
-        self._forget()
+        self._drop_progress()
         horizon = self._header.shape[1]
-        self._pieces = zarr.create_array(
+        self._values = zarr.create_array(
             self.partial / "pieces.zarr",
-            shape=(self._header.quantities, self.plan.windows, horizon, self.plan.cells),
-            chunks=(self._header.quantities, self.plan.windows_per_piece, horizon, self.plan.cells_per_piece),
+            shape=(self._header.quantities, self.grid.windows, horizon, self.grid.cells),
+            chunks=(self._header.quantities, self.grid.windows_per_chunk, horizon, self.grid.cells_per_chunk),
             dtype="float32",
             fill_value=np.nan,
             dimension_names=("quantity", "window", "step", "cell"),
             overwrite=True,
         )
-        self._note()
+        self._save_progress()
 
-    def _forget(self) -> None:
-        """To be called before pieces are removed: a kill in between must not leave a note of pieces that are gone."""
+    def _drop_progress(self) -> None:
+        """To be called before chunks are removed: a kill in between must leave no count of chunks that are gone."""
         (self.partial / "progress.json").unlink(missing_ok=True)
 
-    def _note(self) -> None:
-        progress = {"whole": self._whole, "counts": self.counts, "work": self._work}
+    def _save_progress(self) -> None:
+        progress = {"whole": self._complete, "counts": self.counts, "work": self._work}
         write_atomically(self.partial / "progress.json", json.dumps(progress))
 
     def _read(self, windows: slice) -> Float[np.ndarray, "quantity n K *cells"]:
-        values = np.asarray(self._pieces[:, windows])
+        values = np.asarray(self._values[:, windows])
         ids = self._header.cell_ids
-        grid = np.full((*values.shape[:3], ids.size), np.nan, np.float32)
-        grid[..., self._cells] = values
-        return grid.reshape(*values.shape[:3], *ids.shape)
+        region = np.full((*values.shape[:3], ids.size), np.nan, np.float32)
+        region[..., self._cells] = values
+        return region.reshape(*values.shape[:3], *ids.shape)
 
 
-def _lock(path: Path, wanted: Path) -> IO[str]:
+def _lock(path: Path, forecasts: Path) -> IO[str]:
     """Holds ``path`` until closed, or until the process ends, however it ends."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise InputError(f"{wanted} is being written by another process; wait for it or choose another name") from None
+        raise InputError(
+            f"{forecasts} is being written by another process; wait for it or choose another name"
+        ) from None
     except OSError:  # some shared file systems know no locks; there, two writers of one name are the user's to avoid
         pass
     return file

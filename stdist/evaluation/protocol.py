@@ -15,7 +15,7 @@ from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation.contract import EvaluationContract, ForecastContract
 from stdist.evaluation.forecast_header import ForecastHeader
-from stdist.evaluation.forecasts import Forecasts, open_forecasts
+from stdist.evaluation.forecasts import open_forecasts
 from stdist.evaluation.metrics import ErrorState
 
 
@@ -52,16 +52,16 @@ def forecast_contract(windows: Windows) -> ForecastContract:
     )
 
 
-def evaluate(forecasts: Forecasts | Path | str, store: GridStore | Path | str) -> EvaluationResult:
-    """Score forecasts (or a file of them) against the store they were made on, observed points only.
+def evaluate(forecasts: Path | str, store: GridStore | Path | str) -> EvaluationResult:
+    """Scores a file of forecasts against the store they were made on, observed points only.
 
     MAE, RMSE, MAPE and NRMSE in the data's units (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 21-23),
-    pooled and per horizon. A file is read block by block (``ForecastHeader.blocks``), and the truth through the
+    pooled and per horizon. The file is read block by block (``ForecastHeader.blocks``), and the truth through the
     store's ``frame_cache``: neither the number of windows nor that of cells decides what is in memory. Raises
     InputError where the forecasts were made on other data, reach past it, name cells or times it does not have,
     repeat a window, or leave the split they claim, and where their forecaster was fitted on the days to be scored.
     """
-    source = forecasts if isinstance(forecasts, Forecasts) else open_forecasts(forecasts)
+    source = open_forecasts(forecasts)
     store = store if isinstance(store, GridStore) else open_store(Path(store))
     header = source.header
     contract = header.metadata.contract

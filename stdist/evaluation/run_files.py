@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from stdist.errors import InputError
-from stdist.evaluation.contract import Model, parsed
+from stdist.evaluation.contract import Schema, parsed
 from stdist.files import write_atomically
 
 NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
@@ -158,9 +158,9 @@ def read_embeddings(run_dir: Path) -> Embeddings:
     return _read(run_dir / "report" / "embeddings.json", Embeddings)
 
 
-def _read(path: Path, model: type[Model]) -> Model:
+def _read(path: Path, schema: type[Schema]) -> Schema:
     try:
-        return parsed(model, json.loads(path.read_text(encoding="utf-8")), str(path), "evaluate the run again")
+        return parsed(schema, json.loads(path.read_text(encoding="utf-8")), str(path), "evaluate the run again")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; name the folder of a finished `stdist train`") from None
     except json.JSONDecodeError as error:

@@ -19,7 +19,7 @@ class EpochsConfig(OptimizerConfig):
 
 class NodesConfig(Strict):
     """``ranks``: learners that share the nodes of a window; the rest of ``learners.num_workers`` share the batch.
-    ``block_nodes``: nodes that are computed together, twice, where not all fit (``stdist.urbanpg.blocks``)."""
+    ``block_nodes``: nodes that are computed together, twice, where not all fit."""
 
     ranks: int = Field(1, ge=1)
     block_nodes: int | None = Field(None, ge=1)

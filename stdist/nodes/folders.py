@@ -32,7 +32,7 @@ def save_module(module: nn.Module, spec: BaseModel, folder: Path) -> None:
     write_atomically(folder / CONFIG, spec.model_dump_json(indent=1))
 
 
-def _load_spec(kind: type[Spec], folder: Path) -> Spec:
+def load_spec(kind: type[Spec], folder: Path) -> Spec:
     """The spec of a saved module. Raises InputError where the folder holds none of this kind."""
     try:
         return kind.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def _load_spec(kind: type[Spec], folder: Path) -> Spec:
 
 def load_module(kind: Callable[[Spec], Module], spec_kind: type[Spec], folder: Path) -> Module:
     """A saved module, made of its spec. Raises InputError where the folder does not hold one of this kind."""
-    spec = _load_spec(spec_kind, folder)
+    spec = load_spec(spec_kind, folder)
     with torch.device("meta"):
         module = kind(spec)
     _load_weights(module, folder)

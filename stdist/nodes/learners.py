@@ -81,7 +81,7 @@ class NodeLearners:
         return self.group.rank % self.node_ranks
 
     @property
-    def here(self) -> slice:
+    def node_slice(self) -> slice:
         """The nodes that this learner holds."""
         return nodes_of(self.node_rank, self.node_ranks, self.nodes)
 

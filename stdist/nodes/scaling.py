@@ -1,5 +1,5 @@
-"""What every forecaster of nodes knows of its city's data: mean and standard deviation of the training span, and the
-calendar of its cadence; and what input it refuses."""
+"""The scale and calendar of one city's data: mean and standard deviation of the training span, slots of the day at its
+cadence, and checks of input against them."""
 
 import math
 
@@ -13,7 +13,7 @@ from stdist.errors import InputError
 MINUTES_PER_DAY = 24 * 60
 
 
-class City(nn.Module):
+class CityScaling(nn.Module):
     """``who``: what errors call this, in the plural; ``cadence`` in minutes; mean and std in the data's units;
     ``weekdays`` False: to the calendar all days are one, for training spans that do not hold every weekday twice.
 

@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from statistics import median
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from stdist.data import Windows
@@ -17,41 +18,31 @@ from stdist.data.loader import TensorBatch, WindowLoader
 from stdist.data.sampler import WindowSampler
 from stdist.evaluation import ErrorState
 from stdist.nodes.config import EpochsConfig
+from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners
+from stdist.nodes.node_set import NodeSet
 from stdist.training.loop import Stage
-from stdist.urbanpg.blocks import forward_in_blocks
-from stdist.urbanpg.checkpoints import Model, city_of
-from stdist.urbanpg.model import UrbanPG
-
-Forward = Callable[[Float[Tensor, "B S N"], Int64[Tensor, "B"], Int64[Tensor, "B"], int], Float[Tensor, "B K N"]]
-"""Of history, slot and weekday of its last frame, and the number of the step's random perturbation (Eq. 4)."""
-
-
-def forward_of(model: Model, block_nodes: int | None) -> Forward:
-    """How ``model`` forecasts; UrbanPG ``block_nodes`` at a time if there is such a number."""
-    if not isinstance(model, UrbanPG):
-        return lambda history, slot, weekday, draw: model(history, slot, weekday)
-    if block_nodes is None:
-        return lambda history, slot, weekday, draw: model(history, slot, weekday, draw=draw)
-    return lambda history, slot, weekday, draw: forward_in_blocks(
-        model, history, slot, weekday, block_nodes=block_nodes, draw=draw
-    )
 
 
 class WindowForecasts:
-    """A model on windows: batches of this learner's share of them go in, forecasts in the data's units come out."""
+    """A forecaster on windows: batches of this learner's share of them go in, forecasts in the data's units come out.
 
-    def __init__(self, model: Model, windows: Windows, learners: NodeLearners, block_nodes: int | None = None) -> None:
-        """The history of ``windows`` is of the nodes that ``model`` has here, be their targets of fewer."""
-        self.model, self.windows, self.learners = model, windows, learners
-        self._forward, self._local_times = forward_of(model, block_nodes), windows.store.local_times
-        self._device = next(model.parameters()).device
+    ``windows`` whose history is of the whole city's nodes; this learner reads and forecasts its own of them.
+    """
 
-    def __call__(self, batch: TensorBatch, draw: int = 0) -> tuple[Float[Tensor, "B K N"], TensorBatch]:
-        """The forecasts, and the batch on their device. ``draw`` counts in training mode only."""
-        slot, weekday = city_of(self.model).calendar(self._local_times[batch.origin_index.numpy()])
-        batch = batch.to(self._device)
-        return self._forward(batch.history, slot.to(self._device), weekday.to(self._device), draw), batch
+    def __init__(self, model: Forecaster, windows: Windows, learners: NodeLearners) -> None:
+        self.model, self.learners = model, learners
+        self.nodes = NodeSet.of(windows.store, windows.history_region).part(learners.node_slice)
+        self.windows = windows.of_region(self.nodes.region)
+        self._local_times, self._device = windows.store.local_times, next(model.parameters()).device
+
+    def __call__(self, batch: TensorBatch, noise_seed: int | None = None) -> tuple[Float[Tensor, "B K N"], TensorBatch]:
+        """The forecasts, and the batch of these nodes on their device."""
+        slot, weekday = self.model.scaling.calendar(self._local_times[batch.origin_index.numpy()])
+        names = "history", "target", "target_observed"
+        batch = replace(batch, **{name: self.nodes.select(getattr(batch, name)) for name in names}).to(self._device)
+        slot, weekday = slot.to(self._device), weekday.to(self._device)
+        return self.model(batch.history, slot, weekday, noise_seed=noise_seed), batch
 
     def sampler(self, batch_size: int, **settings: Any) -> WindowSampler:
         share = self.learners.share(batch_size)
@@ -72,7 +63,7 @@ class WindowForecasts:
         """On the observed points of all windows and of ``nodes``, counted within this learner's; over all learners."""
         state = ErrorState.empty(self.windows.K)
         for made, batch in self.all(batch_size):
-            parts = (each[:, :, nodes].cpu().numpy() for each in (made, batch.target, batch.target_observed))
+            parts = (of_all[:, :, nodes].cpu().numpy() for of_all in (made, batch.target, batch.target_observed))
             state = state.update(*parts)
         return reduce(add, self.learners.group.all_gather_object(state))
 
@@ -81,6 +72,7 @@ class ForecastStage(Stage):
     """See :class:`stdist.training.loop.Stage`: a step is a batch of windows, an evaluation all validation windows."""
 
     monitor: str | None = "mae"
+    headline = ("mae", "rmse", "mape")
 
     def __init__(
         self, name: str, train: WindowForecasts, validation: WindowForecasts, config: EpochsConfig, seed: int
@@ -105,7 +97,7 @@ class ForecastStage(Stage):
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         self._end_step()
         self._began = time.perf_counter()
-        made, batch = self._train(self._batch(step), draw=step ^ self._seed << 32)
+        made, batch = self._train(self._batch(step), noise_seed=step ^ self._seed << 32)
         learners = self._train.learners
         points = learners.total(batch.target_observed.sum())
         error = (made - batch.target).abs().where(batch.target_observed, 0.0).sum() / points.clamp(min=1)

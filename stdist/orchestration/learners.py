@@ -17,8 +17,8 @@ import torch
 from stdist.config import RunConfig
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.orchestration.preparation import connect
+from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
-from stdist.runs.recipes import train as train_alone
 from stdist.training.process_group import ProcessGroup
 
 try:
@@ -95,7 +95,7 @@ def _learn(tree: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     config = parse_config(tree, where="the submitted config")
     # Ray Train would show what is printed twice.
-    return train_alone(config, _log, ray.train.report)
+    return recipes.train(config, _log, ray.train.report)
 
 
 def _log(line: str) -> None:

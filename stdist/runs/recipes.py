@@ -1,36 +1,25 @@
-"""Recipes: what a run of each kind does, by the name its configuration gives."""
+"""Recipes by the name a configuration gives: the commands ask a recipe and name no system."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from stdist.config import RunConfig, read_tree, validated
 from stdist.errors import InputError
 from stdist.registry import Registry
+from stdist.runs import training
+from stdist.runs.forecasting import ForecastRequest, Predictor, forecast_store
+from stdist.runs.run import Run
+from stdist.runs.run_folder import CONFIG
 from stdist.training.process_group import ProcessGroup
 
 DEFAULT_RECIPE = "vision-llm"
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
-Log = Callable[[str], None]
-OnMetrics = Callable[[dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class ForecastRequest:
-    """What ``stdist forecast`` is asked for: a finished run, a store, cells or nodes (the run's own where None), a
-    split's name or local days ``A:B``, and the file to write."""
-
-    run_dir: Path
-    store: Path
-    region: str | None
-    split: str
-    out: Path
 
 
 class Recipe(ABC, Generic[ConfigT]):
-    """What the commands ask of a recipe. One class in one folder; registered in :data:`RECIPES`.
+    """One class in one folder, registered in :data:`RECIPES`; it has no state.
 
     ``Config``: the pydantic tree of its YAML, whose ``recipe`` is the name.
     """
@@ -42,25 +31,33 @@ class Recipe(ABC, Generic[ConfigT]):
         """Names of the run's stages in order, as of the folders below ``checkpoints/``."""
 
     @abstractmethod
-    def check(self, config: ConfigT, group: ProcessGroup) -> Any:
+    def check(self, config: ConfigT, group: ProcessGroup) -> object:
         """Raises InputError for what would stop ``group``, one that may be yet to be started, in training."""
 
     @abstractmethod
-    def train(self, config: ConfigT, log: Log, on_metrics: OnMetrics) -> dict[str, Any]:
-        """Runs or resumes every stage, then forecasts and scores. Returns metrics, summaries and paths.
-
-        As one of several learners (torch.distributed is up) this process trains its share, and the main one alone
-        writes and returns the scores. ``log`` is given a line for people at each milestone, by the main learner;
-        ``on_metrics`` every logged step's scalars, on every learner.
-        """
+    def open(self, config: ConfigT, group: ProcessGroup) -> Run:
+        """The run's data and its model as it starts. Raises InputError as ``check`` does, or for what it read."""
 
     @abstractmethod
-    def forecast(self, config: ConfigT, request: ForecastRequest, log: Log) -> dict[str, Any]:
-        """Forecasts with a finished run. Raises InputError for an unfinished run, or what it cannot forecast."""
+    def load(self, config: ConfigT, checkpoint: Path) -> Predictor:
+        """The forecaster in a finished run's checkpoint."""
 
     @abstractmethod
     def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> Any:
         """Memory, operations and communication of every stage, before anything starts."""
+
+    def train(
+        self,
+        config: ConfigT,
+        log: Callable[[str], None],
+        on_metrics: Callable[[dict[str, float]], None],
+    ) -> dict[str, Any]:
+        """See :func:`stdist.runs.training.train`."""
+        return training.train(config, self.stages(config), lambda group: self.open(config, group), log, on_metrics)
+
+    def forecast(self, config: ConfigT, request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
+        """See :func:`stdist.runs.forecasting.forecast_store`."""
+        return forecast_store(config, self.stages(config)[-1], lambda path: self.load(config, path), request, log)
 
 
 RECIPES: Registry[type[Recipe]] = Registry("recipe", "stdist.recipes")
@@ -68,6 +65,21 @@ RECIPES: Registry[type[Recipe]] = Registry("recipe", "stdist.recipes")
 
 def recipe_of(config: RunConfig) -> Recipe:
     return RECIPES[config.recipe]()
+
+
+def train(
+    config: RunConfig,
+    log: Callable[[str], None],
+    on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
+) -> dict[str, Any]:
+    """``stdist train`` on this learner; see :func:`stdist.runs.training.train`."""
+    return recipe_of(config).train(config, log, on_metrics)
+
+
+def forecast(request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
+    """``stdist forecast``; see :func:`stdist.runs.forecasting.forecast_store`."""
+    config = read_run_config(request.run_dir)
+    return recipe_of(config).forecast(config, request, log)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -86,6 +98,8 @@ def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
     return validated(tree, RECIPES[name].Config, where)
 
 
-def train(config: RunConfig, log: Log, on_metrics: OnMetrics = lambda scalars: None) -> dict[str, Any]:
-    """See :meth:`Recipe.train`."""
-    return recipe_of(config).train(config, log, on_metrics)
+def read_run_config(run_dir: Path) -> RunConfig:
+    """Raises InputError where ``run_dir`` is no run folder."""
+    if not (run_dir / CONFIG).is_file():
+        raise InputError(f"{run_dir} is no run folder, it has no {CONFIG}; name the folder of a `stdist train`")
+    return load_config(run_dir / CONFIG)

@@ -1,13 +1,11 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from stdist.config import RunConfig, dump_config
-from stdist.runs.recipes import load_config
 from stdist.errors import InputError
 from stdist.files import write_atomically
 from stdist.training.process_group import ProcessGroup
@@ -18,8 +16,8 @@ STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path
 
 
 def open_together(group: ProcessGroup, open_input: Callable[[], T]) -> T:
-    """What ``open_input`` gives. Raises InputError on every learner where it does on one: nothing is written before all
-    of the input is known to be good, to all learners."""
+    """Calls ``open_input`` on every learner. Raises InputError on all where it does on one: nothing is written before
+    all learners know that the input is good."""
     opened: list[T] = []
     problem = None
     try:
@@ -36,13 +34,6 @@ def begin_run_folder(config: RunConfig, store_digest: str) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run_dir / STORE_DIGEST, store_digest)
     write_atomically(config.run_dir / CONFIG, dump_config(config))
-
-
-def read_run_config(run_dir: Path) -> RunConfig:
-    """Raises InputError where ``run_dir`` is no run folder."""
-    if not (run_dir / CONFIG).is_file():
-        raise InputError(f"{run_dir} is no run folder, it has no {CONFIG}; name the folder of a `stdist train`")
-    return load_config(run_dir / CONFIG)
 
 
 def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:

@@ -36,6 +36,9 @@ class Stage(Protocol):
     monitor: str | None
     """Metric whose fall counts as progress: its best checkpoint is the result. None: the last one is."""
 
+    headline: tuple[str, ...]
+    """Metrics that say in a line what the stage gained."""
+
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         """Losses of this learner's share of step number ``step`` (from 0), each passed to ``backward``. Returns
         scalars, ``loss`` among them."""
@@ -305,6 +308,7 @@ class _StageRun:
     def summary(self) -> dict[str, Any]:
         return {
             "stage": self.stage.name,
+            "headline": list(self.stage.headline),
             "before": self.progress.first,
             "after": self.progress.best_metrics,
             "last": self.progress.last_metrics,

@@ -1,6 +1,7 @@
-"""Forecasters of nodes, sensors or zones of one city or of many. UrbanPG: context prompts and a general backbone."""
+"""UrbanPG: context prompts of a city, and a backbone that all cities share."""
 
-from stdist.urbanpg.model import Backbone, BackboneSpec, UrbanPG
-from stdist.urbanpg.prompts import Prompts, PromptSpec
+from stdist.urbanpg.backbone import Backbone, BackboneSpec
+from stdist.urbanpg.model import UrbanPG
+from stdist.urbanpg.prompts import ContextPrompts, PromptSpec
 
-__all__ = ["Backbone", "BackboneSpec", "PromptSpec", "Prompts", "UrbanPG"]
+__all__ = ["Backbone", "BackboneSpec", "ContextPrompts", "PromptSpec", "UrbanPG"]

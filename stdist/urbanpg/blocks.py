@@ -1,10 +1,10 @@
-"""UrbanPG on more nodes than fit: they pass in blocks, twice, once for the sums of Eq. 6 and once for the outputs.
+"""UrbanPG on more nodes than fit: they pass in blocks, twice, once for the sums of Eq. 6 and once for the forecasts.
 
 Autograd keeps a block's inputs alone and computes the block again when its gradient is due (Chen et al., arXiv
-1604.06174): first every block's outputs, which completes the gradient of the maps and so of the sums, then every
+1604.06174): first every block's forecasts, which completes the gradient of the maps and so of the sums, then every
 block's sums. All of it is cheap but the MLP's hidden layer, which is kept: it has the one product of d x d per node.
-What grows with N is the history, the forecasts, the prompts' rows, their gradient, and the hidden layer, as large as
-the rows; all other activations are of one block.
+What grows with N is the history, the forecasts, E_s, its gradient, and the hidden layer, as large as E_s; all other
+activations are of one block.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,130 +19,128 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stdist.errors import InputError
-from stdist.urbanpg.model import IntoAttention, Maps, Pair, UrbanPG, hidden_layer
+from stdist.urbanpg.backbone import Backbone, NodeMaps, QKVMaps, Term, hidden_layer
+from stdist.urbanpg.prompts import ContextPrompts
 
 
 def forward_in_blocks(
-    model: UrbanPG,
+    backbone: Backbone,
+    prompts: ContextPrompts,
+    all_reduce: Callable[[Tensor], Tensor],
     history: Float[Tensor, "B S N"],
     slot: Int64[Tensor, "B"],
     weekday: Int64[Tensor, "B"],
-    *,
     block_nodes: int,
-    draw: int | None = None,
+    noise_seed: int | None,
 ) -> Float[Tensor, "B K N"]:
-    """What ``model(history, slot, weekday, draw=draw)`` gives, ``block_nodes`` nodes at a time; raises as it does.
-
-    Exact: values and gradients differ in the order of additions only.
-    """
+    """``UrbanPG.forward`` on checked input, ``block_nodes`` nodes at a time; ``all_reduce`` makes the whole city's sums
+    of Eq. 6 of these nodes'. Exact: values and gradients differ in the order of additions only."""
     if block_nodes < 1:
         raise InputError(f"block_nodes {block_nodes}: give at least 1")
-    model.check(history, slot, weekday)
-    backbone, prompts, draw = model.backbone, model.prompts, model.draw(draw)
-    temporal, rows = prompts.temporal(slot, weekday), prompts.rows()
-    gradient = _GradientOfRows()
-    token = None if rows is None else _Rows.apply(rows, gradient)
+    temporal, embeddings = prompts.temporal(slot, weekday), prompts.node_embeddings()
+    gradient = _EmbeddingGradient()
+    token = None if embeddings is None else _Embeddings.apply(embeddings, gradient)
 
     def inputs(history: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
         x = prompts.normalise(history)
-        if rows is None:
+        if embeddings is None:
             return x, None
-        block = _RowsOfBlock.apply(token, rows.detach(), slice(first, first + history.shape[2]), gradient)
-        return x, prompts.perturb(block, first, draw)
+        block = slice(first, first + history.shape[2])
+        return x, prompts.perturb(_Block.apply(token, embeddings.detach(), block, gradient), first, noise_seed)
 
-    def sums_of(history: Tensor, first: int, into: IntoAttention) -> Tensor:
-        return backbone.sums(*inputs(history, first), into)
+    def attention_sums(history: Tensor, first: int, qkv: QKVMaps) -> Tensor:
+        return backbone.attention_sums(*inputs(history, first), qkv)
 
-    def outputs_of(history: Tensor, first: int, maps: Maps, kept: list[Tensor]) -> Tensor:
+    def forecasts(history: Tensor, first: int, maps: NodeMaps, kept: list[Tensor]) -> Tensor:
         x, spatial = inputs(history, first)
 
-        def hidden(pairs: Sequence[Pair]) -> Tensor:
-            return _KeptHidden.apply(kept, *chain(*pairs)) if torch.is_grad_enabled() else hidden_layer(pairs)
+        def hidden(terms: Sequence[Term]) -> Tensor:
+            return _KeptHidden.apply(kept, *chain(*terms)) if torch.is_grad_enabled() else hidden_layer(terms)
 
-        return prompts.restore(backbone.outputs(x, maps, spatial, hidden))
+        return prompts.restore(backbone.node_forecasts(x, maps, spatial, hidden))
 
-    # As equal as can be: a last block of a few nodes would cost nearly what a whole one does.
+    # As equal as can be: a last block of a few nodes would cost nearly what a full one does.
     parts = history.tensor_split(-(-history.shape[2] // block_nodes), 2)
     blocks = list(zip(parts, accumulate((part.shape[2] for part in parts), initial=0), strict=False))
-    into, sums = None, None
+    qkv, sums = None, None
     if backbone.spec.stca:
-        into = backbone.into_attention()
-        sums = model.meet(reduce(torch.add, (_recomputed(sums_of, *block, into) for block in blocks)))
-    maps = backbone.maps(sums, temporal, into)
-    return torch.cat([_recomputed(outputs_of, *block, maps, []) for block in blocks], 2)
+        qkv = backbone.qkv_maps()
+        sums = all_reduce(reduce(torch.add, (_recomputed(attention_sums, *block, qkv) for block in blocks)))
+    maps = backbone.node_maps(sums, temporal, qkv)
+    return torch.cat([_recomputed(forecasts, *block, maps, []) for block in blocks], 2)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    # Draws depend on their numbers alone, so torch's generators need no rewinding.
+    # Noise depends on its seed alone, so torch's generators need no rewinding.
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class _KeptHidden(torch.autograd.Function):
-    """``hidden_layer``, which is made once: the recomputation takes its value out of the list ``kept``."""
+    """``hidden_layer``, computed once: the recomputation takes its value out of the list ``kept``."""
 
     @staticmethod
-    def forward(ctx, kept: list[Tensor], *rows_and_maps: Tensor) -> Tensor:
-        again = bool(kept)
-        value = kept.pop() if again else hidden_layer(_pairs(rows_and_maps))
-        if not again:
+    def forward(ctx, kept: list[Tensor], *factors: Tensor) -> Tensor:
+        recomputing = bool(kept)
+        value = kept.pop() if recomputing else hidden_layer(_terms(factors))
+        if not recomputing:
             kept.append(value.detach())
-        ctx.save_for_backward(*rows_and_maps, value)
+        ctx.save_for_backward(*factors, value)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *rows_and_maps, value = ctx.saved_tensors
+        *factors, value = ctx.saved_tensors
         gradient = gradient * (value > 0)
         needed = iter(ctx.needs_input_grad[1:])
         gradients: list[Tensor | None] = [None]
-        for rows, of_rows in _pairs(rows_and_maps):
-            gradients.append(_summed(gradient @ of_rows.mT, rows) if next(needed) else None)
-            gradients.append(_summed(rows.mT @ gradient, of_rows) if next(needed) else None)
+        for features, map_ in _terms(factors):
+            gradients.append(_summed(gradient @ map_.mT, features) if next(needed) else None)
+            gradients.append(_summed(features.mT @ gradient, map_) if next(needed) else None)
         return tuple(gradients)
 
 
-def _pairs(rows_and_maps: Sequence[Tensor]) -> list[Pair]:
-    return list(zip(rows_and_maps[::2], rows_and_maps[1::2], strict=True))
+def _terms(factors: Sequence[Tensor]) -> list[Term]:
+    return list(zip(factors[::2], factors[1::2], strict=True))
 
 
 def _summed(gradient: Float[Tensor, "B r m"], of: Float[Tensor, "b r m"]) -> Float[Tensor, "b r m"]:
     return gradient if len(of) == len(gradient) else gradient.sum(0, keepdim=True)
 
 
-class _GradientOfRows:
-    """dL/dE_s [N, d], of which every block gives its rows, once for the outputs and once for the sums."""
+class _EmbeddingGradient:
+    """dL/dE_s [N, d], to which every block adds its rows, once for the forecasts and once for the sums."""
 
     def __init__(self) -> None:
-        self._whole: Tensor | None = None
+        self._total: Tensor | None = None
         self._filled: set[int] = set()
 
     def add(self, of_block: Tensor, block: slice, shape: torch.Size) -> None:
-        if self._whole is None:
-            self._whole = of_block.new_empty(shape)
+        if self._total is None:
+            self._total = of_block.new_empty(shape)
         if block.start in self._filled:
-            self._whole[block] += of_block
+            self._total[block] += of_block
         else:
-            self._whole[block] = of_block
+            self._total[block] = of_block
             self._filled.add(block.start)
 
     def take(self) -> Tensor:
-        whole, self._whole = self._whole, None
+        total, self._total = self._total, None
         self._filled.clear()
-        assert whole is not None
-        return whole
+        assert total is not None
+        return total
 
 
-class _Rows(torch.autograd.Function):
-    """E_s [N, d] as a token of which blocks are cut; its gradient is what they have left in ``gradient``.
+class _Embeddings(torch.autograd.Function):
+    """E_s [N, d] as a token that blocks are cut of; its gradient is what they have left in ``gradient``.
 
     Plain slices would each have a gradient of E_s's own size, and a split would hold all blocks' and join them.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, gradient: _GradientOfRows) -> Tensor:
+    def forward(ctx, embeddings: Tensor, gradient: _EmbeddingGradient) -> Tensor:
         ctx.gradient = gradient
-        return rows.new_zeros(())
+        return embeddings.new_zeros(())
 
     @staticmethod
     @once_differentiable
@@ -150,13 +148,13 @@ class _Rows(torch.autograd.Function):
         return ctx.gradient.take(), None
 
 
-class _RowsOfBlock(torch.autograd.Function):
-    """Forward: the rows ``block`` of ``rows``. Backward: their part of the one gradient."""
+class _Block(torch.autograd.Function):
+    """Forward: the nodes ``block`` of E_s. Backward: their part of the one gradient."""
 
     @staticmethod
-    def forward(ctx, token: Tensor, rows: Tensor, block: slice, gradient: _GradientOfRows) -> Tensor:
-        ctx.shape, ctx.block, ctx.gradient = rows.shape, block, gradient
-        return rows[block]
+    def forward(ctx, token: Tensor, embeddings: Tensor, block: slice, gradient: _EmbeddingGradient) -> Tensor:
+        ctx.shape, ctx.block, ctx.gradient = embeddings.shape, block, gradient
+        return embeddings[block]
 
     @staticmethod
     @once_differentiable

@@ -2,44 +2,15 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from stdist.config.base import RunConfig, Strict
+from stdist.config.base import RunConfig, SplitConfig, Strict
+from stdist.errors import InputError
 from stdist.nodes.config import EpochsConfig, NodesConfig, PeriodConfig
-
-URBANPG_ONLY = ("temporal", "spatial", "p", "q", "stca", "stca_normalizer", "residual")
-
-
-class ModelConfig(Strict):
-    """``kind``: UrbanPG, or a baseline trained in the same harness. ``d``: UrbanPG's hidden width, 256 where absent; a
-    backbone that is given has its own. Of a baseline, whose sizes are the authors' where it is absent: of STID the
-    width of each of its four embeddings (32; its hidden layers are four times as wide), of Graph WaveNet the residual
-    channels (32), of STGCN the channels of temporal convolutions (64), and all other widths in proportion.
-
-    UrbanPG's ablations: ``temporal`` or ``spatial`` false leave out these contexts (w/o TC, w/o SC), ``p: 0`` the
-    random perturbation of Eq. 4 (w/o RPR), ``stca: false`` Eq. 6 (w/o STCA). ``stca_normalizer``: ``none`` is the
-    paper, ``sum`` makes the attention's weights a mean, so that its scale does not grow with the nodes. ``residual``:
-    what attention and Eq. 7 make is added to what went in; false takes its place, which is Eq. 5–7 as printed.
-    """
-
-    kind: Literal["urbanpg", "stid", "graph_wavenet", "stgcn"] = "urbanpg"
-    d: int | None = Field(None, ge=1)
-    temporal: bool = True
-    spatial: bool = True
-    p: float = Field(0.1, ge=0, lt=1)
-    q: float = Field(0.5, ge=0, lt=1)
-    stca: bool = True
-    stca_normalizer: Literal["none", "sum"] = "none"
-    residual: bool = True
-
-    @model_validator(mode="after")
-    def _ablations_are_of_urbanpg(self) -> "ModelConfig":
-        changed = [key for key in URBANPG_ONLY if getattr(self, key) != type(self).model_fields[key].default]
-        if self.kind != "urbanpg" and changed:
-            raise ValueError(f"{changed[0]} is UrbanPG's, and kind is {self.kind}")
-        return self
+from stdist.nodes.interface import BACKBONES, ModelConfig
+from stdist.urbanpg.models import UrbanPGModelConfig
 
 
 class FewShotConfig(Strict):
@@ -73,14 +44,38 @@ class ContinualConfig(Strict):
 
 
 class UrbanConfig(RunConfig):
-    """A run on a store of nodes. ``few_shot`` and ``continual`` belong to the recipes of these names."""
+    """A run on nodes, or on a grid's cells as nodes. ``model.kind`` names a backbone of ``BACKBONES`` and the other
+    keys of ``model`` are its own; ``few_shot`` and ``continual`` belong to the recipes of these names."""
 
     recipe: Literal["urbanpg-train", "few-shot", "continual"]
-    model: ModelConfig = ModelConfig()
+    model: SerializeAsAny[ModelConfig] = UrbanPGModelConfig()
     training: EpochsConfig = EpochsConfig()
     nodes: NodesConfig = NodesConfig()
     few_shot: FewShotConfig | None = None
     continual: ContinualConfig | None = None
+
+    @classmethod
+    def of_tree(cls, tree: dict[str, Any]) -> type[Self]:
+        """This tree with ``model`` of its kind."""
+        model = tree.get("model")
+        name = str(model.get("kind", "urbanpg")) if isinstance(model, dict) else "urbanpg"
+        if name not in BACKBONES:
+            raise InputError(f"model.kind {name!r} is none; choose one of {', '.join(sorted(BACKBONES))}")
+        kind = BACKBONES[name]
+        return create_model(cls.__name__, __base__=cls, model=(kind, kind(kind=name)))
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _options_of_the_kind(cls, model: Any) -> Any:
+        """Runs of other kinds used to note UrbanPG's options too, at their defaults."""
+        kind, urbanpg = cls.model_fields["model"].annotation, UrbanPGModelConfig.model_fields
+        if not isinstance(model, dict) or kind is None:
+            return model
+        foreign = {key for key in model if key in urbanpg and key not in kind.model_fields}
+        for key in urbanpg:
+            if key in foreign and model[key] != urbanpg[key].default:
+                raise ValueError(f"{key} is UrbanPG's, and kind is {model['kind']}")
+        return {key: value for key, value in model.items() if key not in foreign}
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +86,13 @@ class UrbanConfig(RunConfig):
                     raise ValueError(f"recipe {recipe} and the key {key} go together, and recipe is {tree['recipe']}")
         return tree
 
+    @property
+    def last_split(self) -> SplitConfig | None:
+        if not self.continual:
+            return self.data.split
+        last = self.continual.periods[-1]
+        return SplitConfig(train=last.train, validation=last.validation, test=last.test)
+
     def shared_paths(self, root: Path) -> dict[str, Path]:
         more = {"few_shot.backbone": self.few_shot.backbone} if self.few_shot else {}
         return super().shared_paths(root) | more
@@ -99,7 +101,7 @@ class UrbanConfig(RunConfig):
     def _what_goes_together(self) -> "UrbanConfig":
         if self.recipe != "urbanpg-train" and self.model.kind != "urbanpg":
             raise ValueError(f"recipe {self.recipe} is UrbanPG's, and model.kind is {self.model.kind}")
-        if self.model.kind != "urbanpg" and (self.nodes.ranks > 1 or self.nodes.block_nodes):
+        if not self.model.shares_nodes and (self.nodes.ranks > 1 or self.nodes.block_nodes):
             raise ValueError(f"nodes.ranks and nodes.block_nodes need UrbanPG, and model.kind is {self.model.kind}")
         if self.continual and (self.data.split or self.data.region or self.data.fraction < 1):
             raise ValueError("data.split, data.region and data.fraction come from continual.periods in this recipe")

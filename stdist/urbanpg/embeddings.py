@@ -1,4 +1,4 @@
-"""t-SNE of what the prompts of a city learnt, as in UrbanPG's case study (Fig. 6): for the run's report."""
+"""t-SNE of the prompts of a city, as in UrbanPG's case study (Fig. 6): for the run's report."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from stdist.evaluation import Embeddings, Projection
-from stdist.urbanpg.prompts import Prompts
+from stdist.urbanpg.prompts import ContextPrompts
 
 PERPLEXITY = 30.0
 NODES = 5000
@@ -19,7 +19,7 @@ FEWEST = 3
 WEEKDAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 
 
-def project_embeddings(prompts: Prompts, node_mean: Float[np.ndarray, " N"], seed: int) -> Embeddings:
+def project_embeddings(prompts: ContextPrompts, node_mean: Float[np.ndarray, " N"], seed: int) -> Embeddings:
     """E_tod coloured by the hour, E_dow by the weekday and E_s by each node's mean, in two dimensions.
 
     ``node_mean``: of the training span, in the data's units; NaN where a node has no value there.

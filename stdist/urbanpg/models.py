@@ -1,88 +1,112 @@
-"""The models that a configuration names, untrained: UrbanPG, on a given backbone or its own, and the baselines."""
+"""UrbanPG in a run's ``model:``: its options, the untrained model, and each learner's share of it."""
 
 import re
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field
 
+from stdist.config import LearnersConfig
 from stdist.errors import InputError
-from stdist.nodes.backbones import GraphWaveNetSpec, NodeForecaster, STGCNSpec, STIDSpec, build
-from stdist.nodes.backbones.interface import ForecasterSpec
-from stdist.nodes.task import Task
-from stdist.urbanpg.config import ModelConfig
-from stdist.urbanpg.model import Backbone, BackboneSpec, UrbanPG
-from stdist.urbanpg.prompts import Prompts, PromptSpec
+from stdist.nodes.config import EpochsConfig
+from stdist.nodes.dataset import NodeDataset
+from stdist.nodes.interface import BACKBONES, Forecaster, ModelConfig
+from stdist.nodes.learners import NodeLearners
+from stdist.training.deepspeed_json import deepspeed_json
+from stdist.training.engine import Engine, ParameterGroup, cosine_schedule
+from stdist.urbanpg.backbone import Backbone, BackboneSpec
+from stdist.urbanpg.model import UrbanPG
+from stdist.urbanpg.node_parallel import NodeParallel
+from stdist.urbanpg.prompts import ContextPrompts, PromptSpec
 
 
-def new_urbanpg(config: ModelConfig, task: Task, seed: int) -> UrbanPG:
-    """Backbone and prompts as they start."""
-    torch.manual_seed(seed)
-    windows = task.train
-    spec = BackboneSpec(
-        history=windows.S,
-        horizon=windows.K,
-        d=config.d or BackboneSpec.model_fields["d"].default,
-        stca=config.stca,
-        stca_normalizer=config.stca_normalizer,
-        residual=config.residual,
-    )
-    return UrbanPG(Backbone(spec), new_prompts(config, task, spec.d))
+@BACKBONES.register("urbanpg")
+class UrbanPGModelConfig(ModelConfig):
+    """``d``: hidden width, 256 where absent; a backbone that is given has its own.
 
+    Ablations: ``temporal`` or ``spatial`` false leave out these contexts (w/o TC, w/o SC), ``p: 0`` the random
+    perturbation of Eq. 4 (w/o RPR), ``stca: false`` Eq. 6 (w/o STCA). ``stca_normalizer``: ``none`` is the paper,
+    ``sum`` makes the attention's weights a mean, so that its scale does not grow with the nodes. ``residual``: the
+    result of attention and Eq. 7 is added to what went in; false takes its place, which is Eq. 5–7 as printed.
+    """
 
-def new_prompts(config: ModelConfig, task: Task, d: int) -> Prompts:
-    """For the nodes of ``task``, with the mean and standard deviation of its training span."""
-    spec = PromptSpec(
-        scenario=re.sub(r"[^\w.-]+", "-", task.store.city).strip("-.") or "city",
-        periods=task.nodes.shape,
-        cadence=task.cadence,
-        d=d,
-        weekdays=task.holds_weeks,
-        temporal=config.temporal,
-        spatial=config.spatial,
-        p=config.p,
-        q=config.q,
-    )
-    return Prompts(spec, task.statistics.mean, task.statistics.std)
+    shares_nodes = True
+    kind: Literal["urbanpg"] = "urbanpg"
+    d: int | None = Field(None, ge=1)
+    temporal: bool = True
+    spatial: bool = True
+    p: float = Field(0.1, ge=0, lt=1)
+    q: float = Field(0.5, ge=0, lt=1)
+    stca: bool = True
+    stca_normalizer: Literal["none", "sum"] = "none"
+    residual: bool = True
 
+    def build(self, dataset: NodeDataset, seed: int) -> UrbanPG:
+        torch.manual_seed(seed)
+        spec = BackboneSpec(
+            history=dataset.train.S,
+            horizon=dataset.train.K,
+            d=self.d or BackboneSpec.model_fields["d"].default,
+            stca=self.stca,
+            stca_normalizer=self.stca_normalizer,
+            residual=self.residual,
+        )
+        return UrbanPG(Backbone(spec), self._prompts(dataset, spec.d))
 
-def prompts_on(backbone: Backbone, config: ModelConfig, task: Task, seed: int) -> UrbanPG:
-    """New prompts on a backbone that is frozen here (Eq. 8). Raises InputError where it is of another d, S or K, or
-    has its attention otherwise than ``config``."""
-    torch.manual_seed(seed)
-    spec, windows = backbone.spec, task.train
-    wanted = {
-        "model.d": (config.d, spec.d),
-        "data.history": (windows.S, spec.history),
-        "data.horizon": (windows.K, spec.horizon),
-        "model.stca": (config.stca, spec.stca),
-        "model.stca_normalizer": (config.stca_normalizer, spec.stca_normalizer),
-        "model.residual": (config.residual, spec.residual),
-    }
-    for key, (here, there) in wanted.items():
-        if here is not None and here != there:
-            raise InputError(f"{key} is {here} and the backbone's is {there}; set it to that, or give another backbone")
-    return UrbanPG(backbone.requires_grad_(False), new_prompts(config, task, spec.d))
+    def prompts_on(self, backbone: Backbone, dataset: NodeDataset, seed: int) -> UrbanPG:
+        """New prompts on ``backbone``, which this freezes (Eq. 8). Raises InputError where it is of another d, S or K,
+        or has its attention otherwise than these options say."""
+        torch.manual_seed(seed)
+        spec, windows = backbone.spec, dataset.train
+        settings = {
+            "model.d": (self.d, spec.d),
+            "data.history": (windows.S, spec.history),
+            "data.horizon": (windows.K, spec.horizon),
+            "model.stca": (self.stca, spec.stca),
+            "model.stca_normalizer": (self.stca_normalizer, spec.stca_normalizer),
+            "model.residual": (self.residual, spec.residual),
+        }
+        for key, (mine, its) in settings.items():
+            if mine is not None and mine != its:
+                raise InputError(
+                    f"{key} is {mine} and the backbone's is {its}; set it to that, or give another backbone"
+                )
+        return UrbanPG(backbone.requires_grad_(False), self._prompts(dataset, spec.d))
 
+    def _prompts(self, dataset: NodeDataset, d: int) -> ContextPrompts:
+        """For the nodes of ``dataset``, with the mean and standard deviation of its training span."""
+        spec = PromptSpec(
+            scenario=re.sub(r"[^\w.-]+", "-", dataset.store.city).strip("-.") or "city",
+            periods=(len(dataset.nodes),),
+            cadence=dataset.cadence,
+            d=d,
+            weekdays=dataset.holds_weeks,
+            temporal=self.temporal,
+            spatial=self.spatial,
+            p=self.p,
+            q=self.q,
+        )
+        return ContextPrompts(spec, dataset.statistics.mean, dataset.statistics.std)
 
-def new_baseline(config: ModelConfig, task: Task, seed: int) -> NodeForecaster:
-    """On the store's graph where the method takes one. Raises InputError where it needs one and there is none."""
-    torch.manual_seed(seed)
-    graph = task.store.adjacency
-    if graph is not None:
-        graph = graph[task.nodes.slices[0], task.nodes.slices[0]]
-    return build(_spec(config, task), task.statistics.mean, task.statistics.std, graph)
+    def load(self, folder: Path) -> UrbanPG:
+        return UrbanPG.from_pretrained(folder)
 
+    def on_learner(self, model: Forecaster, learners: NodeLearners) -> Forecaster:
+        if learners.node_ranks == 1:
+            return model
+        assert isinstance(model, UrbanPG)
+        parallel = NodeParallel(model.backbone, model.prompts, learners)
+        parallel.block_nodes = model.block_nodes
+        return parallel
 
-def _spec(config: ModelConfig, task: Task) -> ForecasterSpec:
-    """The authors' sizes; another ``d`` scales all widths alike."""
-    windows, d = task.train, config.d
-    sizes: dict[str, Any] = {"history": windows.S, "horizon": windows.K, "cadence": task.cadence}
-    sizes |= {"weekdays": task.holds_weeks, "nodes": task.nodes.shape[0]}
-    if config.kind == "stid":
-        return STIDSpec(**sizes, **({"d": d} if d else {}))
-    if config.kind == "stgcn":
-        return STGCNSpec(**sizes, **({"channels": d, "graph_channels": max(1, d // 4)} if d else {}))
-    widths = (
-        {"residual_channels": d, "dilation_channels": d, "skip_channels": 8 * d, "end_channels": 16 * d} if d else {}
-    )
-    return GraphWaveNetSpec(**sizes, **widths)
+    def make_engine(
+        self, model: Forecaster, settings: EpochsConfig, steps: int, config: LearnersConfig, data_ranks: int
+    ) -> Engine:
+        if not isinstance(model, NodeParallel):
+            return super().make_engine(model, settings, steps, config, data_ranks)
+        from stdist.urbanpg.node_engine import NodeEngine  # imports DeepSpeed, which is not installed everywhere
+
+        weights = ParameterGroup(model.trained_parameters(), settings.learning_rate, settings.weight_decay)
+        configuration = deepspeed_json(config, settings.max_grad_norm, False, data_ranks)
+        return NodeEngine(model, [weights], cosine_schedule(settings.warmup_steps, steps), configuration)

@@ -1,7 +1,7 @@
 """UrbanPG with its nodes on several learners, and several such groups side by side for parts of the batch.
 
-:class:`~stdist.nodes.learners.NodeLearners` says who holds what: a learner has its own nodes' rows of E_s and all
-of the rest. Its loss is its own points' share of one sum over all points, so gradients are sums everywhere:
+:class:`~stdist.nodes.learners.NodeLearners` says who holds what: a learner has E_s of its own nodes and all of the
+rest. Its loss is its own points' share of one sum over all points, so gradients are sums everywhere:
 
 * S, the sums of Eq. 6, is S = Σ_r S_r over the learners along ``nodes``. Each learner r' computes with all of S, so
   dL/dS_r = dL/dS = Σ_r' dL_r'/dS: the forward pass sums S over ``nodes``, the backward pass its gradient.
@@ -27,8 +27,9 @@ from torch.utils.hooks import RemovableHandle
 
 from stdist.errors import InputError
 from stdist.nodes.learners import NodeLearners, nodes_of
-from stdist.urbanpg.model import Backbone, UrbanPG
-from stdist.urbanpg.prompts import Prompts
+from stdist.urbanpg.backbone import Backbone
+from stdist.urbanpg.model import UrbanPG
+from stdist.urbanpg.prompts import ContextPrompts
 
 ROWS = "prompts.node_rows"
 
@@ -41,13 +42,13 @@ class NodeParallel(UrbanPG):
     prompts are of another number of nodes than the learners share.
     """
 
-    def __init__(self, backbone: Backbone, prompts: Prompts, learners: NodeLearners) -> None:
+    def __init__(self, backbone: Backbone, prompts: ContextPrompts, learners: NodeLearners) -> None:
         if prompts.spec.nodes != learners.nodes:
             raise InputError(f"prompts of {prompts.spec.nodes} nodes, learners of {learners.nodes}; give both the same")
-        super().__init__(backbone, prompts.part(learners.here.start, learners.here.stop))
-        self.learners, self.total_nodes, self._periods = learners, prompts.spec.nodes, prompts.spec.periods
+        super().__init__(backbone, prompts.part(learners.node_slice.start, learners.node_slice.stop))
+        self.learners, self._periods = learners, prompts.spec.periods
         self._trains = [rows.requires_grad for rows in prompts.node_rows]
-        self._gathered: list[Prompts] = []
+        self._gathered: list[ContextPrompts] = []
         for rows in self.prompts.node_rows:
             rows.model_parallel = True  # so DeepSpeed counts each row in the norm
         if learners.group.size > 1:
@@ -56,10 +57,14 @@ class NodeParallel(UrbanPG):
             for rows in self.prompts.node_rows:
                 dist.broadcast(rows.data, group=learners.along_data, group_src=0)
 
+    @property
+    def nodes(self) -> int:
+        return self.learners.nodes
+
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Those that every learner has: all but the nodes' rows."""
-        rows = {id(row) for row in self.prompts.node_rows}
-        return [parameter for parameter in self.parameters() if id(parameter) not in rows]
+        """Those that every learner has."""
+        own = {id(rows) for rows in self.node_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What is not frozen, by its name in the whole city's model, of which rows may be a part: for one
@@ -75,14 +80,14 @@ class NodeParallel(UrbanPG):
         """For each of ``prompts.node_rows``, of this learner or of the one numbered ``rank`` along ``nodes``: the
         city's period, and which of its rows these are."""
         learners, first = self.learners, 0
-        here = learners.here if rank is None else nodes_of(rank, learners.node_ranks, learners.nodes)
+        held = learners.node_slice if rank is None else nodes_of(rank, learners.node_ranks, learners.nodes)
         for period, count in enumerate(self._periods):
-            rows = slice(max(here.start - first, 0), min(here.stop - first, count))
+            rows = slice(max(held.start - first, 0), min(held.stop - first, count))
             if rows.start < rows.stop:
                 yield period, rows
             first += count
 
-    def meet(self, sums: Tensor) -> Tensor:
+    def all_reduce(self, sums: Tensor) -> Tensor:
         if self.learners.node_ranks == 1:
             return sums
         if torch.is_grad_enabled() and not sums.requires_grad:
@@ -90,13 +95,12 @@ class NodeParallel(UrbanPG):
             sums = sums.requires_grad_()
         return _SumOverRanks.apply(sums, self.learners.along_nodes)
 
-    def draw(self, draw: int | None) -> int | None:
-        """One number for all learners: a step has one perturbation, whoever has the windows. Collective where it is not
-        given."""
-        number = super().draw(draw)
-        if number is None or draw is not None or self.learners.group.size == 1:
-            return number
-        agreed = torch.tensor(number, device=self.prompts.mean.device)
+    def step_seed(self, noise_seed: int | None) -> int | None:
+        """One for all learners: a step has one perturbation, whoever has the windows. Collective where it is None."""
+        seed = super().step_seed(noise_seed)
+        if seed is None or noise_seed is not None or self.learners.group.size == 1:
+            return seed
+        agreed = torch.tensor(seed, device=self.prompts.mean.device)
         dist.broadcast(agreed, src=0)
         return int(agreed)
 
@@ -110,36 +114,37 @@ class NodeParallel(UrbanPG):
         """
         learners = self.learners
 
-        def gather_full_params(gradient: Tensor) -> Tensor:
+        def sum_over_learners(gradient: Tensor) -> Tensor:
             gradient = gradient / learners.data_ranks
             dist.all_reduce(gradient)
             return gradient
 
         if learners.node_ranks == 1:
             return []
-        return [weight.register_hook(whole) for weight in self.shared_parameters() if weight.requires_grad]
+        return [weight.register_hook(sum_over_learners) for weight in self.shared_parameters() if weight.requires_grad]
 
-    def whole_prompts(self) -> Prompts:
+    def whole_prompts(self) -> ContextPrompts:
         """The prompts of the whole city, on every learner. Collective, but inside of :meth:`gathered`."""
         if self._gathered:
             return self._gathered[0]
         if self.learners.node_ranks == 1:
             return self.prompts
         if not self.prompts.spec.spatial:
-            return self.prompts.with_rows(self._periods, [])
+            return self.prompts.with_node_rows(self._periods, [])
         own = iter(self.prompts.node_rows)
-        whole = [self.prompts.shared.new_empty(count, self.prompts.spec.d) for count in self._periods]
+        city = [self.prompts.shared.new_empty(count, self.prompts.spec.d) for count in self._periods]
         for rank in range(self.learners.node_ranks):
             for period, rows in self._pieces(rank):
-                part = whole[period][rows]
+                part = city[period][rows]
                 if rank == self.learners.node_rank:
                     part.copy_(next(own).detach())
                 dist.broadcast(part, group=self.learners.along_nodes, group_src=rank)
-        kept = zip(whole, self._trains, strict=True)
-        return self.prompts.with_rows(self._periods, [nn.Parameter(r, requires_grad=trains) for r, trains in kept])
+        rows_and_trains = zip(city, self._trains, strict=True)
+        parameters = [nn.Parameter(rows, requires_grad=trains) for rows, trains in rows_and_trains]
+        return self.prompts.with_node_rows(self._periods, parameters)
 
     @contextmanager
-    def gathered(self) -> Iterator[Prompts]:
+    def gathered(self) -> Iterator[ContextPrompts]:
         """Inside, every learner has the whole city's prompts, as they are now. Entering it is a collective."""
         self._gathered.append(self.whole_prompts())
         try:
@@ -155,9 +160,9 @@ class NodeParallel(UrbanPG):
 
     def read(self, path: Path) -> None:
         """Takes its part of the weights of a saved model of the whole city. Raises InputError as loading does."""
-        here, saved = self.learners.here, UrbanPG.from_pretrained(path, self.prompts.spec.scenario)
+        held, saved = self.learners.node_slice, UrbanPG.from_pretrained(path, self.prompts.spec.scenario)
         self.backbone.load_state_dict(saved.backbone.state_dict())
-        self.prompts.load_state_dict(saved.prompts.part(here.start, here.stop).state_dict())
+        self.prompts.load_state_dict(saved.prompts.part(held.start, held.stop).state_dict())
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -166,13 +171,13 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        whole = sums.clone()
-        dist.all_reduce(whole, group=group)
-        return whole
+        total = sums.clone()
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        whole = gradient.clone()
-        dist.all_reduce(whole, group=ctx.group)
-        return whole, None
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -11,13 +11,13 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from stdist.nodes.dataset import NodeDataset
+from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners, nodes_of
-from stdist.nodes.stage import forward_of
-from stdist.nodes.task import Task
 from stdist.runs import memory_plan
 from stdist.runs.memory_plan import Ranks, Weights
 from stdist.training.process_group import ProcessGroup
-from stdist.urbanpg.checkpoints import Model, stage_names
+from stdist.urbanpg.checkpoints import stage_names
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.continual import expanded
 from stdist.urbanpg.model import UrbanPG
@@ -99,15 +99,14 @@ def plan_run(config: UrbanConfig, device_memory: int | None) -> NodesPlan:
     return NodesPlan(stages, verdicts, notes)
 
 
-def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model) -> StagePlan:
+def plan_stage(config: UrbanConfig, name: str, task: NodeDataset, model: Forecaster) -> StagePlan:
     """One stage on the first learner, which no other one exceeds by more than a node."""
-    learners, nodes, node_ranks = config.learners, task.nodes.shape[0], config.nodes.ranks
+    learners, nodes, node_ranks = config.learners, len(task.nodes), config.nodes.ranks
     data_ranks = learners.num_workers // node_ranks
-    here = nodes_of(0, node_ranks, nodes)
-    part = UrbanPG(model.backbone, model.prompts.part(here.start, here.stop)) if isinstance(model, UrbanPG) else model
+    part = model.part(nodes_of(0, node_ranks, nodes))
     zero = learners.zero_stage if learners.engine == "deepspeed" else 0
     ranks = Ranks(data_ranks, zero, learners.offload_optimizer)
-    rows = {id(row) for row in part.prompts.node_rows} if isinstance(part, UrbanPG) else set()
+    rows = {id(row) for row in part.node_parameters()}
     weights = [
         Weights(ROWS if of_nodes else SHARED, sum(p.numel() for p in some), FLOAT, trainable)
         for of_nodes in (False, True)
@@ -118,7 +117,7 @@ def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model) -> Stag
     share = NodeLearners(nodes, node_ranks, ProcessGroup(0, learners.num_workers)).share(
         config.training.train_batch_size
     )
-    kept, flops = _of_a_batch(part, task, config.nodes.block_nodes, share)
+    kept, flops = _of_a_batch(part, task, share)
     sent = sum(memory_plan.traffic(weights, ranks, {}, {ROWS: 1, SHARED: 1}).values())
     if isinstance(model, UrbanPG) and node_ranks > 1:
         # The sums of Eq. 6 forward, their gradient backward, and the gradient of what all learners have.
@@ -139,17 +138,17 @@ def plan_stage(config: UrbanConfig, name: str, task: Task, model: Model) -> Stag
     )
 
 
-def _of_a_batch(model: Model, task: Task, block_nodes: int | None, windows: int) -> tuple[int, int]:
+def _of_a_batch(model: Forecaster, task: NodeDataset, windows: int) -> tuple[int, int]:
     """What :func:`_measured` would say of so many windows: something once, and the same of every window."""
-    one, two = _measured(model, task, block_nodes, 1), _measured(model, task, block_nodes, 2)
+    one, two = _measured(model, task, 1), _measured(model, task, 2)
     kept, flops = (first + (windows - 1) * (second - first) for first, second in zip(one, two, strict=True))
     return kept, flops
 
 
-def _measured(model: Model, task: Task, block_nodes: int | None, windows: int) -> tuple[int, int]:
+def _measured(model: Forecaster, task: NodeDataset, windows: int) -> tuple[int, int]:
     """Bytes that autograd keeps of a forward pass, and operations of it and the backward pass, but for products with a
     sparse graph."""
-    nodes = model.prompts.spec.nodes if isinstance(model, UrbanPG) else task.nodes.shape[0]
+    nodes = model.nodes or len(task.nodes)
     kept: dict[int, int] = {}
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -161,11 +160,11 @@ def _measured(model: Model, task: Task, block_nodes: int | None, windows: int) -
     zero = torch.zeros(windows, dtype=torch.int64)
     history = torch.full((windows, task.train.S, nodes), task.statistics.mean)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
-        forward_of(model.train(), block_nodes)(history, zero, zero, 0).sum().backward()
+        model.train()(history, zero, zero, noise_seed=0).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
     total = sum(kept.values())
-    if block_nodes and isinstance(model, UrbanPG):
+    if model.block_nodes and isinstance(model, UrbanPG):
         # What blocks keep beside the hooks: the hidden layer, and the maps, each window's own where P_t is.
         spec, of_x = model.backbone.spec, model.backbone.spec.history + 1
         maps = (spec.d + of_x + 2 * spec.horizon) * (windows if model.prompts.spec.temporal else 1)

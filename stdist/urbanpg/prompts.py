@@ -1,8 +1,8 @@
 """Personalized context prompts (UrbanPG, Eq. 3–4, 9–10): all that UrbanPG knows of one city, and nothing else.
 
-A scenario is a set of nodes at a cadence. Its prompts hold one row for every slot of the day, weekday and node, and the
-mean and standard deviation of its training span: the backbone sees z-scores only, which is what lets it move to another
-city. The paper gives neither the distribution of rows before training nor that of the noise: both are normal
+A scenario is a set of nodes at a cadence. Its prompts hold an embedding of every slot of the day, weekday and node, and
+the mean and standard deviation of its training span: the backbone sees z-scores only, which is what lets it move to
+another city. The paper gives neither the distribution of untrained embeddings nor that of the noise: both are normal
 with standard deviation ``INITIAL_STD``, so that a noisy node looks like one that has not been learnt.
 """
 
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from stdist.errors import InputError
 from stdist.nodes.folders import load_module, save_module
-from stdist.nodes.scaling import MINUTES_PER_DAY, City
+from stdist.nodes.scaling import MINUTES_PER_DAY, CityScaling
 
 INITIAL_STD = 0.02
 """On a synthetic city of 300 nodes, 600 steps of AdamW left a test MAE of 13.0 with it, and of 15.1 with 1."""
-DRAWN_TOGETHER = 16384
+NODES_PER_STREAM = 16384
 """Nodes whose replacements come from one random stream, so that any part of a city draws what the whole city does."""
 
 
 class PromptSpec(BaseModel):
-    """``periods``: rows of nodes as they came (Eq. 9), one number where the city never grew; ``cadence`` in minutes;
-    ``weekdays``: see :class:`stdist.nodes.scaling.City`.
+    """``periods``: numbers of nodes as they came (Eq. 9), one number where the city never grew; ``cadence`` in minutes;
+    ``weekdays``: see :class:`stdist.nodes.scaling.CityScaling`.
 
     Ablations: ``temporal`` and ``spatial`` False leave out E_tod and E_dow, or E_s; ``p`` 0 leaves out Eq. 4.
     """
@@ -58,11 +58,11 @@ class PromptSpec(BaseModel):
         return MINUTES_PER_DAY // self.cadence
 
 
-class Prompts(City):
+class ContextPrompts(CityScaling):
     """E_tod [slots, d], E_dow [7, d], E_s [N, d] in one tensor per period, E_d [d]; mean and std in the data's units.
     Without Eq. 4 nothing reads E_d: it is in the files and is no parameter, so that no optimizer decays it.
 
-    ``first_node``: number, in the whole city, of the first node that is here (:meth:`part`). Raises InputError where
+    ``first_node``: number, in the whole city, of the first of these nodes (:meth:`part`). Raises InputError where
     the spec makes no sense.
     """
 
@@ -73,58 +73,61 @@ class Prompts(City):
         _check(spec)
         self.spec, self.first_node = spec, 0
         if spec.temporal:
-            self.time_of_day = nn.Parameter(_rows(spec.slots, spec.d))
-            self.day_of_week = nn.Parameter(_rows(7, spec.d))
-        self.node_rows = nn.ParameterList(nn.Parameter(_rows(count, spec.d)) for count in spec.periods if spec.spatial)
+            self.time_of_day = nn.Parameter(_initial(spec.slots, spec.d))
+            self.day_of_week = nn.Parameter(_initial(7, spec.d))
+        # The name in checkpoints.
+        self.node_rows = nn.ParameterList(
+            nn.Parameter(_initial(count, spec.d)) for count in spec.periods if spec.spatial
+        )
         if spec.spatial:
-            row = _rows(1, spec.d)[0]
+            shared = _initial(1, spec.d)[0]
             if spec.p:
-                self.shared = nn.Parameter(row)
+                self.shared = nn.Parameter(shared)
             else:
-                self.register_buffer("shared", row)
+                self.register_buffer("shared", shared)
 
     def temporal(self, slot: Int64[Tensor, "B"], weekday: Int64[Tensor, "B"]) -> Float[Tensor, "B d"] | None:
-        """P_t (Eq. 3): one row for all nodes of a sample. None without temporal context."""
+        """P_t (Eq. 3): the same for all nodes of a sample. None without temporal context."""
         return self.time_of_day[slot] + self.day_of_week[weekday] if self.spec.temporal else None
 
-    def rows(self) -> Float[Tensor, "N d"] | None:
-        """E_s: the rows of all periods (Eq. 9). None without spatial context."""
+    def node_embeddings(self) -> Float[Tensor, "N d"] | None:
+        """E_s, of the nodes of all periods (Eq. 9). None without spatial context."""
         if not self.spec.spatial:
             return None
         return self.node_rows[0] if len(self.node_rows) == 1 else torch.cat(list(self.node_rows))
 
-    def perturb(self, rows: Float[Tensor, "n d"], first: int, draw: int | None) -> Float[Tensor, "n d"]:
-        """P_s (Eq. 4) of the nodes first, first + 1, … that are here; ``draw`` None replaces none.
+    def perturb(self, embeddings: Float[Tensor, "n d"], first: int, noise_seed: int | None) -> Float[Tensor, "n d"]:
+        """P_s (Eq. 4) of the nodes first, first + 1, … of these prompts; ``noise_seed`` None replaces none.
 
-        u_n and the noise M_d depend on ``draw`` and on the node's number in the whole city alone: blocks, ranks and
-        the second pass of a checkpoint see the same ones. On another kind of device they are others.
+        u_n and the noise M_d depend on ``noise_seed`` and on the node's number in the whole city alone: blocks, ranks
+        and the second pass of a checkpoint see the same ones. On another kind of device they are others.
         """
-        if draw is None or self.spec.p == 0:
-            return rows
-        first, stop, spec = self.first_node + first, self.first_node + first + len(rows), self.spec
-        places, replacements = [], []
-        for start in range(first - first % DRAWN_TOGETHER, stop, DRAWN_TOGETHER):
-            nodes, noisy, noise = _drawn(draw, start, spec.p, spec.q, spec.d, rows.device)
-            low, high = torch.searchsorted(nodes, torch.tensor([first, stop], device=rows.device)).tolist()
-            low_noisy, high_noisy = torch.searchsorted(noisy, torch.tensor([low, high], device=rows.device)).tolist()
-            places.append(nodes[low:high] - first)
-            noisy, noise = noisy[low_noisy:high_noisy] - low, noise[low_noisy:high_noisy].to(rows.dtype)
+        if noise_seed is None or self.spec.p == 0:
+            return embeddings
+        first, stop, spec = self.first_node + first, self.first_node + first + len(embeddings), self.spec
+        positions, replacements, device = [], [], embeddings.device
+        for start in range(first - first % NODES_PER_STREAM, stop, NODES_PER_STREAM):
+            nodes, noisy, noise = _replacements(noise_seed, start, spec.p, spec.q, spec.d, device)
+            low, high = torch.searchsorted(nodes, torch.tensor([first, stop], device=device)).tolist()
+            low_noisy, high_noisy = torch.searchsorted(noisy, torch.tensor([low, high], device=device)).tolist()
+            positions.append(nodes[low:high] - first)
+            noisy, noise = noisy[low_noisy:high_noisy] - low, noise[low_noisy:high_noisy].to(embeddings.dtype)
             replacements.append(self.shared.expand(high - low, -1).index_copy(0, noisy, noise))
-        return rows.index_copy(0, torch.cat(places), torch.cat(replacements))
+        return embeddings.index_copy(0, torch.cat(positions), torch.cat(replacements))
 
-    def expand(self, new_nodes: int, *, train_old_rows: bool = False) -> "Prompts":
-        """Prompts for ``new_nodes`` more nodes behind the old ones (Eq. 9), whose rows are copied bit by bit.
+    def expand(self, new_nodes: int, *, train_old_rows: bool = False) -> "ContextPrompts":
+        """Prompts for ``new_nodes`` more nodes behind the old ones (Eq. 9), whose embeddings are copied bit by bit.
 
-        Unless ``train_old_rows``, the old rows are frozen (Eq. 10): no gradient, so no weight decay either.
+        Unless ``train_old_rows``, those are frozen (Eq. 10): no gradient, so no weight decay either.
         """
         if new_nodes < 1:
             raise InputError(f"{new_nodes} new nodes for prompts {self.spec.scenario!r}: give at least 1")
         rows = [nn.Parameter(old.detach().clone(), requires_grad=train_old_rows) for old in self.node_rows]
         if self.spec.spatial:
-            rows.append(nn.Parameter(_rows(new_nodes, self.spec.d).to(self.shared)))
-        return self.with_rows((*self.spec.periods, new_nodes), rows)
+            rows.append(nn.Parameter(_initial(new_nodes, self.spec.d).to(self.shared)))
+        return self.with_node_rows((*self.spec.periods, new_nodes), rows)
 
-    def part(self, start: int, stop: int) -> "Prompts":
+    def part(self, start: int, stop: int) -> "ContextPrompts":
         """A copy for the nodes [start, stop) of these prompts; what is frozen stays frozen."""
         periods: list[int] = []
         rows: list[nn.Parameter] = []
@@ -137,12 +140,12 @@ class Prompts(City):
                     old = self.node_rows[period]
                     rows.append(nn.Parameter(old.detach()[low:high].clone(), requires_grad=old.requires_grad))
             first += count
-        part = self.with_rows(tuple(periods), rows)
+        part = self.with_node_rows(tuple(periods), rows)
         part.first_node = self.first_node + start
         return part
 
-    def with_rows(self, periods: tuple[int, ...], rows: list[nn.Parameter]) -> "Prompts":
-        """A copy, of a city's nodes from its first, around ``rows`` of those ``periods``, which are not copied."""
+    def with_node_rows(self, periods: tuple[int, ...], rows: list[nn.Parameter]) -> "ContextPrompts":
+        """A copy, of a city's nodes from its first, around embeddings ``rows`` of ``periods``, which are not copied."""
         prompts = copy.deepcopy(self, {id(self.node_rows): nn.ParameterList(rows)})
         prompts.spec, prompts.first_node = self.spec.model_copy(update={"periods": periods}), 0
         return prompts
@@ -152,25 +155,27 @@ class Prompts(City):
         save_module(self, self.spec, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Prompts":
+    def from_pretrained(cls, folder: str | Path) -> "ContextPrompts":
         """Raises InputError where the folder does not hold prompts."""
         return load_module(cls, PromptSpec, Path(folder))
 
 
 @lru_cache(maxsize=2)
-def _drawn(draw: int, start: int, p: float, q: float, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``DRAWN_TOGETHER`` nodes from ``start`` those that are replaced, int64 [r]; which of these become noise,
+def _replacements(
+    noise_seed: int, start: int, p: float, q: float, d: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The nodes that are replaced of ``NODES_PER_STREAM`` from ``start``, int64 [r]; which of these become noise,
     int64 [m] from 0 to r - 1, the others become E_d; and that noise [m, d]. Small blocks ask for the same ones."""
-    seed = np.random.SeedSequence((draw, start)).generate_state(1).item()
+    seed = np.random.SeedSequence((noise_seed, start)).generate_state(1).item()
     generator = torch.Generator(device).manual_seed(seed)
-    u = torch.rand(DRAWN_TOGETHER, generator=generator, device=device)
+    u = torch.rand(NODES_PER_STREAM, generator=generator, device=device)
     replaced = (u < p).nonzero()[:, 0]
     noisy = (u[replaced] >= p * q).nonzero()[:, 0]
     noise = torch.randn(len(noisy), d, generator=generator, device=device) * INITIAL_STD
     return replaced + start, noisy, noise
 
 
-def _rows(count: int, d: int) -> Tensor:
+def _initial(count: int, d: int) -> Tensor:
     return torch.normal(0.0, INITIAL_STD, (count, d))
 
 

@@ -9,14 +9,14 @@ import yaml
 
 from data_prep import READERS
 from stdist.data import open_store
-from stdist.vision_llm import recipe
+from stdist.runs import recipes
 from stdist.vision_llm.config import VisionLLMConfig
 
 CITY = {"height": 14, "width": 14, "days": 16, "seed": 7}
 
 
 def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[str, Any]:
-    """Trains, forecasts and reports into the run folder ``out``; see :func:`stdist.vision_llm.recipe.train`.
+    """Trains, forecasts and reports into the run folder ``out``; see :func:`stdist.runs.training.train`.
 
     Without ``data`` the city is generated beside the run, once. With it, the demo's schedule runs on that store's first
     channel, on at most a 6×6 region in the middle of its grid.
@@ -30,7 +30,7 @@ def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[s
         (r0, r1), (c0, c1) = (_middle(size, 6) for size in store.shape)
         tree["data"] |= {"store": str(data), "channel": store.channels[0], "region": f"{r0}:{r1},{c0}:{c1}"}
         tree["frames"]["pixels_per_cell"] = "auto"
-    return recipe.train(VisionLLMConfig.model_validate(tree), log)
+    return recipes.train(VisionLLMConfig.model_validate(tree), log)
 
 
 def _generated_city(path: Path, log: Callable[[str], None]) -> Path:

@@ -1,7 +1,4 @@
-"""ST-Vision-LLM from a configuration to a scored forecast: open, train the stages, forecast, evaluate, report.
-
-Every step is skipped when its result is already in the run folder, so the same command run again resumes.
-"""
+"""ST-Vision-LLM as a recipe: its data and policy, its four stages, and what they may train on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +9,10 @@ from typing import Any
 import torch
 
 from stdist.errors import InputError
-from stdist.runs.recipes import ForecastRequest, Log, OnMetrics, Recipe
-from stdist.runs.run_folder import begin_run_folder, open_together, refuse_foreign_folder
+from stdist.runs.forecasting import Predictor
+from stdist.runs.recipes import Recipe
+from stdist.runs.run import Run
+from stdist.runs.run_folder import refuse_foreign_folder
 from stdist.training import engines
 from stdist.training.deepspeed_json import deepspeed_json
 from stdist.training.engine import Engine, ParameterGroup
@@ -22,61 +21,107 @@ from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
-from stdist.vision_llm.policy.checkpoints import build_policy, load_weights, snapshot_policy
+from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.rollout.sampler import Decoding
-from stdist.vision_llm.scoring import forecast, forecast_and_score, stage_sentence
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import Task, open_task, policy_spec, stage_config
 
 
-def train(
-    config: VisionLLMConfig,
-    log: Callable[[str], None],
-    on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
-) -> dict[str, Any]:
-    """Runs or resumes everything ``config`` names. Returns the test metrics, the stages' summaries and paths.
+class VisionLLMRecipe(Recipe[VisionLLMConfig]):
+    """``recipe: vision-llm``."""
 
-    As one of several learners (torch.distributed is up) this process trains its share; the first one also writes the
-    run folder, forecasts and scores, and only its result has the metrics. ``log`` is given a line for people at each
-    milestone, by the first learner; ``on_metrics`` every logged step's scalars, on every learner.
-    """
-    group = ProcessGroup.current()
-    log = log if group.is_main else lambda line: None
-    run_dir = config.run_dir
-    task, policy, clamped = open_together(group, partial(_open, config, group))
-    if group.is_main:
-        begin_run_folder(config, task.store.digest)
-    log(f"run {run_dir}: {task.store.city}, {len(task.train)} training windows")
-    log(f"attention: {policy.attention_choice.reason}")
-    if clamped:
-        log(clamped)
-    summaries = train_stages(config, task, policy, log, on_metrics)
-    if not group.is_main:
-        return {"run": str(run_dir), "stages": summaries}
-    result = forecast_and_score(config, task, policy, summaries, [clamped] if clamped else [], log)
-    return {"run": str(run_dir), "stages": summaries, **result}
+    Config = VisionLLMConfig
 
+    def stages(self, config: VisionLLMConfig) -> tuple[str, ...]:
+        return config.stages
 
-def _open(config: VisionLLMConfig, group: ProcessGroup) -> tuple[Task, PolicyModel, str | None]:
-    """The run's data, its policy on the device, and what is to be said of values that were clamped. Raises InputError
-    for whatever would stop the run later."""
-    task = check(config, group)
-    policy = build_policy(policy_spec(config, task), config.seed)
-    policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    windows = (task.train, task.validation, task.test)
-    return task, policy, find_unwritable(windows, policy.vocabulary, config.numerals.out_of_range == "clamp")
+    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Task:
+        """The run's data. Raises InputError where ``group`` cannot train on it, or the folder is another run's."""
+        check_learners(config, group)
+        task = open_task(config)
+        refuse_foreign_folder(config, task.store.digest)
+        return task
+
+    def open(self, config: VisionLLMConfig, group: ProcessGroup) -> "VisionLLMRun":
+        return VisionLLMRun(config, self.check(config, group))
+
+    def load(self, config: VisionLLMConfig, checkpoint: Path) -> Predictor:
+        return PolicyPredictor(_on_device(load_policy(checkpoint)), config)
+
+    def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> Any:
+        from stdist.vision_llm.plan import plan_run
+
+        return plan_run(config, device_memory, device_flops)
 
 
-def check(config: VisionLLMConfig, group: ProcessGroup) -> Task:
-    """The run's data. Raises InputError where ``group`` cannot train ``config`` on it, or its folder is another's."""
-    check_learners(config, group)
-    task = open_task(config)
-    refuse_foreign_folder(config, task.store.digest)
-    return task
+class VisionLLMRun(Run):
+    """One policy that every stage trains further. Raises InputError for values that no numeral can write."""
+
+    metric = "nrmse"
+    config: VisionLLMConfig
+
+    def __init__(self, config: VisionLLMConfig, task: Task):
+        self.config, self.task = config, task
+        self.store, self.train, self.test = task.store, task.train, task.test
+        self.policy = _on_device(build_policy(policy_spec(config, task), config.seed))
+        clamp = config.numerals.out_of_range == "clamp"
+        clamped = find_unwritable((task.train, task.validation, task.test), self.policy.vocabulary, clamp)
+        self.notes = [clamped] if clamped else []
+        self._train, self._validation = (
+            CityWindows(self.policy, windows, clamp) for windows in (task.train, task.validation)
+        )
+
+    @property
+    def summary(self) -> str:
+        return f"{len(self._train.cells)} cells"
+
+    def fit(self, stage: str, trainer: Trainer) -> dict[str, Any]:
+        policy, settings = self.policy, stage_config(self.config, stage)
+        return trainer.fit(
+            self._stage(stage, trainer.group),
+            PolicyFiles(policy),
+            partial(make_engine, self.config, settings, policy, trainer.group),
+            LoopSettings(
+                settings.max_steps,
+                settings.logging_steps,
+                settings.save_steps,
+                settings.eval_steps,
+                patience=getattr(settings, "patience", None),
+            ),
+            run_info={
+                "device": str(policy.device),
+                "attention": policy.attention_choice.reason,
+                "learners": f"{trainer.group.size}, {engines.engine_name(self.config.learners)}",
+            },
+        )
+
+    def predictor(self) -> Predictor:
+        return PolicyPredictor(self.policy, self.config)
+
+    def _stage(self, name: str, group: ProcessGroup) -> Stage:
+        config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
+        if name == "grpo":
+            begin_grpo(policy, config.seed)
+            cell_mean = self.task.statistics.cell_mean[self.task.train.region.slices].ravel()
+            return GRPOStage(
+                policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group
+            )
+        settings = stage_config(config, name)
+        if settings.trainable == "lora" and not adapter_names(policy):
+            add_lora(policy, seed=config.seed)
+        train_only(policy, settings.trainable, frames=name == "sft")
+        if name == "sft":
+            return SFTStage(policy, self._train, self._validation, config.sft, config.seed, decoding, group)
+        return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
+
+
+def _on_device(policy: PolicyModel) -> PolicyModel:
+    return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
@@ -114,74 +159,12 @@ class PolicyFiles:
         load_weights(self.policy, path)
 
 
-def train_stages(
-    config: VisionLLMConfig,
-    task: Task,
-    policy: PolicyModel,
-    log: Callable[[str], None],
-    on_metrics: Callable[[dict[str, float]], None],
-) -> dict[str, dict[str, Any]]:
-    """All stages in order on one policy; finished ones are only loaded. Returns each stage's closing summary."""
-    trainer = Trainer(config.run_dir, ProcessGroup.current(), log, on_metrics)
-    group = trainer.group
-    clamp = config.numerals.out_of_range == "clamp"
-    cities = [CityWindows(policy, windows, clamp) for windows in (task.train, task.validation)]
-    summaries: dict[str, dict[str, Any]] = {}
-    for name in config.stages:
-        settings = stage_config(config, name)
-        stage = _build_stage(config, name, task, policy, group, *cities)
-        summaries[name] = trainer.fit(
-            stage,
-            PolicyFiles(policy),
-            partial(make_engine, config, settings, policy, group),
-            LoopSettings(
-                settings.max_steps,
-                settings.logging_steps,
-                settings.save_steps,
-                settings.eval_steps,
-                patience=getattr(settings, "patience", None),
-            ),
-            run_info={
-                "device": str(policy.device),
-                "attention": policy.attention_choice.reason,
-                "learners": f"{group.size}, {engines.engine_name(config.learners)}",
-            },
-        )
-        log(stage_sentence(summaries[name]))
-    trainer.close()
-    return summaries
-
-
 def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: PolicyModel, group: ProcessGroup) -> Engine:
     """The configured engine on what trains in the stage."""
     groups = parameter_groups(policy, settings)
     return engines.make_engine(
         config.learners, settings, settings.max_steps, policy, groups, group.size, policy.read_in_place
     )
-
-
-def _build_stage(
-    config: VisionLLMConfig,
-    name: str,
-    task: Task,
-    policy: PolicyModel,
-    group: ProcessGroup,
-    train: CityWindows,
-    validation: CityWindows,
-) -> Stage:
-    decoding = _validation_decoding(config)
-    if name == "grpo":
-        begin_grpo(policy, config.seed)
-        region = task.train.region
-        cell_mean = task.statistics.cell_mean[region.slices].ravel()
-        return GRPOStage(policy, train, validation, cell_mean, config.grpo, config.seed, decoding, group)
-    settings = stage_config(config, name)
-    if settings.trainable == "lora" and not adapter_names(policy):
-        add_lora(policy, seed=config.seed)
-    train_only(policy, settings.trainable, frames=name == "sft")
-    if name == "sft":
-        return SFTStage(policy, train, validation, config.sft, config.seed, decoding, group)
-    return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
 
 
 def _validation_decoding(config: VisionLLMConfig) -> Decoding:
@@ -202,26 +185,3 @@ def parameter_groups(policy: PolicyModel, settings: StageConfig) -> list[Paramet
         ParameterGroup({n: p for n, p in backbone.items() if p.ndim <= 1}, settings.learning_rate, 0.0),
         ParameterGroup(rows, rows_rate, 0.0),
     ]
-
-
-class VisionLLMRecipe(Recipe[VisionLLMConfig]):
-    """``recipe: vision-llm``."""
-
-    Config = VisionLLMConfig
-
-    def stages(self, config: VisionLLMConfig) -> tuple[str, ...]:
-        return config.stages
-
-    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Task:
-        return check(config, group)
-
-    def train(self, config: VisionLLMConfig, log: Log, on_metrics: OnMetrics) -> dict[str, Any]:
-        return train(config, log, on_metrics)
-
-    def forecast(self, config: VisionLLMConfig, request: ForecastRequest, log: Log) -> dict[str, Any]:
-        return forecast(request.run_dir, request.store, request.region, request.split, request.out, log)
-
-    def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> Any:
-        from stdist.vision_llm.plan import plan_run
-
-        return plan_run(config, device_memory, device_flops)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stdist.evaluation import ForecastWriter, Piece
+from stdist.evaluation import Chunk, ForecastWriter
 
 from .conftest import PATIENCE, files_below, start_command
 
@@ -23,7 +23,7 @@ write, hang_at = ForecastWriter.write, int(sys.argv.pop())
 
 def write_then_hang(self, *arguments):
     write(self, *arguments)
-    if len(self.plan.pieces()) - len(self.left) == hang_at:
+    if len(self.grid.chunks()) - len(self.remaining) == hang_at:
         Path("hanging").touch()
         time.sleep(3600)
 
@@ -50,7 +50,7 @@ def pieces_written(monkeypatch) -> list[int]:
     sizes: list[int] = []
     write = ForecastWriter.write
     monkeypatch.setattr(
-        ForecastWriter, "write", lambda self, piece, *rest: sizes.append(piece.size) or write(self, piece, *rest)
+        ForecastWriter, "write", lambda self, chunk, *rest: sizes.append(chunk.size) or write(self, chunk, *rest)
     )
     return sizes
 
@@ -78,7 +78,7 @@ def test_killed_in_the_middle(stdist, run, city, tmp_path, pieces_written, name)
 
     again = stdist("forecast", run, city, "--out", killed, "--json")
     assert again.code == 0 and again.json["windows"] == 23
-    assert f"{killed}.partial holds 7 pieces of 12, going on from there\n" in again.err
+    assert f"{killed}.partial holds 7 chunks of 12, going on from there\n" in again.err
     assert pieces_written == [8] * 4 + [4]
     pieces_written.clear()
     assert stdist("forecast", run, city, "--out", undisturbed).code == 0
@@ -105,16 +105,16 @@ def test_another_checkpoints_pieces_are_not_mixed_in(stdist, run, city, tmp_path
     """A stage that was trained again leaves a checkpoint of the same name; its closing summary differs."""
     out = tmp_path / "f.zarr"
 
-    def interrupted(self: ForecastWriter) -> list[Piece]:
-        return self.plan.pieces()[:5]
+    def interrupted(self: ForecastWriter) -> list[Chunk]:
+        return self.grid.chunks()[:5]
 
     with monkeypatch.context() as patch:
-        patch.setattr(ForecastWriter, "left", property(interrupted))
-        with pytest.raises(AssertionError, match="5 pieces are missing"):
+        patch.setattr(ForecastWriter, "remaining", property(interrupted))
+        with pytest.raises(AssertionError, match="5 chunks are missing"):
             stdist("forecast", run, city, "--out", out)
     finished = run / "checkpoints" / "grpo" / "finished.json"
     finished.write_text(finished.read_text().replace('"nrmse": ', '"nrmse": 1'))
     pieces_written.clear()
     again = stdist("forecast", run, city, "--out", out)
-    assert f"{out}.partial holds 5 pieces made with another training; they are discarded\n" in again.err
+    assert f"{out}.partial holds 5 chunks made with another training; they are discarded\n" in again.err
     assert len(pieces_written) == 12 and out.is_dir() and not Path(f"{out}.partial").exists()

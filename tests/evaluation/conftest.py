@@ -1,12 +1,23 @@
 """Small cities with everything that can go wrong: missing values, a gap, a cell outside, a node that comes late."""
 
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stdist.data import GridSpec, GridStore, GridWriter, NodeSpec, Split, open_store
-from stdist.evaluation import ForecastMetadata, Forecasts, forecast_contract
+from stdist.evaluation import (
+    ChunkGrid,
+    EvaluationResult,
+    ForecastHeader,
+    ForecastMetadata,
+    ForecastWriter,
+    evaluate,
+    forecast_contract,
+    open_forecasts,
+)
 
 DAYS, SLOTS, H, W = 21, 24, 4, 3
 GAP = (15 * SLOTS + 2, 15 * SLOTS + 12)
@@ -67,6 +78,53 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
     return write_city(tmp_path_factory.mktemp("city") / "toyville.zarr")
+
+
+@dataclass(frozen=True, eq=False)
+class Forecasts:
+    """Forecasts small enough to hold: ``values`` are [N, K, *cells], ``quantiles`` [3, N, K, *cells]."""
+
+    values: np.ndarray
+    origins: np.ndarray
+    cell_ids: np.ndarray
+    metadata: ForecastMetadata
+    quantiles: np.ndarray | None = None
+
+    @property
+    def header(self) -> ForecastHeader:
+        return ForecastHeader(self.metadata, self.origins, self.cell_ids, self.quantiles is not None)
+
+    @property
+    def quantities(self) -> np.ndarray:
+        """[quantity, N, K, *cells]: the point forecast, then the quantiles there are."""
+        return np.stack([self.values, *([] if self.quantiles is None else self.quantiles)])
+
+
+def write_forecasts(forecasts: Forecasts, path: Path, cells=None, chunks: tuple[int, int] | None = None) -> Path:
+    """``cells``: positions of those that are written, else all. ``chunks``: windows and cells of one, else all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n, k, *shape = forecasts.values.shape
+    cells = np.arange(np.prod(shape)) if cells is None else cells
+    quantities = forecasts.quantities
+    flat = quantities.reshape(len(quantities), n, k, np.prod(shape))[..., cells]
+    grid = ChunkGrid(n, len(cells), *(chunks or (max(1, n), len(cells))))
+    with ForecastWriter(path, forecasts.header, cells, grid, {}, print) as writer:
+        for chunk in writer.remaining:
+            writer.write(chunk, flat[:, chunk.windows, :, chunk.cells])
+        return writer.finish()
+
+
+def read_forecasts(path: Path) -> Forecasts:
+    file = open_forecasts(path)
+    header = file.header
+    values = file.read(slice(0, header.shape[0]), header.region, quantiles=True)
+    quantiles = values[1:] if header.has_quantiles else None
+    return Forecasts(values[0], header.origins, header.cell_ids, header.metadata, quantiles)
+
+
+def score(forecasts: Forecasts, store: GridStore, suffix: str = ".zarr") -> EvaluationResult:
+    with tempfile.TemporaryDirectory() as folder:
+        return evaluate(write_forecasts(forecasts, Path(folder) / f"made{suffix}"), store)
 
 
 def make_forecasts(windows, *, quantiles: bool = False, error: float = 5.0) -> Forecasts:

@@ -1,4 +1,4 @@
-"""Forecasts written piece by piece are those written at once, however often their writer was killed."""
+"""Forecasts written chunk by chunk are those written at once, however often their writer was killed."""
 
 import errno
 import shutil
@@ -10,17 +10,9 @@ import pytest
 
 from stdist.data import Region
 from stdist.errors import InputError
-from stdist.evaluation import (
-    ForecastHeader,
-    ForecastWriter,
-    Piece,
-    PiecePlan,
-    forecast_writer,
-    read_forecasts,
-    write_forecasts,
-)
+from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastWriter, forecast_writer
 
-from .conftest import make_forecasts
+from .conftest import make_forecasts, read_forecasts, write_forecasts
 
 REGION = Region(0, 3, 1, 3)
 CELLS = np.array([0, 2, 3, 4, 5])  # cell 1 of the region lies outside the city
@@ -35,23 +27,22 @@ def forecasts(request, store):
 
 @pytest.fixture
 def open_writer(forecasts, tmp_path):
-    """Writers of 3 x 4 pieces to ``made.zarr``; ``said`` collects their lines."""
+    """Writers of 4 x 3 chunks to ``made.zarr``; ``said`` collects their lines."""
     said = []
 
-    def make(path=tmp_path / "made.zarr", header: ForecastHeader = forecasts.header, plan=(93, 5, 25, 2), work=WORK):
-        return ForecastWriter(path, header, CELLS, PiecePlan(*plan), work, said.append)
+    def make(path=tmp_path / "made.zarr", header: ForecastHeader = forecasts.header, grid=(93, 5, 25, 2), work=WORK):
+        return ForecastWriter(path, header, CELLS, ChunkGrid(*grid), work, said.append)
 
     make.said = said
     return make
 
 
-def fill(writer, forecasts, pieces=None):
-    """Writes the next ``pieces``, by default all that are left."""
+def fill(writer, forecasts, count=None):
+    """Writes the next ``count`` chunks, by default all that are left."""
     n, k, _, _ = forecasts.values.shape
-    quantiles = [] if forecasts.quantiles is None else forecasts.quantiles
-    flat = np.stack([forecasts.values, *quantiles]).reshape(-1, n, k, 6)[..., CELLS]
-    for piece in writer.left[:pieces]:
-        writer.write(piece, flat[:, piece.windows, :, piece.cells], {"seen": 2})
+    flat = forecasts.quantities.reshape(-1, n, k, 6)[..., CELLS]
+    for chunk in writer.remaining[:count]:
+        writer.write(chunk, flat[:, chunk.windows, :, chunk.cells], {"seen": 2})
 
 
 def bytes_of(path):
@@ -59,78 +50,75 @@ def bytes_of(path):
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
-def test_a_plan_cuts_windows_then_cells():
-    plan = PiecePlan(windows=3, cells=5, windows_per_piece=2, cells_per_piece=3)
+def test_a_grid_cuts_windows_then_cells():
+    grid = ChunkGrid(windows=3, cells=5, windows_per_chunk=2, cells_per_chunk=3)
     first, second = slice(0, 2), slice(2, 3)
-    assert plan.pieces() == [
-        Piece(first, slice(0, 3)),
-        Piece(first, slice(3, 5)),
-        Piece(second, slice(0, 3)),
-        Piece(second, slice(3, 5)),
+    assert grid.chunks() == [
+        Chunk(first, slice(0, 3)),
+        Chunk(first, slice(3, 5)),
+        Chunk(second, slice(0, 3)),
+        Chunk(second, slice(3, 5)),
     ]
-    assert [piece.size for piece in plan.pieces()] == [6, 4, 3, 2] and plan.size == 15
+    assert [chunk.size for chunk in grid.chunks()] == [6, 4, 3, 2] and grid.size == 15
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
-def test_pieces_make_the_same_bytes_as_forecasts_written_at_once(open_writer, forecasts, suffix, tmp_path):
+def test_chunks_make_the_same_bytes_as_forecasts_written_at_once(open_writer, forecasts, suffix, tmp_path):
     path, folder = tmp_path / f"made{suffix}", tmp_path / f"made{suffix}.partial"
     with open_writer(path) as writer:
-        assert len(writer.left) == 4 * 3
+        assert len(writer.remaining) == 4 * 3
         fill(writer, forecasts)
         assert not path.exists() and folder.is_dir()
         assert writer.finish() == path
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and open_writer.said == []
-    (tmp_path / "at once").mkdir()
     assert bytes_of(path) == bytes_of(write_forecasts(forecasts, tmp_path / "at once" / path.name))
 
 
 def test_a_writer_goes_on_where_another_was_left(open_writer, forecasts, tmp_path):
     """Twice; the chunk after the last whole one is half written, as a kill leaves it where writes are not atomic."""
-    for pieces, left in ((5, 12), (3, 7)):
+    for count, left in ((5, 12), (3, 7)):
         with open_writer() as writer:
-            assert len(writer.left) == left
-            fill(writer, forecasts, pieces)
-        row, column = divmod(12 - left + pieces, 3)
+            assert len(writer.remaining) == left
+            fill(writer, forecasts, count)
+        row, column = divmod(12 - left + count, 3)
         torn = writer.partial / "pieces.zarr" / "c" / "0" / str(row) / "0" / str(column)
         torn.parent.mkdir(parents=True, exist_ok=True)
         torn.write_bytes(b"torn")
     with open_writer() as writer:
-        assert len(writer.left) == 4
+        assert len(writer.remaining) == 4
         fill(writer, forecasts)
         writer.finish()
-    assert writer.counts == {"seen": 24}, "counts stay with the pieces"
+    assert writer.counts == {"seen": 24}, "counts stay with the chunks"
     holds = f"{tmp_path / 'made.zarr.partial'} holds"
-    assert open_writer.said == [f"{holds} {n} pieces of 12, going on from there" for n in (5, 8)]
-    (tmp_path / "at once").mkdir()
+    assert open_writer.said == [f"{holds} {n} chunks of 12, going on from there" for n in (5, 8)]
     assert bytes_of(writer.path) == bytes_of(write_forecasts(forecasts, tmp_path / "at once" / "made.zarr"))
 
 
 def test_killed_while_the_final_file_is_made(open_writer, forecasts, tmp_path, monkeypatch):
-    """All pieces are there, nothing is forecast again, and the older file of the name stays until the end."""
+    """All chunks are there, nothing is forecast again, and the older file of the name stays until the end."""
     older = replace(forecasts, values=forecasts.values + 1)
     path = write_forecasts(older, tmp_path / "made.zarr")
     before = bytes_of(path)
 
-    def killed(header, read, path, scratch):
-        (scratch / path.name).mkdir()
-        (scratch / path.name / "zarr.json").write_text("{")
+    def killed(header, read, path):
+        path.mkdir()
+        (path / "zarr.json").write_text("{")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), open_writer() as writer:
-        patch.setattr(forecast_writer, "stream_forecasts", killed)
+        patch.setitem(forecast_writer.FORMATS, ".zarr", (killed, None))
         fill(writer, forecasts)
         writer.finish()
     assert bytes_of(path) == before
     with open_writer() as writer:
-        assert writer.left == []
+        assert writer.remaining == []
         writer.finish()
-    (tmp_path / "at once").mkdir()
     assert bytes_of(path) == bytes_of(write_forecasts(forecasts, tmp_path / "at once" / "made.zarr"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["at once", "made.zarr"]
 
 
-def test_killed_while_the_pieces_are_removed(open_writer, forecasts, monkeypatch):
-    """The final file is there; what is left of the pieces is never taken for whole ones."""
+def test_killed_while_the_chunks_are_removed(open_writer, forecasts, monkeypatch):
+    """The final file is there; what is left of the chunks is never taken for whole ones."""
 
     def killed(folder):
         shutil.rmtree(folder / "pieces.zarr" / "c" / "0" / "0")
@@ -142,7 +130,7 @@ def test_killed_while_the_pieces_are_removed(open_writer, forecasts, monkeypatch
         writer.finish()
     np.testing.assert_array_equal(read_forecasts(writer.path).values, forecasts.values)
     with open_writer() as writer:
-        assert len(writer.left) == 12
+        assert len(writer.remaining) == 12
         fill(writer, forecasts)
         writer.finish()
     np.testing.assert_array_equal(read_forecasts(writer.path).values, forecasts.values)
@@ -156,10 +144,10 @@ def test_killed_while_the_pieces_are_removed(open_writer, forecasts, monkeypatch
         ("store_digest", "store_digest"),
         ("split", "split"),
         ("work", "seed"),
-        ("plan", "pieces"),
+        ("grid", "pieces"),
     ],
 )
-def test_pieces_of_other_work_are_discarded_with_a_line(open_writer, forecasts, tmp_path, change, named):
+def test_chunks_of_other_work_are_discarded_with_a_line(open_writer, forecasts, tmp_path, change, named):
     with open_writer() as writer:
         fill(writer, replace(forecasts, values=forecasts.values + 1), 5)
     header, metadata = forecasts.header, forecasts.metadata
@@ -169,23 +157,22 @@ def test_pieces_of_other_work_are_discarded_with_a_line(open_writer, forecasts, 
         contract = metadata.contract.model_copy(update={change: "other"})
         header = replace(header, metadata=metadata.model_copy(update={"contract": contract}))
     work = WORK | {"seed": 4} if change == "work" else WORK
-    plan = (93, 5, 31, 2) if change == "plan" else (93, 5, 25, 2)
-    with open_writer(header=header, work=work, plan=plan) as writer:
+    grid = (93, 5, 31, 2) if change == "grid" else (93, 5, 25, 2)
+    with open_writer(header=header, work=work, grid=grid) as writer:
         assert open_writer.said == [
-            f"{tmp_path / 'made.zarr.partial'} holds 5 pieces made with another {named}; they are discarded"
+            f"{tmp_path / 'made.zarr.partial'} holds 5 chunks made with another {named}; they are discarded"
         ]
-        assert writer.left == PiecePlan(*plan).pieces() and not writer.counts
+        assert writer.remaining == ChunkGrid(*grid).chunks() and not writer.counts
         fill(writer, forecasts)
         writer.finish()
     same = replace(forecasts, metadata=header.metadata)
-    (tmp_path / "at once").mkdir()
     assert bytes_of(writer.path) == bytes_of(write_forecasts(same, tmp_path / "at once" / "made.zarr"))
 
 
-def test_nothing_is_said_of_a_writer_that_wrote_no_piece(open_writer):
+def test_nothing_is_said_of_a_writer_that_wrote_no_chunk(open_writer):
     open_writer().__exit__(None, None, None)
     with open_writer(work={"seed": 9}) as writer:
-        assert len(writer.left) == 12
+        assert len(writer.remaining) == 12
     assert open_writer.said == []
 
 
@@ -208,11 +195,11 @@ def test_a_file_system_without_locks_serves(open_writer, forecasts, monkeypatch)
         assert writer.finish().is_dir()
 
 
-def test_pieces_come_in_their_order_and_all_of_them(open_writer, forecasts):
+def test_chunks_come_in_their_order_and_all_of_them(open_writer, forecasts):
     with open_writer() as writer:
         with pytest.raises(AssertionError, match="not the next"):
-            writer.write(writer.left[1], np.zeros(()))
-        with pytest.raises(AssertionError, match="12 pieces are missing"):
+            writer.write(writer.remaining[1], np.zeros(()))
+        with pytest.raises(AssertionError, match="12 chunks are missing"):
             writer.finish()
 
 
@@ -223,9 +210,9 @@ def test_another_suffix_is_refused_before_anything_is_written(open_writer, tmp_p
 
 
 def test_a_region_outside_the_city_is_empty(forecasts, tmp_path):
-    plan = PiecePlan(windows=93, cells=0, windows_per_piece=25, cells_per_piece=1)
+    grid = ChunkGrid(windows=93, cells=0, windows_per_chunk=25, cells_per_chunk=1)
     path = tmp_path / "made.zarr"
-    with ForecastWriter(path, forecasts.header, np.zeros(0, int), plan, WORK, print) as writer:
-        assert writer.left == []
+    with ForecastWriter(path, forecasts.header, np.zeros(0, int), grid, WORK, print) as writer:
+        assert writer.remaining == []
         writer.finish()
     assert np.isnan(read_forecasts(path).values).all()

@@ -10,10 +10,10 @@ import zarr
 
 from stdist.data import Region
 from stdist.errors import InputError
-from stdist.evaluation import forecast_header, open_forecasts, read_forecasts, write_forecasts
-from stdist.evaluation.forecasts import stream_forecasts
+from stdist.evaluation import forecast_header, open_forecasts
+from stdist.evaluation.forecast_writer import FORMATS
 
-from .conftest import make_forecasts
+from .conftest import make_forecasts, read_forecasts, write_forecasts
 
 REGION = Region(0, 3, 1, 3)
 
@@ -107,20 +107,15 @@ def test_parquet_with_a_repeated_row_is_refused(forecasts, tmp_path):
 def test_written_a_few_windows_at_a_time(forecasts, suffix, points, expected, tmp_path, monkeypatch):
     """93 windows of 4 steps and 6 cells, ten of them in memory, or less than one: the same values in the same order."""
     monkeypatch.setattr(forecast_header, "POINTS_IN_MEMORY", points)
-    asked, whole = (
-        [],
-        np.concatenate([forecasts.values[None], *([] if forecasts.quantiles is None else [forecasts.quantiles])]),
-    )
+    lengths, path = [], tmp_path / f"made{suffix}"
 
     def read(windows):
-        asked.append(windows.stop - windows.start)
-        return whole[:, windows]
+        lengths.append(windows.stop - windows.start)
+        return forecasts.quantities[:, windows]
 
-    path = tmp_path / f"made{suffix}"
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    stream_forecasts(forecasts.header, read, path, scratch)
-    assert asked == expected
+    write_file, _ = FORMATS[suffix]
+    write_file(forecasts.header, read, path)
+    assert lengths == expected
     if suffix == ".parquet":
         table = pl.read_parquet(path)
         assert table.equals(table.sort("origin", "step", "cell"))
@@ -137,15 +132,15 @@ def test_a_failed_write_leaves_the_old_file(forecasts, suffix, tmp_path, monkeyp
     def broken(*_args, **_kwargs):
         raise OSError("disk full")
 
+    newer = replace(forecasts, values=forecasts.values + 1)
     with monkeypatch.context() as patch:
         patch.setattr(zarr.Array, "__setitem__", broken)
         patch.setattr(pl.LazyFrame, "sink_parquet", broken)
         with pytest.raises(OSError, match="disk full"):
-            write_forecasts(forecasts, path)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+            write_forecasts(newer, path)
     np.testing.assert_array_equal(read_forecasts(path).values, forecasts.values)
-    write_forecasts(replace(forecasts, values=forecasts.values + 1), path)
-    np.testing.assert_array_equal(read_forecasts(path).values, forecasts.values + 1)
+    write_forecasts(newer, path)
+    np.testing.assert_array_equal(read_forecasts(path).values, newer.values)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -168,8 +163,9 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         read_forecasts(tmp_path / "empty.zarr")
 
 
-def test_shapes_must_fit_the_contract(forecasts):
-    with pytest.raises(InputError, match="contract say"):
-        replace(forecasts, values=forecasts.values[:, :2])
-    with pytest.raises(InputError, match="cell ids"):
-        replace(forecasts, cell_ids=forecasts.cell_ids[:1])
+def test_arrays_that_contradict_their_contract_are_refused(forecasts, tmp_path):
+    path = write_forecasts(forecasts, tmp_path / "made.zarr")
+    described = path / "zarr.json"
+    described.write_text(described.read_text().replace(r"\"K\":4", r"\"K\":5"))
+    with pytest.raises(InputError, match=r"shape \(93, 4, 3, 2\), their origins and contract say \(93, 5, 3, 2\)"):
+        open_forecasts(path)

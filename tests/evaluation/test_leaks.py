@@ -7,9 +7,9 @@ import pytest
 from stdist.data import DaySpan
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
-from stdist.evaluation import evaluate, read_forecasts, score_baselines, write_forecasts
+from stdist.evaluation import evaluate, score_baselines
 
-from .conftest import make_forecasts
+from .conftest import make_forecasts, read_forecasts, score, write_forecasts
 
 
 def test_forecasts_of_days_the_forecaster_was_fitted_on_are_not_scored(store):
@@ -22,11 +22,11 @@ def test_forecasts_of_days_the_forecaster_was_fitted_on_are_not_scored(store):
         return replace(forecasts, metadata=forecasts.metadata.model_copy(update={"fitted": trained}))
 
     with pytest.raises(InputError, match=r"^leak: weights, t_max fitted on 2024-03-04:2024-03-21 of this data, which"):
-        evaluate(fitted("2024-03-04:2024-03-21", data), store)
+        score(fitted("2024-03-04:2024-03-21", data), store)
     with pytest.raises(InputError, match="leak"):  # a forecaster of one channel, told by its values
-        evaluate(fitted("2024-03-24:2024-03-24", data), store)
-    assert evaluate(fitted("2024-03-04:2024-03-20", data), store).state.count.sum() > 0
-    assert evaluate(fitted("2024-03-04:2024-03-24", data_digest(store, "speed")), store).state.count.sum() > 0
+        score(fitted("2024-03-24:2024-03-24", data), store)
+    assert score(fitted("2024-03-04:2024-03-20", data), store).state.count.sum() > 0
+    assert score(fitted("2024-03-04:2024-03-24", data_digest(store, "speed")), store).state.count.sum() > 0
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".parquet"])

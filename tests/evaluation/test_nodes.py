@@ -12,20 +12,15 @@ from stdist.data import NodeRange
 from stdist.errors import InputError
 from stdist.evaluation import (
     ErrorState,
-    ForecastContract,
-    ForecastWriter,
-    PiecePlan,
     baselines,
-    evaluate,
     forecast_baselines,
     forecast_contract,
     forecast_header,
-    read_forecasts,
     score_baselines,
-    write_forecasts,
 )
+from stdist.evaluation.contract import ForecastContract
 
-from .conftest import make_forecasts, write_nodes
+from .conftest import make_forecasts, read_forecasts, score, write_forecasts, write_nodes
 from .test_baselines import NAMES, flat
 
 RANGE = NodeRange(2, 9)
@@ -74,7 +69,7 @@ def test_errors_against_a_naive_loop(nodes, windows, suffix, tmp_path):
         if observed[origin + 1 + k, node]
     ]
     made, truth = np.array(pairs).T
-    result = evaluate(write_forecasts(forecasts, tmp_path / f"made{suffix}"), nodes)
+    result = score(forecasts, nodes, suffix)
     assert len(truth) < forecasts.values.size and (truth == 0).any(), "some values are imputed, some are true zeros"
     rmse = np.sqrt(np.mean((made - truth) ** 2))
     assert result.state.pooled() == pytest.approx(
@@ -96,22 +91,16 @@ def test_any_blocks_give_the_figures_of_one(nodes, windows, suffix, points, tmp_
     batch = windows.read(np.arange(len(windows)))
     whole = ErrorState.of(forecasts.values, batch.target, batch.target_observed)
     monkeypatch.setattr(forecast_header, "POINTS_IN_MEMORY", points)
-    made = evaluate(write_forecasts(forecasts, tmp_path / f"made{suffix}"), nodes)
+    made = score(forecasts, nodes, suffix)
     assert len(list(forecasts.header.blocks())) > 1
     assert np.array_equal(made.state.nonzero_count, whole.nonzero_count)
     assert flat(made.state.summary()) == pytest.approx(flat(whole.summary()), rel=1e-12)
 
 
 @SUFFIXES
-def test_pieces_make_the_values_of_forecasts_written_at_once(forecasts, suffix, tmp_path):
-    """Of six of the seven nodes, the first one left out."""
-    path, cells = tmp_path / f"made{suffix}", np.arange(1, 7)
-    n = len(forecasts.values)
-    values = np.stack([forecasts.values, *([] if forecasts.quantiles is None else forecasts.quantiles)])
-    with ForecastWriter(path, forecasts.header, cells, PiecePlan(n, 6, 8, 4), {}, print) as writer:
-        for piece in writer.left:
-            writer.write(piece, values[..., cells][:, piece.windows, :, piece.cells])
-        writer.finish()
+def test_some_of_the_nodes_are_written_in_chunks(forecasts, suffix, tmp_path):
+    """Six of the seven, the first one left out."""
+    path = write_forecasts(forecasts, tmp_path / f"made{suffix}", cells=np.arange(1, 7), chunks=(8, 4))
     again = read_forecasts(path)
     np.testing.assert_array_equal(again.values[..., 1:], forecasts.values[..., 1:])
     assert np.isnan(again.values[..., 0]).all()
@@ -130,9 +119,9 @@ def test_contracts_of_grids_and_nodes_are_read(store, windows):
 def test_forecasts_of_nodes_are_refused_on_other_nodes(nodes, windows, tmp_path):
     forecasts = make_forecasts(windows)
     with pytest.raises(InputError, match="score them on the store they were made on"):
-        evaluate(forecasts, write_nodes(tmp_path / "other.zarr", days=7))
+        score(forecasts, write_nodes(tmp_path / "other.zarr", days=7))
     with pytest.raises(InputError, match=r"are not those of region 2:9 of"):
-        evaluate(replace(forecasts, cell_ids=forecasts.cell_ids[::-1]), nodes)
+        score(replace(forecasts, cell_ids=forecasts.cell_ids[::-1]), nodes)
 
 
 def forecast_all(store, windows):

@@ -8,9 +8,9 @@ import pytest
 
 from stdist.data import DaySpan, Region
 from stdist.errors import InputError
-from stdist.evaluation import ErrorState, evaluate, forecast_contract, write_forecasts
+from stdist.evaluation import ErrorState, evaluate, forecast_contract
 
-from .conftest import make_forecasts, write_city
+from .conftest import make_forecasts, score, write_city, write_forecasts
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_errors_against_a_naive_loop(store, windows, forecasts):
                         truth = float(values[origin + 1 + k, row, col])
                         errors.append(float(forecasts.values[n, k, row, col]) - truth)
                         truths.append(truth)
-    result = evaluate(forecasts, store)
+    result = score(forecasts, store)
     pooled = result.state.pooled()
     assert pooled["points"] == len(errors) == result.contract.points
     assert len(errors) < forecasts.values.size - len(windows) * 4, "some values inside the city are imputed"
@@ -49,7 +49,7 @@ def test_errors_against_a_naive_loop(store, windows, forecasts):
 
 
 def test_the_contract_says_what_was_scored(store, windows, forecasts):
-    contract = evaluate(forecasts, store).contract
+    contract = score(forecasts, store).contract
     assert (contract.city, contract.channel, contract.units) == ("toyville", "flow", "vehicles")
     assert contract.store_digest == store.digest
     assert (contract.split, contract.first_day, contract.last_day) == ("test", "2024-03-21", "2024-03-24")
@@ -59,21 +59,20 @@ def test_the_contract_says_what_was_scored(store, windows, forecasts):
     assert (contract.first_target, contract.last_target) == ("2024-03-20T23:00Z", "2024-03-24T22:00Z")
     assert contract.horizons == [1, 2, 3, 4]
     assert "observed points only" in contract.mask_rule
-    assert json.loads(json.dumps(evaluate(forecasts, store).to_json()))["contract"]["windows"] == 93
+    assert json.loads(json.dumps(score(forecasts, store).to_json()))["contract"]["windows"] == 93
 
 
-def test_files_and_memory_score_alike(store, forecasts, tmp_path):
-    expected = evaluate(forecasts, store).to_json()
-    for name in ("made.zarr", "made.parquet"):
-        assert evaluate(write_forecasts(forecasts, tmp_path / name), store.path).to_json() == expected
+def test_both_formats_score_alike_and_a_store_may_be_a_path(store, forecasts, tmp_path):
+    path = write_forecasts(forecasts, tmp_path / "made.parquet")
+    assert evaluate(str(path), str(store.path)).to_json() == score(forecasts, store).to_json()
 
 
 def test_parts_add_up_to_the_whole(store, forecasts):
     """As several ranks would score their own windows: window for window the single-process figures."""
     parts = [replace(forecasts, values=forecasts.values[i::3], origins=forecasts.origins[i::3]) for i in range(3)]
-    results = [evaluate(part, store) for part in parts]
+    results = [score(part, store) for part in parts]
     total = sum((r.state for r in results), ErrorState.empty(4))
-    whole = evaluate(forecasts, store)
+    whole = score(forecasts, store)
     assert sum(r.contract.windows for r in results) == whole.contract.windows
     assert results[0].contract.windows_in_split == whole.contract.windows_in_split == 93
     assert np.array_equal(total.count, whole.state.count)
@@ -83,7 +82,7 @@ def test_parts_add_up_to_the_whole(store, forecasts):
 def test_named_spans_keep_their_history_rule(store):
     inside = store.windows(DaySpan.parse("2024-03-21:2024-03-24"), 6, 4, channel="flow")
     assert forecast_contract(inside).history_inside
-    contract = evaluate(make_forecasts(inside), store).contract
+    contract = score(make_forecasts(inside), store).contract
     assert contract.windows == contract.windows_in_split == 93 - 6
     assert "history" in contract.split_rule
 
@@ -91,7 +90,7 @@ def test_named_spans_keep_their_history_rule(store):
 def test_other_data_is_refused_naming_both(forecasts, store, tmp_path):
     other = write_city(tmp_path / "elsewhere.zarr", city="elsewhere", seed=1)
     with pytest.raises(InputError) as refusal:
-        evaluate(forecasts, other)
+        score(forecasts, other)
     for part in (store.digest, other.digest, "toyville", "elsewhere"):
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -100,36 +99,36 @@ def test_other_data_is_refused_naming_both(forecasts, store, tmp_path):
 def test_forecasts_past_the_data_are_refused(forecasts, store):
     late = replace(forecasts, origins=forecasts.origins + np.timedelta64(1, "h"))
     with pytest.raises(InputError, match=r"reach to 2024-03-24T23:00Z, past the data .* 2024-03-24T22:00Z"):
-        evaluate(late, store)
+        score(late, store)
 
 
 def test_cells_not_in_the_store_are_refused(forecasts, store):
     with pytest.raises(InputError, match=r"9 forecast cells are not in .*, first 6000"):
-        evaluate(replace(forecasts, cell_ids=forecasts.cell_ids + 5000), store)
+        score(replace(forecasts, cell_ids=forecasts.cell_ids + 5000), store)
     with pytest.raises(InputError, match="are not those of region 0:3,0:3"):
-        evaluate(replace(forecasts, cell_ids=forecasts.cell_ids[::-1]), store)
+        score(replace(forecasts, cell_ids=forecasts.cell_ids[::-1]), store)
 
 
 def test_windows_outside_the_claimed_split_are_refused(forecasts, store):
     early = replace(forecasts, origins=forecasts.origins - np.timedelta64(30, "D") // 30)
     with pytest.raises(InputError, match=r"24 forecasts, first at origin .*no windows of the split 'test'"):
-        evaluate(early, store)
+        score(early, store)
 
 
 def test_strange_times_channels_and_repeats_are_refused(forecasts, store):
     with pytest.raises(InputError, match="is not a time of"):
-        evaluate(replace(forecasts, origins=forecasts.origins - np.timedelta64(7, "m")), store)
+        score(replace(forecasts, origins=forecasts.origins - np.timedelta64(7, "m")), store)
     with pytest.raises(InputError, match="channel 'noise'"):
-        evaluate(with_contract(forecasts, channel="noise"), store)
+        score(with_contract(forecasts, channel="noise"), store)
     twice = replace(forecasts, origins=np.concatenate([forecasts.origins[:1], forecasts.origins[:-1]]))
     with pytest.raises(InputError, match="more than once"):
-        evaluate(twice, store)
+        score(twice, store)
     with pytest.raises(InputError, match="no window"):
-        evaluate(replace(forecasts, origins=forecasts.origins[:0], values=forecasts.values[:0]), store)
+        score(replace(forecasts, origins=forecasts.origins[:0], values=forecasts.values[:0]), store)
 
 
 def test_an_unfinished_forecast_is_refused(forecasts, store):
     hole = forecasts.values.copy()
     hole[:, :, 1, 1] = np.nan
     with pytest.raises(InputError, match="not finite"):
-        evaluate(replace(forecasts, values=hole), store)
+        score(replace(forecasts, values=hole), store)

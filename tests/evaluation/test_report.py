@@ -13,10 +13,8 @@ from stdist.evaluation import (
     Embeddings,
     Projection,
     build_report,
-    evaluate,
     score_baselines,
     write_embeddings,
-    write_forecasts,
     write_metrics,
 )
 from stdist.evaluation.figures import horizon_curves, node_errors, smoothed
@@ -24,14 +22,14 @@ from stdist.evaluation.figures import projections as draw_projections
 from stdist.evaluation.report import change, memory, percent, readable, representative_cells
 from stdist.evaluation.run_files import read_embeddings, read_log, read_metrics
 
-from .conftest import make_forecasts, write_nodes
+from .conftest import make_forecasts, score, write_forecasts, write_nodes
 
 
 @pytest.fixture
 def metrics(store):
     """Of forecasts a little off the truth, so that every baseline is beaten."""
     windows = store.windows("test", 6, 4, channel="flow", region=Region(0, 4, 0, 3))
-    scores = evaluate(make_forecasts(windows, error=3.0), store).to_json()
+    scores = score(make_forecasts(windows, error=3.0), store).to_json()
     contract = scores.pop("contract")
     stages = {
         "sft": {"before": {"nrmse": 1.25}, "after": {"nrmse": 0.5}, "summary": "Learns the day."},
@@ -108,7 +106,7 @@ def node_run(tmp_path):
         forecasts = make_forecasts(windows, error=3.0)
         write_forecasts(forecasts, run / "forecasts" / "test.zarr")
         (run / "config.yaml").write_text(f"data:\n  store: {store.path}\n")
-        scores = evaluate(forecasts, store).to_json()
+        scores = score(forecasts, store).to_json()
         metrics = {
             "contract": scores.pop("contract"),
             "model": scores,

@@ -11,11 +11,11 @@ import xarray as xr
 from stdist.data import GridSpec, GridStore, GridWriter, Region, Split, open_store
 from stdist.data.sampler import WindowSampler
 from stdist.errors import InputError
-from stdist.evaluation import ErrorState, evaluate, forecast_header, open_forecasts, write_forecasts
+from stdist.evaluation import ErrorState, evaluate, forecast_header, open_forecasts
 from stdist.evaluation.blocks import cut, tile_shape, tiles
 from stdist.evaluation.forecasts import ForecastFile
 
-from .conftest import make_forecasts
+from .conftest import make_forecasts, score, write_forecasts
 from .test_baselines import flat
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".zarr", ".parquet"])
@@ -163,7 +163,7 @@ def test_a_file_in_another_order_is_read_alike(store, windows, suffix, tmp_path,
         table.write_parquet(path, row_group_size=50, metadata={k: metadata[k] for k in ("stdist", "stdist_cell_ids")})
         file = open_forecasts(path)
     for block, tile in file.header.blocks():
-        expected = forecasts.read(block, tile, quantiles=True)
+        expected = forecasts.quantities[:, *file.header.place(block, tile)]
         np.testing.assert_array_equal(file.read(block, tile, quantiles=True), expected)
 
 
@@ -197,7 +197,7 @@ def test_every_window_is_scored_once_at_any_number_of_ranks(store, windows, worl
             seen += indices.tolist()
         states.append(state)
     assert sorted(seen) == list(range(20))
-    merged, whole = sum(states, ErrorState.empty(4)), evaluate(forecasts, store).state
+    merged, whole = sum(states, ErrorState.empty(4)), score(forecasts, store).state
     assert np.array_equal(merged.count, whole.count)
     assert flat(merged.summary()) == pytest.approx(flat(whole.summary()), rel=1e-12)
 

@@ -28,7 +28,7 @@ from stdist.training.process_group import ProcessGroup
 class Stage(LoopStage):
     """One weight, each learner's the same."""
 
-    name, monitor = "toy", None
+    name, monitor, headline = "toy", None, ()
 
     def __init__(self, rank: int, folder: Path, phase: str):
         self.rank, self.folder, self.phase, self.evaluations = rank, folder, phase, 0

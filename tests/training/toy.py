@@ -26,6 +26,7 @@ class ToyStage(Stage):
     """y = x·w* with a batch that depends on the step's number; ``on_step`` may look at a step before it is made."""
 
     name = "toy"
+    headline = ("error",)
 
     def __init__(self, monitor: str | None = None, on_step: Callable[[int], None] = lambda step: None):
         self.monitor, self.on_step = monitor, on_step

@@ -98,7 +98,7 @@ class Model(nn.Module):
 class Stage(LoopStage):
     """See stdist.training.loop.Stage. ``sick``: a learner whose loss is not a number in step number 3."""
 
-    name, monitor = "toy", "error"
+    name, monitor, headline = "toy", "error", ("error",)
 
     def __init__(self, model: Model, group: ProcessGroup, sick: int | None = None):
         self.model, self.group, self.sick = model, group, sick

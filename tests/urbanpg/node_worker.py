@@ -27,8 +27,7 @@ from stdist.training.checkpoint import StageCheckpoints, checksums
 from stdist.training.engine import Engine, ParameterGroup, TorchEngine, cosine_schedule
 from stdist.training.loop import LoopSettings, Trainer
 from stdist.training.loop import Stage as LoopStage
-from stdist.urbanpg import Backbone, BackboneSpec, Prompts, PromptSpec, UrbanPG
-from stdist.urbanpg.blocks import forward_in_blocks
+from stdist.urbanpg import Backbone, BackboneSpec, ContextPrompts, PromptSpec, UrbanPG
 from stdist.urbanpg.node_parallel import NodeParallel
 
 S, K, D, SAMPLES, NODES = 6, 4, 16, 4, 41
@@ -68,7 +67,7 @@ def make(nodes: int, case: dict, seed: int = 3) -> UrbanPG:
         | case.get("prompts", {})
     )
     backbone = Backbone(BackboneSpec(**{"history": S, "horizon": K, "d": D} | case.get("backbone", {})))
-    prompts = Prompts(spec, 100.0, 40.0)
+    prompts = ContextPrompts(spec, 100.0, 40.0)
     with torch.no_grad():
         for rows in prompts.parameters():
             rows.mul_(30)
@@ -89,14 +88,13 @@ def batch(nodes: int, seed: int = 11) -> tuple[Tensor, ...]:
 def part(learners: NodeLearners, history, slot, weekday, target, observed) -> tuple[Tensor, ...]:
     """This learner's of a batch."""
     each = learners.share(SAMPLES)
-    mine, here = slice(learners.data_rank * each, (learners.data_rank + 1) * each), learners.here
+    mine, here = slice(learners.data_rank * each, (learners.data_rank + 1) * each), learners.node_slice
     return history[mine, :, here], slot[mine], weekday[mine], target[mine, :, here], observed[mine, :, here]
 
 
-def forward(model: UrbanPG, case: dict, *inputs: Tensor, draw: int | None) -> Tensor:
-    if "block_nodes" in case:
-        return forward_in_blocks(model, *inputs, block_nodes=case["block_nodes"], draw=draw)
-    return model(*inputs, draw=draw)
+def forward(model: UrbanPG, case: dict, *inputs: Tensor, noise_seed: int | None) -> Tensor:
+    model.block_nodes = case.get("block_nodes")
+    return model(*inputs, noise_seed=noise_seed)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -108,7 +106,7 @@ def compare(learners: NodeLearners, case: dict) -> dict[str, float]:
     nodes = learners.nodes
     history, slot, weekday, target, observed = batch(nodes)
     whole = make(nodes, case)
-    value = forward(whole, case, history, slot, weekday, draw=6)
+    value = forward(whole, case, history, slot, weekday, noise_seed=6)
     ((value - target).abs() * observed).sum().div(observed.sum()).backward()
 
     other = make(
@@ -120,7 +118,7 @@ def compare(learners: NodeLearners, case: dict) -> dict[str, float]:
     model = NodeParallel(other.backbone, other.prompts, learners)
     hooks = model.sum_gradients()
     *inputs, my_target, seen = part(learners, history, slot, weekday, target, observed)
-    mine = forward(model, case, *inputs, draw=6)
+    mine = forward(model, case, *inputs, noise_seed=6)
     error = ((mine - my_target).abs() * seen).sum() / learners.total(seen.sum())
     (error * learners.data_ranks).backward()
     for parameter in model.parameters():  # as the engine does
@@ -144,7 +142,7 @@ def compare(learners: NodeLearners, case: dict) -> dict[str, float]:
     if len(model.prompts.node_rows):
         all_rows = torch.cat([rows.grad for rows in whole.prompts.node_rows])
         here = torch.cat([rows.grad for rows in model.prompts.node_rows])
-        found["rows"] = difference(here, all_rows[learners.here])
+        found["rows"] = difference(here, all_rows[learners.node_slice])
     gathered, originals = model.whole_prompts(), whole.prompts.state_dict()
     assert gathered.spec == whole.prompts.spec
     found["gathered"] = float(not all(torch.equal(t, originals[n]) for n, t in gathered.state_dict().items()))
@@ -179,7 +177,7 @@ def sent_in_a_step(learners: NodeLearners) -> int:
     model = NodeParallel(whole.backbone, whole.prompts, learners)
     model.sum_gradients()
     with counted(sent):
-        error = (model(history[..., learners.here], slot, weekday) - target[..., learners.here]).abs()
+        error = (model(history[..., learners.node_slice], slot, weekday) - target[..., learners.node_slice]).abs()
         (error.sum() / learners.total(torch.tensor(error.numel()))).backward()
     return sum(sent)
 
@@ -192,20 +190,20 @@ class Stage(LoopStage):
     def __init__(self, model: NodeParallel, case: dict) -> None:
         self.model, self.case, self.learners = model, case, model.learners
 
-    def _error(self, number: int, draw: int) -> Tensor:
+    def _error(self, number: int, noise_seed: int) -> Tensor:
         *inputs, target, observed = part(self.learners, *batch(self.learners.nodes, FIRST_BATCH + number))
-        error = ((forward(self.model, self.case, *inputs, draw=draw) - target).abs() * observed).sum()
+        error = ((forward(self.model, self.case, *inputs, noise_seed=noise_seed) - target).abs() * observed).sum()
         return error / self.learners.total(observed.sum())
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        error = self._error(step, draw=step)
+        error = self._error(step, noise_seed=step)
         backward(error * self.learners.data_ranks)
         return {"loss": float(self.learners.total(error))}
 
     def evaluate(self) -> dict[str, float]:
         self.model.eval()
         with torch.no_grad():
-            error = self.learners.total(self._error(1000, draw=0))
+            error = self.learners.total(self._error(1000, noise_seed=0))
         self.model.train()
         return {"mae": float(error)}
 

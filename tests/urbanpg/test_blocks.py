@@ -9,12 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stdist.errors import InputError
-from stdist.nodes.stage import forward_of
 from stdist.training.process_group import ProcessGroup
-from stdist.urbanpg.blocks import forward_in_blocks
 from stdist.urbanpg.plan import plan_run
-from stdist.urbanpg.prompts import _drawn
+from stdist.urbanpg.prompts import _replacements
 from stdist.urbanpg.recipe import open_run
+
+
+def in_blocks(model, *inputs, block_nodes, noise_seed=None) -> Tensor:
+    model.block_nodes = block_nodes
+    value = model(*inputs, noise_seed=noise_seed)
+    model.block_nodes = None
+    return value
 
 
 def gradients(model, forward) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,14 +45,14 @@ def gradients(model, forward) -> tuple[Tensor, dict[str, Tensor]]:
 )
 def test_values_and_gradients_equal_the_plain_ones(model, batch, block_nodes, training, ablation):
     ours, inputs = model(**ablation).train(training), batch()
-    value, expected = gradients(ours, lambda: ours(*inputs, draw=5))
-    in_blocks, found = gradients(ours, lambda: forward_in_blocks(ours, *inputs, block_nodes=block_nodes, draw=5))
-    torch.testing.assert_close(in_blocks, value, rtol=1e-5, atol=1e-3)
+    value, expected = gradients(ours, lambda: ours(*inputs, noise_seed=5))
+    blocks_value, found = gradients(ours, lambda: in_blocks(ours, *inputs, block_nodes=block_nodes, noise_seed=5))
+    torch.testing.assert_close(blocks_value, value, rtol=1e-5, atol=1e-3)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     with torch.no_grad():
-        without_graph = forward_in_blocks(ours, *inputs, block_nodes=block_nodes, draw=5)
+        without_graph = in_blocks(ours, *inputs, block_nodes=block_nodes, noise_seed=5)
     torch.testing.assert_close(without_graph, value, rtol=1e-5, atol=1e-3)
 
 
@@ -56,8 +61,8 @@ def test_what_is_frozen_has_no_gradient_in_blocks_either(model, batch, frozen):
     ours, inputs = model(prompts={"periods": (20, 10)}), batch()
     for name, parameter in ours.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
-    _, expected = gradients(ours, lambda: ours(*inputs, draw=5))
-    _, found = gradients(ours, lambda: forward_in_blocks(ours, *inputs, block_nodes=7, draw=5))
+    _, expected = gradients(ours, lambda: ours(*inputs, noise_seed=5))
+    _, found = gradients(ours, lambda: in_blocks(ours, *inputs, block_nodes=7, noise_seed=5))
     assert found.keys() == expected.keys() == {name for name, p in ours.named_parameters() if p.requires_grad}
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
@@ -65,7 +70,7 @@ def test_what_is_frozen_has_no_gradient_in_blocks_either(model, batch, frozen):
 
 def test_a_block_needs_a_node(model, batch):
     with pytest.raises(InputError, match="block_nodes 0"):
-        forward_in_blocks(model(), *batch(), block_nodes=0)
+        in_blocks(model(), *batch(), block_nodes=0)
 
 
 def saved_bytes(forward) -> int:
@@ -114,7 +119,7 @@ def step_peak(model, inputs, forward) -> int:
 
 def test_activations_are_of_one_block_whatever_the_number_of_nodes(model, batch):
     def blocks(model, *inputs):
-        return forward_in_blocks(model, *inputs, block_nodes=250)
+        return in_blocks(model, *inputs, block_nodes=250)
 
     def plain(model, *inputs):
         return model(*inputs)
@@ -127,7 +132,7 @@ def test_activations_are_of_one_block_whatever_the_number_of_nodes(model, batch)
     # A node's hidden layer and the gradient of its row, its four forecasts and theirs, and a bool for each frame.
     assert per_node[1] <= 2 * 4 * d + 4 * 4 * 3 + 6
     assert per_node[0] > 6 * 4 * d
-    forwards = (lambda: ours(*inputs)), (lambda: forward_in_blocks(ours, *inputs, block_nodes=250))
+    forwards = (lambda: ours(*inputs)), (lambda: in_blocks(ours, *inputs, block_nodes=250))
     kept_plain, kept_blocks = (saved_bytes(forward) for forward in forwards)
     rows_and_history = 4_000 * 4 * (d + 6)
     hidden = 4_000 * 4 * d
@@ -144,10 +149,10 @@ def test_a_plan_counts_what_a_whole_batch_keeps(city, make_config, tmp_path, blo
     (planned,) = plan_run(config, None).stages
     _, model, _, _ = open_run(config, ProcessGroup(0, 1))
     zero, history = torch.zeros(8, dtype=torch.int64), torch.full((8, 6, 9), 100.0)
-    forward = forward_of(model.train(), block_nodes)
+    model.train()
     spec = model.prompts.spec
-    drawn = _drawn(0, 0, spec.p, spec.q, spec.d, history.device)  # stays for the next steps
-    with Live([*model.parameters(), *model.buffers(), history, zero, *drawn]) as live:
-        value = forward(history, zero, zero, 0)
+    stays = _replacements(0, 0, spec.p, spec.q, spec.d, history.device)  # stays for the next steps
+    with Live([*model.parameters(), *model.buffers(), history, zero, *stays]) as live:
+        value = model(history, zero, zero, noise_seed=0)
         kept = live.now - value.nbytes
     assert planned.activation_bytes == pytest.approx(kept, rel=0.02)

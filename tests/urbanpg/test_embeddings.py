@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from stdist.evaluation.run_files import read_embeddings, write_embeddings
-from stdist.urbanpg import Prompts, PromptSpec, embeddings
+from stdist.urbanpg import ContextPrompts, PromptSpec, embeddings
 from stdist.urbanpg.embeddings import project_embeddings
 
 
 def make_prompts(nodes=(69,), **changes):
     torch.manual_seed(0)
-    return Prompts(PromptSpec(**{"scenario": "a", "periods": nodes, "cadence": 60, "d": 8} | changes))
+    return ContextPrompts(PromptSpec(**{"scenario": "a", "periods": nodes, "cadence": 60, "d": 8} | changes))
 
 
 def test_a_small_city_is_projected_without_a_warning(tmp_path):

@@ -1,56 +1,16 @@
-"""Each equation of UrbanPG's model against what it says, node by node, with no product reordered."""
+"""Each equation of UrbanPG by hand, and the folded model against the plain one over all ablations."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stdist.urbanpg import UrbanPG
-
-
-def phi(rows: Tensor) -> Tensor:
-    return torch.softmax(rows, -1)
-
-
-def equation_6(Q: Tensor, K: Tensor, V: Tensor, P_t: Tensor | None, P_s: Tensor | None, normalizer: str) -> Tensor:
-    """The quadratic form: [N, N] weights of nodes, one sample."""
-    weights = phi(Q) @ phi(K).T
-    for prompt in (P_t, P_s):
-        if prompt is not None:
-            weights = weights + phi(Q) @ phi(prompt).T
-    return (weights if normalizer == "none" else weights / weights.sum(1, keepdim=True)) @ V
-
-
-def equation_7(H: Tensor, P_t: Tensor | None, P_s: Tensor | None) -> Tensor:
-    if P_t is None:
-        return H if P_s is None else H + P_s
-    return H * (1 + P_t) * P_t if P_s is None else (H * (1 + P_t) + P_s) * P_t
-
-
-def reference(model: UrbanPG, history: Tensor, slot: Tensor, weekday: Tensor) -> Tensor:
-    """Evaluation mode, sample by sample, every intermediate [N, d]."""
-    backbone, prompts, outputs = model.backbone, model.prompts, []
-    for sample in range(len(history)):
-        X = torch.nan_to_num((history[sample] - prompts.mean) / prompts.std, nan=0.0).T
-        N = len(X)
-        P_t = P_s = None
-        if prompts.spec.temporal:  # Eq. 3
-            P_t = torch.stack([prompts.time_of_day[slot[sample]] + prompts.day_of_week[weekday[sample]]] * N)
-        if prompts.spec.spatial:
-            P_s = torch.cat(list(prompts.node_rows))
-        H = H_st = backbone.embed(X)
-        if backbone.spec.stca:
-            Q, K, V = backbone.qkv(H).chunk(3, -1)  # Eq. 5
-            H_st = equation_6(Q, K, V, P_t, P_s, backbone.spec.stca_normalizer)
-        Z = equation_7(H_st, P_t, P_s)
-        if backbone.spec.residual:
-            Z = H + Z
-        made = equation_7(backbone.mlp_out(F.relu(backbone.mlp_in(Z))), P_t, P_s)
-        outputs.append(backbone.output(made).T * prompts.std + prompts.mean)
-    return torch.stack(outputs)
+from stdist.urbanpg import BackboneSpec, PromptSpec
+from stdist.urbanpg.models import UrbanPGModelConfig
+from stdist.urbanpg.plain import equation_6, equation_7, plain_forecasts
+from stdist.urbanpg.prompts import INITIAL_STD
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -58,26 +18,56 @@ def reference(model: UrbanPG, history: Tensor, slot: Tensor, weekday: Tensor) ->
 @pytest.mark.parametrize("stca", [True, False])
 @pytest.mark.parametrize("temporal", [True, False])
 @pytest.mark.parametrize("spatial", [True, False])
-def test_values_and_gradients_are_those_of_equations_3_and_5_to_7(
-    model, batch, normalizer, stca, temporal, spatial, residual
-):
-    ours = model(
+def test_the_folded_form_is_the_plain_one(model, batch, normalizer, stca, temporal, spatial, residual):
+    """Values and gradients, in training with Eq. 4 and in evaluation."""
+    folded = model(
         backbone={"stca": stca, "stca_normalizer": normalizer, "residual": residual},
-        prompts={"temporal": temporal, "spatial": spatial},
-    ).eval()
+        prompts={"temporal": temporal, "spatial": spatial, "p": 0.5},
+    )
     inputs = batch()
     inputs[0][1, 2, 5] = torch.nan
-    value, expected = ours(*inputs), reference(ours, *inputs)
-    assert value.shape == (3, 4, 30)
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)
-    parameters = [p for name, p in ours.named_parameters() if "shared" not in name]  # E_d: training mode only
-    weights = torch.randn_like(value)
-    for ours_, theirs in zip(
-        torch.autograd.grad((value * weights).sum(), parameters),
-        torch.autograd.grad((expected * weights).sum(), parameters),
-        strict=True,
-    ):
-        assert (ours_ - theirs).norm() <= 1e-5 * theirs.norm()
+    for noise_seed in (3, None):
+        folded.train(noise_seed is not None)
+        value = folded(*inputs, noise_seed=noise_seed)
+        expected = plain_forecasts(folded.backbone, folded.prompts, *inputs, noise_seed)
+        assert value.shape == (3, 4, 30)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)
+        parameters = [p for name, p in folded.named_parameters() if noise_seed or "shared" not in name]
+        weights = torch.randn_like(value)
+        for mine, plain in zip(
+            torch.autograd.grad((value * weights).sum(), parameters),
+            torch.autograd.grad((expected * weights).sum(), parameters),
+            strict=True,
+        ):
+            assert (mine - plain).norm() <= 2e-5 * plain.norm()
+
+
+def test_equation_6_by_hand():
+    """Two nodes, d 2; softmax of (0, ln 3) is (1/4, 3/4)."""
+    quarters, halves = torch.tensor([0.0, 1.0986123]), torch.zeros(2)
+    Q, K = torch.stack([quarters, halves])[None], torch.stack([halves, quarters])[None]
+    V, P_t, P_s = torch.tensor([[[1.0], [10.0]]]), quarters.view(1, 1, 2), torch.stack([quarters, halves])
+    # φ(K): (1/2, 1/2), (1/4, 3/4); with P_t (3/4, 5/4), (1/2, 3/2); with P_s (1, 2), (1, 2).
+    torch.testing.assert_close(equation_6(Q, K, V, None, None), torch.tensor([[[0.5 + 6.25], [0.5 + 5.0]]]))
+    torch.testing.assert_close(equation_6(Q, K, V, P_t, P_s), torch.tensor([[[1.75 * 11], [1.5 * 11]]]))
+    torch.testing.assert_close(equation_6(Q, K, V, P_t, P_s, "sum"), torch.full((1, 2, 1), 5.5))
+
+
+def test_equation_7_by_hand():
+    H, P_t, P_s = torch.tensor([[[3.0]]]), torch.tensor([[[2.0]]]), torch.tensor([[5.0]])
+    assert equation_7(H, P_t, P_s).item() == (3 * (1 + 2) + 5) * 2
+    assert (equation_7(H, None, P_s).item(), equation_7(H, P_t, None).item(), equation_7(H, None, None).item()) == (
+        3 + 5,
+        3 * (1 + 2) * 2,
+        3,
+    )
+
+
+def test_the_papers_and_our_own_numbers():
+    """Eq. 4's p and q; the spread of untrained embeddings and of noise, which the paper leaves open."""
+    spec, config = PromptSpec(scenario="a", periods=(1,), cadence=60), UrbanPGModelConfig()
+    assert (spec.p, spec.q, config.p, config.q, INITIAL_STD) == (0.1, 0.5, 0.1, 0.5, 0.02)
+    assert (spec.d, BackboneSpec(history=1, horizon=1).d) == (256, 256)
 
 
 def test_equation_3_has_one_row_per_sample(model):
@@ -89,8 +79,8 @@ def test_equation_3_has_one_row_per_sample(model):
 
 def test_equation_4_replaces_as_often_as_p_and_q_say(model):
     prompts = model(40_000, prompts={"p": 0.1, "q": 0.25}).prompts
-    rows = prompts.rows()
-    perturbed = prompts.perturb(rows, 0, draw=1).detach()
+    rows = prompts.node_embeddings()
+    perturbed = prompts.perturb(rows, 0, noise_seed=1).detach()
     shared = (perturbed == prompts.shared).all(1)
     kept = (perturbed == rows).all(1)
     assert shared.float().mean() == pytest.approx(0.025, abs=0.004)
@@ -99,13 +89,13 @@ def test_equation_4_replaces_as_often_as_p_and_q_say(model):
     assert noise.mean() == pytest.approx(0, abs=0.001)
     assert noise.std() == pytest.approx(0.02, rel=0.02)
     assert len(noise.unique(dim=0)) == len(noise), "noise is drawn per node"
-    assert not torch.equal(perturbed, prompts.perturb(rows, 0, draw=2)), "and per step"
+    assert not torch.equal(perturbed, prompts.perturb(rows, 0, noise_seed=2)), "and per step"
 
 
 def test_equation_4_trains_the_shared_row_and_the_rows_that_stay(model):
     prompts = model(20_000, prompts={"p": 0.5}).prompts
-    rows = prompts.rows()
-    perturbed = prompts.perturb(rows, 0, draw=1)
+    rows = prompts.node_embeddings()
+    perturbed = prompts.perturb(rows, 0, noise_seed=1)
     shared, kept = (perturbed == prompts.shared).all(1), (perturbed == rows).all(1)
     perturbed.sum().backward()
     assert torch.equal(prompts.shared.grad, torch.full((8,), float(shared.sum())))
@@ -114,20 +104,20 @@ def test_equation_4_trains_the_shared_row_and_the_rows_that_stay(model):
 
 def test_a_part_of_the_city_draws_what_the_city_draws(model):
     prompts = model(40_000).prompts
-    whole = prompts.perturb(prompts.rows(), 0, draw=9)
+    whole = prompts.perturb(prompts.node_embeddings(), 0, noise_seed=9)
     for start, stop in [(0, 5), (16_380, 16_390), (100, 39_999)]:
         part = prompts.part(start, stop)
-        assert torch.equal(part.perturb(part.rows(), 0, draw=9), whole[start:stop])
-    assert torch.equal(prompts.perturb(prompts.rows()[20_000:], 20_000, draw=9), whole[20_000:])
+        assert torch.equal(part.perturb(part.node_embeddings(), 0, noise_seed=9), whole[start:stop])
+    assert torch.equal(prompts.perturb(prompts.node_embeddings()[20_000:], 20_000, noise_seed=9), whole[20_000:])
 
 
 def test_evaluation_and_p_0_have_no_perturbation(model, batch):
     perturbed = model(prompts={"p": 0.9})
     training = perturbed(*batch())
     assert not torch.equal(training, perturbed(*batch())), "training draws anew at every step"
-    assert torch.equal(perturbed(*batch(), draw=4), perturbed(*batch(), draw=4))
+    assert torch.equal(perturbed(*batch(), noise_seed=4), perturbed(*batch(), noise_seed=4))
     perturbed.eval()
-    assert torch.equal(perturbed(*batch()), perturbed(*batch(), draw=4))
+    assert torch.equal(perturbed(*batch()), perturbed(*batch(), noise_seed=4))
     without = model(prompts={"p": 0.0})
     assert torch.equal(without(*batch()), perturbed(*batch()))
 

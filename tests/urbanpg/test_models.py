@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from stdist.nodes.task import open_task
-from stdist.urbanpg.models import new_baseline
+from stdist.nodes.dataset import open_dataset
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -14,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_a_run_has_stgcn_in_the_authors_sizes(city, make_config, tmp_path):
     """Layer normalisation with weights of each node and channel."""
     config = make_config(city, tmp_path, model={"kind": "stgcn", "d": None}, data={"history": 12})
-    for block in new_baseline(config.model, open_task(config.data), 0).backbone.blocks:
+    for block in config.model.build(open_dataset(config.data), 0).backbone.blocks:
         assert block.scale.shape == block.shift.shape == (9, 1, 1, 64)
 
 

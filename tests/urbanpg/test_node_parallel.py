@@ -228,7 +228,7 @@ def test_every_node_and_window_is_some_learners_and_none_is_twos():
     for nodes, along, size in [(4, 4, 4), (41, 2, 6), (1_000_003, 7, 7)]:
         grid = [NodeLearners(nodes, along, ProcessGroup(rank, size)) for rank in range(size)]
         for row in range(size // along):
-            held = [learners.here for learners in grid if learners.data_rank == row]
+            held = [learners.node_slice for learners in grid if learners.data_rank == row]
             assert [h.start for h in held] + [nodes] == [0] + [h.stop for h in held]
             assert max(h.stop - h.start for h in held) - min(h.stop - h.start for h in held) <= 1
         assert [learners.share(12 * size) for learners in grid] == [12 * along] * size
@@ -237,11 +237,11 @@ def test_every_node_and_window_is_some_learners_and_none_is_twos():
 
 def test_one_process_alone_has_all_and_needs_no_group(model, batch):
     learners = NodeLearners.current(30)
-    assert (learners.here, learners.share(7), learners.mpu) == (slice(0, 30), 7, None)
+    assert (learners.node_slice, learners.share(7), learners.mpu) == (slice(0, 30), 7, None)
     assert learners.total(torch.tensor(3)) == 3
     whole = model()
     parallel = NodeParallel(whole.backbone, whole.prompts, learners)
-    assert torch.equal(parallel(*batch(), draw=5), whole(*batch(), draw=5))
+    assert torch.equal(parallel(*batch(), noise_seed=5), whole(*batch(), noise_seed=5))
     assert parallel.trained_parameters().keys() == dict(whole.named_parameters()).keys()
 
 

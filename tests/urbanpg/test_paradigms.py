@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdist.urbanpg import Backbone, Prompts, PromptSpec, UrbanPG
-from stdist.urbanpg.blocks import forward_in_blocks
+from stdist.urbanpg import Backbone, ContextPrompts, PromptSpec, UrbanPG
 
 
 def bytes_of(module) -> dict[str, bytes]:
@@ -26,7 +25,7 @@ def train(model: UrbanPG, inputs, steps: int = 3) -> None:
 def test_equation_8_new_prompts_on_a_frozen_backbone(model, batch):
     backbone = model().backbone.requires_grad_(False)
     before = bytes_of(backbone)
-    prompts = Prompts(PromptSpec(scenario="b", periods=(12,), cadence=30, d=8, p=0.9), 5.0, 2.0)
+    prompts = ContextPrompts(PromptSpec(scenario="b", periods=(12,), cadence=30, d=8, p=0.9), 5.0, 2.0)
     untrained = bytes_of(prompts)
     train(UrbanPG(backbone, prompts), batch(12))
     assert bytes_of(backbone) == before
@@ -40,8 +39,9 @@ def test_equations_9_and_10_old_rows_are_kept_and_frozen(model, batch, train_old
     second = first.expand(4, train_old_rows=train_old_rows)
     third = second.expand(2, train_old_rows=train_old_rows)
     assert third.spec.periods == (30, 4, 2)
-    assert third.rows()[:34].detach().numpy().tobytes() == second.rows().detach().numpy().tobytes()
-    assert third.rows()[:30].detach().numpy().tobytes() == first.rows().detach().numpy().tobytes()
+    embeddings = [prompts.node_embeddings().detach().numpy() for prompts in (first, second, third)]
+    assert embeddings[2][:34].tobytes() == embeddings[1].tobytes()
+    assert embeddings[2][:30].tobytes() == embeddings[0].tobytes()
     before, backbone = bytes_of(third), model().backbone.requires_grad_(False)
     train(UrbanPG(backbone, third), batch(36))
     changed = [bytes_of(third)[name] != before[name] for name in ("node_rows.0", "node_rows.1", "node_rows.2")]
@@ -54,7 +54,7 @@ def test_a_part_keeps_rows_and_what_is_frozen(model):
     part = grown.part(25, 33)
     assert part.spec.periods == (5, 3)
     assert [rows.requires_grad for rows in part.node_rows] == [False, True]
-    assert torch.equal(part.rows(), grown.rows()[25:33])
+    assert torch.equal(part.node_embeddings(), grown.node_embeddings()[25:33])
     assert part.node_rows[0].data_ptr() != grown.node_rows[0][25:].data_ptr()
 
 
@@ -64,7 +64,7 @@ def test_save_and_load_are_bitwise_and_share_a_backbone(model, batch, tmp_path, 
     saved.save_pretrained(tmp_path)
     backbone_file = tmp_path / "backbone" / "model.safetensors"
     stamp = backbone_file.stat().st_mtime_ns
-    Prompts(PromptSpec(scenario="b", periods=(3,), cadence=60, d=8)).save_pretrained(tmp_path / "prompts" / "b")
+    ContextPrompts(PromptSpec(scenario="b", periods=(3,), cadence=60, d=8)).save_pretrained(tmp_path / "prompts" / "b")
     loaded = UrbanPG.from_pretrained(tmp_path, "a")
     assert bytes_of(loaded) == bytes_of(saved)
     assert (loaded.backbone.spec, loaded.prompts.spec) == (saved.backbone.spec, saved.prompts.spec)
@@ -77,12 +77,8 @@ def test_save_and_load_are_bitwise_and_share_a_backbone(model, batch, tmp_path, 
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_input_that_does_not_fit(model, batch, blocks, refused):
-    ours = model()
-
-    def call(history, slot, weekday):
-        return (
-            forward_in_blocks(ours, history, slot, weekday, block_nodes=7) if blocks else ours(history, slot, weekday)
-        )
+    call = model()
+    call.block_nodes = 7 if blocks else None
 
     history, slot, weekday = batch()
     refused(lambda: call(*batch(31)), "31 nodes", "'a' have 30", "expand", "fit new prompts")
@@ -109,14 +105,14 @@ def test_input_that_does_not_fit(model, batch, blocks, refused):
 )
 def test_prompts_that_make_no_sense(change, words, refused):
     spec = {"scenario": "a", "periods": (3,), "cadence": 60, "d": 8} | change
-    refused(lambda: Prompts(PromptSpec(**spec)), words)
+    refused(lambda: ContextPrompts(PromptSpec(**spec)), words)
 
 
 def test_parts_that_do_not_fit(model, tmp_path, refused):
     ours = model()
-    other = Prompts(PromptSpec(scenario="b", periods=(3,), cadence=60, d=16))
+    other = ContextPrompts(PromptSpec(scenario="b", periods=(3,), cadence=60, d=16))
     refused(lambda: UrbanPG(ours.backbone, other), "d 8", "'b' have 16")
-    refused(lambda: Prompts(ours.prompts.spec, 1.0, 0.0), "std 0.0")
+    refused(lambda: ContextPrompts(ours.prompts.spec, 1.0, 0.0), "std 0.0")
     refused(lambda: ours.prompts.expand(0), "0 new nodes")
     refused(lambda: ours.prompts.calendar(np.array(["2019-01-06T23:30"], "datetime64[m]")), "23:30", "60 min")
     ours.save_pretrained(tmp_path)
@@ -128,4 +124,4 @@ def test_parts_that_do_not_fit(model, tmp_path, refused):
     refused(lambda: Backbone.from_pretrained(tmp_path / "backbone"), "embed.bias is [8]", "says [16]")
     weights = tmp_path / "prompts" / "a" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    refused(lambda: Prompts.from_pretrained(tmp_path / "prompts" / "a"), "cannot be read", "copy the folder again")
+    refused(lambda: ContextPrompts.from_pretrained(weights.parent), "cannot be read", "copy the folder again")

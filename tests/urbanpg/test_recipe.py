@@ -12,25 +12,30 @@ import xarray
 
 from stdist.data import GridStore, NodeRange
 from stdist.evaluation import evaluate
+from stdist.nodes.dataset import open_dataset
 from stdist.nodes.learners import NodeLearners
 from stdist.nodes.stage import ForecastStage, WindowForecasts
-from stdist.nodes.task import open_task
 from stdist.runs import recipes
-from stdist.urbanpg import UrbanPG, recipe, scoring
-from stdist.urbanpg.checkpoints import load_forecaster, result_of
+from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.recipes import train
+from stdist.urbanpg import UrbanPG, recipe
+from stdist.urbanpg.checkpoints import result_of
 from stdist.urbanpg.config import UrbanConfig
-from stdist.urbanpg.models import new_urbanpg
 
 KINDS = ("urbanpg", "stid", "graph_wavenet", "stgcn")
 Finished = tuple[UrbanConfig, dict[str, Any], list[str]]
 
 
-def train(config: UrbanConfig) -> dict[str, Any]:
-    return recipes.train(config, lambda line: None)
+def forecast_to(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
+    return recipes.forecast(ForecastRequest(run_dir, store, region, split, out), log)
+
+
+def train_quietly(config: UrbanConfig) -> dict[str, Any]:
+    return train(config, lambda line: None)
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in load_forecaster(folder).state_dict().items()}
+    return {name: value.numpy().tobytes() for name, value in UrbanPG.from_pretrained(folder).state_dict().items()}
 
 
 def losses(run: Path) -> list[tuple[str, int, float]]:
@@ -42,7 +47,7 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 def finished(city, make_config, tmp_path_factory) -> Finished:
     """The one run of UrbanPG that several tests look at."""
     config, said = make_config(city, tmp_path_factory.mktemp("runs")), list[str]()
-    return config, recipes.train(config, said.append), said
+    return config, train(config, said.append), said
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ def test_the_result_is_the_epoch_with_the_smallest_validation_error(finished):
 def test_a_finished_run_is_not_trained_again(finished):
     config, result, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (config.run_dir / "checkpoints").rglob("*") if path.is_file()}
-    assert train(config)["test"] == result["test"]
+    assert train_quietly(config)["test"] == result["test"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -88,7 +93,7 @@ def test_a_stage_that_is_redone_leaves_no_forecasts_of_its_first_weights(finishe
     shutil.rmtree(config.run_dir / "checkpoints")
     old = config.run_dir / "forecasts" / "test.zarr" / "old"
     old.touch()
-    train(config)
+    train_quietly(config)
     assert old.parent.exists() and not old.exists()
 
 
@@ -105,9 +110,9 @@ def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, make_config, 
 
     monkeypatch.setattr(ForecastStage, "step", breaking)
     with pytest.raises(ZeroDivisionError):
-        train(again)
+        train_quietly(again)
     monkeypatch.undo()
-    train(again)
+    train_quietly(again)
     assert max(seen) == 8 and losses(again.run_dir) == losses(config.run_dir)
     assert weights_of(result_of(again.run_dir, again)) == weights_of(result_of(config.run_dir, config))
 
@@ -115,35 +120,35 @@ def test_a_run_that_broke_off_ends_as_an_undisturbed_one(finished, make_config, 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_baselines_train_in_the_same_harness(make_config, city, tmp_path, kind):
     config = make_config(city, tmp_path, model={"kind": kind}, training={"max_epochs": 1}, data={"history": 12})
-    result = train(config)
+    result = train_quietly(config)
     stage = result["stages"]["train"]
     assert stage["after"]["mae"] < stage["before"]["mae"]
     again = tmp_path / "again.zarr"
-    scoring.forecast(config.run_dir, city.path, None, "test", again, lambda line: None)
+    forecast_to(config.run_dir, city.path, None, "test", again, lambda line: None)
     assert evaluate(again, city).to_json()["pooled"] == result["test"]
 
 
 @pytest.mark.parametrize("changes", [{"temporal": False}, {"spatial": False}, {"p": 0}, {"stca": False}])
 def test_ablations_are_configuration(make_config, city, tmp_path, changes):
-    task = open_task(make_config(city, tmp_path).data)
-    model = new_urbanpg(make_config(city, tmp_path, model=changes).model, task, 0)
+    dataset = open_dataset(make_config(city, tmp_path).data)
+    model = make_config(city, tmp_path, model=changes).model.build(dataset, 0)
     specs = model.prompts.spec.model_dump() | model.backbone.spec.model_dump()
-    whole = new_urbanpg(make_config(city, tmp_path).model, task, 0)
+    whole = make_config(city, tmp_path).model.build(dataset, 0)
     assert specs == whole.prompts.spec.model_dump() | whole.backbone.spec.model_dump() | changes
 
 
 def test_the_loss_is_the_mean_over_observed_points_alone(make_config, city, tmp_path):
     """Masked MAE in the data's units, on the windows that the sampler drew, against a loop over points."""
     config = make_config(city, tmp_path, model={"p": 0})
-    task = open_task(config.data)
-    model, learners = new_urbanpg(config.model, task, 0).train(), NodeLearners(9)
+    dataset = open_dataset(config.data)
+    model, learners = config.model.build(dataset, 0).train(), NodeLearners(9)
     stage = ForecastStage(
-        "train", *(WindowForecasts(model, task.train, learners) for _ in range(2)), config.training, 5
+        "train", *(WindowForecasts(model, dataset.train, learners) for _ in range(2)), config.training, 5
     )
     back: list[torch.Tensor] = []
     scalars = stage.step(3, back.append)
-    indices, _ = next(WindowForecasts(model, task.train, learners).sampler(32, seed=5).batches(0, 3 * 32))
-    batch = task.train.read(indices)
+    indices, _ = next(WindowForecasts(model, dataset.train, learners).sampler(32, seed=5).batches(0, 3 * 32))
+    batch = dataset.train.read(indices)
     slot, weekday = model.prompts.calendar(city.local_times[batch.origin_index])
     made = model(torch.from_numpy(batch.history), slot, weekday).detach().numpy()
     errors = [
@@ -158,7 +163,7 @@ def test_the_loss_is_the_mean_over_observed_points_alone(make_config, city, tmp_
 def test_blocks_of_nodes_train_as_all_nodes_do(finished, make_config, city, tmp_path):
     config, _, _ = finished
     blocks = make_config(city, tmp_path, nodes={"block_nodes": 4})
-    train(blocks)
+    train_quietly(blocks)
     ours, theirs = (np.array([loss for *_, loss in losses(each.run_dir)]) for each in (blocks, config))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
@@ -167,13 +172,13 @@ def test_a_span_without_two_weeks_has_one_kind_of_day(finished, make_config, mak
     """A weekday that training never saw would otherwise be forecast with a row that nobody taught."""
     config, _, said = finished
     assert "2024-03-04:2024-03-11 does not hold every weekday twice: to the model all days are one" in said
-    model = load_forecaster(result_of(config.run_dir, config))
+    model = UrbanPG.from_pretrained(result_of(config.run_dir, config))
     days = np.arange("2024-03-04", "2024-03-11", dtype="datetime64[D]").astype("datetime64[m]")
     assert model.prompts.calendar(days)[1].tolist() == [0] * 7
     assert "Day of week" not in (config.run_dir / "report" / "embeddings.json").read_text()
-    longer = open_task(make_config(make_city(tmp_path / "longer.zarr", days=18), tmp_path).data)
+    longer = open_dataset(make_config(make_city(tmp_path / "longer.zarr", days=18), tmp_path).data)
     assert longer.holds_weeks
-    assert new_urbanpg(config.model, longer, 0).prompts.calendar(days)[1].tolist() == [*range(7)]
+    assert config.model.build(longer, 0).prompts.calendar(days)[1].tolist() == [*range(7)]
 
 
 # --- few-shot (Eq. 8) ----------------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def few_shot(finished, small_city, make_config, tmp_path_factory) -> Finished:
     config, said = finished[0], list[str]()
     changes = {"recipe": "few-shot", "few_shot": {"backbone": str(config.run_dir)}, "data": {"fraction": 0.25}}
     prompted = make_config(small_city, tmp_path_factory.mktemp("runs"), **changes, model={"d": None})
-    return prompted, recipes.train(prompted, said.append), said
+    return prompted, train(prompted, said.append), said
 
 
 def test_few_shot_fits_prompts_on_a_frozen_backbone(few_shot, finished, small_city):
@@ -218,14 +223,14 @@ def test_frozen_weights_that_changed_end_the_run(few_shot, make_config, small_ci
     )
     monkeypatch.setattr(ForecastStage, "step", touching)
     with pytest.raises(RuntimeError, match=r"weights that prompts froze are not in .* as they were"):
-        train(config)
+        train_quietly(config)
 
 
 def test_a_run_killed_between_forecasts_and_their_speed_is_reported(finished, city, tmp_path):
     config = finished[0].model_copy(update={"output_dir": tmp_path})
     shutil.copytree(finished[0].run_dir, config.run_dir)
     (config.run_dir / "forecasts" / "windows_per_second").unlink()
-    assert train(config)["test"] == finished[1]["test"]
+    assert train_quietly(config)["test"] == finished[1]["test"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +268,7 @@ for _period in PERIODS:
 def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, trained):
     continual = {"periods": PERIODS, **dict.fromkeys(trained, True)}
     config = make_config(city, tmp_path, recipe="continual", continual=continual, training={"max_epochs": 2})
-    result = train(config)
+    result = train_quietly(config)
     assert list(result["stages"]) == ["period-1", "period-2", "period-3"]
     folders = [
         config.run_dir / "checkpoints" / name / summary["checkpoint"] for name, summary in result["stages"].items()
@@ -273,7 +278,7 @@ def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, tra
     rows = [each["prompts.node_rows.0"] for each in weights]
     assert (backbone[0] == backbone[1] == backbone[2]) is not bool(trained)
     assert (rows[0] == rows[1] == rows[2]) is not bool(trained)
-    assert load_forecaster(folders[2]).prompts.spec.periods == (4, 2, 3)
+    assert UrbanPG.from_pretrained(folders[2]).prompts.spec.periods == (4, 2, 3)
     metrics = json.loads((config.run_dir / "report" / "metrics.json").read_text())
     (table,) = metrics["tables"]
     assert [row[:3] for row in table["rows"]] == [["1", 4, 4], ["2", 6, 2], ["3", 9, 3]]
@@ -289,7 +294,7 @@ def test_continual_learning_keeps_what_it_froze(make_config, city, tmp_path, tra
 def test_forecasts_of_some_nodes_are_those_of_all(finished, city, tmp_path):
     """Their history is all nodes': attention reads them all."""
     config = finished[0]
-    scoring.forecast(config.run_dir, city.path, "3:5", "test", tmp_path / "some.zarr", lambda line: None)
+    forecast_to(config.run_dir, city.path, "3:5", "test", tmp_path / "some.zarr", lambda line: None)
     with (
         xarray.open_zarr(tmp_path / "some.zarr") as some,
         xarray.open_zarr(config.run_dir / "forecasts" / "test.zarr") as everywhere,
@@ -302,7 +307,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     config, out = finished[0], tmp_path / "x.zarr"
 
     def forecast(store: GridStore, region: str | None = None) -> None:
-        scoring.forecast(config.run_dir, store.path, region, "test", out, lambda line: None)
+        forecast_to(config.run_dir, store.path, region, "test", out, lambda line: None)
 
     refused(lambda: forecast(small_city), "5 nodes, ids s0 to s4", "the 9 that", "ids s0 to s8", "few-shot")
     refused(lambda: forecast(city, "5:12"), "region 5:12 is not within the nodes 0:9")
@@ -310,7 +315,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
     unfinished = tmp_path / "unfinished"
     shutil.copytree(config.run_dir, unfinished)
     (unfinished / "checkpoints" / "train" / "finished.json").unlink()
-    refused(lambda: recipes.forecast(unfinished, city.path, None, "test", out, print), "has not finished its stage")
+    refused(lambda: forecast_to(unfinished, city.path, None, "test", out, print), "has not finished its stage")
 
 
 def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
@@ -322,7 +327,7 @@ def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
     store = prepare(READERS["zones-npz"].plan([tmp_path / "halves.npz"], **options), tmp_path / "halves.zarr").path
     out = tmp_path / "x.zarr"
     refused(
-        lambda: recipes.forecast(finished[0].run_dir, store, None, "test", out, lambda line: None),
+        lambda: forecast_to(finished[0].run_dir, store, None, "test", out, lambda line: None),
         "has a value every 30 min, prompts 'toy-town' are of 60 min",
         "few-shot",
     )
@@ -335,10 +340,10 @@ def test_forecasts_of_another_cadence(finished, city, tmp_path, refused):
 def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refused):
     late = make_city(tmp_path / "late.zarr", late=4)
     runs = tmp_path / "runs"
-    refused(lambda: train(make_config(late, runs)), "node 4 (id s4) on 2024-03-06", "continual")
+    refused(lambda: train_quietly(make_config(late, runs)), "node 4 (id s4) on 2024-03-06", "continual")
     assert not runs.exists()
     nodes = make_config(late, runs, data={"region": "0:4"}, training={"max_epochs": 1})
-    assert open_task(nodes.data).nodes == NodeRange(0, 4)
+    assert open_dataset(nodes.data).nodes.region == NodeRange(0, 4)
 
 
 @pytest.mark.parametrize(
@@ -359,13 +364,5 @@ def test_nodes_that_join_later_are_named(make_city, make_config, tmp_path, refus
     ],
 )
 def test_input_that_cannot_be_trained_on(make_config, city, tmp_path, changes, parts, refused):
-    refused(lambda: train(make_config(city, tmp_path, **changes)), *parts)
+    refused(lambda: train_quietly(make_config(city, tmp_path, **changes)), *parts)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_grid_is_for_another_recipe(make_config, tmp_path, refused):
-    from data_prep import READERS
-
-    READERS["synthetic"].prepare([], tmp_path / "grid.zarr", height=3, width=3, days=3, cadence=60)
-    config = make_config(type("Store", (), {"path": tmp_path / "grid.zarr"})(), tmp_path / "runs")
-    refused(lambda: train(config), "holds a grid", "vision-llm")

@@ -11,15 +11,15 @@ import torch
 
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
+from stdist.nodes.checkpoints import ForecasterFiles, load_fitted
+from stdist.nodes.dataset import open_period
 from stdist.nodes.learners import nodes_of
-from stdist.nodes.task import open_period
-from stdist.runs import recipes
+from stdist.runs import recipes, training
 from stdist.training.process_group import ProcessGroup
 from stdist.urbanpg import UrbanPG, recipe
-from stdist.urbanpg.checkpoints import ForecasterFiles, load_fitted, load_forecaster, result_of, stage_names
+from stdist.urbanpg.checkpoints import result_of, stage_names
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.continual import expanded, require_gradients
-from stdist.urbanpg.models import new_urbanpg
 
 ALONE = ProcessGroup()
 SHORT = {"max_epochs": 1, "train_batch_size": 16}
@@ -43,7 +43,7 @@ NONE_NEW = [period(4, 2, 6), period(8, 2, 6)]
 @pytest.fixture
 def unscored(monkeypatch) -> None:
     """Forecasts and their scores take longer than these trainings."""
-    monkeypatch.setattr(recipe, "forecast_and_score", lambda *arguments: {})
+    monkeypatch.setattr(training, "score_test", lambda *arguments: {})
 
 
 # --- leaks ---------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_every_ablation_trains_in_every_paradigm(make_config, city, small_city, 
     for config in (base, prompted, continual):
         for name, summary in train(config)["stages"].items():
             folder = config.run_dir / "checkpoints" / name
-            before, after = (load_forecaster(folder / step) for step in ("step-0", f"step-{summary['steps']}"))
+            before, after = (UrbanPG.from_pretrained(folder / step) for step in ("step-0", f"step-{summary['steps']}"))
             assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 
@@ -109,9 +109,9 @@ CHOICES = [
 
 def learns(model: UrbanPG) -> bool:
     """Whether some weight has a gradient of some of eight steps, each with its own perturbation."""
-    history = 100 + 40 * torch.randn(2, 6, model.total_nodes, generator=torch.Generator().manual_seed(7))
+    history = 100 + 40 * torch.randn(2, 6, model.nodes, generator=torch.Generator().manual_seed(7))
     slot = weekday = torch.zeros(2, dtype=torch.int64)
-    losses = [model.train()(history, slot, weekday, draw=draw).square().mean() for draw in range(8)]
+    losses = [model.train()(history, slot, weekday, noise_seed=seed).square().mean() for seed in range(8)]
     if losses[0].requires_grad:
         sum(losses).backward()
     return any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
@@ -127,7 +127,7 @@ def test_a_period_is_refused_where_no_weight_gets_a_gradient(make_config, city, 
         changes = {"model": choice, "continual": {"periods": periods, **freeze}, "nodes": {"ranks": ranks}}
         config = make_config(city, tmp_path, recipe="continual", **changes)
         tasks = tasks or [open_period(config.data, each) for each in config.continual.periods]
-        model = expanded(new_urbanpg(config.model, tasks[0], 0), tasks[1], config.continual, 0)
+        model = expanded(config.model.build(tasks[0], 0), tasks[1], config.continual, 0)
         here = UrbanPG(model.backbone, model.prompts.part(0, nodes_of(0, ranks, 6).stop))
         try:
             require_gradients(config, stage_names(config), tasks)
@@ -211,7 +211,7 @@ def test_weekdays_begin_alike_in_the_period_that_first_holds_weeks(make_config, 
     history = 60 + 10 * torch.randn(7, 6, 9, generator=torch.Generator().manual_seed(7))
     assert torch.equal(after.eval()(history, slot, weekday), before.eval()(history, slot, torch.zeros_like(weekday)))
     after.save_pretrained(tmp_path / "saved")
-    assert load_forecaster(tmp_path / "saved").prompts.calendar(days)[1].tolist() == [*range(7)]
+    assert UrbanPG.from_pretrained(tmp_path / "saved").prompts.calendar(days)[1].tolist() == [*range(7)]
 
 
 # --- advice --------------------------------------------------------------------------------------------------------

@@ -11,21 +11,19 @@ import torch
 
 from stdist.data import GridStore, open_store
 from stdist.evaluation import (
+    ChunkGrid,
     ForecastHeader,
     ForecastMetadata,
     ForecastWriter,
-    PiecePlan,
     forecast_contract,
-    read_forecasts,
+    open_forecasts,
 )
-from stdist.progress import Progress
-from stdist.vision_llm.config import ForecastConfig
+from stdist.vision_llm.config import ForecastConfig, VisionLLMConfig
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.rollout import forecaster
+from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.rollout.forecaster import (
     forecast_pieces,
-    forecast_windows,
     plan_pieces,
     summarise,
     validation_errors,
@@ -59,31 +57,25 @@ def forecast(policy: PolicyModel, city: CityWindows, tmp_path: Path) -> Forecast
     windows = city.windows
 
     def make(config: ForecastConfig, plan: tuple[int, int], stop_at: tuple[int, ...] = ()) -> np.ndarray:
-        generations = forecaster.candidates_per_cell(config)
+        run = VisionLLMConfig(name="toy", seed=7, data={"store": windows.store.path}, forecast=config)  # type: ignore[arg-type]
+        predictor = PolicyPredictor(policy, run)
         header = ForecastHeader(
             ForecastMetadata(run="toy", checkpoint="sft/step-1", contract=forecast_contract(windows)),
             windows.origin_times,
             windows.store.cell_ids,
-            has_quantiles=generations > 1,
+            has_quantiles=predictor.has_quantiles,
         )
-        pieces = PiecePlan(len(city), len(city.cells), *plan)
-        for stop in (*stop_at, None):
+        pieces = ChunkGrid(len(city), len(city.cells), *plan)
+        for stop in (*stop_at, len(pieces.chunks())):
             with ForecastWriter(tmp_path / "f.zarr", header, city.cells, pieces, {}, lambda line: None) as writer:
-                try:
-                    forecast_windows(policy, city, config, 7, writer, killed_at(writer, stop))
-                except KeyboardInterrupt:
-                    continue
-                make.clipped = writer.counts["clipped"]  # type: ignore[attr-defined]
-                writer.finish()
-        made = read_forecasts(tmp_path / "f.zarr")
-        return np.stack([made.values, *([] if made.quantiles is None else made.quantiles)])
-
-    def killed_at(writer: ForecastWriter, stop: int | None) -> Progress:
-        def progress(done: int, total: int) -> None:
-            if stop is not None and len(writer.plan.pieces()) - len(writer.left) == stop:
-                raise KeyboardInterrupt
-
-        return progress
+                left = writer.remaining[: stop - len(pieces.chunks()) + len(writer.remaining)]
+                for piece, values, counts in predictor.predict(windows, left):
+                    writer.write(piece, values, counts)
+                if not writer.remaining:
+                    make.clipped = writer.counts["clipped"]  # type: ignore[attr-defined]
+                    writer.finish()
+        forecasts = open_forecasts(tmp_path / "f.zarr")
+        return forecasts.read(slice(0, len(city)), windows.region, quantiles=True)
 
     return make
 
@@ -101,7 +93,7 @@ def forecast(policy: PolicyModel, city: CityWindows, tmp_path: Path) -> Forecast
 )
 def test_plan(windows: int, cells: int, windows_per_batch: int, expected: tuple[int, int]) -> None:
     plan = plan_pieces(windows, cells, windows_per_batch)
-    assert plan == PiecePlan(windows, cells, *expected)
+    assert plan == ChunkGrid(windows, cells, *expected)
 
 
 def test_summary_by_hand() -> None:
@@ -179,28 +171,13 @@ def test_blocks_of_the_same_windows_share_reading_and_encoding(forecast: Forecas
     assert seen["uniforms"] == uniforms
 
 
-def test_progress_counts_cells_times_windows(policy: PolicyModel, city: CityWindows) -> None:
-    class Kept:
-        """A writer that has the first of four pieces from before."""
-
-        plan = PiecePlan(7, 18, 4, 9)
-        left = plan.pieces()[1:]
-
-        def write(self, *_arguments: object) -> None:
-            pass
-
-    told: list[tuple[int, int]] = []
-    forecast_windows(policy, city, ForecastConfig(decoding="direct"), 0, Kept(), lambda *n: told.append(n))  # type: ignore[arg-type]
-    assert told == [(n, 7 * 18) for n in (36, 72, 99, 126)]
-
-
 def test_validation_in_pieces_is_that_of_all_at_once(
     policy: PolicyModel, city: CityWindows, seen: dict[str, list], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MAE, RMSE and NRMSE (Eq. 21–23) of windows 1, 4 and 6 by hand, and in pieces of two windows and two cells."""
     indices = np.array([1, 4, 6])
     batch = city.batch(indices, city.cells)
-    ((_, _, values),) = forecast_pieces(policy, city, indices, PiecePlan(3, 18, 3, 18).pieces(), "direct")
+    ((_, _, values),) = forecast_pieces(policy, city, indices, ChunkGrid(3, 18, 3, 18).chunks(), "direct")
     error, truth = (values[:, :, 0] - batch.truth)[batch.observed], batch.truth[batch.observed]
     rmse = float(np.sqrt(np.square(error.astype(float)).mean()))
     expected = {"mae": np.abs(error).mean(), "rmse": rmse, "nrmse": rmse / truth.mean()}

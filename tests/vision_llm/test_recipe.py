@@ -13,8 +13,10 @@ from data_prep import READERS
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
-from stdist.runs.recipes import parse_config
-from stdist.vision_llm import Policy, recipe, scoring
+from stdist.runs import recipes
+from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.recipes import parse_config, train
+from stdist.vision_llm import Policy
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.policy.checkpoints import load_policy
 from stdist.vision_llm.stages.grpo import GRPOStage
@@ -22,6 +24,10 @@ from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
 
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
+
+
+def forecast_to(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
+    return recipes.forecast(ForecastRequest(run_dir, store, region, split, out), log)
 
 
 def config_of(store: GridStore, output_dir: Path, **changes: Any) -> VisionLLMConfig:
@@ -70,7 +76,7 @@ def config(store: GridStore, tmp_path_factory: pytest.TempPathFactory) -> Vision
 @pytest.fixture(scope="module")
 def result(config: VisionLLMConfig) -> dict[str, Any]:
     """The one whole run that the tests below look at."""
-    return recipe.train(config, quiet)
+    return train(config, quiet)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +148,7 @@ def test_the_log_says_what_every_stage_was_trained_with(run: Path) -> None:
 def test_the_same_command_again_trains_nothing(run: Path, config: VisionLLMConfig, result: dict[str, Any]) -> None:
     log = (run / "log.jsonl").read_text()
     forecasts = (run / "forecasts" / "test.zarr" / "zarr.json").stat().st_mtime_ns
-    again = recipe.train(config, quiet)
+    again = train(config, quiet)
     assert (run / "log.jsonl").read_text() == log
     assert (run / "forecasts" / "test.zarr" / "zarr.json").stat().st_mtime_ns == forecasts
     assert again == result
@@ -152,7 +158,7 @@ def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: Vi
     before = (run / "config.yaml").read_text()
     sft = config.sft.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(InputError, match=r"sft\.learning_rate is 0\.001 there, 0\.5 here"):
-        recipe.train(config.model_copy(update={"sft": sft}), quiet)
+        train(config.model_copy(update={"sft": sft}), quiet)
     assert (run / "config.yaml").read_text() == before
 
 
@@ -161,7 +167,7 @@ def test_other_data_at_the_same_path_is_refused(run: Path, config: VisionLLMConf
     (run / "store_digest").write_text("0" * 64)
     try:
         with pytest.raises(InputError, match=rf"trained on other data: .* digest 0{{12}}… then, {digest[:12]}… now"):
-            recipe.train(config, quiet)
+            train(config, quiet)
     finally:
         (run / "store_digest").write_text(digest)
 
@@ -181,10 +187,10 @@ def test_a_killed_run_resumes_to_the_same_losses(
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(stage, "step", dying)
-            recipe.train(config, quiet)
+            train(config, quiet)
         assert trained_losses(config.run_dir)[-1][:2] == (name, last)
     assert not (config.run_dir / "forecasts").exists()
-    resumed = recipe.train(config, quiet)
+    resumed = train(config, quiet)
     assert trained_losses(config.run_dir) == trained_losses(run)
     ours, theirs = (xarray.open_zarr(r / "forecasts" / "test.zarr")["forecast"].values for r in (config.run_dir, run))
     assert np.array_equal(ours, theirs)
@@ -198,7 +204,7 @@ def test_forecast_another_citys_grid(run: Path, other_city: Path, tmp_path: Path
     """.zarr and .parquet hold the same values, of the region asked for, with the store's own cell ids."""
     outs = [tmp_path / "there.zarr", tmp_path / "there.parquet"]
     for out in outs:
-        summary = scoring.forecast(run, other_city, "2:4,3:6", "test", out, quiet)
+        summary = forecast_to(run, other_city, "2:4,3:6", "test", out, quiet)
         assert summary["windows"] == 22
     zarr = xarray.open_zarr(outs[0])["forecast"]
     assert zarr.shape == (22, 3, 2, 3) and zarr["row"].values.tolist() == [2, 3] and np.isfinite(zarr.values).all()
@@ -217,14 +223,14 @@ def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
     READERS["synthetic"].prepare([], half_hourly, city="half", height=4, width=4, days=6, cadence=30, seed=8)
     seen = []
 
-    def spy(config: VisionLLMConfig, policy: Any, *rest: Any) -> None:
-        seen.append(policy.spec)
+    def spy(predictor: PolicyPredictor, windows: Any) -> None:
+        seen.append(predictor.policy.spec)
         raise InputError("enough")
 
-    monkeypatch.setattr(scoring, "make_forecasts", spy)
+    monkeypatch.setattr(PolicyPredictor, "check", spy)
     for path in (other_city, half_hourly):
         with pytest.raises(InputError, match="enough"):
-            scoring.forecast(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
+            forecast_to(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
     trained = load_policy(next((run / "checkpoints" / "sft").glob("step-*"))).spec
     assert [(s.setting.city, s.setting.cadence) for s in seen] == [("elsewhere", 60), ("half", 30)]
     assert [(s.frames.height, s.frames.width) for s in seen] == [(7, 6), (4, 4)]
@@ -240,7 +246,7 @@ def test_forecast_quantiles_where_candidates_are_sampled(
             "num_generations: 1\n", "num_generations: 5\n"
         )
         (run / "config.yaml").write_text(sampled)
-        scoring.forecast(run, store.path, "1:2,1:3", "validation", tmp_path / "q.zarr", quiet)
+        forecast_to(run, store.path, "1:2,1:3", "validation", tmp_path / "q.zarr", quiet)
     finally:
         (run / "config.yaml").write_text(text)
     data = xarray.open_zarr(tmp_path / "q.zarr")
@@ -265,17 +271,17 @@ def test_forecast_refuses_in_one_line(
     run: Path, store: GridStore, tmp_path: Path, region: str | None, split: str, out: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        scoring.forecast(run, store.path, region, split, tmp_path / out, quiet)
+        forecast_to(run, store.path, region, split, tmp_path / out, quiet)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_forecast_of_an_unfinished_or_absent_run_is_refused(store: GridStore, tmp_path: Path, run: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
-        scoring.forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
+        forecast_to(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(InputError, match="has not finished its stage grpo"):
-        scoring.forecast(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
+        forecast_to(tmp_path, store.path, None, "test", tmp_path / "x.zarr", quiet)
 
 
 # --- what a config asks for --------------------------------------------------------------------------------------
@@ -290,13 +296,13 @@ def test_nothing_is_written_for_bad_input(store: GridStore, tmp_path: Path) -> N
         ({"policy": {"base": str(tmp_path / "nowhere")}}, "nowhere"),
     ):
         with pytest.raises(InputError, match=message):
-            recipe.train(config_of(store, tmp_path / "runs", **changes), quiet)
+            train(config_of(store, tmp_path / "runs", **changes), quiet)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_config_without_stages_is_refused(store: GridStore, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stages"):
-        recipe.train(config_of(store, tmp_path, stages=[]), quiet)
+        train(config_of(store, tmp_path, stages=[]), quiet)
 
 
 @pytest.mark.parametrize(
@@ -349,11 +355,11 @@ def test_lora_on_a_base_that_stays_as_it_is(store: GridStore, base: Path, tmp_pa
         grpo=few | {"num_generations": 2},
         forecast={"decoding": "direct"},
     )
-    recipe.train(config, quiet)
+    train(config, quiet)
     folder = config.run_dir / "checkpoints" / config.stages[-1]
     checkpoint = folder / json.loads((folder / "finished.json").read_text())["checkpoint"]
     assert (checkpoint / "adapter").is_dir() and (checkpoint / "model.safetensors").exists() != published
     out = tmp_path / "again.zarr"
-    scoring.forecast(config.run_dir, store.path, None, "test", out, quiet)
+    forecast_to(config.run_dir, store.path, None, "test", out, quiet)
     ours, theirs = (xarray.open_zarr(p)["forecast"].values for p in (out, config.run_dir / "forecasts" / "test.zarr"))
     assert np.array_equal(ours, theirs)

@@ -10,13 +10,15 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stdist.errors import InputError
-from stdist.nodes.backbones.graphs import transition
-from stdist.nodes.backbones.interface import ForecasterSpec, NodeBackbone
 from stdist.nodes.backbones.layers import TemporalConvolution, propagate
+from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
+from stdist.nodes.graphs import transition
+from stdist.nodes.interface import BACKBONES
 
 KERNEL = 2
 
@@ -47,6 +49,20 @@ class GraphWaveNetSpec(ForecasterSpec):
 
     def backbone(self) -> "GraphWaveNet":
         return GraphWaveNet(self)
+
+
+@BACKBONES.register("graph_wavenet")
+class GraphWaveNetConfig(BackboneConfig):
+    """``d``: residual channels, the authors' 32 where absent; all other widths in proportion."""
+
+    Spec = GraphWaveNetSpec
+    batch_normalisation = True
+    kind: Literal["graph_wavenet"] = "graph_wavenet"
+    d: int | None = Field(None, ge=1)
+
+    def options(self) -> dict[str, object]:
+        d = self.d or GraphWaveNetSpec.model_fields["residual_channels"].default
+        return {"residual_channels": d, "dilation_channels": d, "skip_channels": 8 * d, "end_channels": 16 * d}
 
 
 class GraphWaveNet(NodeBackbone):

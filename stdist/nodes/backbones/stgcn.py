@@ -4,20 +4,22 @@ and an output layer.
 The output layer gives K frames at once where the authors' gives one and is called again. As in their code the
 residual of a gated convolution is added before its gate, on channels that are padded with zeros or mapped, and layer
 normalisation is over nodes and channels with weights for each node; without ``nodes`` its weights are of channels
-alone. λ_max is 2 (:func:`stdist.nodes.backbones.graphs.scaled_laplacian`).
+alone. λ_max is 2 (:func:`stdist.nodes.graphs.scaled_laplacian`).
 """
 
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stdist.errors import InputError
-from stdist.nodes.backbones.graphs import scaled_laplacian
-from stdist.nodes.backbones.interface import ForecasterSpec, NodeBackbone
 from stdist.nodes.backbones.layers import TemporalConvolution, propagate
+from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
+from stdist.nodes.graphs import scaled_laplacian
+from stdist.nodes.interface import BACKBONES
 
 
 class STGCNSpec(ForecasterSpec):
@@ -32,6 +34,19 @@ class STGCNSpec(ForecasterSpec):
 
     def backbone(self) -> "STGCN":
         return STGCN(self)
+
+
+@BACKBONES.register("stgcn")
+class STGCNConfig(BackboneConfig):
+    """``d``: channels of temporal convolutions, the authors' 64 where absent; those of graph convolutions a quarter."""
+
+    Spec = STGCNSpec
+    kind: Literal["stgcn"] = "stgcn"
+    d: int | None = Field(None, ge=1)
+
+    def options(self) -> dict[str, object]:
+        d = self.d or STGCNSpec.model_fields["channels"].default
+        return {"channels": d, "graph_channels": max(1, d // 4)}
 
 
 class STGCN(NodeBackbone):

@@ -8,9 +8,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
-from stdist.nodes.backbones.interface import ForecasterSpec, NodeBackbone
+from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
+from stdist.nodes.interface import BACKBONES
 
 
 class STIDSpec(ForecasterSpec):
@@ -24,6 +26,16 @@ class STIDSpec(ForecasterSpec):
 
     def backbone(self) -> "STID":
         return STID(self)
+
+
+@BACKBONES.register("stid")
+class STIDConfig(BackboneConfig):
+    """``d``: width of each of the four embeddings, the authors' 32 where absent; hidden layers are four times as
+    wide."""
+
+    Spec = STIDSpec
+    kind: Literal["stid"] = "stid"
+    d: int | None = Field(None, ge=1)
 
 
 class STID(NodeBackbone):

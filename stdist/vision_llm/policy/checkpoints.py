@@ -32,7 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
-from stdist.vision_llm.policy.adapters import active_adapter, adapter_names, add_lora
+from stdist.vision_llm.policy.adapters import LORA_TARGETS, active_adapter, adapter_names, add_lora
 from stdist.vision_llm.policy.model import PolicyModel, first_numeral_id
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings, initial_embeddings
 from stdist.vision_llm.policy.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from stdist.evaluation import ErrorState, ForecastWriter, Piece, PiecePlan
-from stdist.evaluation.forecasts import QUANTILES
-from stdist.progress import Progress
+from stdist.evaluation import Chunk, ChunkGrid, ErrorState
+from stdist.evaluation.forecast_header import QUANTILES
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastConfig
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.frames import clipped
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 
@@ -21,10 +19,10 @@ from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 PIECE_SIZE = 2048
 
 
-def plan_pieces(windows: int, cells: int, windows_per_batch: int) -> PiecePlan:
+def plan_pieces(windows: int, cells: int, windows_per_batch: int) -> ChunkGrid:
     """Pieces of ``windows_per_batch`` windows, and of all their cells if these are few."""
     together = min(windows, windows_per_batch)
-    return PiecePlan(windows, cells, together, max(1, min(cells, PIECE_SIZE // together)))
+    return ChunkGrid(windows, cells, together, max(1, min(cells, PIECE_SIZE // together)))
 
 
 def candidates_per_cell(config: ForecastConfig) -> int:
@@ -35,11 +33,11 @@ def forecast_pieces(
     policy: PolicyModel,
     city: CityWindows,
     indices: Int[np.ndarray, " N"],
-    pieces: Iterable[Piece],
+    pieces: Iterable[Chunk],
     decoding: Decoding,
     num_generations: int = 1,
     seed: int = 0,
-) -> Iterator[tuple[Piece, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
+) -> Iterator[tuple[Chunk, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
 
     Windows are read and encoded once for all consecutive pieces of them. Uniform numbers of a piece depend on ``seed``,
@@ -76,34 +74,6 @@ def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.nd
     return quantities.transpose(0, 1, 3, 2).astype(np.float32)
 
 
-def forecast_windows(
-    policy: PolicyModel,
-    city: CityWindows,
-    config: ForecastConfig,
-    seed: int,
-    writer: ForecastWriter,
-    progress: Progress,
-) -> None:
-    """Forecasts the pieces that ``writer`` lacks. ``progress`` counts cells x windows, finished ones included.
-
-    ``writer.counts["clipped"]`` becomes the number of values drawn as white because they exceed t_max, of the whole
-    grid of each window.
-    """
-    left = writer.left
-    total = writer.plan.size
-    done = total - sum(piece.size for piece in left)
-    progress(done, total)
-    generations = candidates_per_cell(config)
-    for piece, batch, values in forecast_pieces(
-        policy, city, np.arange(len(city)), left, config.decoding, generations, seed
-    ):
-        first_of_windows = piece.cells.start == 0
-        white = clipped(batch.grids.numpy(), policy.encoder.t_max) if policy.encoder and first_of_windows else 0
-        writer.write(piece, summarise(values), {"clipped": white})
-        done += piece.size
-        progress(done, total)
-
-
 def validation_errors(
     policy: PolicyModel,
     city: CityWindows,
@@ -115,7 +85,7 @@ def validation_errors(
     """Pooled MAE, RMSE and NRMSE (Eq. 21–23) of point forecasts on observed points of the windows ``indices``, which
     the learners of ``group`` forecast together."""
     state = ErrorState.empty(policy.spec.setting.horizon)
-    pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).pieces()
+    pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).chunks()
     for _, batch, values in forecast_pieces(policy, city, indices, group.local_items(list(pieces)), decoding):
         horizon_first = (0, 2, 1)
         state = state.update(

@@ -29,6 +29,7 @@ from stdist.vision_llm.kernels.token_losses import argmax_tokens, token_log_prob
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.prompts import END
 
+HEADLINES = {"alignment": ("exact_match",), "arithmetic": ("loss", "exact_match", "median_relative_error")}
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
 T = TypeVar("T")
 _EVALUATION_SEED = 7_000_001  # added to the run's seed
@@ -43,6 +44,7 @@ class AlignmentStage(Stage):
         self, name: str, policy: PolicyModel, config: AlignmentConfig, seed: int, group: ProcessGroup = ProcessGroup()
     ):
         self.name, self.policy, self.config, self.seed, self.group = name, policy, config, seed, group
+        self.headline = HEADLINES[name]
         self._batch = BATCHES[name]
         self._share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
         examples = self._share.stop - self._share.start

@@ -41,6 +41,7 @@ class GRPOStage(Stage):
 
     name = "grpo"
     monitor: str | None = "nrmse"
+    headline = ("nrmse", "reward")
 
     def __init__(
         self,

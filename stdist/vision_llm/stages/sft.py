@@ -29,6 +29,7 @@ class SFTStage(Stage):
 
     name = "sft"
     monitor: str | None = "nrmse"
+    headline = ("nrmse",)
 
     def __init__(
         self,

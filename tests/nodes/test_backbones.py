@@ -10,18 +10,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stdist.nodes.backbones import (
-    GraphWaveNetSpec,
-    NodeForecaster,
-    STGCNSpec,
-    STIDSpec,
-    build,
-    sparse_graph,
-)
-from stdist.nodes.backbones.graph_wavenet import DiffusionConvolution
-from stdist.nodes.backbones.graphs import scaled_laplacian, transition
+from stdist.nodes.backbones.graph_wavenet import DiffusionConvolution, GraphWaveNetSpec
 from stdist.nodes.backbones.layers import TemporalConvolution
-from stdist.nodes.backbones.stgcn import ChebyshevConvolution
+from stdist.nodes.backbones.stgcn import ChebyshevConvolution, STGCNSpec
+from stdist.nodes.backbones.stid import STIDSpec
+from stdist.nodes.forecaster import NodeForecaster, build
+from stdist.nodes.graphs import scaled_laplacian, sparse_graph, transition
 
 N, MEAN, STD = 7, 100.0, 40.0
 SPECS = {

@@ -3,7 +3,7 @@ nothing here is [N, N] in memory. All take and give coalesced COO tensors [N, N]
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stdist.errors import InputError
@@ -18,6 +18,19 @@ def sparse_graph(weights: np.ndarray | Tensor) -> Float[Tensor, "N N"]:
     if not (graph.values() >= 0).all() or graph.values().isinf().any():
         raise InputError("the graph has a weight that is negative or not finite; 0 means no edge")
     return graph
+
+
+def grid_graph(inside: Bool[np.ndarray, "h w"]) -> Float[Tensor, "N N"]:
+    """The neighbourhood graph of a grid's N cells that are ``inside``, row by row: weight 1 between cells that share a
+    side."""
+    number = np.full(inside.shape, -1)
+    number[inside] = np.arange(inside.sum())
+    neighbours = (number[1:], number[:-1]), (number[:, 1:], number[:, :-1])
+    pairs = np.concatenate([np.stack([one.ravel(), other.ravel()]) for one, other in neighbours], 1)
+    pairs = pairs[:, (pairs >= 0).all(0)]
+    edges = torch.from_numpy(np.concatenate([pairs, pairs[::-1]], 1))
+    nodes = int(inside.sum())
+    return torch.sparse_coo_tensor(edges, torch.ones(edges.shape[1]), (nodes, nodes), check_invariants=False).coalesce()
 
 
 def matrix(edges: Tensor, weights: Tensor, nodes: int) -> Float[Tensor, "N N"]:

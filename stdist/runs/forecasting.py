@@ -1,0 +1,187 @@
+"""Forecasts of a finished run: its own test windows, and ``stdist forecast`` on any store."""
+
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from stdist.config import RunConfig
+from stdist.data import DaySpan, GridStore, Split, Windows, open_store
+from stdist.data.audit import Fitted, data_digest, leak_line, leaks
+from stdist.data.spans import AnyRegion
+from stdist.errors import InputError
+from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
+from stdist.progress import progress_bar
+from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
+
+TEST_FORECASTS = Path("forecasts") / "test.zarr"
+"""In a run's folder."""
+
+
+@dataclass(frozen=True)
+class ForecastRequest:
+    """The arguments of ``stdist forecast``: a finished run, a store, cells or nodes (the run's own where None), a
+    split's name or local days ``A:B``, and the file to write."""
+
+    run_dir: Path
+    store: Path
+    region: str | None
+    split: str
+    out: Path
+
+
+class Predictor(ABC):
+    """A trained model that forecasts windows chunk by chunk.
+
+    Attributes:
+        fitted: what of it was fitted on which days of which data.
+        has_quantiles: whether each forecast has quantiles behind its point forecast.
+        settings: what else decides the forecasts, JSON.
+        unit: what a chunk counts, for the progress bar.
+    """
+
+    fitted: tuple[Fitted, ...]
+    has_quantiles: bool = False
+    settings: Mapping[str, Any] = {}
+    unit: ClassVar[str] = "cells"
+
+    @abstractmethod
+    def regions(
+        self, store: GridStore, request: ForecastRequest, log: Callable[[str], None]
+    ) -> tuple[AnyRegion, AnyRegion]:
+        """The regions of the targets and of the history. Raises InputError for what the model does not know."""
+
+    @abstractmethod
+    def check(self, windows: Windows) -> list[str]:
+        """Notes on ``windows`` for people. Raises InputError where the model cannot forecast them."""
+
+    @abstractmethod
+    def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " cells"]]:
+        """How the forecasts are cut into chunks, and which positions of the region are forecast, row by row."""
+
+    @abstractmethod
+    def predict(
+        self, windows: Windows, chunks: Iterable[Chunk]
+    ) -> Iterator[tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
+        """Each chunk's point forecasts, then quantiles, and counts to add up over chunks."""
+
+    def notes(self, counts: Mapping[str, int]) -> list[str]:
+        """Lines for people about the counts of all chunks."""
+        return []
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of forecasts: notes for people, and windows forecast a second (None where nothing was left to do)."""
+
+    notes: list[str]
+    windows_per_second: float | None
+
+
+def write_forecasts(
+    config: RunConfig,
+    predictor: Predictor,
+    windows: Windows,
+    summary: dict[str, Any],
+    out: Path,
+    log: Callable[[str], None],
+) -> Written:
+    """Forecasts every window into ``out``; goes on where a killed one was.
+
+    ``summary``: of the stage whose result forecasts. It names the checkpoint, and as a whole it tells two trainings
+    apart that left checkpoints of the same name.
+    """
+    grid, cells = predictor.grid(windows)
+    header = ForecastHeader(
+        metadata=ForecastMetadata(
+            run=config.name,
+            checkpoint=f"{summary['stage']}/{summary['checkpoint']}",
+            contract=forecast_contract(windows),
+            fitted=predictor.fitted,
+        ),
+        origins=windows.origin_times,
+        cell_ids=windows.store.cell_ids[windows.region.slices],
+        has_quantiles=predictor.has_quantiles,
+    )
+    work = {**predictor.settings, "training": summary}
+    with (
+        ForecastWriter(out, header, cells, grid, work, log) as writer,
+        progress_bar("forecast", unit=predictor.unit) as progress,
+    ):
+        chunks, began = writer.remaining, time.perf_counter()
+        size = sum(chunk.size for chunk in chunks)
+        done = grid.size - size
+        progress(done, grid.size)
+        for chunk, values, counts in predictor.predict(windows, chunks):
+            writer.write(chunk, values, counts)
+            done += chunk.size
+            progress(done, grid.size)
+        seconds = time.perf_counter() - began
+        notes = predictor.notes(writer.counts)
+        writer.finish()
+    return Written(notes, size / grid.cells / seconds if chunks else None)
+
+
+def drop_test_forecasts(run_dir: Path) -> None:
+    """Removes what a stage left that is redone: forecasts of other weights."""
+    shutil.rmtree(run_dir / TEST_FORECASTS.parent, ignore_errors=True)
+
+
+def finished_stage(run_dir: Path, stage: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint and closing summary of a run's stage. Raises InputError where it is not finished."""
+    checkpoints = StageCheckpoints(run_dir / "checkpoints" / stage)
+    summary = checkpoints.finished
+    if summary is None:
+        raise InputError(f"{run_dir} has not finished its stage {stage}; run `stdist train` on its config again")
+    return checkpoints.folder / summary["checkpoint"], summary
+
+
+def forecast_store(
+    config: RunConfig,
+    last_stage: str,
+    load: Callable[[Path], Predictor],
+    request: ForecastRequest,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """``stdist forecast``: a finished run's model on a store.
+
+    A split's name means the run's own days on the store it was trained on, else the store's default split. The same
+    command run again goes on where a killed one was. Raises InputError for an unfinished run, a region, days or a store
+    that the model cannot forecast.
+    """
+    checkpoint, summary = finished_stage(request.run_dir, last_stage)
+    with damage_as_input_error(checkpoint):
+        predictor = load(checkpoint)
+    store = open_store(request.store)
+    region, history_region = predictor.regions(store, request, log)
+    named = ":" not in request.split
+    windows = store.windows(
+        _days(config, store, request.split) if named else DaySpan.parse(request.split),
+        config.data.history,
+        config.data.horizon,
+        channel=config.data.channel,
+        region=region,
+        history_region=history_region,
+        history_inside=request.split == "train",
+        name=request.split if named else "span",
+    )
+    notes = predictor.check(windows)
+    log(windows.contract)
+    if found := leaks(predictor.fitted, windows.span, data_digest(store, windows.channel)):
+        log(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
+    written = write_forecasts(config, predictor, windows, summary, request.out, log)
+    for note in notes + written.notes:
+        log(note)
+    return {"out": str(request.out), "windows": len(windows), "checkpoint": f"{last_stage}/{checkpoint.name}"}
+
+
+def _days(config: RunConfig, store: GridStore, part: str) -> DaySpan:
+    split = config.last_split if config.data.store.resolve() == store.path.resolve() else None
+    days = Split.parse(**split.model_dump(mode="json")) if split else store.default_split
+    return days.named(part)

@@ -1,0 +1,54 @@
+"""A run's test forecasts beside the baselines they have to beat, and its report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from stdist.evaluation import build_report, evaluate, score_baselines, write_metrics
+from stdist.files import write_atomically
+from stdist.runs.forecasting import TEST_FORECASTS, Written, write_forecasts
+from stdist.runs.run import Run, stage_sentence
+
+WRITTEN = "written.json"
+"""Beside a run's test forecasts."""
+
+
+def score_test(run: Run, summaries: dict[str, dict[str, Any]], log: Callable[[str], None]) -> dict[str, Any]:
+    """Forecasts the test windows, scores them beside the baselines, writes ``report/``. Returns errors and paths."""
+    run_dir, path = run.config.run_dir, run.config.run_dir / TEST_FORECASTS
+    written = _written(run, list(summaries.values())[-1], log)
+    for note in written.notes:
+        log(note)
+    scores = evaluate(path, run.store).to_json()
+    contract = scores.pop("contract")
+    baselines = score_baselines(run.store, run.train.span, run.test)
+    metrics = {
+        "contract": contract,
+        "model": scores,
+        "baselines": baselines,
+        "stages": {
+            stage: {"before": s["before"], "after": s["after"], "summary": stage_sentence(s)}
+            for stage, s in summaries.items()
+        },
+        "notes": [*run.notes, *written.notes],
+    }
+    write_metrics(run_dir, metrics | run.report_extras(written))
+    page = build_report(run_dir)
+    pooled = {name: errors["pooled"] for name, errors in baselines.items()}
+    own, mean = scores["pooled"], scores["mean_of_horizons"]
+    log("test " + ", ".join(f"{name.upper()} {own[name]:.4f}" for name in ("mae", "rmse", "mape", "nrmse")))
+    others = ", ".join(f"{name} {errors[run.metric]:.4f}" for name, errors in pooled.items())
+    log(f"{run.metric.upper()} of {others}")
+    return {"test": own, "mean_of_horizons": mean, "baselines": pooled, "report": str(page)}
+
+
+def _written(run: Run, summary: dict[str, Any], log: Callable[[str], None]) -> Written:
+    """Writes the test forecasts; where they are there, reads what was noted of them: nothing, where the process was
+    killed between the two files."""
+    path = run.config.run_dir / TEST_FORECASTS
+    beside = path.with_name(WRITTEN)
+    if not path.exists():
+        written = write_forecasts(run.config, run.predictor(), run.test, summary, path, log)
+        write_atomically(beside, json.dumps(asdict(written)))
+    return Written(**json.loads(beside.read_text())) if beside.exists() else Written([], None)
