@@ -88,7 +88,7 @@ class Ours:
 
     def __init__(self, task: Task, config: GRPOConfig):
         self.policy = task.policy()
-        begin_grpo(self, policy)
+        begin_grpo(self.policy)
         city = task.city(self.policy)
         self._stage = GRPOStage(self.policy, city, city, task.cell_mean, config, seed=0, decoding="median")
         schedule = cosine_schedule(config.warmup_steps, config.max_steps)

@@ -22,6 +22,7 @@ from stdist.vision_llm.config import ForecastConfig, VisionLLMConfig
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
+from stdist.vision_llm.rollout import forecaster
 from stdist.vision_llm.rollout.forecaster import (
     forecast_pieces,
     plan_pieces,

@@ -19,6 +19,7 @@ from stdist.runs.recipes import parse_config, train
 from stdist.vision_llm import Policy
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.policy.checkpoints import load_policy
+from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
