@@ -80,8 +80,8 @@ class Trainer:
         task = open_task(config)
         self._policy = build_policy(policy_spec(config, task), config.seed)
         if config.sft.trainable == "lora":
-            self._policy.add_lora(seed=config.seed)
-        self._policy.train_only(config.sft.trainable, frames=True)
+            add_lora(self._policy, seed=config.seed)
+        train_only(self._policy, config.sft.trainable, frames=True)
         city = CityWindows(self._policy, task.train, clamp=True)
         self._stage = SFTStage(self._policy, city, city, config.sft, config.seed, "direct", group)
         config = config.model_copy(update={"learners": ENGINES[kind]})

@@ -15,9 +15,10 @@ from torch import Tensor
 from stdist.training.loop import Stage
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
-from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.kernels.token_losses import token_log_probs
+from stdist.vision_llm.policy.adapters import as_reference
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
 from stdist.vision_llm.rollout.sampler import Completions, Decoding, Sampler
 from stdist.vision_llm.stages.reward import advantages, grpo_loss, reward
@@ -44,7 +45,7 @@ class GRPOStage(Stage):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyModel,
         train: CityWindows,
         validation: CityWindows,
         cell_mean: Float[np.ndarray, "cells"],
@@ -68,7 +69,7 @@ class GRPOStage(Stage):
         rewards = self._reward(batch, written).view(-1, config.num_generations)
         tree = candidate_tree(policy, batch, written)
         sizes = self.micro_batches.sizes(tree)
-        with policy.reference():
+        with as_reference(policy):
             reference = completion_log_probs(policy, tree, written, config.temperature, sizes)
         gain = advantages(rewards, config.scale_rewards).flatten()
         sums: dict[str, float] = defaultdict(float)
@@ -166,7 +167,7 @@ class GRPOStage(Stage):
         return torch.Generator(device=self.policy.device).manual_seed(self.seed * 1_000_003 + step)
 
 
-def candidate_tree(policy: Policy, batch: PolicyBatch, written: Completions) -> Tree:
+def candidate_tree(policy: PolicyModel, batch: PolicyBatch, written: Completions) -> Tree:
     """Windows, their cells' prompts, and what was written behind each: the last token is predicted, never read."""
     end = len(policy.vocabulary)
     ids = torch.where(written.answer_ids == end, policy.end_id, written.answer_ids + policy.first_numeral_id)
@@ -174,17 +175,21 @@ def candidate_tree(policy: Policy, batch: PolicyBatch, written: Completions) -> 
 
 
 def candidate_log_probs(
-    policy: Policy, states: Float[Tensor, "candidates tokens d"], written: Completions, rows: slice, temperature: float
+    policy: PolicyModel,
+    states: Float[Tensor, "candidates tokens d"],
+    written: Completions,
+    rows: slice,
+    temperature: float,
 ) -> Float[Tensor, "candidates tokens"]:
     """Log-probability of the tokens of candidates ``rows`` under the distribution they were sampled from (without
     top-p's cut); 0 outside the mask. ``states`` predict them."""
     mask = written.mask[rows]
-    losses = token_losses(states[mask], policy.answer_rows, written.answer_ids[rows][mask], temperature)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses.log_probs)
+    log_probs = token_log_probs(states[mask], policy.answer_head, written.answer_ids[rows][mask], temperature)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 
 def completion_log_probs(
-    policy: Policy, tree: Tree, written: Completions, temperature: float, sizes: list[int]
+    policy: PolicyModel, tree: Tree, written: Completions, temperature: float, sizes: list[int]
 ) -> Float[Tensor, "candidates tokens"]:
     """Log-probability of every written token, without gradients."""
     log_probs = torch.empty_like(written.log_probs)
