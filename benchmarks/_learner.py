@@ -26,6 +26,7 @@ from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import MOMENTS, Engine
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.adapters import add_lora, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.recipe import PolicyFiles, make_engine
