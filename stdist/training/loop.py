@@ -34,6 +34,9 @@ class Stage(Protocol):
     monitor: str | None
     """Metric whose fall counts as progress: its best checkpoint is the result. None: the last one is."""
 
+    resumable_every: int = 1
+    """``step`` can be resumed at multiples of this; between them it also depends on what the stage holds."""
+
     headline: tuple[str, ...]
     """Metrics that say in a line what the stage gained."""
 
@@ -217,7 +220,7 @@ class _StageRun:
                 if evaluated:
                     self._evaluate()
                 # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
-                stop = any(self.group.all_gather_object(interrupted()))
+                stop = any(self.group.all_gather_object(interrupted())) and self.step % self.stage.resumable_every == 0
                 if evaluated or stop or self.step % settings.save_steps == 0:
                     self._save()
                 else:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdist.errors import DivergenceError
+from stdist.errors import DivergenceError, Interrupted
 from stdist.training.loop import LoopSettings
 
 
@@ -304,6 +304,18 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes(toy, tmp_path, log_lines, un
     made: list[int] = []
     toy.run(run_dir, toy.ToyStage(on_step=made.append))
     assert made[0] == 11 and log_lines(run_dir) == uninterrupted
+
+
+def test_ctrl_c_waits_for_a_step_that_can_be_resumed(toy, tmp_path, log_lines, uninterrupted):
+    """A stage whose steps hang together by fours is saved behind step 12, pressed in step 10; nor earlier."""
+    stage = toy.ToyStage(on_step=lambda step: signal.raise_signal(signal.SIGINT) if step == 9 else None)
+    stage.resumable_every = 4
+    settings = replace(toy.SETTINGS, save_steps=24)
+    with pytest.raises(Interrupted, match="stopped at step 12"):
+        toy.run(tmp_path / "run", stage, settings)
+    assert {p.name for p in (tmp_path / "run" / "checkpoints" / "toy").glob("step-*")} == {"step-8", "step-12"}
+    toy.run(tmp_path / "run", toy.ToyStage(), settings)
+    assert log_lines(tmp_path / "run") == uninterrupted
 
 
 def test_a_second_ctrl_c_does_not_wait(toy, tmp_path):
