@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import adapter_names, add_lora, train_only
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
@@ -165,7 +166,7 @@ def per_sample(
             ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
         )
         hidden = base.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        return policy.logits(hidden.last_hidden_state[0])
+        return head_logits(hidden.last_hidden_state[0], policy.full_head)
 
     return compute
 
