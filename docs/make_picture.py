@@ -1,7 +1,9 @@
 """Draws the README's picture of a report from a finished run: a day of forecasts, and its error beside the baselines'.
 
-stdist demo --out demo
-python docs/make_picture.py demo/runs/NAME --out docs/report.png
+    stdist demo --out demo
+    python docs/make_picture.py demo/runs/NAME --out docs/report.png
+
+Says the size of the file, and fails above 200 kB.
 """
 
 import argparse

@@ -51,7 +51,8 @@ STYLE: Any = {
 @contextmanager
 def page_figure(height: float, **style: Any) -> Iterator[Figure]:
     """A figure of the page's width, to be drawn on while the report's style holds."""
-    with rc_context({**STYLE, **style}):
+    rc: Any = STYLE | style
+    with rc_context(rc):
         yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
@@ -246,14 +247,14 @@ def _long_tailed(values: Float[np.ndarray, " n"]) -> bool:
 def projections(panels: Sequence[Projection]) -> Figure:
     """Embeddings in a plane, three in a row; axes have no meaning of their own, only what lies close does."""
     rows = -(-len(panels) // 3)
-    with page_figure(
-        3.5 * rows, **{"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
-    ) as figure:
+    plain = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    with page_figure(3.5 * rows, **plain) as figure:
         for i, panel in enumerate(panels):
             axes = figure.add_subplot(rows, min(3, len(panels)), i + 1)
-            values = np.array(panel.values, float)
+            values, (x, y) = np.array(panel.values, float), np.array(panel.points, float).T
             dots = axes.scatter(
-                *np.array(panel.points, float).T,
+                x,
+                y,
                 c=values,
                 s=np.clip(3000 / len(values), 3, 40),
                 cmap="twilight_shifted" if panel.cyclic else "viridis",
