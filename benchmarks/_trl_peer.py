@@ -27,7 +27,7 @@ try:
     from trl import GRPOTrainer
 except ModuleNotFoundError as error:
     print(
-        f"error: {error.name} is missing; pip install -c constraints.txt -r benchmarks/requirements.txt",
+        f"error: {error.name} is missing; pip install -c constraints.txt -e '.[dev]'",
         file=sys.stderr,
     )
     raise SystemExit(2) from None

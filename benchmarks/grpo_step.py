@@ -6,7 +6,7 @@ prompts, write K tokens a candidate and are rewarded by the same function. They 
 core. The peer gets the fastest of several batch sizes, found before the clock runs. ``_trl_peer.py`` says what else
 favours it.
 
-    pip install -c constraints.txt -r benchmarks/requirements.txt
+    pip install -c constraints.txt -e ".[dev]"
     python benchmarks/grpo_step.py --json
 """
 

@@ -32,13 +32,11 @@ import numpy as np
 import pandas as pd
 import polars as pl
 from _harness import comparison, cost_in_fresh_process, figure, in_turn, parser, publish, seconds
+from _raw_telecom import write_raw
 
-from data_prep import telecom_italia
-from data_prep.local_processes import local_processes
-from data_prep.preparation import prepare
-from data_prep.synthetic import write_raw
-from data_prep.telecom_rows import SCHEMA, blocks
-from data_prep.telecom_text import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
+from data_prep import prepare, telecom_italia
+from data_prep.preparation import local_processes
+from data_prep.telecom_rows import CHANNELS, SCHEMA, SLOT_MS, SLOTS_PER_DAY, blocks, day_start_ms
 from stdist.data import GridWriter
 from stdist.data.synthetic import SyntheticCity
 
@@ -108,10 +106,10 @@ def store_bytes(path: Path, out: Path) -> int:
 
 
 def require_agreement(path: Path) -> None:
-    found = ours(path)
+    values = ours(path)
     for side in (peer, peer_pivoting_once):
         for name, expected in side(path).items():
-            if not np.allclose(found[name], expected, rtol=1e-6, atol=0, equal_nan=True):
+            if not np.allclose(values[name], expected, rtol=1e-6, atol=0, equal_nan=True):
                 raise SystemExit(f"error: {name} is not what pandas makes of it")
 
 
@@ -165,8 +163,8 @@ def measure(runs: int, rows: int) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__, runs=5)
     arguments.add_argument("--rows", type=int, default=SIDE, help="rows of 100 squares (default: %(default)s)")
-    given = arguments.parse_args()
-    publish(measure(given.runs, given.rows), given.json)
+    options = arguments.parse_args()
+    publish(measure(options.runs, options.rows), options.json)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from _window import HORIZON, VISUAL_TOKENS, make_policy, make_prompts, no_grids
 from torch import Tensor
 from torch.nn import functional as F
 
+from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.policy.adapters import begin_grpo
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import candidate_log_probs
-from stdist.vision_llm.stages.reward import grpo_loss
+from stdist.vision_llm.stages.loss import LossInputs, grpo
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
@@ -48,20 +49,28 @@ class Update:
         choices = torch.randint(len(policy.vocabulary), (n, HORIZON), generator=generator)
         everything = torch.ones(n, HORIZON, dtype=torch.bool)
         log_probs = torch.full((n, HORIZON), -7.5)
-        self.written = Completions(choices, everything, log_probs, torch.zeros(n, HORIZON), everything.sum(1))
-        self.gain = torch.randn(n, generator=generator)
+        self.completions = Completions(choices, everything, log_probs, torch.zeros(n, HORIZON), everything.sum(1))
+        self.advantages = torch.randn(n, generator=generator)
         read = choices[:, :-1] + policy.first_numeral_id
         self.tree = Tree(self.shared, no_grids(), (Level(self.prompts), Level(read)))
         self.sizes = MicroBatches(policy, ACTIVATION_BYTES).sizes(self.tree)
 
     def _loss(self, log_probs: Tensor, rows: slice) -> Tensor:
-        part = [x[rows] for x in (self.written.log_probs, self.written.log_probs, self.gain, self.written.mask)]
-        loss, _ = grpo_loss(log_probs, *part, epsilon=0.2, beta=0.04)
-        return loss * (rows.stop - rows.start) / len(self.gain)
+        inputs = LossInputs(
+            trainer_log_probs=log_probs,
+            rollout_log_probs=self.completions.log_probs[rows],
+            reference_log_probs=self.completions.log_probs[rows],
+            advantages=self.advantages[rows],
+            mask=self.completions.mask[rows],
+            tokens=self.completions.mask.numel(),
+            sequences=len(self.advantages),
+            max_tokens=HORIZON,
+        )
+        return grpo(inputs, GRPOConfig(epsilon=0.2, beta=0.04))[0]
 
     def through_the_tree(self) -> None:
         def loss(rows: slice, states: Tensor) -> Tensor:
-            return self._loss(candidate_log_probs(self.policy, states, self.written, rows, 1.0), rows)
+            return self._loss(candidate_log_probs(self.policy, states, self.completions, rows, 1.0), rows)
 
         self.policy.zero_grad()
         prefix_tree.backward(self.policy, self.tree, loss, Tensor.backward, self.sizes)
@@ -77,7 +86,7 @@ class Update:
             ids = torch.cat([shared, prompts[rows], previous[rows]], dim=1)
             hidden = decoder(inputs_embeds=policy.embed(ids), use_cache=False).last_hidden_state[:, -HORIZON:]
             logits = F.linear(hidden.flatten(0, 1), torch.cat(policy.answer_head))
-            log_probs = -F.cross_entropy(logits, self.written.answer_ids[rows].flatten(), reduction="none")
+            log_probs = -F.cross_entropy(logits, self.completions.answer_ids[rows].flatten(), reduction="none")
             self._loss(log_probs.view(-1, HORIZON), rows).backward()
 
     def gradient(self, update: Callable[[], None]) -> Tensor:
@@ -87,7 +96,7 @@ class Update:
 
 def check(policy: PolicyModel) -> None:
     few = Update(policy, 16, cells=2)
-    ours, peer = few.gradient(few.through_the_tree), few.gradient(lambda: few.per_sample(len(few.gain), 4))
+    ours, peer = few.gradient(few.through_the_tree), few.gradient(lambda: few.per_sample(len(few.advantages), 4))
     difference = ((ours - peer).norm() / peer.norm()).item()
     if not difference < 1e-4:
         raise SystemExit(f"error: gradients of the two sides differ by {difference:.1e}")
@@ -101,7 +110,7 @@ def measure(policy: PolicyModel, visual_tokens: int, runs: int) -> dict[str, Any
     }
     best = min(times, key=lambda size: times[size])
     ours, peer = in_turn(update.through_the_tree, lambda: update.per_sample(some, best), runs)
-    peer = [value * len(update.gain) / some for value in peer]
+    peer = [value * len(update.advantages) / some for value in peer]
 
     window = Window(update.shared.shape[1], CELLS, update.prompts.shape[1], CANDIDATES, HORIZON)
     flops = Flops(policy.base_model.config.get_text_config(), training=True, lora_r=policy.spec.lora_r)
@@ -118,7 +127,7 @@ def measure(policy: PolicyModel, visual_tokens: int, runs: int) -> dict[str, Any
             f"{CELLS} cells, G = {CANDIDATES}, K = {HORIZON}, 12 frames of {visual_tokens} visual tokens, "
             f"V = {window.shared}, T = {window.prompt}; decoder of the preset small, LoRA r = {policy.spec.lora_r} and "
             f"numeral rows train, {head_rows} choices, float32; micro-batches {update.sizes}; peer timed on {some} of "
-            f"{len(update.gain)} candidates, batch size {best} of {PEER_BATCHES}; torch {torch.__version__}"
+            f"{len(update.advantages)} candidates, batch size {best} of {PEER_BATCHES}; torch {torch.__version__}"
         ),
         better="less",
         tokens_computed=update.tree.tokens,

@@ -35,8 +35,7 @@ import numpy as np
 import zarr
 from _harness import comparison, figure, in_turn, parser, publish, seconds
 
-from data_prep import synthetic
-from data_prep.preparation import prepare
+from data_prep import READERS
 from stdist.data import DaySpan, GridStore, Region, Windows, open_store
 from stdist.data.loader import WindowLoader
 from stdist.data.sampler import WindowSampler
@@ -49,7 +48,7 @@ def city(folder: Path, side: int, days: int) -> Path:
     """A store of a synthetic city of side x side cells, made unless it is there."""
     out = folder / f"city-{side}-{days}.zarr"
     if not out.exists():
-        prepare(synthetic.plan([], height=side, width=side, days=days), out)
+        READERS["synthetic"].prepare([], out, height=side, width=side, days=days)
     return out
 
 
@@ -125,12 +124,12 @@ def region(path: Path, side: int, runs: int) -> dict[str, Any]:
     """One window's seconds: an 11 x 11 region in the middle, and whole frames with the same targets cut out."""
     middle = side // 2
     cells = Region(middle - 5, middle + 6, middle - 5, middle + 6)
-    whole = all_windows(path, 0.0).of_region(cells, Region(0, side, 0, side))
-    alone = whole.of_region(cells)
-    indices = iter(np.random.default_rng(0).permutation(len(whole)).tolist() * 2)
-    if not np.array_equal(alone.read([0]).history, whole.read([0]).history[(..., *cells.slices)]):
+    frames = all_windows(path, 0.0).of_region(cells, Region(0, side, 0, side))
+    alone = frames.of_region(cells)
+    indices = iter(np.random.default_rng(0).permutation(len(frames)).tolist() * 2)
+    if not np.array_equal(alone.read([0]).history, frames.read([0]).history[(..., *cells.slices)]):
         raise SystemExit("error: a region alone is not what whole frames hold there")
-    ours, peer = in_turn(lambda: alone.read([next(indices)]), lambda: whole.read([next(indices)]), runs)
+    ours, peer = in_turn(lambda: alone.read([next(indices)]), lambda: frames.read([next(indices)]), runs)
     seconds_ours, seconds_peer = statistics.median(ours), statistics.median(peer)
     return {
         "cells": str(cells),
@@ -164,10 +163,10 @@ def size(path: Path, raw: Path) -> dict[str, float]:
     }
 
 
-def measure(folder: Path, given: Namespace) -> dict[str, Any]:
-    path, large = city(folder, SIDE, given.days), city(folder, given.large, 1)
+def measure(folder: Path, options: Namespace) -> dict[str, Any]:
+    path, large = city(folder, SIDE, options.days), city(folder, options.large, 1)
     windows = all_windows(path)
-    raw, count = raw_copy(windows.store), min(given.windows, len(windows)) // BATCH * BATCH
+    raw, count = raw_copy(windows.store), min(options.windows, len(windows)) // BATCH * BATCH
     first, peer_first = next(loader_batches(windows, BATCH)), next(memmap_batches(raw, windows, BATCH))
     if not np.array_equal(np.concatenate((first.history, first.target), axis=1), peer_first):
         raise SystemExit("error: the sides hand out different windows")
@@ -177,7 +176,7 @@ def measure(folder: Path, given: Namespace) -> dict[str, Any]:
     ours, peer = in_turn(
         lambda: consume(loader_batches(windows, count)),
         lambda: consume(memmap_batches(raw, windows, count)),
-        given.runs,
+        options.runs,
     )
     rates, peer_rates = [count / s for s in ours], [count / s for s in peer]
     peer_rate = statistics.median(peer_rates)
@@ -189,17 +188,17 @@ def measure(folder: Path, given: Namespace) -> dict[str, Any]:
         peer="np.memmap of the same float32 values",
         peer_values=peer_rates,
         setting=(
-            f"S = {S}, K = {K}, {SIDE} x {SIDE} cells, {given.days} days, batches of {BATCH}, {count} windows a run, "
+            f"S = {S}, K = {K}, {SIDE} x {SIDE} cells, {options.days} days, batches of {BATCH}, {count} windows a run, "
             f"2 threads, zarr {zarr.__version__}, numpy {np.__version__}"
         ),
         better="more",
-        beyond_memory=beyond_memory(path, count, given.days_at_once, peer_rate),
+        beyond_memory=beyond_memory(path, count, options.days_at_once, peer_rate),
         cold=first_reads,
-        region=region(large, given.large, given.runs),
+        region=region(large, options.large, options.runs),
         consumer={
             "in_memory": busy(loader_batches(windows, waited)),
             "from_an_empty_cache": busy(loader_batches(all_windows(path), waited)),
-            "beyond_memory": busy(loader_batches(all_windows(path, 0.25), waited, given.days_at_once)),
+            "beyond_memory": busy(loader_batches(all_windows(path, 0.25), waited, options.days_at_once)),
         },
         size=size(path, raw),
     )
@@ -212,9 +211,9 @@ def main() -> None:
     arguments.add_argument("--days-at-once", type=int, default=4, help="beyond memory (default: %(default)s)")
     arguments.add_argument("--large", type=int, default=1000, help="side of the large raster (default: %(default)s)")
     arguments.add_argument("--folder", type=Path, help="where the stores are kept (default: a temporary folder)")
-    given = arguments.parse_args()
+    options = arguments.parse_args()
     with TemporaryDirectory() as temporary:
-        publish(measure(given.folder or Path(temporary), given), given.json)
+        publish(measure(options.folder or Path(temporary), options), options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Arrays in .npy and .npz files, known by their headers.
+"""Arrays in .npy and .npz files, described by their headers.
 
 Pickled files are never loaded: an array of Python objects is refused by its header.
 """
@@ -18,7 +18,7 @@ from stdist.errors import InputError
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """One array of numbers in a file, known by its header; ``key`` is None in a .npy file."""
+    """One array of numbers in a file, before it is read; ``key`` is None in a .npy file."""
 
     path: Path
     key: str | None
@@ -46,7 +46,7 @@ def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
     .npy or .npz file or was cut short, for another key, for pickled objects, and for another number of axes.
     """
     headers = array_headers(existing(path))
-    axes = " or ".join(f"({each})" for each in dims)
+    axes = " or ".join(f"({axis_names})" for axis_names in dims)
     if key is None and len(headers) != 1:
         raise InputError(f"{path} holds {len(headers)} arrays ({', '.join(headers)}); keep the one of the frames")
     name = next(iter(headers)) if key is None or list(headers) == [""] else key
@@ -56,7 +56,7 @@ def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
     where = f"{path}, array {name!r}" if name else f"{path}"
     if dtype.hasobject:
         raise InputError(f"{where} holds pickled Python objects, which are never loaded; save it as plain numbers")
-    if dtype.kind not in "fiu" or len(shape) not in [each.count(",") + 1 for each in dims] or 0 in shape:
+    if dtype.kind not in "fiu" or len(shape) not in [axis_names.count(",") + 1 for axis_names in dims] or 0 in shape:
         raise InputError(f"{where} is {dtype} {shape}; it must hold numbers {axes}")
     return ArrayFile(Path(path), name or None, shape)
 
@@ -85,12 +85,12 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def parse_channels(channels: str | None, count: int, known: Mapping[int, Sequence[str]], what: str) -> tuple[str, ...]:
-    """Channel names from ``a,b,c``; where None, those ``known`` for this many. InputError for a wrong number."""
+def parse_channels(channels: str | None, count: int, usual: Mapping[int, Sequence[str]], what: str) -> tuple[str, ...]:
+    """Channel names from ``a,b,c``; where None, the ``usual`` ones of this many. InputError for a wrong number."""
     if channels is None:
-        if count not in known:
+        if count not in usual:
             raise InputError(f"{what} has {count} channels; name them in order: --channels a,b,…")
-        return tuple(known[count])
+        return tuple(usual[count])
     names = tuple(name.strip() for name in channels.split(","))
     if len(names) != count or len(set(names)) != count or not all(name.isidentifier() for name in names):
         raise InputError(f"--channels {channels!r} does not name the {count} channels of {what}; write a,b,…")

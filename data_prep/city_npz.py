@@ -1,6 +1,6 @@
 """Reader of cities as rasters in .npy and .npz files: volumes (T, H, W) or (T, H, W, C), without time stamps.
 
-Several files are either consecutive in time, or one channel each, all of the same frames:
+Several files are either consecutive in time, or one channel each, all of the same time steps:
 
 - New York taxi pick-ups, 10 x 20 cells, 30 minutes, January 2015: ``volume_train.npz`` and ``volume_test.npz``,
   array ``volume`` (1190 and 298, 10, 20, 1), the second from where the first ends, in the middle of a day
@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import ArrayFile, array_file, parse_channels
-from data_prep.common import city_of, grid_spec, with_spans
-from data_prep.frames import frames_of, part_of, plan_of, stamps_from
-from data_prep.plan import Plan
+from data_prep.common import GridPlace, city_of
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import part_of, plan_of, stamps_from, steps_of
 from stdist.errors import InputError
 
 
-@with_spans
+@reader("city-npz")
 def plan(
     sources: list[Path],
     *,
@@ -45,7 +46,7 @@ def plan(
 
     channels: names in order: of the channel axis where there is one; else one a file, or one for all files where
     they follow one another in time, in the order given. start: local ISO time of the first frame, required.
-    cadence: minutes between frames. poi: file of static features (H, W, F). north_first: row 0 of the files is the
+    cadence: minutes between time steps. poi: file of static features (H, W, F). north_first: row 0 of the files is the
     northern one. transpose: the files are (T, x, y), longitude before latitude.
     Raises InputError where files or options do not fit.
     """
@@ -55,9 +56,9 @@ def plan(
     names, stacked = _channels(arrays, channels)
     _require_one_raster(arrays, stacked)
     path, shape = arrays[0].path, arrays[0].shape
-    frames = shape[0] if stacked else sum(array.shape[0] for array in arrays)
-    stamps = stamps_from(path, start, frames, cadence, "2015-01-01T00:00")
-    spec = grid_spec(
+    steps = shape[0] if stacked else sum(array.shape[0] for array in arrays)
+    stamps = stamps_from(path, start, steps, cadence, "2015-01-01T00:00")
+    spec = GridPlace().spec(
         city or city_of(path),
         names,
         stamps,
@@ -68,7 +69,7 @@ def plan(
         static=_poi(poi, arrays[0], transpose, north_first) if poi else None,
     )
     load = partial(_load, arrays, names, stacked, transpose, north_first)
-    part = part_of(spec, frames_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
+    part = part_of(spec, steps_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
     recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
     return plan_of(spec, recipe, [*(array.path for array in arrays), *([Path(poi)] if poi else [])], [part])
 
@@ -80,9 +81,9 @@ def _load(
     volumes = [_turned(array.load(), 1, transpose, north_first) for array in arrays]
     if stacked:
         return dict(zip(names, volumes, strict=True))
-    whole = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
-    whole = whole.reshape(*whole.shape[:3], -1)
-    return {name: whole[..., index] for index, name in enumerate(names)}
+    volume = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+    volume = volume.reshape(*volume.shape[:3], -1)
+    return {name: volume[..., index] for index, name in enumerate(names)}
 
 
 def _turned(raster: np.ndarray, axis: int, transpose: bool, north_first: bool) -> np.ndarray:

@@ -10,8 +10,8 @@ The data's facts (Li et al., 2018; speeds in mile/h, 5 minutes, one column a sen
 A detector that sees nothing reports 0: zeros are missing, as in the authors' masked scores. Stamps are the clock's
 local time in California; the twelve that PEMS-BAY lacks are an hour, the one that the clock skips in March.
 
-What is made of it: 0 and NaN are missing. Absences of up to an hour between frames are restored as frames
-whose values are all missing, so that PEMS-BAY is one run of 52,128 frames; longer ones are gaps. The store has
+What is made of it: 0 and NaN are missing. Absences of up to an hour are restored as time steps whose
+values are all missing, so that PEMS-BAY is one segment of 52,128 steps; longer ones are gaps. The store has
 one UTC offset, that of the winter (−8 h): its local times are the file's own stamps, its UTC stamps are one
 hour late in summer. The graph comes from the roads' distances or a matrix (``graphs.read_graph``).
 """
@@ -21,25 +21,25 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import PACIFIC, PACIFIC_CLOCK, only_source, with_spans
-from data_prep.frames import cadence_of, frames_of, part_of, plan_of, slices_of_days
-from data_prep.graphs import sensors
+from data_prep.common import PACIFIC, PACIFIC_CLOCK, only_source
+from data_prep.graphs import SensorFiles
 from data_prep.pandas_h5 import PandasFrame, open_frame
-from data_prep.plan import Plan
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import cadence_of, part_of, plan_of, slices_of_days, steps_of
 from stdist.data.schema import fill_short_absences
 
 RESTORED_MINUTES = 60
 
 
-@with_spans
+@reader("dcrnn-h5")
 def plan(
     sources: list[Path],
     *,
     city: str | None = None,
     channel: str = "speed",
     utc_offset: int = PACIFIC,
-    adjacency: Path | None = None,
-    meta: Path | None = None,
+    files: SensorFiles,
 ) -> Plan:
     """Plan of one file, one part a local day; reads its index and labels only.
 
@@ -53,7 +53,7 @@ def plan(
     frame = open_frame(path)
     stamps = frame.stamps()
     cadence = cadence_of(path, stamps)
-    nodes = sensors(frame.ids, adjacency, meta)
+    nodes = files.nodes(frame.ids)
     spec = nodes.spec(city or path.stem.lower(), [channel], stamps, cadence, utc_offset, "mile/h")
     recipe = {
         "reader": "dcrnn-h5",
@@ -63,22 +63,22 @@ def plan(
         "clock": PACIFIC_CLOCK,
         **nodes.notes,
     }
-    rows = frames_of(path, spec, stamps)
-    present = np.zeros(spec.frames, bool)
+    rows = steps_of(path, spec, stamps)
+    present = np.zeros(spec.steps, bool)
     present[rows] = True
-    frames = np.flatnonzero(fill_short_absences(present, RESTORED_MINUTES // cadence))
+    all_steps = np.flatnonzero(fill_short_absences(present, RESTORED_MINUTES // cadence))
     parts = []
-    for first, last in slices_of_days(frames // spec.slots_per_day):
-        here = frames[first:last]
-        start, stop = np.searchsorted(rows, (here[0], here[-1] + 1)).tolist()
-        known = np.isin(here, rows[start:stop])
-        parts.append(part_of(spec, here, partial(_load, frame, channel, start, stop, known), path))
+    for first, last in slices_of_days(all_steps // spec.slots_per_day):
+        steps = all_steps[first:last]
+        start, stop = np.searchsorted(rows, (steps[0], steps[-1] + 1)).tolist()
+        in_file = np.isin(steps, rows[start:stop])
+        parts.append(part_of(spec, steps, partial(_load, frame, channel, start, stop, in_file), path))
     return plan_of(spec, recipe, [path, *nodes.files], parts)
 
 
-def _load(frame: PandasFrame, channel: str, start: int, stop: int, known: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows [start, stop) as the frames that are ``known``, bool [n]; the others are restored ones."""
-    values = np.full((len(known), len(frame.ids)), np.nan)
-    values[known] = frame.values(start, stop)
+def _load(frame: PandasFrame, channel: str, start: int, stop: int, in_file: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows [start, stop) as the steps ``in_file``, bool [n]; the others are restored ones."""
+    values = np.full((len(in_file), len(frame.ids)), np.nan)
+    values[in_file] = frame.values(start, stop)
     values[values == 0] = np.nan
     return {channel: values}

@@ -2,10 +2,10 @@
 
 Arrays: ``time`` (T,), datetime64, local time, in any order; every other array of shape (T, H, W) is a channel
 (``internet``, …). NaN is a missing value, 0 a measured zero; row 0 is the first row of the array. Stamps that
-the file lacks are gaps, which no window crosses, except short absences (``stdist.data.writer.MAX_GAP``).
+the file lacks are gaps, which no window crosses, except short absences (``stdist.data.finalise.MAX_GAP``).
 
 An example is the public whole-grid sample of Telecom Italia, Milan: ``internet`` (109, 100, 100), 10 minutes,
-in three separate runs of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
+in three separate segments of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
 """
 
 from functools import partial
@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import array_headers, load_array
-from data_prep.common import city_of, grid_spec, only_source, with_spans
-from data_prep.frames import frames_of, part_of, plan_of
-from data_prep.plan import Plan
+from data_prep.common import GridPlace, city_of, only_source
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import part_of, plan_of, steps_of
 from stdist.errors import InputError
 
 
-@with_spans
+@reader("frames-npz")
 def plan(
     sources: list[Path],
     *,
@@ -28,32 +29,20 @@ def plan(
     channel: str | None = None,
     cadence: int = 10,
     utc_offset: int | None = None,
-    row0: int = 0,
-    col0: int = 0,
-    id_width: int | None = None,
+    place: GridPlace,
 ) -> Plan:
     """Plan of one file, read in one part.
 
-    channel: the one array to read; all of them by default. The other options are those of ``wide_csv``.
+    channel: the one array to read; all of them by default.
     Raises InputError where an array is absent or has no (T, H, W) shape, or where stamps are repeated or off
     the cadence's grid.
     """
     path = only_source(sources, "frames-npz")
     names, shape = _channels(path, channel)
     stamps = load_array(path, "time").astype("datetime64[m]")
-    spec = grid_spec(
-        city or city_of(path),
-        names,
-        stamps,
-        shape,
-        cadence=cadence,
-        utc_offset=utc_offset,
-        row0=row0,
-        col0=col0,
-        id_width=id_width,
-    )
-    part = part_of(spec, frames_of(path, spec, stamps), partial(_load, path, names), path)
-    return plan_of(spec, {"reader": "frames-npz", "row0": row0, "col0": col0}, [path], [part])
+    spec = place.spec(city or city_of(path), names, stamps, shape, cadence=cadence, utc_offset=utc_offset)
+    part = part_of(spec, steps_of(path, spec, stamps), partial(_load, path, names), path)
+    return plan_of(spec, {"reader": "frames-npz", "row0": place.row0, "col0": place.col0}, [path], [part])
 
 
 def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -108,19 +108,19 @@ def _features(path: Path) -> dict[int, Any]:
         raise InputError(f"{path} is no GeoJSON of features, or was cut short; fetch the file again") from error
     if not named.endswith(("4326", "CRS84")):
         raise InputError(f"{path} is in {named}; give longitude and latitude, EPSG:4326")
-    found: dict[int, Any] = {}
+    squares: dict[int, Any] = {}
     for index, feature in enumerate(features):
         try:
             number, geometry = int(feature["properties"]["cellId"]), feature["geometry"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: feature {index} has no properties.cellId or no geometry") from error
-        if number in found or number < 0:
-            what = "occurs twice" if number in found else "is negative"
+        if number in squares or number < 0:
+            what = "occurs twice" if number in squares else "is negative"
             raise InputError(f"{path}: square {number} {what}; the file is damaged")
-        found[number] = geometry
-    if not found:
+        squares[number] = geometry
+    if not squares:
         raise InputError(f"{path} holds no square; give the GeoJSON file of the city's squares")
-    return found
+    return squares
 
 
 def _corners(path: Path, number: int, geometry: Any) -> np.ndarray:
@@ -153,12 +153,13 @@ def _places(path: Path, ids: np.ndarray, corners: np.ndarray) -> np.ndarray:
     left = [0]
     while left:
         square = left.pop()
-        for point, here in zip(points[square], CORNERS, strict=True):
+        row, col = place[square]
+        for point, (up, right) in zip(points[square], CORNERS, strict=True):
             for other, corner in holders[point]:
-                there = place[square][0] + here[0] - CORNERS[corner][0], place[square][1] + here[1] - CORNERS[corner][1]
+                shared = row + up - CORNERS[corner][0], col + right - CORNERS[corner][1]
                 if other not in place:
                     left.append(other)
-                if place.setdefault(other, there) != there:
+                if place.setdefault(other, shared) != shared:
                     raise InputError(
                         f"{path}: squares {ids[square]} and {ids[other]} do not fit one grid; the file is damaged"
                     )

@@ -1,4 +1,4 @@
-"""What files say about the nodes of a graph: their ids and places, and who is whose neighbour.
+"""Files about the nodes of a graph: their ids and places, and who is whose neighbour.
 
 Tables of whole states or cities list more sensors than the data has, in another order: rows are found by id.
 """
@@ -39,6 +39,10 @@ class Nodes:
     files: list[Path] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def with_graph(self, adjacency: Path | None, dcrnn: bool, files: list[Path | None]) -> "Nodes":
+        weights, notes = read_graph(adjacency, self.ids, dcrnn) if adjacency else (None, {})
+        return replace(self, adjacency=weights, files=[Path(file) for file in files if file], notes=notes)
+
     def spec(
         self,
         city: str,
@@ -67,18 +71,33 @@ class Nodes:
         )
 
 
-def sensors(ids: np.ndarray, adjacency: Path | None, meta: Path | None) -> Nodes:
-    """Nodes whose ids the data tells; adjacency: ``read_graph`` by DCRNN's rule, meta: ``read_nodes``."""
-    known = read_nodes(meta, ids) if meta else Nodes(ids)
-    weights, notes = read_graph(adjacency, ids, dcrnn=True) if adjacency else (None, {})
-    return replace(known, adjacency=weights, files=[Path(file) for file in (adjacency, meta) if file], notes=notes)
+@dataclass(frozen=True)
+class SensorFiles:
+    """Options: files about nodes whose ids the data tells. adjacency: weights or road distances between nodes
+    (``graphs.read_graph``). meta: places of the nodes (``graphs.read_nodes``)."""
+
+    adjacency: Path | None = None
+    meta: Path | None = None
+
+    def nodes(self, ids: np.ndarray) -> Nodes:
+        """The graph follows DCRNN's rule. Raises InputError where a file is not of these nodes."""
+        nodes = read_nodes(self.meta, ids) if self.meta else Nodes(ids)
+        return nodes.with_graph(self.adjacency, dcrnn=True, files=[self.adjacency, self.meta])
 
 
-def counted_nodes(count: int, adjacency: Path | None, node_ids: Path | None) -> Nodes:
-    """Nodes of data that tells only how many there are; adjacency: ``read_graph``, node_ids: ``read_nodes``."""
-    known = read_nodes(node_ids, count) if node_ids else Nodes(np.arange(count))
-    weights, notes = read_graph(adjacency, known.ids) if adjacency else (None, {})
-    return replace(known, adjacency=weights, files=[Path(file) for file in (node_ids, adjacency) if file], notes=notes)
+@dataclass(frozen=True)
+class NodeFiles:
+    """Options: files about nodes of which the data tells only the number. adjacency: square table of weights, or CSV of
+    edges from,to,distance (``graphs.read_graph``). node_ids: ids one a line, or CSV with a column of ids and perhaps
+    places (``graphs.read_nodes``); numbered from 0 by default."""
+
+    adjacency: Path | None = None
+    node_ids: Path | None = None
+
+    def nodes(self, count: int) -> Nodes:
+        """Raises InputError where a file is not of so many nodes."""
+        nodes = read_nodes(self.node_ids, count) if self.node_ids else Nodes(np.arange(count))
+        return nodes.with_graph(self.adjacency, dcrnn=False, files=[self.node_ids, self.adjacency])
 
 
 def ids_of(names: list[str]) -> np.ndarray:
@@ -87,17 +106,17 @@ def ids_of(names: list[str]) -> np.ndarray:
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"node {twice!r} occurs twice; give each node once")
     try:
-        whole = np.array([int(name) for name in names], np.int64)
+        integers = np.array([int(name) for name in names], np.int64)
     except ValueError:
         return np.array(names)
-    return whole if [str(number) for number in whole] == names else np.array(names)
+    return integers if [str(number) for number in integers] == names else np.array(names)
 
 
-def read_nodes(path: Path, wanted: np.ndarray | int) -> Nodes:
+def read_nodes(path: Path, expected: np.ndarray | int) -> Nodes:
     """Ids and places from a CSV with columns under their usual names, ``COLUMNS``; or without header, from ids one a
     line (as PEMS03.txt) or ids, latitude and longitude (as graph_sensor_locations_bay.csv).
 
-    wanted: the ids, whose rows are found by them and must tell places; or how many nodes there are, in the order of
+    expected: the ids, whose rows are found by them and must tell places; or how many nodes there are, in the order of
     a column that counts their positions, else of the rows. Raises InputError where the table is not of these nodes.
     """
     table = read_table(path, header=False)
@@ -106,22 +125,22 @@ def read_nodes(path: Path, wanted: np.ndarray | int) -> Nodes:
     elif table.width == 1 or (table.width == 3 and _is_number(table[0, 1])):
         table.columns = ["id", "latitude", "longitude"][: table.width]
     ids, place = column_of(path, table, "ids"), ["the latitude", "the longitude"]
-    if isinstance(wanted, int):
-        if len(table) != wanted:
-            raise InputError(f"{path} names {len(table)} nodes, the data has {wanted}; give the table of these nodes")
+    if isinstance(expected, int):
+        if len(table) != expected:
+            raise InputError(f"{path} names {len(table)} nodes, the data has {expected}; give the table of these nodes")
         if position := find_column(table, "position"):
             positions = numbers(path, table.select(position))[:, 0]
-            if sorted(positions) != list(range(wanted)):
-                raise InputError(f"{path}: column {position!r} does not count 0 … {wanted - 1}; check the table")
+            if sorted(positions) != list(range(expected)):
+                raise InputError(f"{path}: column {position!r} does not count 0 … {expected - 1}; check the table")
             table = table[np.argsort(positions)]
-        found = [find_column(table, what) for what in place]
-        if None in found:
+        columns = [find_column(table, what) for what in place]
+        if None in columns:
             return Nodes(ids_of(table[ids].to_list()))
     else:
-        found = [column_of(path, table, what) for what in place]
-        table = table[rows_of(path, table[ids].to_list(), wanted)]
-    degrees = numbers(path, table.select(found))
-    return Nodes(ids_of(table[ids].to_list()) if isinstance(wanted, int) else wanted, degrees[:, 0], degrees[:, 1])
+        columns = [column_of(path, table, what) for what in place]
+        table = table[rows_of(path, table[ids].to_list(), expected)]
+    degrees = numbers(path, table.select(columns))
+    return Nodes(ids_of(table[ids].to_list()) if isinstance(expected, int) else expected, degrees[:, 0], degrees[:, 1])
 
 
 def read_graph(path: Path, ids: np.ndarray, dcrnn: bool = False) -> tuple[np.ndarray, dict[str, float]]:
@@ -169,25 +188,25 @@ def gaussian_kernel(distances: np.ndarray, threshold: float = THRESHOLD) -> np.n
 
 def column_of(path: Path, table: pl.DataFrame, what: str) -> str:
     """The column of ``COLUMNS``; InputError where there is none."""
-    if (found := find_column(table, what)) is None:
+    if (column := find_column(table, what)) is None:
         raise InputError(f"{path} has no column of {what}; it has {', '.join(table.columns[:12])}")
-    return found
+    return column
 
 
 def find_column(table: pl.DataFrame, what: str) -> str | None:
     return next((column for name in COLUMNS[what] for column in table.columns if column.lower() == name), None)
 
 
-def rows_of(path: Path, found: list[str], ids: np.ndarray) -> np.ndarray:
-    """Row of each sensor in a file that lists the ids ``found``, int64 [N]; InputError where one is absent."""
-    row = {label: number for number, label in enumerate(found)}
-    wanted = [str(label) for label in ids.tolist()]
-    absent = [label for label in wanted if label not in row]
+def rows_of(path: Path, listed: list[str], ids: np.ndarray) -> np.ndarray:
+    """Row of each sensor in a file that lists the ids ``listed``, int64 [N]; InputError where one is absent."""
+    row = {label: number for number, label in enumerate(listed)}
+    labels = [str(label) for label in ids.tolist()]
+    absent = [label for label in labels if label not in row]
     if absent:
         raise InputError(
-            f"{path} lacks sensor {absent[0]} ({len(absent)} of {len(wanted)} absent); give the file of this data"
+            f"{path} lacks sensor {absent[0]} ({len(absent)} of {len(labels)} absent); give the file of this data"
         )
-    return np.array([row[label] for label in wanted], np.int64)
+    return np.array([row[label] for label in labels], np.int64)
 
 
 def read_table(path: Path, header: bool = True) -> pl.DataFrame:
@@ -218,8 +237,8 @@ def _weights_of_edges(
 ) -> tuple[np.ndarray, dict[str, float]]:
     position = {str(label): number for number, label in enumerate(ids.tolist())}
     source, target, distance = table.columns[:3]
-    known = pl.col(source).is_in([*position]) & pl.col(target).is_in([*position])
-    unknown = table.with_row_index("line", offset=first_line).filter(~known)
+    named = pl.col(source).is_in([*position]) & pl.col(target).is_in([*position])
+    unknown = table.with_row_index("line", offset=first_line).filter(~named)
     if table.is_empty() or (len(unknown) == len(table) and dcrnn):
         lacking = f"names none of the {len(ids)} sensors" if dcrnn else "holds no edges"
         raise InputError(f"{path} {lacking}; give the distances of this data")
@@ -229,7 +248,7 @@ def _weights_of_edges(
             f"{path}, line {line}: {','.join(map(str, edge))} names a node that the data lacks; "
             "give the ids of its nodes with --node-ids"
         )
-    edges = table.filter(known)
+    edges = table.filter(named)
     distances = numbers(path, edges.select(distance))[:, 0]
     if (distances < 0).any():
         raise InputError(f"{path}: distance {distances[distances < 0][0]} is negative; check the file")

@@ -24,21 +24,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
-from data_prep.common import PACIFIC, PACIFIC_CLOCK, city_of, files_in, with_spans
-from data_prep.frames import cadence_of, minutes_of_day, require_traffic, slices_of_days
-from data_prep.graphs import rows_of
-from data_prep.largest_meta import detectors_of
+from data_prep.arrays import array_file
+from data_prep.common import PACIFIC, PACIFIC_CLOCK, city_of, files_in
+from data_prep.graphs import Nodes, column_of, numbers, read_table, require_weights, rows_of
 from data_prep.pandas_h5 import PandasFrame, open_frame
-from data_prep.plan import Day, Part, Plan
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import cadence_of, minutes_of_day, require_traffic, slices_of_days
+from stdist.data import Day, Part
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
 
 CADENCE = 15
 RAW_CADENCE = 5
+REGIONS = {"SD": (11,), "GBA": (4,), "GLA": (7, 8, 12), "CA": (3, 4, 5, 6, 7, 8, 10, 11, 12)}
+"""Caltrans districts of the regions that the authors publish scores for."""
 
 
-@with_spans
+@reader("largest")
 def plan(
     sources: list[Path],
     *,
@@ -61,7 +66,7 @@ def plan(
     if not files:
         raise InputError("largest needs ca_his_raw_YYYY.h5, or a folder of such files; none was found")
     frames = [open_frame(path) for path in files]
-    detectors = detectors_of(files[0], frames[0].ids, region, districts, meta, adjacency)
+    detectors = _detectors(files[0], frames[0].ids, region, districts, meta, adjacency)
     years = [Year.of(frame, detectors.ids) for frame in frames]
     days, parts = _parts(years)
     name = region.lower() if region else districts and f"ca-{districts.replace(',', '-')}"
@@ -96,7 +101,7 @@ class Year:
 
     @property
     def zeros(self) -> str:
-        """What a 0 means."""
+        """The meaning of a 0."""
         return "measured" if self.cadence == RAW_CADENCE else "missing"
 
 
@@ -121,8 +126,8 @@ def quarter_hours(day: np.ndarray, rows: int) -> np.ndarray:
     pandas' ``resample("15min").mean().round(0)`` of float64 [T, N]; NaN where no value is known.
     """
     quarters = day.reshape(-1, rows, day.shape[1])
-    known = ~np.isnan(quarters)
-    total, count = np.where(known, quarters, 0).sum(axis=1), known.sum(axis=1)
+    seen = ~np.isnan(quarters)
+    total, count = np.where(seen, quarters, 0).sum(axis=1), seen.sum(axis=1)
     return np.rint(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)).astype(np.float32)
 
 
@@ -138,3 +143,89 @@ def _parts(years: list[Year]) -> tuple[np.ndarray, list[Part]]:
             owner[day] = year, start, stop
     days = np.arange(min(owner), max(owner) + np.timedelta64(1, "D"))
     return days, [Part(str(day), (index,), owner[day]) for index, day in enumerate(days) if day in owner]
+
+
+def _detectors(
+    source: Path,
+    columns: np.ndarray,
+    region: str | None,
+    districts: str | None,
+    meta: Path | None,
+    adjacency: Path | None,
+) -> Nodes:
+    """The detectors to take from ``source``, whose column ids are ``columns``, in the metadata's order.
+
+    meta, adjacency: where None, the one ``*_meta.csv`` and ``*_rn_adj.npy`` beside the source, if there are any.
+    static: ``district`` and ``lanes``, float32 [N]. Raises InputError where a region is unknown or asked for without
+    metadata, where metadata and columns do not name the same detectors, and where the graph has another size.
+    """
+    chosen = _districts(region, districts)
+    meta = meta or _beside(source, "*_meta.csv")
+    adjacency = adjacency or _beside(source, "*_rn_adj.npy")
+    graph = [adjacency] if adjacency else []
+    if meta is None:
+        if chosen:
+            raise InputError(f"{source.parent} holds no *_meta.csv that tells the districts; give it with --meta")
+        weights = _cut(adjacency, np.arange(len(columns)), len(columns)) if adjacency else None
+        return Nodes(columns, adjacency=weights, files=graph)
+    table = read_table(meta)
+    sensor, *place = (column_of(meta, table, what) for what in ("ids", "the latitude", "the longitude"))
+    district = numbers(meta, table.select(column_of(meta, table, "the district")))[:, 0]
+    rows = np.flatnonzero(np.isin(district, chosen)) if chosen else np.arange(len(table))
+    if not len(rows):
+        raise InputError(f"{meta} has no detector in district {', '.join(map(str, chosen))}; check --districts")
+    ids = np.array(table[sensor].to_list())
+    rows_of(meta, ids.tolist(), columns)
+    absent = np.setdiff1d(ids[rows], columns)
+    if len(absent):
+        raise InputError(
+            f"{source} lacks detector {absent[0]} ({len(absent)} of {len(rows)} absent); choose its --region"
+        )
+    degrees = numbers(meta, table.select(place))[rows]
+    static = {"district": district[rows].astype(np.float32)}
+    if "Lanes" in table.columns:
+        static["lanes"] = numbers(meta, table.select("Lanes"))[rows, 0].astype(np.float32)
+    weights = _cut(adjacency, _positions(table, adjacency)[rows], len(table)) if adjacency else None
+    return Nodes(ids[rows], degrees[:, 0], degrees[:, 1], weights, static, [meta, *graph])
+
+
+def _districts(region: str | None, districts: str | None) -> tuple[int, ...]:
+    if region and districts:
+        raise InputError("--region and --districts both choose detectors; give one of them")
+    if region and region.upper() not in REGIONS:
+        raise InputError(f"--region {region!r} is unknown; choose {', '.join(REGIONS)}, or give --districts")
+    if region:
+        return REGIONS[region.upper()]
+    try:
+        return tuple(int(number) for number in districts.split(",")) if districts else ()
+    except ValueError as error:
+        raise InputError(f"--districts {districts!r} are no numbers; write 11 or 7,8,12") from error
+
+
+def _beside(source: Path, pattern: str) -> Path | None:
+    """The one file of that name in the source's folder, or None; InputError where there are several."""
+    files = sorted(source.parent.glob(pattern))
+    if len(files) > 1:
+        option = "--meta" if pattern.endswith(".csv") else "--adjacency"
+        raise InputError(f"{source.parent} holds {' and '.join(f.name for f in files)}; choose one with {option}")
+    return files[0] if files else None
+
+
+def _positions(table: pl.DataFrame, adjacency: Path) -> np.ndarray:
+    """Row of the graph of each detector: the column ID2 where the graph is the whole state's, else its row."""
+    size = array_file(adjacency, None, "N, N").shape[0]
+    if size == len(table) or "ID2" not in table.columns:
+        return np.arange(len(table))
+    return numbers(adjacency, table.select("ID2"))[:, 0].astype(np.int64)
+
+
+def _cut(adjacency: Path, rows: np.ndarray, listed: int) -> np.ndarray:
+    """float32 [n, n]: the weights between the chosen rows of a graph, which stays on disk."""
+    array = array_file(adjacency, None, "N, N")
+    if array.shape[0] != array.shape[1] or rows.max() >= array.shape[0]:
+        raise InputError(f"{adjacency} is {array.shape[0]} x {array.shape[1]}, there are {listed} detectors; check it")
+    graph = array.load()
+    weights = np.empty((len(rows), len(rows)), np.float32)
+    for number, row in enumerate(rows):
+        weights[number] = graph[row][rows]
+    return require_weights(adjacency, weights, len(rows))

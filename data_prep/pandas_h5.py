@@ -23,7 +23,7 @@ BLOSC = 32001
 
 @dataclass(frozen=True, eq=False)
 class PandasFrame:
-    """Where one data frame of ``rows`` rows lies in a file. Made by ``open_frame``; picklable.
+    """One data frame of ``rows`` rows in a file, before it is read. Made by ``open_frame``; picklable.
 
     ids: column labels, int64 or str [N], in the frame's order. unit: of the index, ``ns`` or ``us``, ….
     blocks: name of the values' array, and the columns of the frame that its columns are, int64 [n].
@@ -64,8 +64,8 @@ def open_frame(path: Path) -> PandasFrame:
     with _opened(path) as file:
         groups = [name for name, item in file.items() if isinstance(item, h5py.Group) and "pandas_type" in item.attrs]
         if len(groups) != 1:
-            found = f"pandas data frames {', '.join(groups)}" if groups else f"no pandas data frame ({_names(file)})"
-            raise InputError(f"{path} holds {found}; give a file of one, written by DataFrame.to_hdf")
+            holds = f"pandas data frames {', '.join(groups)}" if groups else f"no pandas data frame ({_names(file)})"
+            raise InputError(f"{path} holds {holds}; give a file of one, written by DataFrame.to_hdf")
         return _frame(path, file[groups[0]])
 
 

@@ -1,27 +1,49 @@
-"""From a plan to a store: init, parts in any order and in any process, finalise."""
+"""Plans of stores, and their execution: init, parts in any order and in any process, finalise."""
 
 import errno
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from data_prep.local_processes import local_processes
-from data_prep.plan import Plan
-from stdist.data import GridStore, GridWriter, open_store
-from stdist.data.parts import Executor, Part
+from stdist.data import Day, GridSpec, GridStore, GridWriter, NodeSpec, Part, Split, open_store
+from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.data.writer import serially
 from stdist.errors import InputError, Interrupted
 from stdist.progress import Progress
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A preparation before any value is read. Picklable.
+
+    recipe: what made the store, JSON. sources: raw files (or folders that are one data set), whose names,
+    sizes and digests the store keeps. split: the store's default split; where None,
+    ``stdist.data.spans.default_split`` of the days that hold data. read: yields the days of one part; a
+    top-level function, a ``functools.partial`` of one, or a method of a picklable object.
+    """
+
+    spec: GridSpec | NodeSpec
+    recipe: dict[str, Any]
+    sources: list[Path]
+    split: Split | None
+    parts: list[Part]
+    read: Callable[[Part], Iterator[Day]]
+
+
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a preparation wrote. ``missing``: per channel, values of present frames that the source
-    lacks, now imputed; ``true_zeros``: measured zeros; ``runs``: gap-free runs of present frames;
-    ``absent_days``: local days between the first and the last without any frame."""
+    """A written store, in numbers. ``frames``: time steps that exist; ``runs``: gap-free segments of them; ``missing``:
+    per channel, values of these steps that the source lacks, now imputed; ``true_zeros``: measured zeros;
+    ``absent_days``: local days between the first and the last without any step."""
 
     path: Path
     city: str
@@ -75,48 +97,30 @@ def prepare(
         raise InputError(f"{workers} workers cannot prepare {out}; give at least one")
     out = Path(out)
     with _explained(out), GridWriter(out, plan.spec, plan.recipe, plan.sources, plan.parts) as writer:
-        done = writer.done
-        left = [part for part in plan.parts if part.name not in done]
-        count = _Count(progress, sum(map(_size, plan.parts)), sum(_size(p) for p in plan.parts if p.name in done))
-        elsewhere = executor is not None or workers > 1
-        with local_processes(workers) if executor is None and workers > 1 else nullcontext(executor or serially) as run:
-            size = {part.name: _size(part) for part in left}
-            for result in run(writer.part_writer(plan.read, None if elsewhere else count.day), left):
-                count.part(size[result.name])
+        sizes = {part.name: len(part.days) * len(part.tiles or [None]) for part in plan.parts}
+        finished, total = writer.done, sum(sizes.values())
+        left, done = [part for part in plan.parts if part.name not in finished], sum(sizes[name] for name in finished)
+        tell = progress or (lambda _done, _total: None)
+        if done:
+            tell(done, total)
+        # Days are told one by one in this process, part by part elsewhere.
+        days = count(done + 1)
+        in_process = executor is None and workers == 1
+        processes = nullcontext(executor or serially) if executor or in_process else local_processes(workers)
+        with processes as run:
+            run_part = writer.part_writer(plan.read, (lambda: tell(next(days), total)) if in_process else None)
+            for result in run(run_part, left):
+                done += sizes[result.name]
+                if next(days) <= done:
+                    tell(done, total)
+                days = count(done + 1)
             writer.finalise(plan.split, executor=run)
     return PrepareSummary.of(open_store(out))
 
 
-def _size(part: Part) -> int:
-    return len(part.days) * len(part.tiles or [None])
-
-
-class _Count:
-    """Days that are written: one by one in this process, part by part elsewhere."""
-
-    def __init__(self, progress: Progress | None, total: int, done: int) -> None:
-        self._progress, self._total, self._done, self._of_part = progress, total, done, 0
-        if done:
-            self._tell()
-
-    def day(self) -> None:
-        self._of_part += 1
-        self._tell()
-
-    def part(self, size: int) -> None:
-        told, self._of_part = self._of_part, 0
-        self._done += size
-        if told < size:
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._progress:
-            self._progress(self._done + self._of_part, self._total)
-
-
 @contextmanager
 def _explained(out: Path) -> Iterator[None]:
-    """What stops a preparation but not its restart, in one line."""
+    """Turns what stops a preparation, but not its restart, into one line."""
     again = "what is done is kept, the same command goes on from there"
     try:
         yield
@@ -130,3 +134,49 @@ def _explained(out: Path) -> Iterator[None]:
         ) from error
     except KeyboardInterrupt:
         raise Interrupted(f"the preparation of {out} was stopped; {again}") from None
+
+
+@contextmanager
+def local_processes(workers: int) -> Iterator[Executor]:
+    """An ``Executor`` on ``workers`` processes, fresh interpreters that share the cores and end with this one.
+
+    What a part raises is raised here, after the parts in hand were finished and noted. Raises
+    ``BrokenProcessPool`` where a process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    limited = "POLARS_MAX_THREADS" in os.environ
+    # Read where polars is imported, which in a worker is before any code of ours.
+    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+    def execute(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
+        left, running = iter(parts), set[Future[PartResult]]()
+        while True:
+            # No more than one part a worker at a time: nothing waits in a queue that Ctrl-C would have to empty.
+            while len(running) < workers and (part := next(left, None)) is not None:
+                running.add(pool.submit(run_part, part))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+
+    try:
+        yield execute
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if not limited:
+            del os.environ["POLARS_MAX_THREADS"]
+
+
+def _follow_parent() -> None:
+    """Ctrl-C is the parent's to handle; where the parent dies, its workers must not write on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

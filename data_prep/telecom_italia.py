@@ -1,7 +1,7 @@
 """Reader of the Telecom Italia Big Data Challenge, Milan and Trentino (Harvard Dataverse, ODbL): a text file a day.
 
 The data's facts: 62 files a city (2013-11-01 … 2014-01-01), 10-minute slots. Values are rescaled activity, not
-counts. The text format is described in ``telecom_text``.
+counts. The text format is described in ``telecom_rows``.
 
 - Milan: 20.8 GB, 319,896,289 rows, 100 x 100 squares of 235 m; 34,682 (square, slot) pairs have no row (0.04 %).
   Square ids run 1 … 10000 from the south-west corner eastward, then north: row (id − 1) // 100 counts from the
@@ -10,7 +10,7 @@ counts. The text format is described in ``telecom_text``.
   (``trentino-grid.geojson``) and nothing else; cells of the rectangle around them are outside the city.
 
 What is made of it: values are summed over country codes. An absent (square, slot) pair is missing; an empty
-field in a pair that has a row is a measured zero; a slot without any row is a frame that does not exist; a day
+field in a pair that has a row is a measured zero; a slot without any row is a time step that does not exist; a day
 without a file is a gap. A row of another day than its file's first one is an error, and so is a second row of
 one square, slot and country. A last line without a line break is a row like others: published slices end so, and
 that a file was cut within its last number cannot be seen.
@@ -25,24 +25,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import cell_ids, existing, with_spans
+from data_prep.common import cell_ids, existing
 from data_prep.geometry import read_geometry, require_orientation
-from data_prep.plan import Day, Part, Plan
-from data_prep.telecom_day import Squares, read_day
-from data_prep.telecom_rows import COLUMNS, open_raw
-from data_prep.telecom_text import CHANNELS, SLOT_MS, UTC_OFFSET_MINUTES
-from stdist.data import GridSpec
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.telecom_rows import CHANNELS, COLUMNS, SLOT_MS, UTC_OFFSET_MINUTES, Squares, open_raw, read_day
+from stdist.data import Day, GridSpec, Part
 from stdist.errors import InputError
 
 SIDE = 100
 OUTSIDE = -1
 """Cell id of cells outside the city."""
 CITIES = {"mi": "milan", "tn": "trentino"}
-"""By the tag of the file names."""
+"""City by the tag of the file names."""
 ENDINGS = (".txt", ".txt.gz")
 
 
-@with_spans
+@reader("telecom-italia")
 def plan(sources: list[Path], *, city: str | None = None, geometry: Path | None = None) -> Plan:
     """Plan of all five channels from day files, or from folders that hold them: a part for every day.
 
@@ -56,10 +55,10 @@ def plan(sources: list[Path], *, city: str | None = None, geometry: Path | None 
     days = list(files)
     spec = _spec(name, squares_of, (days[0], days[-1]), geometry)
     inside = np.ones(spec.shape, bool) if spec.inside is None else spec.inside
-    known = spec.cell_ids[inside]
-    place = np.full(int(known.max()) + 2, -1, np.int64)
-    place[known] = np.flatnonzero(inside)
-    label = f"{known.min()} … {known.max()}" if geometry is None else f"those of {geometry.name}"
+    ids = spec.cell_ids[inside]
+    place = np.full(int(ids.max()) + 2, -1, np.int64)
+    place[ids] = np.flatnonzero(inside)
+    label = f"{ids.min()} … {ids.max()}" if geometry is None else f"those of {geometry.name}"
     reader = _Reader(Squares(place, inside.size, label), spec.shape)
     parts = [Part(str(day), (int((day - days[0]).astype(int)),), (files[day], day)) for day in days]
     recipe = {"reader": "telecom-italia", "squares": squares_of}
@@ -104,17 +103,17 @@ def _spec(city: str, squares_of: str, days: tuple[np.datetime64, np.datetime64],
     )
 
 
-def _city(paths: Sequence[Path], given: str | None) -> tuple[str, str]:
+def _city(paths: Sequence[Path], city: str | None) -> tuple[str, str]:
     """The city's name, and whose squares it has, milan or trentino."""
     tags = {match[1]: path for path in paths if (match := re.search(r"-(mi|tn)-", path.name))}
     if len(tags) > 1:
         raise InputError(f"{tags['mi']} is of Milan, {tags['tn']} of Trentino; prepare one store per city")
-    known = {CITIES[tag]: path for tag, path in tags.items()}
-    named = given if given in CITIES.values() else None
-    squares_of = next(iter(known), named or "milan")
+    paths_of = {CITIES[tag]: path for tag, path in tags.items()}
+    named = city if city in CITIES.values() else None
+    squares_of = next(iter(paths_of), named or "milan")
     if named and named != squares_of:
-        raise InputError(f"{known[squares_of]} is of {squares_of}, not of {named}; check --city")
-    return given or squares_of, squares_of
+        raise InputError(f"{paths_of[squares_of]} is of {squares_of}, not of {named}; check --city")
+    return city or squares_of, squares_of
 
 
 def _files(sources: Sequence[Path]) -> list[Path]:

@@ -3,8 +3,8 @@
 What is made of it, by the CF conventions: stamps are UTC; ``_FillValue`` and ``missing_value`` are missing, and so
 is what lies outside ``valid_min``, ``valid_max`` or ``valid_range``; ``scale_factor`` and ``add_offset`` are
 applied; ``units`` go into the store. NaN is missing, 0 is measured. Traffic is never negative: a negative value is
-refused, unless the variable's own valid range says that it may be. A stamp that is absent is a frame that does not
-exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
+refused, unless the variable's own valid range says that it may be. A stamp that is absent is a time step that does
+not exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
 rasters do, are reversed (recipe: ``reversed``). Cells are numbered row by row from there, from 1.
 
 Memory is bounded by what a day's tile holds, not by the raster: a day is read whole where it fits ``BUDGET``, else
@@ -18,50 +18,70 @@ from pathlib import Path
 import numpy as np
 import xarray
 
-from data_prep.common import city_of, with_spans
-from data_prep.frames import cadence_of, slices_of_days
+from data_prep.common import city_of
 from data_prep.graphs import Nodes
-from data_prep.plan import Part, Plan
-from data_prep.xarray_axes import LATITUDE, LONGITUDE, Axes, find_space, find_time, place, runs_backwards
-from data_prep.xarray_reading import BUDGET, PieceReader, minutes_of, opened, reversal
-from stdist.data import GridSpec, NodeSpec
+from data_prep.preparation import Plan
+from data_prep.reader import reader
+from data_prep.steps import cadence_of, slices_of_days
+from data_prep.xarray_reading import (
+    BUDGET,
+    LATITUDE,
+    LONGITUDE,
+    Axes,
+    AxisOptions,
+    SourceReader,
+    minutes_of,
+    opened,
+    place,
+    reversal,
+    runs_backwards,
+)
+from stdist.data import GridSpec, NodeSpec, Part
 from stdist.data.schema import FORMAT
 from stdist.errors import InputError
 
-OWN = {"time", "row", "col", "node", "cell_id", "node_id", "inside", "present", "latitude", "longitude", "adjacency"}
+STORE_NAMES = {
+    "time",
+    "row",
+    "col",
+    "node",
+    "cell_id",
+    "node_id",
+    "inside",
+    "present",
+    "latitude",
+    "longitude",
+    "adjacency",
+}
 """Names of the store's own arrays."""
 
 
-@with_spans
+@reader("xarray")
 def plan(
     sources: list[Path],
     *,
     city: str | None = None,
     variable: str | None = None,
-    time_dim: str | None = None,
-    row_dim: str | None = None,
-    col_dim: str | None = None,
-    node_dim: str | None = None,
     utc_offset: int = 0,
+    axis_names: AxisOptions,
 ) -> Plan:
     """Plan of one data set, or of several that follow one another in time; reads coordinates only.
 
     city: first word of the file name by default. variable: names, ``a,b``; all numeric ones by default.
-    time_dim, row_dim, col_dim: names of the axes; found by CF attributes and usual names by default. node_dim: axis
-    of sensors, where the data is no grid. utc_offset: minutes the city is ahead of UTC, which the stamps are in.
+    utc_offset: minutes the city is ahead of UTC, which the stamps are in.
     Raises InputError where a file is damaged, an axis or variable is not found, files do not fit each other, or
     stamps are repeated, irregular, or off the grid that begins at local midnight.
     """
     if not sources:
         raise InputError("xarray reads NetCDF files or Zarr stores, none given")
-    pieces = [_inspect(Path(s), variable, time_dim, row_dim, col_dim, node_dim) for s in sources]
-    pieces.sort(key=lambda piece: piece.stamps[0])
-    first = pieces[0]
-    for piece in pieces[1:]:
-        if not piece.fits(first):
-            raise InputError(f"{piece.path} has not the variables, axes and places of {first.path}; prepare it apart")
-    stamps = np.concatenate([piece.stamps for piece in pieces]) + np.timedelta64(utc_offset, "m")
-    cadence = cadence_of(first.path if len(pieces) == 1 else first.path.parent, stamps)
+    files = [_inspect(Path(source), variable, axis_names) for source in sources]
+    files.sort(key=lambda file: file.stamps[0])
+    first = files[0]
+    for file in files[1:]:
+        if not file.fits(first):
+            raise InputError(f"{file.path} has not the variables, axes and places of {first.path}; prepare it apart")
+    stamps = np.concatenate([file.stamps for file in files]) + np.timedelta64(utc_offset, "m")
+    cadence = cadence_of(first.path if len(files) == 1 else first.path.parent, stamps)
     spec = _spec(first, city or city_of(first.path), stamps, cadence, utc_offset)
     recipe = {
         "reader": "xarray",
@@ -69,8 +89,8 @@ def plan(
         "axes": list(first.axes.dims),
         "reversed": [dim for dim, flipped in zip(first.axes.space, first.axes.flipped, strict=True) if flipped],
     }
-    reader = PieceReader(
-        files=tuple((piece.path, len(piece.stamps)) for piece in pieces),
+    reader = SourceReader(
+        files=tuple((file.path, len(file.stamps)) for file in files),
         axes=first.axes,
         variables=first.variables,
         channels=spec.channels,
@@ -78,15 +98,15 @@ def plan(
         tiles=tuple(spec.tiles()),
         cadence=cadence,
     )
-    return Plan(spec, recipe, [piece.path for piece in pieces], None, _parts(spec, stamps, first.chunk), reader.read)
+    return Plan(spec, recipe, [file.path for file in files], None, _parts(spec, stamps, first.chunk), reader.read)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """What one source tells without its values.
+class Source:
+    """A file or store before its values are read.
 
     stamps: UTC, datetime64[m] [T]. latitude, longitude: of cells or nodes, or None. ids: of nodes or, per axis, of
-    rows and columns, where they are whole numbers or text. chunk: frames of a chunk on disk.
+    rows and columns, where they are whole numbers or text. chunk: time steps of a chunk on disk.
     """
 
     path: Path
@@ -100,8 +120,8 @@ class Piece:
     longitude: np.ndarray | None
     ids: tuple[np.ndarray | None, ...]
 
-    def fits(self, other: "Piece") -> bool:
-        """Whether the two are of one store."""
+    def fits(self, other: "Source") -> bool:
+        """True where the two are of one store."""
         ours, theirs = (
             (p.variables, p.axes.dims, p.axes.flipped, p.shape, p.units, p.latitude, p.longitude, *p.ids)
             for p in (self, other)
@@ -109,23 +129,16 @@ class Piece:
         return all(np.array_equal(mine, their) for mine, their in zip(ours, theirs, strict=False))  # type: ignore[arg-type]
 
 
-def _inspect(
-    path: Path,
-    variable: str | None,
-    time_dim: str | None,
-    row_dim: str | None,
-    col_dim: str | None,
-    node_dim: str | None,
-) -> Piece:
+def _inspect(path: Path, variable: str | None, axis_names: AxisOptions) -> Source:
     with opened(path) as data:
         if data.attrs.get("format") == FORMAT:
             raise InputError(f"{path} is a grid store already; use it as it is")
-        time = find_time(path, data, time_dim)
+        time = axis_names.find_time(path, data)
         arrays = _variables(path, data, time, variable)
-        spaces = {find_space(path, array, time, row_dim, col_dim, node_dim): str(array.name) for array in arrays}
+        spaces = {axis_names.find_space(path, array, time): str(array.name) for array in arrays}
         if len(spaces) != 1:
-            found = " and ".join(f"{name} over ({', '.join(space)})" for space, name in spaces.items())
-            raise InputError(f"{path} holds {found}; choose those of one store with --variable")
+            holds = " and ".join(f"{name} over ({', '.join(space)})" for space, name in spaces.items())
+            raise InputError(f"{path} holds {holds}; choose those of one store with --variable")
         (space,) = spaces
         flipped: tuple[bool, ...] = (False,)
         if len(space) == 2:
@@ -133,7 +146,7 @@ def _inspect(
         axes = Axes(time, space, flipped)
         units = {str(array.name): str(array.attrs.get("units", "unknown")) for array in arrays}
         kinds = [*units.values()] if len({*units.values()}) == 1 else [f"{name}: {u}" for name, u in units.items()]
-        return Piece(
+        return Source(
             path=path,
             stamps=minutes_of(path, data[time].values),
             chunk=max(int(array.encoding.get("preferred_chunks", {}).get(time, 1)) for array in arrays),
@@ -148,7 +161,7 @@ def _inspect(
 
 
 def _variables(path: Path, data: xarray.Dataset, time: str, variable: str | None) -> list[xarray.DataArray]:
-    """Those named, or all numeric ones along time and space that are no bounds of a coordinate."""
+    """The variables named, or all numeric ones along time and space that are no bounds of a coordinate."""
     bounds = {c.attrs.get("bounds", c.encoding.get("bounds")) for c in data.coords.values()}
     numeric = [
         str(name)
@@ -166,12 +179,12 @@ def _variables(path: Path, data: xarray.Dataset, time: str, variable: str | None
 
 def _degrees(data: xarray.Dataset, names: tuple[str, ...], axes: Axes) -> np.ndarray | None:
     """float64 [*shape] in the store's order."""
-    found = place(data, names, axes.space)
-    if found is None:
+    degrees = place(data, names, axes.space)
+    if degrees is None:
         return None
-    whole = xarray.broadcast(found, xarray.DataArray(np.zeros([data.sizes[d] for d in axes.space]), dims=axes.space))[0]
-    degrees = np.asarray(whole.transpose(*axes.space).values, np.float64)
-    return degrees[reversal(axes.flipped)]
+    space = xarray.DataArray(np.zeros([data.sizes[dim] for dim in axes.space]), dims=axes.space)
+    cells, _ = xarray.broadcast(degrees, space)
+    return np.asarray(cells.transpose(*axes.space).values, np.float64)[reversal(axes.flipped)]
 
 
 def _ids(data: xarray.Dataset, dim: str, flipped: bool) -> np.ndarray | None:
@@ -185,35 +198,33 @@ def _ids(data: xarray.Dataset, dim: str, flipped: bool) -> np.ndarray | None:
     return ids[:: -1 if flipped else 1]
 
 
-def _spec(piece: Piece, city: str, stamps: np.ndarray, cadence: int, utc_offset: int) -> GridSpec | NodeSpec:
-    channels = tuple(re.sub(r"\W+", "_", name) for name in piece.variables)
-    if len(set(channels) - OWN) != len(channels):
-        raise InputError(
-            f"{piece.path}: variables {', '.join(piece.variables)} clash with each other or the store's own"
-        )
-    if len(piece.shape) == 1:
-        ids = np.arange(piece.shape[0]) if piece.ids[0] is None else piece.ids[0]
-        nodes = Nodes(ids, piece.latitude, piece.longitude)
-        return nodes.spec(city, channels, stamps, cadence, utc_offset, piece.units)
-    rows, cols = (None if ids is None or ids.dtype.kind == "U" else ids.astype(np.int64) for ids in piece.ids)
+def _spec(file: Source, city: str, stamps: np.ndarray, cadence: int, utc_offset: int) -> GridSpec | NodeSpec:
+    channels = tuple(re.sub(r"\W+", "_", name) for name in file.variables)
+    if len(set(channels) - STORE_NAMES) != len(channels):
+        raise InputError(f"{file.path}: variables {', '.join(file.variables)} clash with each other or the store's own")
+    if len(file.shape) == 1:
+        ids = np.arange(file.shape[0]) if file.ids[0] is None else file.ids[0]
+        nodes = Nodes(ids, file.latitude, file.longitude)
+        return nodes.spec(city, channels, stamps, cadence, utc_offset, file.units)
+    rows, cols = (None if ids is None or ids.dtype.kind == "U" else ids.astype(np.int64) for ids in file.ids)
     return GridSpec(
         city=city,
         channels=channels,
         first_day=stamps[0].astype("datetime64[D]"),
         last_day=stamps[-1].astype("datetime64[D]"),
-        cell_ids=1 + np.arange(np.prod(piece.shape)).reshape(piece.shape),
+        cell_ids=1 + np.arange(np.prod(file.shape)).reshape(file.shape),
         cadence_minutes=cadence,
         utc_offset_minutes=utc_offset,
-        units=piece.units,
+        units=file.units,
         rows=rows,
         cols=cols,
-        latitude=piece.latitude,
-        longitude=piece.longitude,
+        latitude=file.latitude,
+        longitude=file.longitude,
     )
 
 
 def _parts(spec: GridSpec | NodeSpec, stamps: np.ndarray, chunk: int) -> list[Part]:
-    """One part a day that has frames; of more days where a chunk on disk holds several and they fit the budget.
+    """One part a day that has time steps; of more days where a chunk on disk holds several and they fit the budget.
 
     payload: the first row of all sources together, and the rows' stamps.
     """

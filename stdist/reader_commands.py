@@ -1,13 +1,12 @@
 """``stdist prepare READER``: one command a reader, made of its ``plan`` function when it is asked for.
 
 A reader's options are the keywords of its ``plan``: names, types and defaults from the signature, help from the lines
-``name: what it is.`` of the docstring. Its page begins with the facts of the data, the docstring of its module.
+``name: what it is.`` of the docstring. Its page begins with the facts of the data.
 """
 
 import re
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +21,7 @@ Body = Callable[..., None]
 USUAL = {
     "city": "name of the city",
     "channel": "what the values are, as internet",
-    "cadence": "minutes between frames",
+    "cadence": "minutes between time steps",
     "utc_offset": "minutes the city is ahead of UTC",
     "height": "rows of the grid",
     "width": "columns of the grid",
@@ -58,25 +57,23 @@ def reader_commands(body: Body, help: str) -> typer.Typer:
         def get_command(self, _context: Any, name: str) -> Any:
             from data_prep import READERS
 
-            if name not in READERS:
-                raise InputError(f"no reader {name!r}; readers: {', '.join(READERS)}")
-            return _command(name, READERS[name].module, body)
+            return _command(name, READERS[name], body)
 
     return typer.Typer(cls=Readers, no_args_is_help=True, help=help)
 
 
-def _command(name: str, module: ModuleType, body: Body) -> Any:
-    def command(**given: Any) -> None:
-        body(name, **given)
+def _command(name: str, reader: Any, body: Body) -> Any:
+    def command(**options: Any) -> None:
+        body(name, **options)
 
     _, sources, *shared, _ = signature(body, eval_str=True).parameters.values()
-    parameters = [sources, *_options(name, module.plan), *shared]
+    parameters = [sources, *_options(name, reader.plan), *shared]
     command.__signature__ = Signature(  # type: ignore[attr-defined]
-        [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
+        [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
     )
-    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    reader.command(name, cls=Command, help=module.__doc__)(command)
-    return typer.main.get_command(reader)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app.command(name, cls=Command, help=reader.facts)(command)
+    return typer.main.get_command(app)
 
 
 def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
@@ -93,12 +90,12 @@ def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
 
 
 def option_help(plan: Callable[..., Any]) -> dict[str, str | None]:
-    """What a docstring says of each keyword in ``name: text`` or ``name, other: text``, else what is usual."""
+    """Reads off a docstring the help of each keyword in ``name: text`` or ``name, other: text``, else what is usual."""
     names = list(signature(plan).parameters)
     text = " ".join((plan.__doc__ or "").split()).partition(" Raises ")[0]
     said = [m for m in re.finditer(r"(?:\w+, )*\w+(?=: )", text) if set(m[0].split(", ")) <= set(names)]
     helps: dict[str, str | None] = {name: USUAL.get(name) for name in names}
-    for here, following in zip(said, [*said[1:], None], strict=True):
-        what = text[here.end() + 2 : following.start() if following else None].strip().rstrip(".").replace("``", "")
-        helps |= dict.fromkeys(here[0].split(", "), what)
+    for match, following in zip(said, [*said[1:], None], strict=True):
+        what = text[match.end() + 2 : following.start() if following else None].strip().rstrip(".").replace("``", "")
+        helps |= dict.fromkeys(match[0].split(", "), what)
     return helps

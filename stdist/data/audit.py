@@ -49,23 +49,22 @@ def data_digest(store: StoreMetadata, channel: str) -> str:
 
 
 def leaks(fitted: Iterable[Fitted], evaluated: DaySpan, data: str) -> list[Fitted]:
-    """Those of ``fitted`` that share a day with the span ``evaluated`` of the data ``data``."""
+    """Returns those of ``fitted`` that share a day with the span ``evaluated`` of the data ``data``."""
     return [
-        each
-        for each in fitted
-        if each.data == data and each.span.first_day <= evaluated.last_day and evaluated.first_day <= each.span.last_day
+        item
+        for item in fitted
+        if item.data == data and item.span.first_day <= evaluated.last_day and evaluated.first_day <= item.span.last_day
     ]
 
 
-def leak_line(found: list[Fitted], evaluated: DaySpan) -> str:
-    """What a person reads of leaks: what was fitted, on which days, and which days were to be scored."""
-    spans = {str(each.span): [e.what for e in found if e.span == each.span] for each in found}
+def leak_line(leaked: list[Fitted], evaluated: DaySpan) -> str:
+    """A line for people: what was fitted, on which days, and which days were to be scored."""
+    spans = {str(item.span): [other.what for other in leaked if other.span == item.span] for item in leaked}
     fitted = "; ".join(f"{', '.join(names)} fitted on {span}" for span, names in spans.items())
     return f"{fitted} of this data, which shares days with {evaluated}"
 
 
 def refuse_leaks(fitted: Iterable[Fitted], evaluated: DaySpan, data: str) -> None:
     """Raises InputError where something was fitted on days that are to be scored. There is no way around it."""
-    found = leaks(fitted, evaluated, data)
-    if found:
-        raise InputError(f"leak: {leak_line(found, evaluated)}; score other days, or fit on other days")
+    if leaked := leaks(fitted, evaluated, data):
+        raise InputError(f"leak: {leak_line(leaked, evaluated)}; score other days, or fit on other days")

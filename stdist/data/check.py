@@ -59,8 +59,8 @@ def _files(store: GridStore, report: CheckReport, tell: Progress) -> None:
             report.add("error", "bytes of the file are not the recorded ones", name)
     if combined_digest(recorded, store.attributes) != store.digest:
         report.add("error", "attributes are not the recorded ones", ROOT_METADATA)
-    found = {p.relative_to(report.store).as_posix() for p in report.store.rglob("*") if p.is_file()}
-    if strangers := sorted(found - set(recorded) - {ROOT_METADATA}):
+    on_disk = {p.relative_to(report.store).as_posix() for p in report.store.rglob("*") if p.is_file()}
+    if strangers := sorted(on_disk - set(recorded) - {ROOT_METADATA}):
         report.add("warning", f"files that are not of this store ({len(strangers)})", listed(strangers))
 
 
@@ -68,12 +68,12 @@ def _schema(store: GridStore, report: CheckReport) -> None:
     """Arrays, shapes, types and names of dimensions; consolidated metadata; what plain xarray makes of it."""
     root = report.store
     consolidated = (json.loads((root / ROOT_METADATA).read_text()).get("consolidated_metadata") or {}).get("metadata")
-    own = {path.parent.name: json.loads(path.read_text()) for path in root.glob(f"*/{ROOT_METADATA}")}
-    if consolidated != own:
-        differ = sorted(n for n in {*own, *(consolidated or {})} if own.get(n) != (consolidated or {}).get(n))
+    arrays = {path.parent.name: json.loads(path.read_text()) for path in root.glob(f"*/{ROOT_METADATA}")}
+    if consolidated != arrays:
+        differ = sorted(n for n in {*arrays, *(consolidated or {})} if arrays.get(n) != (consolidated or {}).get(n))
         report.add("error", "consolidated metadata is not that of the arrays", listed(differ))
     for name, kinds, dims in _expected(store):
-        array = own.get(name)
+        array = arrays.get(name)
         if array is None:
             report.add("error", "array is missing", name)
         elif array.get("dimension_names") != dims:
@@ -117,18 +117,17 @@ def _kind(data_type: Any) -> str:
 
 
 def _time(store: GridStore, report: CheckReport) -> None:
-    """Stamps on the cadence, whole local days, the stretches without frames."""
-    first, last = (np.datetime64(store.attributes[name], "D") for name in ("first_day", "last_day"))
-    steps = np.diff(store.times)
-    if (steps <= np.timedelta64(0)).any():
-        place = int(np.argmax(steps <= np.timedelta64(0)))
+    """Stamps on the cadence, complete local days, the stretches without time steps."""
+    days, intervals = store.days, np.diff(store.times)
+    if (intervals <= np.timedelta64(0)).any():
+        place = int(np.argmax(intervals <= np.timedelta64(0)))
         report.add("error", "stamps are repeated or run backwards", f"time {store.times[place + 1]}, frame {place + 1}")
-    elif (steps != store.cadence).any():
-        place = int(np.argmax(steps != store.cadence))
+    elif (intervals != store.cadence).any():
+        place = int(np.argmax(intervals != store.cadence))
         report.add("error", f"stamps are off the cadence of {store.cadence}", f"time {store.times[place + 1]}")
-    frames = len(np.arange(first, last + 1)) * store.slots_per_day
-    if len(store.times) != frames or store.local_times[0] != first:
-        report.add("error", f"time has {len(store.times)} frames, the days {first}:{last} have {frames}", "time")
+    steps = len(days) * store.slots_per_day
+    if len(store.times) != steps or store.local_times[0] != days.first_day:
+        report.add("error", f"time has {len(store.times)} frames, the days {days} have {steps}", "time")
     for start, stop in true_segments(~store.present):
         stamps = [str(store.local_times[i].astype("datetime64[m]")) for i in (start, stop - 1)]
         report.gaps.append({"first": stamps[0], "last": stamps[1], "frames": stop - start})
@@ -157,8 +156,7 @@ def _space(store: GridStore, report: CheckReport) -> None:
             report.add("error", f"weights are not finite ({int((~np.isfinite(weights)).sum())})", "adjacency")
         elif (weights < 0).any():
             report.add("warning", f"weights are negative ({int((weights < 0).sum())})", "adjacency")
-    last = np.datetime64(store.attributes["last_day"], "D")
-    if store.since is not None and (late := store.since > last).any():
+    if store.since is not None and (late := store.since > store.days.last_day).any():
         report.add("error", "nodes begin after the last day", listed([str(i) for i in store.cell_ids[late]]))
 
 

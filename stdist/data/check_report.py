@@ -1,4 +1,4 @@
-"""What ``stdist check`` found, for programs and for people."""
+"""The findings of ``stdist check``, for programs and for people."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What ``check_store`` found. ``gaps``: every stretch without frames; ``channels``: coverage and range of each."""
+    """The findings of ``check_store``. ``gaps``: every stretch without time steps; ``channels``: coverage and range."""
 
     store: Path
     findings: list[Finding] = field(default_factory=list)
@@ -43,8 +43,8 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        found = f"errors: {self.count('error')}, warnings: {self.count('warning')}"
-        return f"{self.store}: {'sound' if self.ok else 'DAMAGED OR WRONG'}; {found}"
+        counts = f"errors: {self.count('error')}, warnings: {self.count('warning')}"
+        return f"{self.store}: {'sound' if self.ok else 'DAMAGED OR WRONG'}; {counts}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -65,9 +65,9 @@ def as_table(report: CheckReport) -> Group:
     channels = Table(
         "channel", "missing", "zero", "lowest", "highest", title=escape(str(report.store)), title_justify="left"
     )
-    for name, found in report.channels.items():
-        bounds = ["" if found[key] is None else f"{found[key]:.6g}" for key in ("lowest", "highest")]
-        channels.add_row(escape(name), f"{found['missing_share']:.3%}", f"{found['zero_share']:.3%}", *bounds)
+    for name, summary in report.channels.items():
+        bounds = ["" if summary[key] is None else f"{summary[key]:.6g}" for key in ("lowest", "highest")]
+        channels.add_row(escape(name), f"{summary['missing_share']:.3%}", f"{summary['zero_share']:.3%}", *bounds)
     findings = Table("", "what", "where")
     for severity, style in STYLES.items():
         for finding in report.findings:

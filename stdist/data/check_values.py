@@ -56,7 +56,7 @@ def _strips(tile: Tile) -> Iterator[Tile]:
 
 @dataclass
 class _Channel:
-    """What is known of a channel so far. Counts are by cell, int64 [H, W] or [N]."""
+    """Counts and extremes of a channel so far. Counts are by cell, int64 [H, W] or [N]."""
 
     store: GridStore
     channel: str
@@ -78,24 +78,25 @@ class _Channel:
         """Look at one day of a tile; ``part`` takes in what of it lies in the training span."""
         store, start = self.store, day * self.store.slots_per_day
         values, observed = self._read(start, start + store.slots_per_day, tile)
-        frames = store.present[start : start + store.slots_per_day].reshape(-1, *(1 for _ in tile))
+        present = store.present[start : start + store.slots_per_day].reshape(-1, *(1 for _ in tile))
         inside, exists = store.inside[tile], self._exists(day, tile)
-        known = observed & frames
+        measured = observed & present
         place = self._place(start, tile)
-        self._note("error", "values are not finite", frames & ~np.isfinite(values), place)
-        self._note("error", "values where there is no frame", ~frames & ~np.isnan(values), place)
-        self._note("error", "observed where there is no frame", observed & ~frames, place)
+        self._note("error", "values are not finite", present & ~np.isfinite(values), place)
+        self._note("error", "values where there is no frame", ~present & ~np.isnan(values), place)
+        self._note("error", "observed where there is no frame", observed & ~present, place)
         self._note("error", "observed before the node exists", observed & ~exists, place)
         self._note("warning", "observed outside the city", observed & ~inside, place)
-        self._note("warning", "values are negative", known & (values < 0), place)
-        self._note("warning", f"values from {LARGEST:,.0f} on have no numeral", known & (abs(values) >= LARGEST), place)
-        self.expected[tile] += (frames & inside & exists).sum(axis=0)
-        self.seen[tile] += (known & inside & exists).sum(axis=0)
-        self.zeros[tile] += (known & (values == 0)).sum(axis=0)
-        if known.any():
-            self.lowest = min(self.lowest, float(values[known].min()))
-            self.highest = max(self.highest, float(values[known].max()))
-        if self._train and self._train.first_day <= self._date(day) <= self._train.last_day:
+        self._note("warning", "values are negative", measured & (values < 0), place)
+        beyond = measured & (abs(values) >= LARGEST)
+        self._note("warning", f"values from {LARGEST:,.0f} on have no numeral", beyond, place)
+        self.expected[tile] += (present & inside & exists).sum(axis=0)
+        self.seen[tile] += (measured & inside & exists).sum(axis=0)
+        self.zeros[tile] += (measured & (values == 0)).sum(axis=0)
+        if measured.any():
+            self.lowest = min(self.lowest, float(values[measured].min()))
+            self.highest = max(self.highest, float(values[measured].max()))
+        if self._train and self._train.first_day <= self.store.date(day) <= self._train.last_day:
             part.add(values, observed)
 
     def imputation(self, day: int, tile: Tile) -> None:
@@ -107,22 +108,21 @@ class _Channel:
         for start, stop in true_segments(store.present[low:high]):
             begins = low + start == 0 or not store.present[low + start - 1]
             ends = low + stop == len(store.present) or not store.present[low + stop]
-            known, given = observed[start:stop], values[start:stop]
-            left = np.logical_or.accumulate(known, axis=0) | begins
-            right = np.logical_or.accumulate(known[::-1], axis=0)[::-1] | ends
-            same = np.isclose(given, interpolate(given, known), rtol=1e-5, atol=1e-6)
-            wrong[start:stop] = ~known & left & right & ~same
-        here = slice(day * slots - low, (day + 1) * slots - low)
-        wrong = wrong[here] & self._exists(day, tile)
+            measured, stored = observed[start:stop], values[start:stop]
+            left = np.logical_or.accumulate(measured, axis=0) | begins
+            right = np.logical_or.accumulate(measured[::-1], axis=0)[::-1] | ends
+            same = np.isclose(stored, interpolate(stored, measured), rtol=1e-5, atol=1e-6)
+            wrong[start:stop] = ~measured & left & right & ~same
+        wrong = wrong[day * slots - low : (day + 1) * slots - low] & self._exists(day, tile)
         self._note("error", "imputed values are not those of Eq. 20", wrong, self._place(day * slots, tile))
 
     def conclude(self, report: CheckReport) -> None:
         for (severity, what), count in self.counts.items():
             report.add(severity, f"{what} ({count})", f"{self.channel}, first {self.first[severity, what]}")
         missing, zeros = int((self.expected - self.seen).sum()), int(self.zeros.sum())
-        found = {"missing": missing, "true_zeros": zeros}
-        if found != self.store.coverage[self.channel]:
-            report.add("error", f"coverage is {found}, recorded {self.store.coverage[self.channel]}", self.channel)
+        coverage = {"missing": missing, "true_zeros": zeros}
+        if coverage != self.store.coverage[self.channel]:
+            report.add("error", f"coverage is {coverage}, recorded {self.store.coverage[self.channel]}", self.channel)
         self._statistics(report)
         share = (self.expected - self.seen) / np.maximum(self.expected, 1)
         never, dead = (self.expected > 0) & (self.seen == 0), (self.seen > 0) & (self.zeros == self.seen)
@@ -138,7 +138,7 @@ class _Channel:
         worst = np.argsort(-share, axis=None, kind="stable")[:5]
         worst_ids, shares = self.store.cell_ids.ravel()[worst], share.ravel()[worst]
         report.channels[self.channel] = {
-            **found,
+            **coverage,
             "missing_share": missing / max(1, int(self.expected.sum())),
             "zero_share": zeros / max(1, int(self.seen.sum())),
             "lowest": self.lowest if np.isfinite(self.lowest) else None,
@@ -159,8 +159,8 @@ class _Channel:
         close = {name: (getattr(fitted, name), getattr(kept, name)) for name in ("mean", "std")}
         wrong = {name: pair for name, pair in exact.items() if pair[0] != pair[1]}
         wrong |= {name: pair for name, pair in close.items() if not isclose(*pair, rel_tol=1e-6, abs_tol=1e-12)}
-        for name, (here, there) in wrong.items():
-            report.add("error", f"{name} of the training span is {here}, stored {there}", self.channel)
+        for name, (computed, recorded) in wrong.items():
+            report.add("error", f"{name} of the training span is {computed}, stored {recorded}", self.channel)
         if not np.allclose(fitted.cell_mean, kept.cell_mean, rtol=1e-5, atol=1e-9):
             report.add("error", "means of cells are not those of the training span", self.channel)
 
@@ -169,14 +169,11 @@ class _Channel:
         values, observed = (self.store.dataset[name][(slice(start, stop), *tile)].values for name in names)
         return values, observed.astype(bool)
 
-    def _date(self, day: int) -> np.datetime64:
-        return np.datetime64(self.store.attributes["first_day"], "D") + np.timedelta64(day, "D")
-
     def _exists(self, day: int, tile: Tile) -> np.ndarray:
-        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self._date(day)
+        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self.store.date(day)
 
     def _place(self, start: int, tile: Tile) -> Callable[[np.ndarray], str]:
-        """Names the frame and cell of an index into a day of a tile."""
+        """Names the time step and cell of an index into a day of a tile."""
 
         def name(index: np.ndarray) -> str:
             cell = tuple(int(i) + part.start for i, part in zip(index[1:], tile, strict=True))

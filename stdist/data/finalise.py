@@ -15,9 +15,9 @@ import numpy as np
 import zarr
 
 from stdist.data.coordinates import Coordinate, create_array
-from stdist.data.imputation import Known, first_known, interpolate, last_known
+from stdist.data.imputation import Nearest, first_observed, interpolate, last_observed
 from stdist.data.integrity import ROOT_METADATA, combined_digest, require_all_files, sha256_of
-from stdist.data.notes import FOLDER, Notes
+from stdist.data.journal import FOLDER, Journal
 from stdist.data.parts import Executor, Part, PartResult, Tile
 from stdist.data.schema import fill_short_absences, observed_name, train_mean_name, true_segments
 from stdist.data.shards import Shards, present_of
@@ -26,55 +26,54 @@ from stdist.data.statistics import StatisticsState
 from stdist.errors import InputError
 
 MAX_GAP = 6
-"""Absent stretches of at most this many frames between present ones are imputed; longer ones are gaps."""
+"""Absent stretches of at most this many steps between present ones are imputed; longer ones are gaps."""
 
 DaySegment = tuple[int, int, bool, bool]
-"""[start, stop) of a run inside one day; whether it comes from the day before, goes on into the next."""
+"""[start, stop) of a gap-free segment inside one day; whether it comes from the day before, goes on into the next."""
 
 
-def finalise(partial: Path, out: Path, session: str, split: Split | None, max_gap: int, executor: Executor) -> None:
-    """Turn a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
-    notes, shards = Notes(partial), Shards(partial)
-    finished = notes.finished()
-    present = fill_short_absences(_present(shards, finished), max_gap)
+def finalise(partial: Path, out: Path, session: str, split: Split | None, executor: Executor) -> None:
+    """Turns a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
+    journal, shards = Journal(partial), Shards.of(partial)
+    finished = journal.finished()
+    present = fill_short_absences(_present(shards, finished), MAX_GAP)
     if not present.any():
         raise InputError(f"{out}: no frame was written; the sources hold nothing for these days")
     attributes = {"long_name": "frame exists in the source, or fills a short absence"}
     create_array(shards.group, Coordinate("present", present, ("time",), attributes))
     days = tuple(sorted(day_segments(present, shards.slots_per_day)))
-    split = split or default_split(shards.days[list(days)])
+    split = split or default_split(np.array([shards.date(day) for day in days]))
 
     parts = [
         Part(f"impute {channel} {index}", days, channel, (tile,))
-        for channel in shards.names
+        for channel in shards.channels
         for index, tile in enumerate(shards.tiles)
     ]
     results = {result.name: result for result in executor(Imputation(partial, session, split.train), parts)}
     coverage, statistics = {}, {}
-    for channel in shards.names:
-        own = [(part, results[part.name].result) for part in parts if part.payload == channel]
-        coverage[channel] = {name: sum(r[name] for _, r in own) for name in ("missing", "true_zeros")}
+    for channel in shards.channels:
+        of_channel = [(part, results[part.name].result) for part in parts if part.payload == channel]
+        coverage[channel] = {name: sum(r[name] for _, r in of_channel) for name in ("missing", "true_zeros")}
         state = StatisticsState(shards.shape)
-        for part, result in own:
+        for part, result in of_channel:
             assert part.tiles is not None
             state.merge(result["state"], part.tiles[0])
         if split.train is not None and state.count:
             fitted = state.result(split.train)
             statistics[channel] = fitted.as_attribute()
-            dims = tuple(str(name) for name in shards.group.attrs["dims"])  # type: ignore[union-attr]
-            create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, dims))
+            create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, shards.dims))
 
     files = {name: file for result in (*finished.values(), *results.values()) for name, file in result.files.items()}
-    found = {"train_statistics": statistics, "coverage": coverage, "max_gap": max_gap}
-    _seal(partial, out, files, {"split": split.as_attribute(), **found})
+    computed = {"train_statistics": statistics, "coverage": coverage, "max_gap": MAX_GAP}
+    _seal(partial, out, files, {"split": split.as_attribute(), **computed})
 
 
 @dataclass(frozen=True)
 class Imputation:
-    """Eq. 20 over whole runs of one channel and tile, with one day of it in memory, and its statistics.
+    """Eq. 20 over the gap-free segments of one channel and tile, with one day of it in memory, and its statistics.
 
-    ``Part``: payload the channel, days those that hold frames. Result: ``missing`` and ``true_zeros``, over
-    present frames and inside cells; ``state``, the ``StatisticsState`` of the training span.
+    ``Part``: payload the channel, days those that hold time steps. Result: ``missing`` and ``true_zeros``, over
+    present steps and inside cells; ``state``, the ``StatisticsState`` of the training span.
     """
 
     root: Path
@@ -82,12 +81,12 @@ class Imputation:
     train: DaySpan | None
 
     def __call__(self, part: Part) -> PartResult:
-        notes, shards = Notes(self.root), Shards(self.root)
+        journal, shards = Journal(self.root), Shards.of(self.root)
         assert part.tiles is not None
         (tile,), channel = part.tiles, part.payload
-        days = day_segments(np.asarray(shards.array("present")[:]), shards.slots_per_day)
-        scratch = notes.scratch / part.name
-        with notes.working(self.session):
+        days = day_segments(shards.present, shards.slots_per_day)
+        scratch = journal.scratch / part.name
+        with journal.working(self.session):
             shutil.rmtree(scratch, ignore_errors=True)  # of a killed preparation
             result = self._fill(shards, channel, tile, days, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -96,9 +95,9 @@ class Imputation:
     def _fill(
         self, shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Forwards over the days, filling; known neighbours are carried across midnight."""
-        inside = np.asarray(shards.array("inside")[tile])
-        nothing = Known.none(inside.shape)
+        """Fills day after day; the nearest values seen are carried across midnight."""
+        inside = shards.inside[tile]
+        nothing = Nearest.none(inside.shape)
         state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
         before, missing, zeros = nothing, 0, 0
         for day in sorted(days):
@@ -113,21 +112,21 @@ class Imputation:
                     if not scratch.exists():
                         _look_ahead(shards, channel, tile, {d: days[d] for d in days if d >= day}, scratch)
                     with np.load(scratch / f"{day}.npz") as table:
-                        right = Known(table["time"], table["value"])
+                        right = Nearest(table["time"], table["value"])
                 missing += int((~observed[part] & inside & exists).sum())
                 zeros += int((observed[part] & (values[part] == 0)).sum())
                 filled[part] = interpolate(values[part], observed[part], start, left, right)
                 filled[part][:, ~exists] = 0
-                before = left.updated(last_known(values[part], observed[part], start))
+                before = left.updated(last_observed(values[part], observed[part], start))
             if not observed.all():
                 files |= shards.write(channel, day, tile, filled)
-            if self.train and self.train.first_day <= shards.days[day] <= self.train.last_day:
+            if self.train and self.train.first_day <= shards.date(day) <= self.train.last_day:
                 state.add(values, observed)
         return files, {"missing": missing, "true_zeros": zeros, "state": state}
 
 
 def day_segments(present: np.ndarray, slots_per_day: int) -> dict[int, list[DaySegment]]:
-    """Per day that holds frames: its parts of runs, in global frame indices. present: bool [T]."""
+    """Per day that holds time steps: its pieces of gap-free segments, by step. present: bool [T]."""
     days = {}
     for day in range(len(present) // slots_per_day):
         first, last = day * slots_per_day, (day + 1) * slots_per_day
@@ -141,9 +140,9 @@ def day_segments(present: np.ndarray, slots_per_day: int) -> dict[int, list[DayS
 
 
 def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path) -> None:
-    """Backwards over the days, leaving on disk what is known after each of them."""
+    """Leaves on disk, for every day, the first values seen after it; backwards over the days."""
     scratch.mkdir(parents=True)
-    nothing = Known.none(tuple(side.stop - side.start for side in tile))
+    nothing = Nearest.none(tuple(side.stop - side.start for side in tile))
     following = nothing
     for day in sorted(days, reverse=True):
         *_, goes_on = days[day][-1]
@@ -154,15 +153,15 @@ def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, lis
             where = slice(start - shards.slots(day).start, stop - shards.slots(day).start)
             values, observed = (shards.read(name, day, tile)[where] for name in (channel, observed_name(channel)))
             # Only a day-long segment lets the next day's values through to the day before.
-            following = (after if len(days[day]) == 1 else nothing).updated(first_known(values, observed, start))
+            following = (after if len(days[day]) == 1 else nothing).updated(first_observed(values, observed, start))
 
 
 def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
-    """bool [T]: frames that any part's sources have."""
+    """bool [T]: time steps that any part's sources have."""
     present = np.zeros(len(shards.days) * shards.slots_per_day, bool)
     for result in finished.values():
-        for day, here in present_of(result, shards.slots_per_day).items():
-            present[shards.slots(day)] |= here
+        for day, of_day in present_of(result, shards.slots_per_day).items():
+            present[shards.slots(day)] |= of_day
     return present
 
 

@@ -78,6 +78,10 @@ class StoreMetadata:
         """All local days of the time axis."""
         return DaySpan(self.attributes["first_day"], self.attributes["last_day"])
 
+    def date(self, day: int) -> np.datetime64:
+        """The local day of that number, counted from the first."""
+        return self.days.first_day + np.timedelta64(day, "D")
+
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
         """Per channel, over present time steps and the cells that exist by then: ``missing`` (imputed) and

@@ -1,4 +1,4 @@
-"""Units of work of a preparation: what a reader hands to the store's writer, and what is noted of it."""
+"""Units of work of a preparation, the days that a reader yields of them, and their results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Day:
     """One local day, of the whole space or of one tile of it.
 
     index: days since the store's first. values: per channel float32 [slots_per_day, *shape], NaN = missing;
-    ``shape`` is the tile's where there is one. present: bool [slots_per_day], frames that the source has; all
+    ``shape`` is the tile's where there is one. present: bool [slots_per_day], time steps that the source has; all
     of them by default. tile: one of ``spec.tiles()``, so that a large raster never is in memory as a whole.
     """
 
@@ -30,7 +30,7 @@ class Part:
     """Whole shards that no other part touches: a unit of work for one process. Picklable.
 
     name: unlike any other part's. days: indices of the local days it may yield; one that it does not yield
-    holds no frame. payload: whatever its reader needs to know. tiles: the tiles it writes, all of them by
+    holds no frame. payload: for its reader. tiles: the tiles it writes, all of them by
     default.
     """
 
@@ -42,10 +42,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class PartResult:
-    """What is known of a finished part.
+    """The result of a finished part.
 
-    name: the part's. files: bytes and sha256 of every file it wrote, by name within the store. result:
-    whatever else it found out.
+    name: the part's. files: bytes and sha256 of every file it wrote, by name within the store. result: for
+    whoever asked for the part.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What a grid store holds: its axes, its arrays and how they are sharded.
+"""The layout of a grid store: its axes, its arrays and how they are sharded.
 
 Time is regular at the cadence, from local midnight of the first day to the end of the last local day, so that
-one shard is one local day. Frames that the source lacks are not written: fill values cost nothing.
+one shard is one local day. Time steps that the source lacks are not written: fill values cost nothing.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ TILE = 256
 
 
 class _Axes:
-    """What grids and node sets share: regular time, and space cut into the tiles of the shards."""
+    """Regular time, and space cut into the tiles of the shards, as grids and node sets have them."""
 
     city: str
     channels: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Axes:
         raise NotImplementedError
 
     def tiles(self) -> list[Tile]:
-        """What the shards of one day hold of the space, in order; the whole of it where it is small."""
+        """The cells that each shard of a day holds, in order."""
         return tiles_of(self.slots_per_day, self.shape)
 
     @property
@@ -69,14 +69,14 @@ class _Axes:
         return np.arange(self.first_day, self.last_day + np.timedelta64(1, "D"), dtype="datetime64[D]")
 
     @property
-    def frames(self) -> int:
+    def steps(self) -> int:
         return len(self.days) * self.slots_per_day
 
     @property
     def minutes(self) -> np.ndarray:
-        """UTC minutes since 1970-01-01 of every frame, int64 [T]."""
+        """UTC minutes since 1970-01-01 of every time step, int64 [T]."""
         midnight = self.first_day.astype("datetime64[m]").astype(np.int64) - self.utc_offset_minutes
-        return midnight + np.arange(self.frames, dtype=np.int64) * self.cadence_minutes
+        return midnight + np.arange(self.steps, dtype=np.int64) * self.cadence_minutes
 
     def attributes(self) -> dict[str, Any]:
         """The store's attributes that are known from the start."""
@@ -96,7 +96,7 @@ class _Axes:
 
 @dataclass(frozen=True, eq=False)
 class GridSpec(_Axes):
-    """Everything about a store of a grid that is known before the first value is.
+    """The axes and places of a grid, all that is known of its store before the first value.
 
     cell_ids: int64 [H, W], the data's own ids. rows, cols: the data's own row and column ids, int64 [H], [W];
     counted from 0 where None. inside: bool [H, W], False outside a city that is not a rectangle. latitude,
@@ -129,7 +129,7 @@ class GridSpec(_Axes):
 
 @dataclass(frozen=True, eq=False)
 class NodeSpec(_Axes):
-    """Everything about a store of N sensors or zones that is known before the first value is.
+    """The axes, places and graph of N sensors or zones, all that is known of their store before the first value.
 
     node_ids: int64 or str [N], the data's own. latitude, longitude: float64 [N]. adjacency: float32 [N, N],
     weight from a node (row) to its neighbour. static: float32 [N] by name. since: datetime64[D] [N], first
@@ -194,7 +194,7 @@ def chunk_and_shard(slots_per_day: int, shape: tuple[int, ...]) -> tuple[tuple[i
 
 
 def tiles_of(slots_per_day: int, shape: tuple[int, ...]) -> list[Tile]:
-    """The part of the space that each shard of a day holds, cut at the space's edge, in order."""
+    """The cells that each shard of a day holds, cut at the edge of space, in order."""
     _, shard = chunk_and_shard(slots_per_day, shape)
     axes = [
         [slice(start, min(start + step, side)) for start in range(0, side, step)]
@@ -204,9 +204,9 @@ def tiles_of(slots_per_day: int, shape: tuple[int, ...]) -> list[Tile]:
 
 
 def fill_short_absences(present: np.ndarray, max_gap: int) -> np.ndarray:
-    """Absent stretches of at most ``max_gap`` frames between present ones become present (bool [T]).
+    """Makes absent stretches of at most ``max_gap`` steps between present ones present (bool [T]).
 
-    Their values are then missing ones, which Eq. 20 imputes; a longer stretch is a gap that ends a run.
+    Their values are then missing ones, which Eq. 20 imputes; a longer stretch is a gap that ends a segment.
     """
     filled = present.copy()
     for start, stop in true_segments(~present):
@@ -216,6 +216,6 @@ def fill_short_absences(present: np.ndarray, max_gap: int) -> np.ndarray:
 
 
 def true_segments(flags: np.ndarray) -> list[tuple[int, int]]:
-    """Half-open [start, stop) of every run of True in bool [T]."""
+    """Half-open [start, stop) of every stretch of True in bool [T]."""
     edges = np.diff(np.concatenate(([0], flags.astype(np.int8), [0])))
     return list(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True))

@@ -3,91 +3,67 @@
 Concurrent writes to parts of a shard lose data silently, so that nothing less than a shard is ever written.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
 
-from stdist.data.integrity import sha256_of
-from stdist.data.notes import Notes
+from stdist.data.integrity import ROOT_METADATA, sha256_of
+from stdist.data.journal import Journal
 from stdist.data.parts import Day, Part, PartResult, Tile
-from stdist.data.schema import MINUTES_PER_DAY, observed_name, tiles_of
+from stdist.data.schema import observed_name, tiles_of
+from stdist.data.stored_arrays import StoredArrays
 
 
-@dataclass(frozen=True, eq=False)
-class Shards:
-    """The arrays of the partial store ``root``, by day and tile. Cheap to make: reads metadata only."""
+class Shards(StoredArrays):
+    """A store in the making, by day and tile. Cheap to make: reads metadata only."""
 
-    root: Path
+    @classmethod
+    def of(cls, root: Path) -> "Shards":
+        """Opens the partial store ``root``."""
+        return cls(root, json.loads((root / ROOT_METADATA).read_text())["attributes"])
 
     @cached_property
     def group(self) -> zarr.Group:
-        return zarr.open_group(self.root, mode="r+", use_consolidated=False)
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        array = self.group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+        return zarr.open_group(self.path, mode="r+", use_consolidated=False)
 
     @cached_property
-    def channels(self) -> dict[str, zarr.Array[Any]]:
-        """The arrays of values and of what was observed, by name."""
-        names = [name for channel in self.names for name in (channel, observed_name(channel))]
-        return {name: self.array(name) for name in names}
-
-    @cached_property
-    def names(self) -> list[str]:
-        return list(self.group.attrs["channels"])  # type: ignore[arg-type]
-
-    @cached_property
-    def slots_per_day(self) -> int:
-        return MINUTES_PER_DAY // int(self.group.attrs["cadence_minutes"])  # type: ignore[arg-type]
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return self.array("inside").shape
-
-    @cached_property
-    def days(self) -> np.ndarray:
-        """Local calendar days, datetime64[D]."""
-        first, last = (np.datetime64(str(self.group.attrs[name]), "D") for name in ("first_day", "last_day"))
-        return np.arange(first, last + 1)
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        # Listed here and not by zarr, which warns of the journal's folder.
+        names = [metadata.parent.name for metadata in self.path.glob(f"*/{ROOT_METADATA}")]
+        return {name: cast("zarr.Array[Any]", self.group[name]) for name in names}
 
     @cached_property
     def tiles(self) -> list[Tile]:
         return tiles_of(self.slots_per_day, self.shape)
 
-    @cached_property
-    def since(self) -> np.ndarray | None:
-        """First local day of every node, datetime64[D]; None where there is no such thing."""
-        return np.asarray(self.array("since")[:]).astype("datetime64[D]") if "since" in self.group else None
-
     def exists(self, day: int, tile: Tile) -> np.ndarray:
-        """bool, the tile's shape (or one that broadcasts to it): the node is there on that day."""
-        return np.ones(1, bool) if self.since is None else self.since[tile] <= self.days[day]
+        """Nodes that exist on that day, bool of the tile's shape, or one that broadcasts to it."""
+        return np.ones(1, bool) if self.since is None else self.since[tile] <= self.date(day)
 
     def slots(self, day: int) -> slice:
         return slice(day * self.slots_per_day, (day + 1) * self.slots_per_day)
 
     def read(self, name: str, day: int, tile: Tile) -> np.ndarray:
-        return np.asarray(self.channels[name][(self.slots(day), *tile)])
+        return np.asarray(self._arrays[name][(self.slots(day), *tile)])
 
     def write(self, name: str, day: int, tile: Tile, values: np.ndarray) -> dict[str, dict[str, Any]]:
-        """Write one shard; its bytes and sha256 by its name, or nothing where it holds fill values alone.
+        """Writes one shard; returns its bytes and sha256 by its name, or nothing where it holds fill values alone.
 
         The bytes are on the disk when this returns.
         """
-        array = self.channels[name]
+        array = self._arrays[name]
         array[(self.slots(day), *tile)] = values
         assert array.shards is not None
         place = [part.start // side for part, side in zip(tile, array.shards[1:], strict=True)]
         file = f"{name}/c/{'/'.join(map(str, (day, *place)))}"
-        path = self.root / file
+        path = self.path / file
         if not path.exists():
             return {}
         handle = os.open(path, os.O_RDONLY)
@@ -100,9 +76,9 @@ class Shards:
 
 @dataclass(frozen=True)
 class PartWriter:
-    """Reads a part and writes its shards, then leaves a note of it. Picklable where ``read`` is.
+    """Reads a part and writes its shards, then leaves an entry of it in the journal. Picklable where ``read`` is.
 
-    session: whose work it is (``Notes.lock``). written: called after each day (or tile of it).
+    session: whose work it is (``Journal.lock``). written: called after each day (or tile of it).
     """
 
     root: Path
@@ -112,65 +88,63 @@ class PartWriter:
 
     def __call__(self, part: Part) -> PartResult:
         """Raises ValueError where a day is not one of the part's own whole shards."""
-        notes, shards = Notes(self.root), Shards(self.root)
+        journal, shards = Journal(self.root), Shards.of(self.root)
         files: dict[str, dict[str, Any]] = {}
         present: dict[int, np.ndarray] = {}
         seen: set[tuple[int, int]] = set()
-        with notes.working(self.session):
+        with journal.working(self.session):
             for day in self.read(part):
-                here = _present(shards, day)
+                present_slots = _present(shards, day)
                 for index, tile in _tiles(shards, part, day):
                     if (day.index, index) in seen:
                         raise ValueError(f"part {part.name} yields day {day.index}, tile {index} twice")
                     seen.add((day.index, index))
                     inner = tile if day.tile is None else tuple(slice(None) for _ in tile)
-                    files |= _write(shards, day, tile, inner, here)
-                present[day.index] = present.get(day.index, np.zeros_like(here)) | here
+                    files |= _write(shards, day, tile, inner, present_slots)
+                present[day.index] = present.get(day.index, np.zeros_like(present_slots)) | present_slots
                 if self.written:
                     self.written()
-            bits = {str(day): np.packbits(here).tobytes().hex() for day, here in sorted(present.items())}
+            bits = {str(day): np.packbits(slots).tobytes().hex() for day, slots in sorted(present.items())}
             result = PartResult(part.name, files, {"present": bits})
-            notes.add(result)
+            journal.add(result)
         return result
 
 
 def present_of(result: PartResult, slots_per_day: int) -> dict[int, np.ndarray]:
-    """bool [slots_per_day] by day: which frames the sources of a part have."""
+    """Time steps that the sources of a part have, bool [slots_per_day] by day."""
     bits = {int(day): np.frombuffer(bytes.fromhex(text), np.uint8) for day, text in result.result["present"].items()}
     return {day: np.unpackbits(row, count=slots_per_day).astype(bool) for day, row in bits.items()}
 
 
 def _present(shards: Shards, day: Day) -> np.ndarray:
     slots = shards.slots_per_day
-    here = np.ones(slots, bool) if day.present is None else np.asarray(day.present, bool)
-    if here.shape != (slots,):
-        raise ValueError(f"day {day.index}: present has shape {here.shape}, a day has {slots} slots")
-    return here
+    present = np.ones(slots, bool) if day.present is None else np.asarray(day.present, bool)
+    if present.shape != (slots,):
+        raise ValueError(f"day {day.index}: present has shape {present.shape}, a day has {slots} slots")
+    return present
 
 
 def _tiles(shards: Shards, part: Part, day: Day) -> list[tuple[int, Tile]]:
     """Number and slices of the tiles that a day holds; ValueError where they are not the part's own shards."""
-    own = shards.tiles if part.tiles is None else part.tiles
-    wanted = own if day.tile is None else (day.tile,)
-    if day.index not in part.days or not all(tile in own and tile in shards.tiles for tile in wanted):
+    of_part = shards.tiles if part.tiles is None else part.tiles
+    of_day = of_part if day.tile is None else (day.tile,)
+    if day.index not in part.days or not all(tile in of_part and tile in shards.tiles for tile in of_day):
         raise ValueError(f"part {part.name} yields day {day.index}, tile {day.tile}: not one of its whole shards")
-    if day.tile is None and len(own) < len(shards.tiles):
+    if day.tile is None and len(of_part) < len(shards.tiles):
         raise ValueError(f"part {part.name} owns tiles, but yields day {day.index} of the whole space")
-    return [(shards.tiles.index(tile), tile) for tile in wanted]
+    return [(shards.tiles.index(tile), tile) for tile in of_day]
 
 
-def _write(shards: Shards, day: Day, tile: Tile, inner: Tile, here: np.ndarray) -> dict[str, dict[str, Any]]:
-    """inner: where the tile lies in the day's values."""
-    shape = shards.shape if day.tile is None else tuple(part.stop - part.start for part in tile)
-    keep = here.reshape(-1, *(1 for _ in tile)) & shards.exists(day.index, tile)
+def _write(shards: Shards, day: Day, tile: Tile, inner: Tile, present: np.ndarray) -> dict[str, dict[str, Any]]:
+    """inner: the tile's place in the day's values."""
+    shape = shards.shape if day.tile is None else tuple(side.stop - side.start for side in tile)
+    keep = present.reshape(-1, *(1 for _ in tile)) & shards.exists(day.index, tile)
     files: dict[str, dict[str, Any]] = {}
-    for channel in shards.names:
-        given = day.values[channel]
-        if given.shape != (shards.slots_per_day, *shape):
-            raise ValueError(
-                f"day {day.index} of {channel} has shape {given.shape}, the store {(shards.slots_per_day, *shape)}"
-            )
-        values = np.where(keep, given[(slice(None), *inner)], np.float32(np.nan)).astype(np.float32)
+    for channel in shards.channels:
+        numbers = day.values[channel]
+        if numbers.shape != (expected := (shards.slots_per_day, *shape)):
+            raise ValueError(f"day {day.index} of {channel} has shape {numbers.shape}, the store {expected}")
+        values = np.where(keep, numbers[(slice(None), *inner)], np.float32(np.nan)).astype(np.float32)
         files |= shards.write(channel, day.index, tile, values)
         files |= shards.write(observed_name(channel), day.index, tile, ~np.isnan(values))
     return files

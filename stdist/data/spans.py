@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import astuple, dataclass, fields
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class DaySpan:
 
     @classmethod
     def parse(cls, value: "DaySpan | str | Sequence[Any]") -> "DaySpan":
-        """From ``["2013-11-01", "2013-11-20"]`` or ``"2013-11-01:2013-11-20"``."""
+        """Reads ``["2013-11-01", "2013-11-20"]`` or ``"2013-11-01:2013-11-20"``."""
         if isinstance(value, DaySpan):
             return value
         parts = value.split(":") if isinstance(value, str) else list(value)
@@ -79,7 +79,7 @@ class Split:
 
     @classmethod
     def parse(cls, train: Any = None, validation: Any = None, test: Any = None) -> "Split":
-        """From any three spans that ``DaySpan.parse`` reads; None where there is none."""
+        """Reads three spans as ``DaySpan.parse`` does; None where there is none."""
         return cls(*(None if span is None else DaySpan.parse(span) for span in (train, validation, test)))
 
     def named(self, name: str) -> DaySpan:
@@ -115,9 +115,46 @@ def default_split(days: np.ndarray) -> Split:
     )
 
 
+class _Box:
+    """Half-open ranges of a store's axes of space, one pair of edges an axis, counted from 0 in the store's arrays."""
+
+    name: ClassVar[str]
+    form: ClassVar[str]
+    example: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not all(0 <= start < stop for start, stop in self._pairs):
+            raise InputError(f"{self.name} {self} is empty or negative; write it as {self.example} (end excluded)")
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """Reads ``form`` or the edges as integers."""
+        if isinstance(value, cls):
+            return value
+        if (edges := _edges(value, len(fields(cls)))) is None:  # type: ignore[arg-type]
+            raise InputError(f"{cls.name} {value!r} is not {cls.form}; write it as {cls.example} (end excluded)")
+        return cls(*edges)
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        edges = astuple(self)  # type: ignore[call-overload]
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self._pairs)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, stop) for start, stop in self._pairs)
+
+    def __str__(self) -> str:
+        return ",".join(f"{start}:{stop}" for start, stop in self._pairs)
+
+
 @dataclass(frozen=True)
-class Region:
-    """Rows ``r0`` … ``r1 - 1`` and columns ``c0`` … ``c1 - 1``, counted from 0 in the store's own arrays.
+class Region(_Box):
+    """Rows ``r0`` … ``r1 - 1`` and columns ``c0`` … ``c1 - 1`` of a grid.
 
     The paper's central region, rows and columns 45 … 55 counted from 1, is ``44:55,44:55``
     (docs/decisions.md, 10).
@@ -128,18 +165,7 @@ class Region:
     c0: int
     c1: int
 
-    def __post_init__(self) -> None:
-        if not (0 <= self.r0 < self.r1 and 0 <= self.c0 < self.c1):
-            raise InputError(f"region {self} is empty or negative; write it as 44:55,44:55 (end excluded)")
-
-    @classmethod
-    def parse(cls, value: "Region | str | Sequence[int]") -> "Region":
-        """Reads ``"r0:r1,c0:c1"`` or four integers."""
-        if isinstance(value, Region):
-            return value
-        if (edges := _edges(value, 4)) is None:
-            raise InputError(f"region {value!r} is not r0:r1,c0:c1; write it as 44:55,44:55 (end excluded)")
-        return cls(*edges)
+    name, form, example = "region", "r0:r1,c0:c1", "44:55,44:55"
 
     def within(self, shape: tuple[int, ...]) -> "Region":
         """Itself, or InputError where it leaves a grid of ``shape`` (H, W), or is asked of nodes (N,)."""
@@ -149,37 +175,15 @@ class Region:
             raise InputError(f"region {self} leaves the grid of {shape[0]} rows x {shape[1]} columns; stay inside it")
         return self
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.r1 - self.r0, self.c1 - self.c0
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        return slice(self.r0, self.r1), slice(self.c0, self.c1)
-
-    def __str__(self) -> str:
-        return f"{self.r0}:{self.r1},{self.c0}:{self.c1}"
-
 
 @dataclass(frozen=True)
-class NodeRange:
-    """Nodes ``n0`` … ``n1 - 1`` in the store's own order: what a region is to a grid."""
+class NodeRange(_Box):
+    """Nodes ``n0`` … ``n1 - 1``: what a region is to a grid."""
 
     n0: int
     n1: int
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.n0 < self.n1:
-            raise InputError(f"node range {self} is empty or negative; write it as 0:100 (end excluded)")
-
-    @classmethod
-    def parse(cls, value: "NodeRange | str | Sequence[int]") -> "NodeRange":
-        """Reads ``"n0:n1"`` or two integers."""
-        if isinstance(value, NodeRange):
-            return value
-        if (edges := _edges(value, 2)) is None:
-            raise InputError(f"node range {value!r} is not n0:n1; write it as 0:100 (end excluded)")
-        return cls(*edges)
+    name, form, example = "node range", "n0:n1", "0:100"
 
     def within(self, shape: tuple[int, ...]) -> "NodeRange":
         """Itself, or InputError where it leaves ``shape`` (N,), or is asked of a grid (H, W)."""
@@ -189,17 +193,6 @@ class NodeRange:
         if self.n1 > shape[0]:
             raise InputError(f"node range {self} leaves the {shape[0]} nodes; stay inside them")
         return self
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (self.n1 - self.n0,)
-
-    @property
-    def slices(self) -> tuple[slice]:
-        return (slice(self.n0, self.n1),)
-
-    def __str__(self) -> str:
-        return f"{self.n0}:{self.n1}"
 
 
 AnyRegion = Region | NodeRange

@@ -1,4 +1,4 @@
-"""Windows: S history frames and K target frames, contiguous in time, never across a gap."""
+"""Windows: S steps of history and K of targets, contiguous in time, never across a gap."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class WindowBatch:
 
     history: float32 [B, S, H, W] of ``Windows.history_region``, imputed. target: float32 [B, K, h, w] of
     ``Windows.region``, imputed. target_observed: bool [B, K, h, w], the points that errors may count
-    (docs/decisions.md, 13). origin_index: int64 [B], index of the last history frame on the store's time axis.
+    (docs/decisions.md, 13). origin_index: int64 [B], index of the last history step on the store's time axis.
     """
 
     history: np.ndarray
@@ -32,9 +32,9 @@ class WindowBatch:
 
 
 def window_origins(present: np.ndarray, first: int, stop: int, S: int, K: int, *, history_inside: bool) -> np.ndarray:
-    """Origins (index of the last history frame), int64 [n], of every window of frames [first, stop).
+    """Origins (index of the last history step), int64 [n], of every window of time steps [first, stop).
 
-    present: bool [T]. A window lies in one run of present frames. All of it lies in [first, stop) where
+    present: bool [T]. A window lies in one gap-free segment. All of it lies in [first, stop) where
     ``history_inside``, else its targets do and its history may reach back (docs/decisions.md, 12).
     """
     origins = [
@@ -73,13 +73,12 @@ class Windows:
             self.store.present, first, stop, self.S, self.K, history_inside=self.history_inside
         )
         if len(self.origins) == 0:
-            # Where history may lie before the span, a run counts from its own start to the span's end.
-            runs = [(max(a, first) if self.history_inside else a, min(b, stop)) for a, b in self.store.segments]
-            longest = max((b - a for a, b in runs if b > first), default=0)
+            # Where history may lie before the span, a segment counts from its own start to the span's end.
+            segments = [(max(a, first) if self.history_inside else a, min(b, stop)) for a, b in self.store.segments]
+            longest = max((b - a for a, b in segments if b > first), default=0)
             raise InputError(
                 f"no window fits {self.span_name} {self.span}: its longest gap-free run has "
-                f"{max(longest, 0)} frames, "
-                f"S + K needs {self.S + self.K}; choose other days or a smaller S or K"
+                f"{max(longest, 0)} frames, S + K needs {self.S + self.K}; choose other days or a smaller S or K"
             )
 
     def __len__(self) -> int:
@@ -94,12 +93,12 @@ class Windows:
 
     @property
     def origin_times(self) -> np.ndarray:
-        """UTC stamps of the last history frames, datetime64[ns] [n]."""
+        """UTC stamps of the origins, datetime64[ns] [n]."""
         return self.store.times[self.origins]
 
     @property
     def contract(self) -> str:
-        """What these windows are, for the evaluation contract."""
+        """A line that says which windows these are, for the evaluation contract."""
         rule = (
             "windows lie wholly inside the span, history included"
             if self.history_inside
@@ -136,7 +135,7 @@ class Windows:
     def _fill(
         self, what: str, region: AnyRegion, parts: Sequence[tuple[np.ndarray, np.ndarray, tuple[slice, ...]]]
     ) -> None:
-        """Fills ``out`` [B, L, …] of each part, (out, first frame of its rows int64 [B], cells within ``region``)."""
+        """Fills ``out`` [B, L, …] of each part, (out, first step of its rows int64 [B], cells within ``region``)."""
         step = self._chunk_steps
         chunks: dict[int, list[tuple[int, int, int]]] = {}
         for number, (out, firsts, _) in enumerate(parts):
@@ -147,37 +146,37 @@ class Windows:
             start, stop = chunk * step, (chunk + 1) * step
             ends = [first + parts[number][0].shape[1] for number, _, first in chunks[chunk]]
             needed = max(start, min(first for *_, first in chunks[chunk])), min(stop, max(ends))
-            base, frames = self._frames(what, region, (start, stop), needed)
+            base, values = self._steps(what, region, (start, stop), needed)
             for (number, row, first), end in zip(chunks[chunk], ends, strict=True):
                 out, _, cells = parts[number]
                 low, high = max(start, first), min(stop, end)
-                out[row, low - first : high - first] = frames[(slice(low - base, high - base), *cells)]
+                out[row, low - first : high - first] = values[(slice(low - base, high - base), *cells)]
 
-    def _frames(
+    def _steps(
         self, what: str, region: AnyRegion, chunk: tuple[int, int], needed: tuple[int, int]
     ) -> tuple[int, np.ndarray]:
-        """Frames of one chunk through the cache, or just the ``needed`` ones where a chunk is beyond its limit."""
+        """Steps of one chunk through the cache, or just the ``needed`` ones where a chunk is beyond its limit."""
         cache, key = self.store.chunk_cache, (what, self.channel, region, chunk)
         size = (chunk[1] - chunk[0]) * math.prod(region.shape) * (4 if what == "values" else 1)
         if size > cache.limit:
             return needed[0], self._decode(what, region, needed)
         return chunk[0], cache.get(key, lambda: self._decode(what, region, chunk))
 
-    def _decode(self, what: str, region: AnyRegion, frames: tuple[int, int]) -> np.ndarray:
+    def _decode(self, what: str, region: AnyRegion, steps: tuple[int, int]) -> np.ndarray:
         read = self.store.values if what == "values" else self.store.observed
         try:
-            return read(self.channel, *frames, region)
+            return read(self.channel, *steps, region)
         except InputError:
             raise
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(
-                f"{self.store.path} is damaged: {what} of {self.channel}, frames {frames[0]} to {frames[1] - 1}, "
+                f"{self.store.path} is damaged: {what} of {self.channel}, frames {steps[0]} to {steps[1] - 1}, "
                 f"cannot be read ({error}); `stdist check` names the file"
             ) from error
 
 
 def _within(inner: AnyRegion, outer: AnyRegion) -> tuple[slice, ...] | None:
-    """Where ``inner`` lies in an array of ``outer``; None where it is not all in it."""
+    """Slices of ``inner`` in an array of ``outer``; None where it is not all in it."""
     pairs = list(zip(inner.slices, outer.slices, strict=True))
     if any(i.start < o.start or i.stop > o.stop for i, o in pairs):
         return None

@@ -23,9 +23,9 @@ import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from stdist.data.coordinates import coordinates, create_array, digest_of_arrays
-from stdist.data.finalise import MAX_GAP, finalise
+from stdist.data.finalise import finalise
 from stdist.data.integrity import SourceRecord, require_unchanged
-from stdist.data.notes import Notes
+from stdist.data.journal import Journal
 from stdist.data.parts import Day, Executor, Part, PartResult, RunPart
 from stdist.data.schema import GridSpec, NodeSpec, chunk_and_shard, observed_name
 from stdist.data.shards import PartWriter
@@ -60,14 +60,14 @@ class GridWriter:
     ) -> None:
         self.out, self.spec, self.parts = Path(out), spec, list(parts)
         require_disjoint(spec, self.parts)
-        # A kill between renaming and tidying up leaves a whole store that still holds its notes.
-        self._sealed = Notes(self.out).identity() is not None
+        # A kill between renaming and tidying up leaves a finished store that still holds its journal.
+        self._sealed = Journal(self.out).identity() is not None
         if self.out.exists() and not self._sealed:
             raise InputError(f"{self.out} exists already; remove it or choose another name")
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self.notes = Notes(self.out if self._sealed else self.partial)
+        self.journal = Journal(self.out if self._sealed else self.partial)
         self._session = uuid4().hex
-        self._lock = self.notes.lock(self.out, self._session)
+        self._lock = self.journal.lock(self.out, self._session)
         try:
             self._begin(recipe, [Path(source) for source in sources])
         except BaseException:
@@ -87,10 +87,10 @@ class GridWriter:
     @property
     def done(self) -> set[str]:
         """Names of the parts that are finished, by this process or by one before it."""
-        return {part.name for part in self.parts} if self._sealed else set(self.notes.finished())
+        return {part.name for part in self.parts} if self._sealed else set(self.journal.finished())
 
     def part_writer(self, read: Callable[[Part], Iterator[Day]], written: Callable[[], None] | None = None) -> RunPart:
-        """What any process may call with a part that is not done. written: called after each day."""
+        """Reads and writes a part that is not done, in any process. written: called after each day."""
         return PartWriter(self.partial, self._session, read, written)
 
     def write_day(self, day_index: int, values: Mapping[str, np.ndarray], present: np.ndarray | None = None) -> None:
@@ -98,7 +98,7 @@ class GridWriter:
         part = Part(f"day-{day_index}", (day_index,))
         self.part_writer(lambda _: iter([Day(day_index, dict(values), present)]))(part)
 
-    def finalise(self, split: Split | None = None, max_gap: int = MAX_GAP, executor: Executor = serially) -> Path:
+    def finalise(self, split: Split | None = None, executor: Executor = serially) -> Path:
         """Impute, fit the training statistics, digest, consolidate and rename; returns the final path.
 
         split: the store's default split; where None, ``spans.default_split`` of the days that hold data.
@@ -111,8 +111,8 @@ class GridWriter:
             if left:
                 raise ValueError(f"{self.out}: {len(left)} parts are missing, the first of them {left[0]}")
             require_unchanged(self._sources)
-            finalise(self.partial, self.out, self._session, split, max_gap, executor)
-        Notes(self.out).remove()
+            finalise(self.partial, self.out, self._session, split, executor)
+        Journal(self.out).remove()
         return self.out
 
     def _begin(self, recipe: Mapping[str, Any], sources: list[Path]) -> None:
@@ -126,25 +126,23 @@ class GridWriter:
         }
         arrays = list(coordinates(self.spec))
         identity = {**attributes, "coordinates": digest_of_arrays(arrays), "parts": _digest_of_parts(self.parts)}
-        found = self.notes.identity()
-        if found is not None:
+        if (noted := self.journal.identity()) is not None:
             # JSON makes lists of tuples.
             expected = json.loads(json.dumps(identity))
-            other = [name for name in expected if found.get(name) != expected[name]]
-            if other:
+            if other := [name for name in expected if noted.get(name) != expected[name]]:
                 raise InputError(
-                    f"{self.notes.root} is of another preparation: its {other[0]} differs; "
+                    f"{self.journal.root} is of another preparation: its {other[0]} differs; "
                     "remove it or choose another name"
                 )
             return
         for path in self.partial.iterdir():
-            if path != self.notes.folder:
+            if path != self.journal.folder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         group = zarr.create_group(self.partial, zarr_format=3, attributes=attributes)
         for array in arrays:
             create_array(group, array)
         self._create_channels(group, [array.name for array in arrays if array.located])
-        self.notes.begin(identity)
+        self.journal.begin(identity)
 
     def _create_channels(self, group: zarr.Group, located: Sequence[str]) -> None:
         spec = self.spec
@@ -156,7 +154,7 @@ class GridWriter:
             ):
                 group.create_array(
                     name,
-                    shape=(spec.frames, *spec.shape),
+                    shape=(spec.steps, *spec.shape),
                     dtype=dtype,
                     chunks=chunks,
                     shards=shards,
@@ -178,16 +176,16 @@ def require_disjoint(spec: GridSpec | NodeSpec, parts: Sequence[Part]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"two parts are called {max(names, key=names.count)}")
     for part in parts:
-        own = tiles if part.tiles is None else part.tiles
-        if not set(part.days) <= set(range(len(spec.days))) or not all(tile in tiles for tile in own):
+        part_tiles = tiles if part.tiles is None else part.tiles
+        if not set(part.days) <= set(range(len(spec.days))) or not all(tile in tiles for tile in part_tiles):
             raise ValueError(f"part {part.name} has days or tiles that are none of the store's")
-        for shard in product(part.days, [tiles.index(tile) for tile in own]):
+        for shard in product(part.days, [tiles.index(tile) for tile in part_tiles]):
             other = owners.setdefault(shard, part.name)
             if other != part.name:
                 raise ValueError(f"parts {other} and {part.name} both touch day {shard[0]}, tile {shard[1]}")
 
 
 def _digest_of_parts(parts: Sequence[Part]) -> str:
-    """Of names, days and tiles, in whatever order they come."""
+    """sha256 over names, days and tiles, in any order of parts."""
     listed = sorted((part.name, part.days, repr(part.tiles)) for part in parts)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdist.errors import InputError
-from stdist.training.process_group import ProcessGroup, patience
+from stdist.training.process_group import ProcessGroup, collective_timeout
 
 
 def nodes_of(rank: int, ranks: int, nodes: int) -> slice:
@@ -58,7 +58,7 @@ class NodeLearners:
         if group.size == 1:
             return cls(nodes)
         grid = torch.arange(group.size).view(-1, node_ranks)
-        waits = patience()
+        waits = collective_timeout()
         # Of all groups at once, in the same order everywhere.
         along_nodes, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=waits)
         along_data, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=waits)

@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as error:
     raise InputError("Ray is not installed; pip install 'stdist[cluster]'") from error
 
-PATIENCE = 10.0
+ANSWER_TIMEOUT = 10.0
 """Seconds in which the dashboard has to answer."""
 POLL = 0.5
 """Seconds between two looks at a job."""
@@ -100,7 +100,7 @@ class Job:
             self._shown = max(self._shown, read)
 
     def stop(self) -> JobEnd:
-        """Stops the job and waits for its end; of a job that has ended already, how. Raises InputError: no such job."""
+        """Stops the job and waits for its end, if it has not ended before. Raises InputError: no such job."""
         try:
             self.client.stop_job(self.submission_id)
             while (end := self._end()) is None:
@@ -114,10 +114,8 @@ class Job:
         status = details.status
         if not status.is_terminal():
             return None
-        if status == JobStatus.SUCCEEDED:
-            return JobEnd(self.submission_id, status.value, 0)
-        if status == JobStatus.STOPPED:
-            return JobEnd(self.submission_id, status.value, 130)
+        if status != JobStatus.FAILED:
+            return JobEnd(self.submission_id, status.value, 0 if status == JobStatus.SUCCEEDED else 130)
         code = details.driver_exit_code or 1
         return JobEnd(self.submission_id, status.value, code if code > 0 else 128 - code, _last_error(details.message))
 
@@ -176,13 +174,13 @@ def _claims(learners: LearnersConfig) -> dict[str, Any]:
 def _require_small(root: Path, excludes: list[str], config: Path) -> None:
     """Walks as Ray will when it packs the directory. The dashboard takes less than Ray's own packages may have."""
     sizes: Counter[str] = Counter()
+    uploaded: set[Path] = set()
 
     def add(file: Path) -> None:
         if file.is_file():
             sizes[file.relative_to(root).parts[0]] += file.stat().st_size
-            seen.add(file)
+            uploaded.add(file)
 
-    seen: set[Path] = set()
     respect_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") != "1"
     _dir_travel(root, [_get_excludes(root, get_runtime_env_default_excludes() + excludes)], add, respect_gitignore)
     if sizes.total() > UPLOAD_LIMIT:
@@ -192,7 +190,7 @@ def _require_small(root: Path, excludes: list[str], config: Path) -> None:
             f"{UPLOAD_LIMIT // 2**20} MiB; largest: {largest}; name what the job does not need in .rayignore or "
             ".gitignore, or give a smaller --working-dir"
         )
-    if config not in seen:
+    if config not in uploaded:
         raise InputError(
             f"config {config} is kept from the job by .gitignore, .rayignore or the names of data; move it"
         )
@@ -205,7 +203,7 @@ def _connect(address: str) -> JobSubmissionClient:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         # Ray's own client would wait for an answer for ever.
-        with urlopen(Request(f"{address.rstrip('/')}/api/version", headers=headers), timeout=PATIENCE) as answer:
+        with urlopen(Request(f"{address.rstrip('/')}/api/version", headers=headers), timeout=ANSWER_TIMEOUT) as answer:
             is_dashboard = b"ray_version" in answer.read()
     except HTTPError as error:
         if error.code == 401:
@@ -237,7 +235,7 @@ def _connect(address: str) -> JobSubmissionClient:
 
 
 def _token() -> tuple[str, str]:
-    """The token and where it was found, in Ray's order; sent whether or not RAY_AUTH_MODE is set on this machine."""
+    """Returns the token and its source, in Ray's order; sent whether or not RAY_AUTH_MODE is set on this machine."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token, "RAY_AUTH_TOKEN"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -251,7 +249,7 @@ def _token() -> tuple[str, str]:
 
 
 def _refusal(error: Exception, address: str, submission_id: str | None) -> InputError:
-    """What Ray says with a status code, a traceback of the server's or both, as one line."""
+    """Ray's refusal as one line; it comes with a status code, a traceback of the server's or both."""
     text = str(error).strip()
     if f"{submission_id} already exists" in text:
         return InputError(f"there is a job {submission_id} at {address}; choose another --submission-id")

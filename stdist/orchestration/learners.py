@@ -1,22 +1,21 @@
 """Learners on a Ray cluster: a Ray Train group of processes, each running the recipe that one process runs alone.
 
-A worker or node that is lost takes the group with it; Ray starts it again, and it goes on from the newest checkpoint in
-the run folder, which lies on a file system that all nodes share. What no repetition can mend, bad input, a loss that is
-lost or a machine that is full, ends it for all learners at once.
+A learner or node that is lost takes the group with it; Ray starts it again, and it goes on from the newest checkpoint
+in the run folder, which lies on a file system that all nodes share. An error that no repetition can mend, bad input, a
+loss that is lost or a machine that is full, ends it for all learners at once.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from stdist.config import RunConfig
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
-from stdist.orchestration.preparation import connect
+from stdist.orchestration.cluster import connected
 from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
 from stdist.training.process_group import ProcessGroup
@@ -32,7 +31,7 @@ except ImportError as error:  # also where Ray is there without what its trainin
     raise InputError("Ray Train is not installed; pip install 'stdist[cluster]', or set num_workers: 1") from error
 
 FINAL = (InputError, DivergenceError, ResourceError)
-"""What another try would meet again."""
+"""Errors that another try would meet again."""
 
 
 def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    with _cluster():
+    with connected(os.environ.get("RAY_ADDRESS"), log_to_driver=True):
         resources = _resources_per_worker(config)
         log(f"{learners.num_workers} learners with {resources} each")
         trainer = TorchTrainer(
@@ -103,8 +102,8 @@ def _log(line: str) -> None:
 
 
 class _Failures(ray.train.UserCallback):
-    """On the controller: what another try would meet again ends the run, at once and for all learners; Ray starts the
-    group again after anything else."""
+    """On the controller: FINAL errors end the run, at once and for all learners; Ray starts the group again after any
+    other."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
@@ -113,44 +112,31 @@ class _Failures(ray.train.UserCallback):
         _log(f"lost {_first_lost(worker_exceptions)}")
 
 
-@contextmanager
-def _cluster() -> Iterator[None]:
-    """Ray, connected; a connection that was there before stays."""
-    if ray.is_initialized():
-        yield
-        return
-    connect(os.environ.get("RAY_ADDRESS"), log_to_driver=True)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _resources_per_worker(config: RunConfig) -> dict[str, float]:
-    """What each learner takes. Raises InputError, naming what is missing, where the cluster does not have it for all:
-    Ray itself would wait for it for ever."""
-    learners, there = config.learners, ray.cluster_resources()
-    each = learners.resources_per_worker or ({"CPU": 1, "GPU": 1} if there.get("GPU") else {"CPU": 1})
-    for kind, amount in each.items():
+    """Returns the resources that a learner takes. Raises InputError, naming what is missing, where the cluster does not
+    have them for all: Ray itself would wait for ever."""
+    learners, cluster = config.learners, ray.cluster_resources()
+    resources = learners.resources_per_worker or ({"CPU": 1, "GPU": 1} if cluster.get("GPU") else {"CPU": 1})
+    for kind, amount in resources.items():
         needed = amount * learners.num_workers
-        if there.get(kind, 0) < needed:
+        if cluster.get(kind, 0) < needed:
             nodes = sum(1 for node in ray.nodes() if node["Alive"])
             raise InputError(
                 f"learners.num_workers {learners.num_workers} need {needed:g} {kind} and the cluster ({nodes} nodes) "
-                f"has {there.get(kind, 0):g}; start more nodes, or lower num_workers or learners.resources_per_worker"
+                f"has {cluster.get(kind, 0):g}; start more nodes, or lower num_workers or learners.resources_per_worker"
             )
-    return each
+    return resources
 
 
 def _first_lost(failures: Mapping[int, Exception]) -> str:
-    """In one line of what may be pages, the learner that was lost first, and how."""
-    # Inside of what Ray says of its own looking after them.
-    named = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
+    """Returns, in one line of what may be pages, the learner that was lost first, and how."""
+    # Ray wraps the error where its health check met it.
+    errors = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
     # One that only lost its partner says nothing of the cause.
-    causes = {rank: e for rank, e in named.items() if not isinstance(e, SilentLearner)} or named
+    causes = {rank: e for rank, e in errors.items() if not isinstance(e, SilentLearner)} or errors
     rank, cause = next(iter(causes.items()))
-    said = " ".join(str(cause).split())
-    text = (said.partition("The actor is dead because ")[2] or said)[:300]  # not who it was
+    message = " ".join(str(cause).split())
+    text = (message.partition("The actor is dead because ")[2] or message)[:300]  # not who it was
     if isinstance(cause, OutOfMemoryError):
         text = f"out of memory on its host: {text}"
     return f"learner {rank} ({text})"

@@ -1,9 +1,9 @@
-"""Checkpoints of a stage: ``checkpoints/STAGE/step-N/`` written whole or not at all, with an atomic ``latest``.
+"""Checkpoints of a stage: ``checkpoints/STAGE/step-N/`` written in full or not at all, with an atomic ``latest``.
 
-A checkpoint is the model in Hugging Face layout (written by its first learner) plus ``trainer_state/`` for exact
-resume: every learner writes what it keeps of the optimizer, under names that know no engine, stage of ZeRO or number of
-learners, so that any of them goes on from it. Training waits while tensors are copied; files are written beside it,
-and the checkpoint counts once all learners have written theirs. No pickle is ever read.
+A checkpoint is the model in Hugging Face layout (written by the main learner) plus ``trainer_state/`` for exact resume:
+every learner writes its part of the optimizer, under names that know no engine, stage of ZeRO or number of learners, so
+that any of them goes on from it. Training waits while tensors are copied; files are written beside it, and the
+checkpoint counts once all learners have written theirs. No pickle is ever read.
 """
 
 import json
@@ -34,7 +34,7 @@ KEPT = 2
 
 @contextmanager
 def damage_as_input_error(path: Path) -> Iterator[None]:
-    """Inside, whatever a missing, cut or foreign file of the checkpoint ``path`` raises becomes one InputError."""
+    """Turns all that a missing, cut or foreign file of the checkpoint ``path`` raises inside into one InputError."""
     try:
         yield
     except InputError:
@@ -45,7 +45,7 @@ def damage_as_input_error(path: Path) -> Iterator[None]:
 
 
 def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sum of a tensor's bits, as integers, for each: equal for equal weights, cheap on any device."""
+    """Returns the sum of each tensor's bits, as integers: equal for equal weights, cheap on any device."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
         name: int(tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64))
@@ -113,11 +113,11 @@ class StageCheckpoints:
         try:
             shard = partial / STATE.parent / f"shard-{self.group.rank:05}-of-{self.group.size:05}.safetensors"
             save_file(tensors, shard)
-            written = [shard]
+            paths = [shard]
             if write_model:
                 write_model(partial)
-                written += [p for p in sorted(partial.rglob("*")) if p.is_file() and STATE.parent.name not in p.parts]
-            pending.files = {str(path.relative_to(partial)): _crc32(path) for path in written}
+                paths += [p for p in sorted(partial.rglob("*")) if p.is_file() and STATE.parent.name not in p.parts]
+            pending.files = {str(path.relative_to(partial)): _crc32(path) for path in paths}
         except Exception as error:  # told to all learners when they wait
             pending.error = error
 
@@ -167,19 +167,16 @@ class StageCheckpoints:
                 shutil.rmtree(path)
 
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The newest undamaged checkpoint, its state, and what is wrong with newer ones; None before the first.
+        """Returns the newest undamaged checkpoint, its state, and the damage of newer ones; None before the first.
 
         Every byte is read. Raises InputError, on every learner, where there are checkpoints and all are damaged.
         """
-        found: tuple[Path | None, list[str]] = (None, [])
-        if self.group.is_main:
-            found = self._newest_undamaged()
-        path, damage = self.group.broadcast_object(found)
-        if path is None and not damage:
-            return None
-        if path is None:
+        path, damage = self.group.broadcast_object(self._newest_undamaged() if self.group.is_main else (None, []))
+        if path is not None:
+            return path, json.loads((path / STATE).read_text()), damage
+        if damage:
             raise InputError(f"{damage[0]}; delete {self.folder} to redo the stage")
-        return path, json.loads((path / STATE).read_text()), damage
+        return None
 
     def check(self, path: Path) -> None:
         """Reads every byte. Raises InputError, on every learner, where one is not as it was written."""
@@ -201,9 +198,9 @@ class StageCheckpoints:
         return [self.step_dir(step) for step in sorted(steps, reverse=True)]
 
     def load(self, path: Path, engine: Engine, state: dict[str, Any]) -> None:
-        """Restores optimizer and random state, and sees that the weights in the model are those that were saved.
+        """Restores optimizer and random state, for a model that has read its own files before.
 
-        The model is to have read its own files before. Raises InputError where they are other weights.
+        Raises InputError where its weights are not those that were saved.
         """
         with damage_as_input_error(path):
             shards = sorted((path / STATE.parent).glob("shard-*.safetensors"))
@@ -211,11 +208,11 @@ class StageCheckpoints:
             engine.load_state(tensors, state["engine"]["steps"])
             torch.set_rng_state(_Shards([shards[self.group.rank % len(shards)]])["torch_rng"])
         with engine.gather_full_params():
-            here = checksums(engine.parameters)
-        if wrong := [name for name, saved in state["weights"].items() if here.get(name) != saved]:
+            loaded = checksums(engine.parameters)
+        if wrong := [name for name, saved in state["weights"].items() if loaded.get(name) != saved]:
             raise InputError(
-                f"{path}: {len(wrong)} of {len(here)} weights did not arrive in the model as saved, first {wrong[0]}; "
-                "the checkpoint belongs to another model, or was trained in another precision"
+                f"{path}: {len(wrong)} of {len(loaded)} weights did not arrive in the model as saved, first "
+                f"{wrong[0]}; the checkpoint belongs to another model, or was trained in another precision"
             )
 
     def step_dir(self, step: int) -> Path:
@@ -263,7 +260,7 @@ class _Shards(Mapping[str, Tensor]):
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None where every file is as it was written."""
+    """Returns the damage of a checkpoint, None where every file is as it was written."""
     try:
         state = json.loads((path / STATE).read_text())
         if state.pop("crc32") != _json_crc32(state):

@@ -1,6 +1,6 @@
-"""One interface between a stage and whatever optimises it. Here: plain torch on one device.
+"""One interface between a stage and what optimises it, and its engine of plain torch on one device.
 
-:mod:`stdist.training.deepspeed_engine` has the other one.
+The other one is :mod:`stdist.training.deepspeed_engine`.
 """
 
 import math
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's, as torch calls them."""
+"""AdamW's two moments, as torch calls them."""
 
 
 class Engine(Protocol):
-    """A stage calls ``backward`` any number of times, then ``step`` once; gradients of the calls add up.
+    """Optimises what a stage trains: ``backward`` any number of times, whose gradients add up, then ``step`` once.
 
-    Each learner's losses are means over its equal share of the batch; gradients are averaged over learners.
+    A learner's losses are means over its equal share of the batch; gradients are averaged over learners.
     """
 
     @property
     def learning_rate(self) -> float:
-        """Of the step to come."""
+        """The first group's, for the step to come."""
         ...
 
     @property
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What trains, by names that do not depend on engine, stage of ZeRO or number of learners."""
+        """The weights that train, by names that do not depend on engine, stage of ZeRO or number of learners."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
@@ -52,13 +52,13 @@ class Engine(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """What this learner keeps of the optimizer: a whole tensor as NAME/exp_avg and the like, or, flat, the part of
-        one that begins at element 128 as NAME/exp_avg@128. No collective; the tensors are the optimizer's own."""
+        """This learner's part of the optimizer: a whole tensor as NAME/exp_avg and the like, or, flat, the part of one
+        that begins at element 128 as NAME/exp_avg@128. No collective; the tensors are the optimizer's own."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Goes on from what ``state`` of any engine gave after ``steps`` steps, by all its learners: whole tensors, of
-        any shape."""
+        """Goes on from the ``state`` of any engine, of all its learners, after ``steps`` steps: whole tensors, of any
+        shape."""
         ...
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class ParameterGroup:
 
 
 def cosine_schedule(warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine to 3 % of the peak at ``max_steps``."""
+    """Returns the factor on a learning rate by step: a linear warm-up, then a cosine to 3 % at ``max_steps``."""
 
     def scale(step: int) -> float:
         if step < warmup_steps:
@@ -97,7 +97,7 @@ def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
 
 
 class Scheduled:
-    """What every engine knows of its groups and of how far it is."""
+    """The part that all engines share: parameter groups, their learning rates, the number of steps."""
 
     def __init__(self, groups: Iterable[ParameterGroup], schedule: Callable[[int], float]):
         self._groups = [group for group in groups if group.parameters]
@@ -105,7 +105,6 @@ class Scheduled:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group, for the step to come."""
         return self._groups[0].learning_rate * self._schedule(self._steps)
 
     @property

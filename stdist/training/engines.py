@@ -19,21 +19,21 @@ def make_engine(
     data_ranks: int,
     persistent: Collection[nn.Parameter] = (),
 ) -> Engine:
-    """On what trains of ``module``; ``data_ranks`` learners share a batch. ``persistent``: see
-    :class:`DeepSpeedEngine`."""
+    """Returns an engine on ``groups`` of ``module``'s weights; ``data_ranks`` learners share a batch. ``persistent``:
+    see :class:`DeepSpeedEngine`."""
     groups, schedule = list(groups), cosine_schedule(settings.warmup_steps, max_steps)
     if learners.engine == "torch":
         return TorchEngine(groups, schedule, settings.max_grad_norm)
     # Seconds to import, and not installed everywhere.
     from stdist.training.deepspeed_engine import DeepSpeedEngine
 
-    bf16 = any(p.dtype == torch.bfloat16 for each in groups for p in each.parameters.values())
+    bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group.parameters.values())
     configuration = deepspeed_json(learners, settings.max_grad_norm, bf16, data_ranks)
     return DeepSpeedEngine(module, groups, schedule, configuration, persistent)
 
 
 def engine_name(learners: LearnersConfig) -> str:
-    """For people."""
+    """Returns the engine's name for people."""
     if learners.engine == "torch":
         return "torch"
     return f"DeepSpeed ZeRO-{learners.zero_stage}{', optimizer on the CPU' if learners.offload_optimizer else ''}"

@@ -1,4 +1,4 @@
-"""What stops a training in one clear line: a loss that is lost, memory that is full, a learner that is silent."""
+"""Ends a training in one clear line: a loss that is lost, memory that is full, a learner that is silent."""
 
 import errno
 import math
@@ -23,15 +23,15 @@ def check_losses(
 
     Args:
         losses: one a learner.
-        step: counts from 1. describe_batch: what this learner's step learns from, for the message.
+        step: counts from 1. describe_batch: names this learner's share of the batch, for the message.
     """
     rank = next((i for i, loss in enumerate(losses) if not math.isfinite(loss) or abs(loss) > ceiling), None)
     if rank is None:
         return
-    seen = group.all_gather_object(describe_batch())[rank]
-    what = f"is {losses[rank]}" if not math.isfinite(losses[rank]) else f"exploded to {losses[rank]:.4g}"
+    batch = group.all_gather_object(describe_batch())[rank]
+    problem = f"exploded to {losses[rank]:.4g}" if math.isfinite(losses[rank]) else f"is {losses[rank]}"
     raise DivergenceError(
-        f"{stage}: loss {what} at step {step}, learner {rank}, on {seen}; its weights were not saved, "
+        f"{stage}: loss {problem} at step {step}, learner {rank}, on {batch}; its weights were not saved, "
         f"lower {stage}.learning_rate and train under another name="
     )
 

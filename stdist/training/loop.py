@@ -4,16 +4,13 @@ Knows no model: a :class:`Stage` computes losses, an :class:`~stdist.training.en
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from stdist.errors import DivergenceError, Interrupted
@@ -22,13 +19,14 @@ from stdist.training.engine import Engine
 from stdist.training.guards import EXPLOSION, FIRST_STEPS, check_losses, resource_errors
 from stdist.training.process_group import ProcessGroup
 from stdist.training.run_log import RunLog
+from stdist.training.terminal import first_ctrl_c, loss_bar
 
 SUMMED = ("tokens", "tokens_saved")
 """Scalars of a step that add up over learners; of all others the mean is taken."""
 
 
 class Stage(Protocol):
-    """What the loop needs of a stage. ``step`` must depend on nothing but the weights and the step's number, so that
+    """One stage of a run. ``step`` must depend on nothing but the weights and the step's number, so that
     a resumed run repeats the steps an uninterrupted one would have made; and learners must share a step's work
     equally, so that it does not depend on their number either."""
 
@@ -36,29 +34,33 @@ class Stage(Protocol):
     monitor: str | None
     """Metric whose fall counts as progress: its best checkpoint is the result. None: the last one is."""
 
+    resumable_every: int = 1
+    """``step`` can be resumed at multiples of this; between them it also depends on what the stage holds."""
+
     headline: tuple[str, ...]
     """Metrics that say in a line what the stage gained."""
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        """Losses of this learner's share of step number ``step`` (from 0), each passed to ``backward``. Returns
-        scalars, ``loss`` among them."""
+        """Passes the losses of this learner's share of step number ``step``, from 0, to ``backward``. Returns scalars,
+        ``loss`` among them."""
         ...
 
     def describe_batch(self, step: int) -> str:
-        """What this learner's share of a step learns from, for people."""
+        """Names this learner's share of a step's batch, for people."""
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """The same metrics on every learner."""
+        """Returns metrics, the same ones on every learner."""
         ...
 
     def on_weights_changed(self, step: int) -> None:
-        """Called before the first step, with the number of steps made so far, and after every update."""
+        """Called on every learner when the weights are those after ``step`` updates: before the first step of this
+        process, resumed or not, and after every update."""
         return
 
 
 class Model(Protocol):
-    """What a checkpoint needs of the model that a stage trains."""
+    """The model that a stage trains, as checkpoints see it."""
 
     def snapshot(self) -> Callable[[Path], None]:
         """Copies the weights; what it returns writes the copy into an existing folder."""
@@ -71,7 +73,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """``patience``: evaluations of the monitor metric without a new best before the stage stops; None: never."""
+    """``patience``: evaluations of the monitored metric without a new best before the stage stops; None: never."""
 
     max_steps: int
     logging_steps: int
@@ -95,7 +97,7 @@ class _Progress:
 
     @property
     def ceiling(self) -> float:
-        """Above it a loss is lost."""
+        """A loss above it has exploded: EXPLOSION times the first steps' mean, which counts as at least 1."""
         if len(self.first_losses) < FIRST_STEPS:
             return math.inf
         return EXPLOSION * max(1.0, sum(map(abs, self.first_losses)) / FIRST_STEPS)
@@ -135,40 +137,24 @@ class Trainer:
 
         Args:
             make_engine: called once ``model`` has the weights to go on from.
-            run_info: goes into the log, what this process trains with.
+            run_info: goes into the log, as the device and engine of this process.
 
         Returns the closing summary: metrics ``before``, of the result (``after``) and at the ``last`` step, ``steps``,
         ``seconds``, ``checkpoint``. The model holds the stage's result when it returns. Raises DivergenceError naming
         stage, step, learner and batch; ResourceError; Interrupted on Ctrl-C; InputError naming a damaged checkpoint.
         """
         run = _StageRun(self, stage, model, settings)
-        checkpoints = run.checkpoints
-        # One answer for all: a file system may show a new file to some machines first.
-        if (finished := self.group.broadcast_object(checkpoints.finished)) is not None:
-            result = checkpoints.folder / finished["checkpoint"]
-            checkpoints.check(result)
-            run.read(result)
-            return finished
-        with run.resource_errors("start"):
-            resumed = run.start(make_engine, run_info or {})
+        if (summary := run.load_finished()) is not None:
+            return summary
+        run.start(make_engine, run_info or {})
         try:
-            with (
-                _bar(stage.name, settings.max_steps, run.step, hidden=self.run_log is None) as advance,
-                _ctrl_c() as interrupted,
-            ):
-                run.all_steps(resumed, advance, interrupted)
+            run.train()
         except (DivergenceError, Interrupted):
             # Of all learners at once. After any other error this one would wait for others that do something else.
-            checkpoints.wait()
+            run.checkpoints.wait()
             run.engine.close()
             raise
-        with run.resource_errors("end"):
-            run.engine.close()
-            if run.result != run.step:
-                checkpoints.check(checkpoints.step_dir(run.result))
-                run.read(checkpoints.step_dir(run.result))
-            checkpoints.finish(run.summary)
-        return run.summary
+        return run.finish()
 
     def close(self) -> None:
         if self.run_log:
@@ -176,7 +162,7 @@ class Trainer:
 
 
 class _StageRun:
-    """A stage on its way: where it is, and what every step does."""
+    """One stage on its way: load_finished, else start, train, finish."""
 
     engine: Engine
 
@@ -185,107 +171,130 @@ class _StageRun:
         self.run_log, self.group = trainer.run_log, trainer.group
         self.checkpoints = trainer.checkpoints(stage.name)
         self.step, self.progress = 0, _Progress()
+        self.resumed = False
         self.best_saved = 0
+        """The best step of the last checkpoint's time: where the newest one is damaged, that one serves."""
 
-    def read(self, checkpoint: Path) -> None:
-        with damage_as_input_error(checkpoint):
-            self.model.read(checkpoint)
+    def load_finished(self) -> dict[str, Any] | None:
+        """Loads the result of a stage that is finished and returns its summary; None where it is not."""
+        # One answer for all: a file system may show a new file to some machines first.
+        summary = self.group.broadcast_object(self.checkpoints.finished)
+        if summary is not None:
+            self._load_weights(self.checkpoints.folder / summary["checkpoint"], check=True)
+        return summary
 
-    def start(self, make_engine: Callable[[], Engine], run_info: dict[str, str]) -> bool:
-        """Loads the newest checkpoint, if there is one, and makes the engine. Returns whether there was one."""
-        if (newest := self.checkpoints.newest()) is not None:
-            path, state, damage = newest
-            for line in damage:
-                self.trainer.log(f"{line}; going on from {path.name}")
-            self.read(path)
-            self.step, self.progress = state["step"], _Progress(**state["loop"])
-            self.best_saved = self.progress.best_step
-        self.engine = make_engine()
-        if newest is not None:
-            self.checkpoints.load(path, self.engine, state)
-        if self.run_log:
-            self.run_log.rewind(self.stage.name, self.step if newest else -1)
-            if run_info:
-                self.run_log.start(self.stage.name, self.step, run_info)
-        self.stage.on_weights_changed(self.step)
-        return newest is not None
-
-    def all_steps(self, resumed: bool, advance: Callable[[float], None], interrupted: Callable[[], bool]) -> None:
-        settings, progress = self.settings, self.progress
-        started = time.monotonic() - progress.seconds
-        if not resumed:
-            self._evaluate()
-            self._save(started)
-        while self.step < settings.max_steps and not (settings.patience and progress.stale >= settings.patience):
-            scalars = self._one_step()
-            advance(scalars["loss"])
-            if self.step % settings.logging_steps == 0 or self.step == settings.max_steps:
-                self._log(scalars)
-            evaluated = self.step % settings.eval_steps == 0 or self.step == settings.max_steps
-            if evaluated:
-                self._evaluate()
-            # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
-            stop = any(self.group.all_gather_object(interrupted()))
-            if evaluated or stop or self.step % settings.save_steps == 0:
-                self._save(started)
-            else:
-                self._wait(block=False)
-            if stop:
-                self._wait()
-                raise Interrupted(
-                    f"{self.stage.name}: stopped at step {self.step} and saved; run the same command to resume"
-                )
-        self._wait()
-
-    def resource_errors(self, phase: str) -> AbstractContextManager[None]:
-        return resource_errors(self.stage.name, phase, self.step, self.group)
-
-    def _log(self, scalars: dict[str, float]) -> None:
-        with self.resource_errors("log"):
+    def start(self, make_engine: Callable[[], Engine], run_info: dict[str, str]) -> None:
+        """Loads the newest checkpoint, if there is one, and makes the engine."""
+        with self._resource_errors("start"):
+            if (newest := self.checkpoints.newest()) is not None:
+                path, state, damage = newest
+                for line in damage:
+                    self.trainer.log(f"{line}; going on from {path.name}")
+                self._load_weights(path)
+                self.step, self.progress, self.resumed = state["step"], _Progress(**state["loop"]), True
+                self.best_saved = self.progress.best_step
+            self.engine = make_engine()
+            if newest is not None:
+                self.checkpoints.load(path, self.engine, state)
             if self.run_log:
-                self.run_log.write(self.stage.name, self.step, scalars)
-            self.trainer.on_metrics({"step": self.step, **scalars})
+                self.run_log.rewind(self.stage.name, self.step if self.resumed else -1)
+                if run_info:
+                    self.run_log.start(self.stage.name, self.step, run_info)
+            self.stage.on_weights_changed(self.step)
 
-    def _wait(self, block: bool = True) -> None:
-        with self.resource_errors("checkpoint"):
-            self.checkpoints.wait(block)
+    def train(self) -> None:
+        """Makes the steps that are left, logs, evaluates and saves."""
+        settings, last = self.settings, self.settings.max_steps
+        self._began = time.monotonic() - self.progress.seconds
+        hidden = self.run_log is None
+        with loss_bar(self.stage.name, last, self.step, hidden) as advance, first_ctrl_c() as interrupted:
+            if not self.resumed:
+                self._evaluate()
+                self._save()
+            while self.step < last and not (settings.patience and self.progress.stale >= settings.patience):
+                scalars = self._one_step()
+                advance(scalars["loss"])
+                if self.step % settings.logging_steps == 0 or self.step == last:
+                    self._log(scalars)
+                evaluated = self.step % settings.eval_steps == 0 or self.step == last
+                if evaluated:
+                    self._evaluate()
+                # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
+                stop = any(self.group.all_gather_object(interrupted())) and self.step % self.stage.resumable_every == 0
+                if evaluated or stop or self.step % settings.save_steps == 0:
+                    self._save()
+                else:
+                    self._wait(block=False)
+                if stop:
+                    self._wait()
+                    raise Interrupted(
+                        f"{self.stage.name}: stopped at step {self.step} and saved; run the same command to resume"
+                    )
+            self._wait()
+
+    def finish(self) -> dict[str, Any]:
+        """Leaves the stage's result in the plain model. Returns the closing summary."""
+        progress = self.progress
+        with self._resource_errors("end"):
+            self.engine.close()
+            step = progress.best_step if self.stage.monitor else self.step
+            result = self.checkpoints.step_dir(step)
+            if step != self.step:
+                self._load_weights(result, check=True)
+            summary = {
+                "stage": self.stage.name,
+                "headline": list(self.stage.headline),
+                "before": progress.first,
+                "after": progress.best_metrics,
+                "last": progress.last_metrics,
+                "steps": self.step,
+                "seconds": round(progress.seconds, 1),
+                "checkpoint": result.name,
+            }
+            self.checkpoints.finish(summary)
+        return summary
 
     def _one_step(self) -> dict[str, float]:
         """Makes a step. Returns its scalars over all learners."""
-        name, group, number = self.stage.name, self.group, self.step + 1
-        with resource_errors(name, "forward and backward", number, group):
-            mine = self.stage.step(self.step, self.engine.backward)
-            scalars_of = group.all_gather_object(mine)
-        losses = [scalars["loss"] for scalars in scalars_of]
-        check_losses(losses, self.progress.ceiling, name, number, group, lambda: self.stage.describe_batch(self.step))
-        scalars = {key: _over_learners(key, [each[key] for each in scalars_of]) for key in mine}
+        stage, group, number = self.stage, self.group, self.step + 1
+        with resource_errors(stage.name, "forward and backward", number, group):
+            local_scalars = stage.step(self.step, self.engine.backward)
+            scalars_of = group.all_gather_object(local_scalars)
+        check_losses(
+            [scalars["loss"] for scalars in scalars_of],
+            self.progress.ceiling,
+            stage.name,
+            number,
+            group,
+            lambda: stage.describe_batch(self.step),
+        )
+        scalars = {key: _reduced(key, [s[key] for s in scalars_of]) for key in local_scalars}
         scalars["learning_rate"] = self.engine.learning_rate
-        with resource_errors(name, "update", number, group):
+        with resource_errors(stage.name, "update", number, group):
             scalars["grad_norm"] = self.engine.step()
         if not math.isfinite(scalars["grad_norm"]):
             raise DivergenceError(
-                f"{name}: gradient norm is {scalars['grad_norm']} at step {number}, learner {group.rank} on "
-                f"{self.stage.describe_batch(self.step)}; its weights were not saved, lower {name}.learning_rate and "
+                f"{stage.name}: gradient norm is {scalars['grad_norm']} at step {number}, learner {group.rank} on "
+                f"{stage.describe_batch(self.step)}; its weights were not saved, lower {stage.name}.learning_rate and "
                 "train under another name="
             )
         if len(self.progress.first_losses) < FIRST_STEPS:
             self.progress.first_losses.append(scalars["loss"])
         self.step += 1
-        self.stage.on_weights_changed(self.step)
+        with self._resource_errors("weights changed"):
+            stage.on_weights_changed(self.step)
         return scalars
 
-    def _save(self, started: float) -> None:
-        self.progress.seconds = time.monotonic() - started
-        # The checkpoint before, which serves where this one is damaged, knows the best of its own time.
-        keep = [self.progress.best_step, self.best_saved] if self.stage.monitor else []
-        self.best_saved = self.progress.best_step
-        with self.resource_errors("checkpoint"):
-            self.checkpoints.save(self.step, self.model.snapshot, self.engine, asdict(self.progress), keep)
+    def _log(self, scalars: dict[str, float]) -> None:
+        with self._resource_errors("log"):
+            if self.run_log:
+                self.run_log.write(self.stage.name, self.step, scalars)
+            self.trainer.on_metrics({"step": self.step, **scalars})
 
     def _evaluate(self) -> None:
         """Scores the model; ``best`` moves only where the monitored metric fell (or always, when none is)."""
         stage, progress = self.stage, self.progress
-        with self.resource_errors("evaluation"):
+        with self._resource_errors("evaluation"):
             with self.engine.eval_mode():
                 metrics = stage.evaluate()
             if self.run_log:
@@ -299,60 +308,27 @@ class _StageRun:
         else:
             progress.stale += 1
 
-    @property
-    def result(self) -> int:
-        """The step whose weights are the stage's result."""
-        return self.progress.best_step if self.stage.monitor else self.step
+    def _save(self) -> None:
+        self.progress.seconds = time.monotonic() - self._began
+        keep = [self.progress.best_step, self.best_saved] if self.stage.monitor else []
+        self.best_saved = self.progress.best_step
+        with self._resource_errors("checkpoint"):
+            self.checkpoints.save(self.step, self.model.snapshot, self.engine, asdict(self.progress), keep)
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        return {
-            "stage": self.stage.name,
-            "headline": list(self.stage.headline),
-            "before": self.progress.first,
-            "after": self.progress.best_metrics,
-            "last": self.progress.last_metrics,
-            "steps": self.step,
-            "seconds": round(self.progress.seconds, 1),
-            "checkpoint": self.checkpoints.step_dir(self.result).name,
-        }
+    def _wait(self, block: bool = True) -> None:
+        with self._resource_errors("checkpoint"):
+            self.checkpoints.wait(block)
+
+    def _load_weights(self, checkpoint: Path, check: bool = False) -> None:
+        if check:
+            self.checkpoints.check(checkpoint)
+        with damage_as_input_error(checkpoint):
+            self.model.read(checkpoint)
+
+    def _resource_errors(self, phase: str) -> AbstractContextManager[None]:
+        return resource_errors(self.stage.name, phase, self.step, self.group)
 
 
-def _over_learners(key: str, values: list[float]) -> float:
+def _reduced(key: str, values: list[float]) -> float:
+    """A step's scalar over all learners, of each learner's."""
     return sum(values) if key in SUMMED else sum(values) / len(values)
-
-
-@contextmanager
-def _bar(name: str, total: int, done: int, hidden: bool) -> Iterator[Callable[[float], None]]:
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    # Standard output is for results.
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
-        task = progress.add_task(name, total=total, completed=done, loss=math.nan)
-        yield lambda loss: progress.update(task, advance=1, loss=loss)
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that no step or checkpoint is cut in half; the second one kills."""
-    seen = False
-
-    def remember(signum: int, frame: object) -> None:
-        nonlocal seen
-        seen = True
-        signal.signal(signal.SIGINT, previous)
-
-    try:
-        previous = signal.signal(signal.SIGINT, remember)
-    except ValueError:  # not the main thread: the caller owns the signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""The processes that train together: who this one is, and the few things that all of them must agree on."""
+"""The learners, processes that train together: which one this is, and the few things that all must agree on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Learner ``rank`` of ``size``. Methods but ``local_slice`` and ``local_items`` are collectives of all learners."""
+    """All learners, seen by the one of index ``rank``. The ``*_object`` methods are collectives."""
 
     rank: int = 0
     size: int = 1
@@ -26,44 +26,44 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this learner writes what is written once: logs, summaries, the model's files."""
+        """True on the learner that writes what is written once: logs, summaries, the model's files."""
         return self.rank == 0
 
-    def local_slice(self, count: int, what: str) -> slice:
-        """This learner's equal part of ``count`` things, so that means of parts are means of the whole.
+    def local_slice(self, count: int, key: str) -> slice:
+        """This learner's equal part of ``count`` items, so that a mean of the parts' means is the mean of all.
 
-        Raises InputError, naming ``what`` as the configuration does, where the learners cannot share evenly.
+        Raises InputError, naming the configuration's ``key``, where the learners cannot share evenly.
         """
         if count % self.size:
             raise InputError(
-                f"{what} is {count}, which {self.size} learners cannot share evenly; "
+                f"{key} is {count}, which {self.size} learners cannot share evenly; "
                 f"make it a multiple of {self.size}, or change learners.num_workers"
             )
-        each = count // self.size
-        return slice(self.rank * each, (self.rank + 1) * each)
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
 
-    def local_items(self, things: Sequence[T]) -> Sequence[T]:
-        """Every ``size``-th thing: each is some learner's, none is two learners'."""
-        return things[self.rank :: self.size]
+    def local_items(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``size``-th item: all are some learner's, none is two learners'."""
+        return items[self.rank :: self.size]
 
-    def all_gather_object(self, thing: T) -> list[T]:
-        """Each learner's ``thing``, in the order of their ranks."""
+    def all_gather_object(self, item: T) -> list[T]:
+        """Returns every learner's ``item``, in the order of their ranks."""
         if self.size == 1:
-            return [thing]
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
 
-    def broadcast_object(self, thing: T) -> T:
-        """What the first learner has."""
-        things = [thing]
+    def broadcast_object(self, item: T) -> T:
+        """Returns the main learner's ``item``."""
+        items = [item]
         if self.size > 1:
-            dist.broadcast_object_list(things, src=0)
-        return things[0]
+            dist.broadcast_object_list(items, src=0)
+        return items[0]
 
 
-def patience() -> timedelta:
-    """How long the launcher's collectives wait for a silent learner; those of a group made later would wait for half an
-    hour, unless they are told."""
-    whole = dist.distributed_c10d._get_default_group()
-    return whole._get_backend(whole._device_types[0]).options._timeout
+def collective_timeout() -> timedelta:
+    """The time that the launcher's collectives wait for a silent learner. A group made later waits for half an hour
+    unless it is told."""
+    default = dist.distributed_c10d._get_default_group()
+    return default._get_backend(default._device_types[0]).options._timeout

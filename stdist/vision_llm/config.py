@@ -85,11 +85,17 @@ class SFTConfig(ForecastStageConfig):
 
 
 class GRPOConfig(ForecastStageConfig):
-    """Eq. 17–19 and TRL's names. ``half_score`` is x_h; ``patience`` evaluations without a fall end the stage."""
+    """Eq. 17–19 and TRL's names. ``half_score`` is x_h; ``patience`` evaluations without a fall end the stage.
+    ``loss_type`` says what the loss is averaged over (``stages/loss.py``); ``num_iterations`` updates are made on the
+    candidates of one rollout, and checkpoints fall between rollouts."""
 
     trainable: Literal["lora"] = "lora"
     num_generations: int = Field(8, ge=2, description="G")
+    num_iterations: int = Field(1, ge=1)
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
     epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, description="epsilon if absent")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     beta: float = Field(0.04, ge=0)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -97,6 +103,16 @@ class GRPOConfig(ForecastStageConfig):
     half_score: float = Field(0.2, gt=0)
     normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"
     patience: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _checkpoints_between_rollouts(self) -> "GRPOConfig":
+        for name in ("save_steps", "eval_steps"):
+            if getattr(self, name) % self.num_iterations:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, no multiple of num_iterations {self.num_iterations}: the "
+                    "updates of one rollout cannot be parted by a checkpoint"
+                )
+        return self
 
 
 class ForecastConfig(Strict):

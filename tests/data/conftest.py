@@ -66,8 +66,8 @@ def read_plan() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     def read(plan: Plan, channel: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         plan = pickle.loads(pickle.dumps(plan))
         spec = plan.spec
-        values = np.full((spec.frames, *spec.shape), np.nan, np.float32)
-        present = np.zeros(spec.frames, bool)
+        values = np.full((spec.steps, *spec.shape), np.nan, np.float32)
+        present = np.zeros(spec.steps, bool)
         seen = set()
         for part in plan.parts:
             for day in plan.read(part):
@@ -96,9 +96,9 @@ def refused() -> Callable[[str], AbstractContextManager[None]]:
     return expect
 
 
-def _beside(name: str) -> ModuleType:
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+def _load(path: Path) -> ModuleType:
+    """A module that lies in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -108,10 +108,16 @@ def _beside(name: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def write_frame() -> Callable[..., Path]:
     """``write_frame`` of pandas_frame.py."""
-    return _beside("pandas_frame").write_frame
+    return _load(Path(__file__).with_name("pandas_frame.py")).write_frame
 
 
 @pytest.fixture(scope="session")
 def geometry_files() -> ModuleType:
     """geometry_files.py: writes GeoJSON files of squares."""
-    return _beside("geometry_files")
+    return _load(Path(__file__).with_name("geometry_files.py"))
+
+
+@pytest.fixture(scope="session")
+def raw_telecom() -> ModuleType:
+    """benchmarks/_raw_telecom.py: writes raw text of the Telecom Italia challenge."""
+    return _load(Path(__file__).parents[2] / "benchmarks" / "_raw_telecom.py")

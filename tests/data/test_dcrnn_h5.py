@@ -55,7 +55,7 @@ def test_pems_bay_gets_its_twelve_absent_stamps_back(tmp_path, write_frame, read
     path = write_frame(tmp_path / "pems-bay.h5", stamps[keep], PEMS_BAY, speeds[keep], key="speed")
     plan = dcrnn_h5.plan([path])
     values, present = read_plan(plan)
-    assert plan.spec.node_ids.tolist() == PEMS_BAY and plan.spec.frames == 864 and skipped.sum() == 12
+    assert plan.spec.node_ids.tolist() == PEMS_BAY and plan.spec.steps == 864 and skipped.sum() == 12
     np.testing.assert_array_equal(present, ~longer)
     np.testing.assert_array_equal(values, np.where(keep[:, None], speeds, np.nan).astype(np.float32))
 

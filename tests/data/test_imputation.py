@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdist.data import GridSpec, GridWriter, imputation, open_store
-from stdist.data.imputation import Known, first_known, interpolate, last_known
+from stdist.data.imputation import Nearest, first_observed, interpolate, last_observed
 from stdist.data.shards import Shards
 
 NAN = np.nan
@@ -35,16 +35,16 @@ def test_edges_take_the_nearest_known_value_and_an_unseen_cell_is_zero():
 def test_eq20_with_neighbours_outside_the_stretch():
     """Known 2 at frame 97 and 10 at frame 101; frames 98 ... 100 are missing."""
     values, observed = _one_cell([NAN, NAN])
-    before = Known(np.array([97]), np.array([2], np.float32))
-    after = Known(np.array([101]), np.array([10], np.float32))
+    before = Nearest(np.array([97]), np.array([2], np.float32))
+    after = Nearest(np.array([101]), np.array([10], np.float32))
     assert interpolate(values, observed, 98, before, after)[:, 0].tolist() == [4, 6]
     assert interpolate(values, observed, 98, before)[:, 0].tolist() == [2, 2]
     assert interpolate(values, observed, 98, None, after)[:, 0].tolist() == [10, 10]
 
 
-def test_first_and_last_known():
+def test_first_and_last_observed():
     values = np.array([[NAN, NAN], [3, NAN], [5, NAN]], np.float32)
-    first, last = (find(values, ~np.isnan(values), 10) for find in (first_known, last_known))
+    first, last = (find(values, ~np.isnan(values), 10) for find in (first_observed, last_observed))
     assert (first.time.tolist(), first.value.tolist()) == ([11, -1], [3, 0])
     assert (last.time.tolist(), last.value.tolist()) == ([12, -1], [5, 0])
 
@@ -62,7 +62,7 @@ def test_eq20_cell_by_cell_equals_all_at_once(monkeypatch):
     rng = np.random.default_rng(2)
     values = rng.random((12, 3, 5)).astype(np.float32)
     values[rng.random(values.shape) < 0.4] = NAN
-    left, right = (Known(np.full((3, 5), t), rng.random((3, 5)).astype(np.float32)) for t in (7, 40))
+    left, right = (Nearest(np.full((3, 5), t), rng.random((3, 5)).astype(np.float32)) for t in (7, 40))
     at_once = interpolate(values, ~np.isnan(values), 10, left, right)
     monkeypatch.setattr(imputation, "CELLS_AT_ONCE", 2)
     np.testing.assert_array_equal(interpolate(values, ~np.isnan(values), 10, left, right), at_once)

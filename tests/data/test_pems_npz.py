@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import xarray
 
-from data_prep import pems_npz, zones_npz
+from data_prep import READERS
 from stdist.data.check import check_store
 from stdist.errors import InputError
 
 T, N = 300, 4
+plan_pems = READERS["pems-npz"].plan
 
 
 def frames(channels: int = 3) -> np.ndarray:
@@ -36,7 +37,7 @@ def text(folder: Path, name: str, lines: str) -> Path:
 def test_frames_are_read_back_and_zeros_are_measured(tmp_path, prepared):
     """300 frames of 5 minutes from 23:00 touch three days and are one run."""
     path = pems(tmp_path)
-    plan = pems_npz.plan([path], start="2018-01-01T23:00")
+    plan = plan_pems([path], start="2018-01-01T23:00")
     store = prepared(plan)
     assert store.dims == ("node",) and store.shape == (N,) and store.channels == ("flow", "occupancy", "speed")
     assert store.city == "pems04" and store.segments == [(276, 576)]
@@ -54,7 +55,7 @@ def test_frames_are_read_back_and_zeros_are_measured(tmp_path, prepared):
 def test_plan_is_picklable_and_reads_no_data(tmp_path, monkeypatch):
     path = pems(tmp_path)
     monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("the plan read the array"))
-    plan = pickle.loads(pickle.dumps(pems_npz.plan([path], start="2018-01-01")))
+    plan = pickle.loads(pickle.dumps(plan_pems([path], start="2018-01-01")))
     monkeypatch.undo()
     (part,) = plan.parts
     assert [day.index for day in plan.read(part)] == [0, 1] == list(part.days)
@@ -62,15 +63,18 @@ def test_plan_is_picklable_and_reads_no_data(tmp_path, monkeypatch):
 
 def test_flow_alone_and_named_channels(tmp_path):
     one = pems(tmp_path, "pems03.npz", data=frames(1))
-    assert pems_npz.plan([one], start="2018-09-01").spec.channels == ("flow",)
+    assert plan_pems([one], start="2018-09-01").spec.channels == ("flow",)
     two = pems(tmp_path, "two.npz", data=frames(2))
-    assert pems_npz.plan([two], start="2018-09-01", channels="flow, speed").spec.channels == ("flow", "speed")
+    assert plan_pems([two], start="2018-09-01", channels="flow, speed").spec.channels == (
+        "flow",
+        "speed",
+    )
 
 
 def test_edges_become_weights_of_their_distance(tmp_path):
     """exp(-(d / sigma)^2), hand-computed: distances 1 and 3 have sigma 1; direction is the file's."""
     edges = text(tmp_path, "distance.csv", "from,to,cost\n0,1,1.0\n2,0,3.0\n")
-    plan = pems_npz.plan([pems(tmp_path)], start="2018-01-01", adjacency=edges)
+    plan = plan_pems([pems(tmp_path)], start="2018-01-01", adjacency=edges)
     expected = np.zeros((N, N))
     expected[0, 1], expected[2, 0] = np.exp(-1), np.exp(-9)
     np.testing.assert_allclose(plan.spec.adjacency, expected, rtol=1e-6)
@@ -84,11 +88,11 @@ def test_edges_of_stations_need_their_ids(tmp_path):
     edges = text(tmp_path, "PEMS03.csv", "from,to,distance\n313344,311930,0.5\n")
     ids = text(tmp_path, "PEMS03.txt", "311903\n311930\n313344\n317080\n")
     path = pems(tmp_path)
-    plan = pems_npz.plan([path], start="2018-09-01", adjacency=edges, node_ids=ids)
+    plan = plan_pems([path], start="2018-09-01", adjacency=edges, node_ids=ids)
     assert plan.spec.node_ids.tolist() == [311903, 311930, 313344, 317080]
     assert np.argwhere(plan.spec.adjacency).tolist() == [[2, 1]]
     with pytest.raises(InputError, match=r"line 2: 313344,311930,0.5 names a node that the data lacks; .*--node-ids"):
-        pems_npz.plan([path], start="2018-09-01", adjacency=edges)
+        plan_pems([path], start="2018-09-01", adjacency=edges)
 
 
 def test_zones_with_their_tables(tmp_path, prepared):
@@ -97,7 +101,7 @@ def test_zones_with_their_tables(tmp_path, prepared):
     path = pems(tmp_path, "nyc_inoutflow.npz", arr_0=flows)
     weights = text(tmp_path, "adjacency.csv", "0,1,2\n0,1,0\n1,0,0.5\n0,0.5,0\n")
     zones = text(tmp_path, "zones.csv", "zone_id,graph_id,zone_name\n13,2,C\n4,0,A\n12,1,B\n")
-    plan = zones_npz.plan([path], start="2019-01-01", adjacency=weights, node_ids=zones)
+    plan = READERS["zones-npz"].plan([path], start="2019-01-01", adjacency=weights, node_ids=zones)
     store = prepared(plan)
     assert store.channels == ("flow_in", "flow_out") and store.city == "nyc"
     np.testing.assert_array_equal(store.values("flow_out", 0, 48), flows[..., 1])
@@ -112,7 +116,7 @@ def test_square_tables_with_a_named_first_column_and_as_arrays(tmp_path):
     bare = text(tmp_path, "bare.csv", "0,2\n1,0\n")
     np.save(tmp_path / "table.npy", np.array(table))
     for weights in (named, bare, tmp_path / "table.npy"):
-        assert pems_npz.plan([path], start="2018-01-01", adjacency=weights).spec.adjacency.tolist() == table
+        assert plan_pems([path], start="2018-01-01", adjacency=weights).spec.adjacency.tolist() == table
 
 
 @pytest.mark.parametrize(
@@ -135,14 +139,14 @@ def test_square_tables_with_a_named_first_column_and_as_arrays(tmp_path):
 def test_plan_refuses(tmp_path, arrays, options, line, refused):
     path = pems(tmp_path, **arrays)
     with refused(line):
-        pems_npz.plan([path], **{"start": "2018-01-01", **options})
+        plan_pems([path], **{"start": "2018-01-01", **options})
 
 
 @pytest.mark.parametrize("value", [-1.0, np.inf])
 def test_values_that_are_no_traffic_are_named(tmp_path, value):
     data = frames()
     data[290, 2, 1] = value
-    plan = pems_npz.plan([pems(tmp_path, data=data)], start="2018-01-01")
+    plan = plan_pems([pems(tmp_path, data=data)], start="2018-01-01")
     with pytest.raises(InputError, match=rf"occupancy is {value} at 2018-01-02T00:10, index 2 \(1 such values\)"):
         list(plan.read(plan.parts[0]))
 
@@ -153,16 +157,16 @@ def test_cut_short_or_damaged_files_are_refused(tmp_path):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     path.write_bytes(flipped)
-    plan = pems_npz.plan([path], start="2018-01-01")
+    plan = plan_pems([path], start="2018-01-01")
     with pytest.raises(InputError, match="is damaged"):
         list(plan.read(plan.parts[0]))
     path.write_bytes(whole[:-100])
     with pytest.raises(InputError, match=r"no .npy or .npz file, or was cut short"):
-        pems_npz.plan([path], start="2018-01-01")
+        plan_pems([path], start="2018-01-01")
     np.save(tmp_path / "pems.npy", frames())
     (tmp_path / "pems.npy").write_bytes((tmp_path / "pems.npy").read_bytes()[:-8])
     with pytest.raises(InputError, match="cut short, 8 bytes are missing"):
-        pems_npz.plan([tmp_path / "pems.npy"], start="2018-01-01")
+        plan_pems([tmp_path / "pems.npy"], start="2018-01-01")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_cut_short_or_damaged_files_are_refused(tmp_path):
 def test_graphs_that_do_not_fit_are_refused(tmp_path, name, content, line, refused):
     graph = text(tmp_path, name, content)
     with refused(line):
-        pems_npz.plan([pems(tmp_path)], start="2018-01-01", adjacency=graph)
+        plan_pems([pems(tmp_path)], start="2018-01-01", adjacency=graph)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +200,14 @@ def test_graphs_that_do_not_fit_are_refused(tmp_path, name, content, line, refus
 def test_tables_of_nodes_that_do_not_fit_are_refused(tmp_path, content, line):
     table = text(tmp_path, "nodes.csv", content)
     with pytest.raises(InputError, match=line):
-        pems_npz.plan([pems(tmp_path)], start="2018-01-01", node_ids=table)
+        plan_pems([pems(tmp_path)], start="2018-01-01", node_ids=table)
 
 
 def test_zones_of_manhattan(real_data, prepared):
     folder = real_data / "nyc_zones"
     path = folder / "nyc_taxi_60min_inoutflow_2019_2020.npz"
     graph = {"adjacency": folder / "adjacency.csv", "node_ids": folder / "zones.csv"}
-    store = prepared(zones_npz.plan([path], start="2019-01-01", **graph))
+    store = prepared(READERS["zones-npz"].plan([path], start="2019-01-01", **graph))
     raw = np.load(path)["arr_0"].astype(np.float32)
     assert store.shape == (69,) and store.segments == [(0, 17544)]
     assert store.local_times[-1] == np.datetime64("2020-12-31T23:00")

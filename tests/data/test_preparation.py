@@ -15,8 +15,8 @@ import xarray
 import zarr
 
 from data_prep import READERS, Day, Part, Plan, prepare
-from data_prep.local_processes import local_processes
-from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, notes, open_store, shards
+from data_prep.preparation import local_processes
+from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, journal, open_store, shards
 from stdist.data.check import check_store
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.errors import InputError, Interrupted
@@ -75,7 +75,7 @@ def test_a_gap_of_a_day_is_reported_and_the_store_is_whole(tmp_path):
     # Six slots a day: a day without frames is as long as the longest absence that is filled.
     assert summary.runs == 1 and summary.absent_days == () and summary.frames == DAYS * SLOTS
     store = open_store(summary.path)
-    assert check_store(store.path).ok and not (store.path / notes.FOLDER).exists()
+    assert check_store(store.path).ok and not (store.path / journal.FOLDER).exists()
     assert xarray.open_zarr(store.path).equals(store.dataset)
     assert not store.observed("flow", 2 * SLOTS, 3 * SLOTS).any()
     known = np.concatenate([~np.isnan(_values(day)) for day in (0, 1, 3, 4, 5)])
@@ -149,12 +149,12 @@ def _prepare_until(out: Path, owner: object, name: str, count: int, before: bool
 
 # Writes of shards: 5 days of 2 channels with their masks are 20; then 6 imputed days of 2 channels.
 POINTS = [
-    ("init, before it is noted", notes.Notes, "begin", 1, True),
-    ("init, noted", notes.Notes, "begin", 1, False),
+    ("init, before it is noted", journal.Journal, "begin", 1, True),
+    ("init, noted", journal.Journal, "begin", 1, False),
     ("in the first part", shards.Shards, "write", 2, False),
     ("between the shards of a day", shards.Shards, "write", 7, False),
-    ("shards written, no note", notes.Notes, "add", 2, True),
-    ("between parts", notes.Notes, "add", 2, False),
+    ("shards written, no note", journal.Journal, "add", 2, True),
+    ("between parts", journal.Journal, "add", 2, False),
     ("parts done", finalise, "fill_short_absences", 1, True),
     ("in the imputation", shards.Shards, "write", 23, False),
     ("between channels", shards.Shards, "write", 26, False),
@@ -173,7 +173,7 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
     assert process.exitcode == -signal.SIGKILL
     # The final name is free, or that of a whole store.
     assert not out.exists() or open_store(out).digest == digest
-    done = {path.name for path in (tmp_path / "toy.zarr.partial" / notes.FOLDER / "parts").glob("*.json")}
+    done = {path.name for path in (tmp_path / "toy.zarr.partial" / journal.FOLDER / "parts").glob("*.json")}
     again: list[str] = []
 
     def monitor(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
@@ -182,7 +182,7 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
 
     assert prepare(_plan(), out, executor=monitor).digest == digest
     assert _names(tmp_path) == ["toy.zarr"] and check_store(out).ok
-    assert not list(out.rglob("*.partial")) and not (out / notes.FOLDER).exists()
+    assert not list(out.rglob("*.partial")) and not (out / journal.FOLDER).exists()
     if name != "rename":
         assert len(again) + len(done) == 4
 
@@ -191,8 +191,8 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
     "reached",
     [
         pytest.param(lambda at: any((at / "internet").rglob("c/0/*/*")), id="while parts run"),
-        pytest.param(lambda at: len(list((at / notes.FOLDER / "parts").glob("*.json"))) >= 2, id="between parts"),
-        pytest.param(lambda at: (at / notes.FOLDER / "scratch").exists(), id="in finalise"),
+        pytest.param(lambda at: len(list((at / journal.FOLDER / "parts").glob("*.json"))) >= 2, id="between parts"),
+        pytest.param(lambda at: (at / journal.FOLDER / "scratch").exists(), id="in finalise"),
     ],
 )
 def test_a_preparation_with_workers_is_killed_and_its_workers_end_with_it(tmp_path, synthetic, reached):
@@ -283,8 +283,8 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, digest):
 
 
 def test_workers_of_a_killed_preparation_are_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(notes, "PATIENCE", 0.1)
-    own = notes.Notes(tmp_path / "toy.zarr.partial")
+    monkeypatch.setattr(journal, "PATIENCE", 0.1)
+    own = journal.Journal(tmp_path / "toy.zarr.partial")
     with own.lock(tmp_path / "toy.zarr", "before"):
         pass
     with own.working("before"), pytest.raises(InputError, match="is being written by another process"):

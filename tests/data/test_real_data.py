@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import READERS
-from data_prep.telecom_text import CHANNELS
+from data_prep.telecom_rows import CHANNELS
 from stdist.data import GridStore, open_store
 from stdist.errors import InputError
 

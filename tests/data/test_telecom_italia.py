@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import READERS, telecom_rows
-from data_prep.synthetic import activities, write_raw
-from data_prep.telecom_text import CHANNELS
+from data_prep.telecom_rows import CHANNELS
 from stdist.data import open_store
 from stdist.data.synthetic import SyntheticCity, generate
 from stdist.errors import InputError
@@ -47,15 +46,15 @@ def test_sums_over_countries_by_hand(tmp_path):
     assert store.cell_ids[1, 1] == 102 and store.units == "rescaled activity"
 
 
-def test_generator_to_raw_text_to_store_is_exact(tmp_path):
+def test_generator_to_raw_text_to_store_is_exact(tmp_path, raw_telecom):
     """A 4 x 3 city placed at squares (20 + r) * 100 + (30 + c) + 1, over two days."""
     city = SyntheticCity(4, 3, days=2, seed=5, missing_share=0.02)
     ids = (20 + np.arange(4))[:, None] * 100 + 30 + np.arange(3) + 1
-    write_raw(city, tmp_path / "raw", ids)
+    raw_telecom.write_raw(city, tmp_path / "raw", ids)
     store = open_store(prepare([tmp_path / "raw"], tmp_path / "out.zarr").path)
     for day, internet in generate(city):
         where = slice(day * 144, day * 144 + 144)
-        for name, written in activities(city, day, internet).items():
+        for name, written in raw_telecom.activities(city, day, internet).items():
             seen = store.observed(name, where.start, where.stop)
             np.testing.assert_array_equal(seen[:, 20:24, 30:33], ~np.isnan(written))
             assert seen.sum() == (~np.isnan(written)).sum()
@@ -138,9 +137,9 @@ def test_other_files_are_refused(tmp_path):
             plan(sources, **options)
 
 
-def test_gzip_reads_as_its_text_and_a_cut_stream_is_named(tmp_path):
+def test_gzip_reads_as_its_text_and_a_cut_stream_is_named(tmp_path, raw_telecom):
     city = SyntheticCity(2, 2, days=1, seed=3)
-    [path] = write_raw(city, tmp_path / "raw", np.array([[1, 2], [101, 102]]))
+    [path] = raw_telecom.write_raw(city, tmp_path / "raw", np.array([[1, 2], [101, 102]]))
     packed = tmp_path / "gz" / (path.name + ".gz")
     packed.parent.mkdir()
     packed.write_bytes(gzip.compress(path.read_bytes()))
@@ -152,10 +151,10 @@ def test_gzip_reads_as_its_text_and_a_cut_stream_is_named(tmp_path):
         [*_days([packed])]
 
 
-def test_rows_in_any_order_make_the_same_day(tmp_path, monkeypatch):
+def test_rows_in_any_order_make_the_same_day(tmp_path, raw_telecom, monkeypatch):
     """Sorted by time or shuffled, in blocks that part the rows of a pair: sums and repeated rows do not care."""
     city = SyntheticCity(2, 3, days=1, seed=4)
-    [path] = write_raw(city, tmp_path, np.arange(1, 7).reshape(2, 3))
+    [path] = raw_telecom.write_raw(city, tmp_path, np.arange(1, 7).reshape(2, 3))
     [as_written] = _days([path])
     lines = path.read_text().splitlines(keepends=True)
     monkeypatch.setattr(telecom_rows, "BLOCK", 5000)

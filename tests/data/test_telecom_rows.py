@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import telecom_rows
-from data_prep.telecom_rows import blocks, explain, read_rows
-from data_prep.telecom_text import CHANNELS
+from data_prep.telecom_rows import CHANNELS, blocks, explain, read_rows
 from stdist.errors import InputError
 
 STAMP = 1383260400000

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import Plan, wide_csv
+from data_prep import READERS, Plan
 
 
 def _plan(folder: Path, text: str, **options: object) -> Plan:
     path = folder / "los_speed.csv"
     path.write_text(text)
     given = {"start": "2012-03-01T06:00", "cadence": 360, "channel": "speed", "utc_offset": -480, **options}
-    return wide_csv.plan([path], **{"nodes": True, **given})
+    return READERS["wide-csv"].plan([path], **{"nodes": True, **given})
 
 
 def test_header_names_the_nodes_and_lines_are_frames(tmp_path):

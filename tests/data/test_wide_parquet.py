@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from data_prep import wide_parquet
+from data_prep import READERS, wide
 from stdist.data.check import check_store
 from stdist.errors import InputError
 
@@ -46,8 +46,8 @@ def test_slices_of_days_give_the_whole_table(tmp_path, monkeypatch, prepared):
     data = values(120)
     data[30, 2] = np.nan
     path = parquet(tmp_path, data, stamps=hours(120))
-    monkeypatch.setattr(wide_parquet, "SLICE_BYTES", 2 * 24 * 4 * 4)
-    plan = pickle.loads(pickle.dumps(wide_parquet.plan([path])))
+    monkeypatch.setattr(wide, "SLICE_BYTES", 2 * 24 * 4 * 4)
+    plan = pickle.loads(pickle.dumps(READERS["wide-parquet"].plan([path])))
     assert [part.days for part in plan.parts] == [(0, 1), (2, 3), (4,)]
     store = prepared(plan)
     assert store.shape == (2, 2) and store.cadence == np.timedelta64(60, "m") and store.city == "milan"
@@ -60,10 +60,10 @@ def test_slices_of_days_give_the_whole_table(tmp_path, monkeypatch, prepared):
 def test_reading_is_bounded_by_slices(tmp_path, monkeypatch):
     """No read of values takes more rows than a slice holds."""
     read = []
-    collect = wide_parquet._collect
-    monkeypatch.setattr(wide_parquet, "_collect", lambda *a: read.append(collect(*a)) or read[-1])
-    monkeypatch.setattr(wide_parquet, "SLICE_BYTES", 24 * 4 * 4)
-    plan = wide_parquet.plan([parquet(tmp_path, values(240), stamps=hours(240))])
+    collect = wide._collect
+    monkeypatch.setattr(wide, "_collect", lambda *a: read.append(collect(*a)) or read[-1])
+    monkeypatch.setattr(wide, "SLICE_BYTES", 24 * 4 * 4)
+    plan = READERS["wide-parquet"].plan([parquet(tmp_path, values(240), stamps=hours(240))])
     assert read[0].shape == (240, 1)
     read.clear()
     for part in plan.parts:
@@ -74,7 +74,7 @@ def test_reading_is_bounded_by_slices(tmp_path, monkeypatch):
 def test_absent_rows_are_gaps(tmp_path, prepared):
     data, keep = values(72), np.r_[0:20, 40:72]
     path = parquet(tmp_path, data[keep], stamps=hours(72)[keep])
-    store = prepared(wide_parquet.plan([path], width=4, height=1))
+    store = prepared(READERS["wide-parquet"].plan([path], width=4, height=1))
     assert store.segments == [(0, 20), (40, 72)]
     np.testing.assert_array_equal(store.values("internet", 40, 72)[:, 0], data[40:])
 
@@ -82,7 +82,7 @@ def test_absent_rows_are_gaps(tmp_path, prepared):
 def test_whole_numbers_and_nulls(tmp_path):
     path = tmp_path / "counts.parquet"
     pl.DataFrame({"a": [1, None, 0], "b": [4, 5, 6]}, schema={"a": pl.Int64, "b": pl.UInt8}).write_parquet(path)
-    plan = wide_parquet.plan([path], start="2013-11-01", cadence=60, nodes=True)
+    plan = READERS["wide-parquet"].plan([path], start="2013-11-01", cadence=60, nodes=True)
     (day,) = plan.read(plan.parts[0])
     np.testing.assert_array_equal(day.values["internet"][:3], [[1, 4], [np.nan, 5], [0, 6]])
 
@@ -91,16 +91,16 @@ def test_stamps_with_a_zone_become_local(tmp_path, prepared):
     """2013-10-31T23:00Z is midnight in Milan, whose clocks are an hour ahead."""
     first = np.datetime64("2013-10-31T23:00")
     path = parquet(tmp_path, values(24), stamps=hours(24, first), zone="UTC")
-    store = prepared(wide_parquet.plan([path]))
+    store = prepared(READERS["wide-parquet"].plan([path]))
     assert store.segments == [(0, 24)] and store.local_times[0] == FIRST and store.times[0] == first
 
 
 def test_rows_without_stamps_need_a_start(tmp_path):
     path = parquet(tmp_path, values(24))
-    plan = wide_parquet.plan([path], start="2013-11-01T05:00", cadence=60)
+    plan = READERS["wide-parquet"].plan([path], start="2013-11-01T05:00", cadence=60)
     assert sum(day.present.sum() for part in plan.parts for day in plan.read(part)) == 24
     with pytest.raises(InputError, match=r"no column of stamps; .*--start"):
-        wide_parquet.plan([path])
+        READERS["wide-parquet"].plan([path])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_rows_without_stamps_need_a_start(tmp_path):
 def test_cells_are_placed_by_their_ids(tmp_path, names, options):
     """Whole numbers are ids and may stand in any order; other names are taken as they stand."""
     data = values(24)
-    plan = wide_parquet.plan([parquet(tmp_path, data, names, hours(24))], **options)
+    plan = READERS["wide-parquet"].plan([parquet(tmp_path, data, names, hours(24))], **options)
     (day,) = plan.read(plan.parts[0])
     order = np.argsort([int(name) for name in names]) if names[0].isdigit() else np.arange(4)
     np.testing.assert_array_equal(day.values["internet"].reshape(24, 4), data[:, order])
@@ -126,7 +126,7 @@ def test_nodes_keep_their_ids(tmp_path, prepared):
     graph = tmp_path / "weights.csv"
     graph.write_text("773869,767541,767542\n0,1,0\n1,0,0\n0,0,0\n")
     path = parquet(tmp_path, data, ["773869", "767541", "767542"], hours(24))
-    plan = wide_parquet.plan([path], nodes=True, channel="speed", adjacency=graph)
+    plan = READERS["wide-parquet"].plan([path], nodes=True, channel="speed", adjacency=graph)
     store = prepared(plan)
     assert store.dims == ("node",) and plan.spec.node_ids.tolist() == [773869, 767541, 767542]
     np.testing.assert_array_equal(store.values("speed", 0, 24), data)
@@ -152,23 +152,23 @@ def test_nodes_keep_their_ids(tmp_path, prepared):
 def test_plan_refuses(tmp_path, table, options, line, refused):
     path = parquet(tmp_path, values(24), **table)
     with refused(line):
-        wide_parquet.plan([path], **options)
+        READERS["wide-parquet"].plan([path], **options)
 
 
 def test_columns_that_are_no_numbers_are_refused(tmp_path):
     path = tmp_path / "t.parquet"
     pl.DataFrame({"a": [1.0], "b": ["x"]}).write_parquet(path)
     with pytest.raises(InputError, match="column 'b' is String, not numbers"):
-        wide_parquet.plan([path], start="2013-11-01")
+        READERS["wide-parquet"].plan([path], start="2013-11-01")
     pl.DataFrame({"a": pl.Series([], dtype=pl.Float64)}).write_parquet(path)
     with pytest.raises(InputError, match="holds no row"):
-        wide_parquet.plan([path], start="2013-11-01")
+        READERS["wide-parquet"].plan([path], start="2013-11-01")
 
 
 def test_negative_values_are_named_by_time_and_cell(tmp_path):
     data = values(24)
     data[7, 3] = -0.5
-    plan = wide_parquet.plan([parquet(tmp_path, data, stamps=hours(24))])
+    plan = READERS["wide-parquet"].plan([parquet(tmp_path, data, stamps=hours(24))])
     with pytest.raises(InputError, match=r"internet is -0.5 at 2013-11-01T07:00, index 1, 1"):
         list(plan.read(plan.parts[0]))
 
@@ -177,4 +177,4 @@ def test_file_cut_short_is_refused(tmp_path):
     path = parquet(tmp_path, values(24), stamps=hours(24))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="no Parquet file, or was cut short"):
-        wide_parquet.plan([path])
+        READERS["wide-parquet"].plan([path])

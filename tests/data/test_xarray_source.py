@@ -234,9 +234,9 @@ def test_a_large_raster_is_read_in_pieces_that_fit(tmp_path, monkeypatch, name, 
     monkeypatch.setattr(xarray_reading, "BUDGET", budget)
     monkeypatch.setattr(xarray_source, "BUDGET", budget)
     pieces = []
-    cut = xarray_reading.PieceReader._cut
+    cut = xarray_reading.SourceReader._cut
     monkeypatch.setattr(
-        xarray_reading.PieceReader, "_cut", lambda *given: pieces.append(cut(*given).nbytes) or cut(*given)
+        xarray_reading.SourceReader, "_cut", lambda *given: pieces.append(cut(*given).nbytes) or cut(*given)
     )
     data = _raster(frames=8, height=300, width=600)
     layout = {"chunks" if "zarr" in name else "chunksizes": (chunk, 100, 100)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import yearly_npz
+from data_prep import READERS
 from stdist.data.check import check_store
 from stdist.errors import InputError
 
@@ -26,7 +26,7 @@ def yearly(folder: Path, nodes: dict[int, int] | None = None, rows: int = ROWS) 
 
 
 def make_plan(raw: Path, **options: object):
-    return yearly_npz.plan([raw], **{"city": "stream", "start": "2011-07-10", "cadence": 60, **options})
+    return READERS["yearly-npz"].plan([raw], **{"city": "stream", "start": "2011-07-10", "cadence": 60, **options})
 
 
 def test_nodes_grow_and_years_are_runs(tmp_path, prepared):
@@ -104,7 +104,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"2013_adj.npz is not named by its year"):
         make_plan(tmp_path / "graph" / "2013_adj.npz")
     with pytest.raises(InputError, match="both of 2011; give each year once"):
-        yearly_npz.plan([raw, raw / "2011.npz"], city="stream", start="2011-07-10")
+        READERS["yearly-npz"].plan([raw, raw / "2011.npz"], city="stream", start="2011-07-10")
     with pytest.raises(InputError, match="none was found"):
         make_plan(tmp_path)
     # The windows that the published code makes of the raw file.

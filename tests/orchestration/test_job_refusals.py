@@ -179,7 +179,7 @@ def test_an_address_of_something_else(folder, status, body):
 
 
 def test_an_address_that_stays_silent(folder, monkeypatch):
-    monkeypatch.setattr(jobs, "PATIENCE", 0.2)
+    monkeypatch.setattr(jobs, "ANSWER_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         assert f"nothing answers at {address} (timed out)" in refusal(Path("tiny.yaml"), [], address, folder)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from stdist.errors import InputError
+
 pytest.importorskip("deepspeed")
 
 SCRIPT = Path(__file__).with_name("zero_worker.py")
@@ -84,7 +86,7 @@ def test_the_toy_would_show_a_wrong_gradient(results):
 
 @pytest.mark.parametrize("learner", LEARNERS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_weights_are_there_inside_whole(results, kind, learner):
+def test_all_weights_are_there_inside_gather_full_params(results, kind, learner):
     """Also of ZeRO-3, and the model can be called. That training after it goes right the whole run shows."""
     found, expected = results[learner][kind]["halfway"], results[learner]["torch"]["halfway"]
     assert _close(found["weights"], expected["weights"])
@@ -173,9 +175,9 @@ def test_only_zero_3_shares_the_weights(results, kind, shared):
 @pytest.mark.parametrize("kind", KINDS)
 def test_closing_gives_the_plain_module_back(results, kind, learner, precision):
     """No attribute, hook or class of DeepSpeed's is left, every weight has its own precision again (of bfloat16
-    weights the rows are float32), and nothing holds the optimizer's memory."""
+    weights the rows are float32), nothing holds the optimizer's memory, and ``linear`` is torch's."""
     found = results[learner][kind + precision]
-    assert found["leftovers"] == [] and found["freed"]
+    assert found["leftovers"] == [] and found["freed"] and found["linear"]
 
 
 @pytest.mark.parametrize("learner", LEARNERS, ids=str)
@@ -184,6 +186,29 @@ def test_what_was_closed_trains_on_under_torch_and_under_zero(results, kind, lea
     """As the stages of a run follow each other on one model."""
     for then in ("afterwards", "again"):
         assert results[learner][kind][then] == pytest.approx(results[learner]["torch"][then], rel=1e-6), then
+
+
+def test_deepspeeds_own_group_waits_as_long_as_the_launchers(results, worker):
+    """Without a time-out of its own it would wait for half an hour."""
+    assert [results[2, rank]["zero1"]["timeout"] for rank in (0, 1)] == [worker.TIMEOUT] * 2
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "1.0"])
+def test_another_deepspeed_is_refused_in_one_line(version):
+    from stdist.training.deepspeed_internals import check_version
+
+    with pytest.raises(InputError, match=f"^DeepSpeed {version} is not supported; pip install 'deepspeed>=0.19.8,<0.2"):
+        check_version(version)
+
+
+def test_the_deepspeed_that_is_supported_is_the_one_that_is_installed_with_stdist():
+    from stdist.training.deepspeed_internals import SUPPORTED, check_version
+
+    check_version("0.19.8")
+    check_version("0.19.12+cu128")
+    first, below = SUPPORTED
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert project.count(f'"deepspeed>={first},<{below}"') == project.count('"deepspeed') == 2
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------

@@ -52,6 +52,22 @@ def test_small_gradients_are_not_scaled_up():
     assert dict(engine.state())["w/exp_avg"].item() == pytest.approx(0.05)
 
 
+def test_adamw_by_hand():
+    """Gradients 1, then 0, under betas (0.9, 0.95), rate 0.1, without decay: after two steps the moments are
+    m = 0.9·0.1 = 0.09 and v = 0.95·0.05 = 0.0475, and the second update is
+    0.1 · (0.09 / (1 − 0.9²)) / √(0.0475 / (1 − 0.95²))."""
+    w = _parameter(0.0)
+    engine = TorchEngine([ParameterGroup({"w": w}, 0.1, 0.0)], lambda step: 1.0, 1e9)
+    engine.backward(w.sum())
+    engine.step()
+    assert w.item() == pytest.approx(-0.1)
+    engine.backward(0 * w.sum())
+    engine.step()
+    state = dict(engine.state())
+    assert state["w/exp_avg"].item() == pytest.approx(0.09) and state["w/exp_avg_sq"].item() == pytest.approx(0.0475)
+    assert w.item() == pytest.approx(-0.1 - 0.1 * (0.09 / 0.19) / math.sqrt(0.0475 / 0.0975))
+
+
 def test_cosine_schedule_by_hand():
     """Warm-up 1/4 … 4/4, then 0.03 + 0.97 · (1 + cos πp) / 2 with p from 0 at step 4 to 1 at step 12."""
     scale = cosine_schedule(warmup_steps=4, max_steps=12)

@@ -25,7 +25,7 @@ class _Two(ProcessGroup):
     def __init__(self) -> None:
         super().__init__(1, 2)
 
-    def gather(self, thing):
+    def all_gather_object(self, thing):
         return ["batch 7", thing]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdist.errors import DivergenceError
+from stdist.errors import DivergenceError, Interrupted
 from stdist.training.loop import LoopSettings
 
 
@@ -81,6 +81,49 @@ def test_a_finished_stage_is_only_loaded(toy, tmp_path):
 def test_logging_steps_thins_the_log_but_keeps_the_last_step(toy, tmp_path, log_lines):
     toy.run(tmp_path, toy.ToyStage(), replace(toy.SETTINGS, max_steps=7, logging_steps=3))
     assert [line["step"] for line in log_lines(tmp_path) if "event" not in line] == [3, 6, 7]
+
+
+def test_two_checkpoints_are_kept(toy, tmp_path):
+    """The newest, and the one before, which serves where the newest is damaged."""
+    toy.run(tmp_path, toy.ToyStage(), replace(toy.SETTINGS, max_steps=9, save_steps=1))
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "toy").glob("step-*")) == ["step-8", "step-9"]
+
+
+# --- the hook on weights -------------------------------------------------------------------------------------------
+
+
+class _Hooked:
+    """Records each call of the hook with the weights that it saw."""
+
+    def __init__(self, stage) -> None:
+        self.calls: list[tuple[int, torch.Tensor]] = []
+        stage.on_weights_changed = lambda step: self.calls.append((step, stage.model.weight.detach().clone()))
+
+
+def test_the_stage_is_told_of_its_weights_before_the_first_step_and_after_every_update(toy, tmp_path):
+    order: list[str] = []
+    stage = toy.ToyStage(on_step=lambda number: order.append(f"step number {number}"))
+    evaluate = stage.evaluate
+    stage.evaluate = lambda: (order.append("evaluate"), evaluate())[1]
+    stage.on_weights_changed = lambda step: order.append(f"weights {step}")
+    toy.run(tmp_path, stage, replace(toy.SETTINGS, max_steps=2, eval_steps=2))
+    assert order == ["weights 0", "evaluate", "step number 0", "weights 1", "step number 1", "weights 2", "evaluate"]
+
+
+def test_a_resumed_stage_is_told_of_the_weights_that_it_goes_on_from(toy, tmp_path):
+    """The same weights at every step as in the run that was not stopped; no weights before the saved ones are seen."""
+    whole = toy.ToyStage()
+    uninterrupted = _Hooked(whole)
+    toy.run(tmp_path / "whole", whole)
+    with pytest.raises(_Killed):
+        toy.run(tmp_path / "killed", toy.ToyStage(on_step=_stop_at(11, _Killed())))
+    stage = toy.ToyStage()
+    resumed = _Hooked(stage)
+    toy.run(tmp_path / "killed", stage)
+    assert [step for step, _ in uninterrupted.calls] == list(range(25))
+    assert [step for step, _ in resumed.calls] == list(range(9, 25))
+    for step, weights in resumed.calls:
+        assert torch.equal(weights, uninterrupted.calls[step][1])
 
 
 # --- the best checkpoint, patience ---------------------------------------------------------------------------------
@@ -151,18 +194,31 @@ def test_the_best_checkpoint_survives_pruning_and_a_resume(toy, tmp_path):
 # --- divergence ----------------------------------------------------------------------------------------------------
 
 
-def test_an_exploding_loss_stops_the_run(toy, tmp_path):
-    """A hundred times what it was in the first ten steps; the step before is still within."""
+def _stage_of_losses(toy, losses: Callable[[int], float]):
+    """A stage whose loss in step number n, from 0, is said to be ``losses(n)``."""
     stage = toy.ToyStage()
-    step_of = stage.step
+    step = stage.step
+    stage.step = lambda number, backward: step(number, backward) | {"loss": losses(number)}
+    return stage
 
-    def step(number: int, backward: Callable[[torch.Tensor], None]) -> dict[str, float]:
-        loss = {10: 99.0, 11: 101.0}.get(number, 1.0)
-        return step_of(number, backward) | {"loss": loss}
 
-    stage.step = step
-    with pytest.raises(DivergenceError, match=r"toy: loss exploded to 101 at step 12, learner 0, on batch 11;"):
+@pytest.mark.parametrize(
+    ("first", "within", "lost"),
+    [(1.0, 99.0, 101.0), (0.01, 99.0, 101.0), (3.0, 299.0, 301.0), (-3.0, -299.0, -301.0)],
+    ids=["of 1", "of less counts as of 1", "of 3", "negative"],
+)
+def test_an_exploding_loss_stops_the_run(toy, tmp_path, first, within, lost):
+    """A hundred times the mean size of the first ten losses, but at least 100."""
+    stage = _stage_of_losses(toy, lambda number: {10: within, 11: lost}.get(number, first))
+    with pytest.raises(DivergenceError, match=rf"toy: loss exploded to {lost:g} at step 12, learner 0, on batch 11;"):
         toy.run(tmp_path, stage)
+
+
+def test_the_first_ten_losses_may_be_any_and_only_they_count(toy, tmp_path):
+    """Nine of 1 and one of 991 have mean 100: the ceiling is 10,000, and the 5,000 of step 11 does not raise it."""
+    losses = {9: 991.0, 10: 5_000.0, 11: 9_999.0, 12: 10_001.0}
+    with pytest.raises(DivergenceError, match=r"loss exploded to 1e\+04 at step 13,"):
+        toy.run(tmp_path, _stage_of_losses(toy, lambda number: losses.get(number, 1.0)))
 
 
 def test_a_resumed_run_remembers_what_its_losses_were(toy, tmp_path):
@@ -248,6 +304,18 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes(toy, tmp_path, log_lines, un
     made: list[int] = []
     toy.run(run_dir, toy.ToyStage(on_step=made.append))
     assert made[0] == 11 and log_lines(run_dir) == uninterrupted
+
+
+def test_ctrl_c_waits_for_a_step_that_can_be_resumed(toy, tmp_path, log_lines, uninterrupted):
+    """A stage whose steps hang together by fours is saved behind step 12, pressed in step 10; nor earlier."""
+    stage = toy.ToyStage(on_step=lambda step: signal.raise_signal(signal.SIGINT) if step == 9 else None)
+    stage.resumable_every = 4
+    settings = replace(toy.SETTINGS, save_steps=24)
+    with pytest.raises(Interrupted, match="stopped at step 12"):
+        toy.run(tmp_path / "run", stage, settings)
+    assert {p.name for p in (tmp_path / "run" / "checkpoints" / "toy").glob("step-*")} == {"step-8", "step-12"}
+    toy.run(tmp_path / "run", toy.ToyStage(), settings)
+    assert log_lines(tmp_path / "run") == uninterrupted
 
 
 def test_a_second_ctrl_c_does_not_wait(toy, tmp_path):

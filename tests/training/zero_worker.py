@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ from stdist.training.loop import Stage as LoopStage
 from stdist.training.process_group import ProcessGroup
 
 STEPS, SAVED_AT, BATCH = 8, 4, 8
+TIMEOUT = 200.0  # of the launcher's collectives, in seconds
+LINEAR = nn.functional.linear
 MAX_GRAD_NORM = 2.6  # some steps are clipped, some are not
 KINDS = {f"zero{stage}{offload}": (stage, bool(offload)) for stage in (1, 2, 3) for offload in ("", "-offload")}
 """Engines of DeepSpeed by name: (stage of ZeRO, optimizer in CPU memory)."""
@@ -196,12 +199,15 @@ class Learner:
         }
         if kind != "torch":
             result |= {"moment_bytes": moment_bytes(engine), "weight_bytes": weight_bytes(model)}
+            world = deepspeed_groups._WORLD_GROUP
+            result["timeout"] = world._get_backend(world._device_types[0]).options._timeout.total_seconds()
         optimizer = weakref.ref(engine._zero if isinstance(engine, DeepSpeedEngine) else engine)
         engine.close()
         del engine
         gc.collect()
         result |= {"weights": bits(model), "leftovers": leftovers(model, Model(getattr(torch, dtype)))}
         result["freed"] = optimizer() is None
+        result["linear"] = nn.functional.linear is LINEAR
         result["frequencies"] = [*model.frequencies.tolist(), str(model.frequencies.dtype)]
         if dtype == "bfloat16":
             return result
@@ -330,7 +336,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     if world > 1:  # one learner alone starts without a launcher
         os.environ["LOCAL_RANK"] = str(rank)
         store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=200))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
     learner = Learner(folder, ProcessGroup.current())
     results: dict[str, Any] = {kind: learner.whole_run(kind) for kind in ("torch", *KINDS)}
     results["limit"] = MAX_GRAD_NORM

@@ -1,6 +1,9 @@
 """Stage 4 (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19): who is the reference, and what moves."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,23 +20,17 @@ from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.rollout.sampler import Completions
-from stdist.vision_llm.stages.grpo import (
-    EXTRA_TOKENS,
-    NORMALIZER_FLOOR,
-    GRPOStage,
-    candidate_tree,
-    completion_log_probs,
-)
+from stdist.vision_llm.stages.grpo import GRPOStage, candidate_tree, completion_log_probs
 
 MakePolicy = Callable[..., PolicyModel]
 
 
-def disturb(policy: PolicyModel) -> None:
-    """A LoRA adapter starts as nothing; this makes the SFT adapter say something."""
-    generator = torch.Generator().manual_seed(9)
+def disturb(policy: PolicyModel, seed: int = 9, adapter: str = "default", scale: float = 0.2) -> None:
+    """A LoRA adapter starts as nothing; this makes it say something, and something else for every seed."""
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.backbone.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        if f"lora_B.{adapter}" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def sft_model(make_policy: MakePolicy, with_adapter: bool) -> PolicyModel:
@@ -130,13 +127,122 @@ def test_the_policy_comes_back_even_from_an_error(make_policy: MakePolicy) -> No
     assert {"rows.input", "rows.output"} < trains and not any(".default." in name for name in trains)
 
 
-def test_first_step_has_no_kl_and_clips_nothing(make_policy: MakePolicy, store: GridStore) -> None:
+def test_first_step_has_no_kl_and_clips_nothing(
+    make_policy: MakePolicy, store: GridStore, batch: PolicyBatch, lean_towards_end: Callable[..., None]
+) -> None:
+    """And a candidate that knows no end is cut four tokens behind K = 3 (docs/decisions.md, 7)."""
     policy = sft_model(make_policy, with_adapter=True)
+    lean_towards_end(policy, batch, -1e4)
     begin_grpo(policy)
     scalars = stage_of(policy, store).step(0, torch.Tensor.backward)
     assert scalars["kl"] == pytest.approx(0, abs=1e-6) and scalars["clip_ratio"] == 0
     assert policy.rows.output.grad.abs().max() > 0
-    assert 0 <= scalars["right_length"] <= 1 and 1 <= scalars["tokens_per_candidate"] <= 3 + EXTRA_TOKENS
+    assert scalars["right_length"] == 0 and scalars["tokens_per_candidate"] == 7
+
+
+def sequence_log_probs(policy: PolicyModel, batch: PolicyBatch, completions: Completions, temperature: float) -> Tensor:
+    """The definition: log-softmax over what can be said, of every candidate as a sequence of its own."""
+    answer_ids = completions.answer_ids
+    ids = torch.where(answer_ids == len(policy.vocabulary), policy.end_id, answer_ids + policy.first_numeral_id)
+    prompts = batch.prompts.repeat_interleave(len(ids) // len(batch.prompts), 0)
+    with torch.no_grad():
+        hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), torch.cat([prompts, ids[:, :-1]], dim=1))
+    logits = head_logits(hidden[:, prompts.shape[1] - 1 :].flatten(0, 1), policy.answer_head) / temperature
+    return logits.log_softmax(-1).gather(1, completions.answer_ids.reshape(-1, 1)).view(ids.shape)
+
+
+def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
+    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two updates on one rollout, of a policy that is not its reference, and that moves in between: every figure by its
+    definition from three sets of log-probabilities. Then the next rollout comes."""
+    policy = sft_model(make_policy, with_adapter=True)
+    begin_grpo(policy)
+    disturb(policy, seed=1, adapter="grpo")
+    settings = {"num_iterations": 2, "beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "temperature": 0.7}
+    stage = stage_of(policy, store, **settings)
+    rollouts: list[tuple[PolicyBatch, Completions]] = []
+
+    def generate(batch: PolicyBatch, *_: object) -> Completions:
+        completions = fixed_candidates(policy, batch)
+        completions.log_probs = sequence_log_probs(policy, batch, completions, 0.7) * completions.mask
+        rollouts.append((batch, completions))
+        return completions
+
+    monkeypatch.setattr(stage, "_generate", generate)
+    first = stage.step(0, lambda loss: None)
+    disturb(policy, seed=2, adapter="grpo")
+    second = stage.step(1, lambda loss: None)
+
+    ((batch, completions),) = rollouts
+    old, mask = completions.log_probs, completions.mask
+    new = sequence_log_probs(policy, batch, completions, 0.7)
+    with as_reference(policy):
+        reference = sequence_log_probs(policy, batch, completions, 0.7)
+    rewards = stage._reward(batch, completions).view(-1, 4)
+    a = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)
+    for scalars, now in ((first, old), (second, new)):
+        ratio, r = (now - old).exp(), reference - now
+        kl = r.exp() - r - 1
+        low, high = (ratio < 0.9) & (a < 0), (ratio > 1.25) & (a > 0)
+        loss = 0.3 * kl - torch.where(low, 0.9 * a, torch.where(high, 1.25 * a, ratio * a))
+        expected = ((loss * mask).sum(1) / mask.sum(1)).mean()
+        assert scalars["loss"] == pytest.approx(expected.item(), rel=1e-3)
+        assert scalars["kl"] == pytest.approx(kl[mask].mean().item(), rel=1e-3) and scalars["kl"] > 0.01
+        for name, clipped in (("/low", low), ("/high", high), ("", low | high)):
+            share = clipped[mask].float().mean().item()
+            assert scalars[f"clip_ratio{name}"] == pytest.approx(share, abs=1e-6)
+            assert (share > 0.02) == (scalars is second), "both sides clip once the policy has moved"
+
+    stage.step(2, lambda loss: None)
+    assert len(rollouts) == 2 and not np.array_equal(rollouts[1][0].truth, batch.truth)
+
+
+class Learner(ProcessGroup):
+    """One of two learners in threads of one process."""
+
+    things: ClassVar[list[object]] = [None, None]
+    meeting: ClassVar[Barrier] = Barrier(2, timeout=60)
+
+    def all_gather_object(self, thing):
+        self.things[self.rank] = thing
+        self.meeting.wait()
+        gathered = list(self.things)
+        self.meeting.wait()
+        return gathered
+
+
+def test_two_learners_have_the_gradient_of_one(
+    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of their gradients, whatever their micro-batches; one's candidates are shorter than the other's."""
+
+    def stage_in(group: ProcessGroup, memory: float) -> GRPOStage:
+        policy = sft_model(make_policy, with_adapter=True)
+        begin_grpo(policy)
+        disturb(policy, seed=1, adapter="grpo")
+        stage = stage_of(policy, store, loss_type="dapo", beta=0.2, activation_memory=memory)
+        stage.group = group
+
+        def generate(batch: PolicyBatch, *_: object) -> Completions:
+            completions = fixed_candidates(policy, batch)
+            if group.size == 1 or group.rank == 1:  # the second window's have no end
+                completions.mask[-8:, 3] = False
+            return completions
+
+        monkeypatch.setattr(stage, "_generate", generate)
+        return stage
+
+    def step(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
+        scalars = stage.step(0, torch.Tensor.backward)
+        return scalars, torch.cat([p.grad.flatten() for p in stage.policy.parameters() if p.grad is not None])
+
+    alone, gradient = step(stage_in(ProcessGroup(), 1.0))
+    with ThreadPoolExecutor(2) as threads:
+        (first, one), (second, two) = threads.map(step, [stage_in(Learner(0, 2), 1.0), stage_in(Learner(1, 2), 1e-9)])
+    assert ((one + two) / 2 - gradient).norm() / gradient.norm() < 1e-5
+    for name in ("loss", "kl", "clip_ratio"):
+        assert (first[name] + second[name]) / 2 == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
 
 
 def test_micro_batches_add_up_to_the_whole_step(
@@ -148,7 +254,7 @@ def test_micro_batches_add_up_to_the_whole_step(
         policy = sft_model(make_policy, with_adapter=True)
         begin_grpo(policy)
         stage = stage_of(policy, store, windows_per_step=3, activation_memory=memory, beta=0.1)
-        monkeypatch.setattr(stage, "_write", lambda batch, *_, policy=policy: fixed_candidates(policy, batch))
+        monkeypatch.setattr(stage, "_generate", lambda batch, *_, policy=policy: fixed_candidates(policy, batch))
         backwards: list[Tensor] = []
 
         def backward(loss: Tensor, backwards: list[Tensor] = backwards) -> None:
@@ -170,7 +276,7 @@ def test_a_step_reports_its_tokens_and_those_it_saved(
     policy = sft_model(make_policy, with_adapter=True)
     begin_grpo(policy)
     stage = stage_of(policy, store)
-    monkeypatch.setattr(stage, "_write", lambda batch, *_: fixed_candidates(policy, batch))
+    monkeypatch.setattr(stage, "_generate", lambda batch, *_: fixed_candidates(policy, batch))
     scalars = stage.step(0, torch.Tensor.backward)
     batch = stage.train.batch(np.array([0]), np.array([0]))
     v, t, k = batch.shared.shape[1], batch.prompts.shape[1], 3
@@ -182,15 +288,16 @@ def fixed_candidates(policy: PolicyModel, batch: PolicyBatch) -> Completions:
     """Four candidates a cell: the truth, it times 1.1, it times 1.5, and it cut after two values."""
     n, end = len(batch.answers), len(policy.vocabulary)
     truth = batch.truth.reshape(n, 3)
-    choices, lengths = torch.full((n, 4, 4), end), torch.tensor([3, 3, 3, 2]).repeat(n)
+    answer_ids, lengths = torch.full((n, 4, 4), end), torch.tensor([3, 3, 3, 2]).repeat(n)
     for candidate, scale in enumerate((1.0, 1.1, 1.5, 1.0)):
         encoded = torch.from_numpy(policy.vocabulary.encode(truth * scale))
         length = int(lengths[candidate])
-        choices[:, candidate, :length] = encoded[:, :length]
-    choices = choices.view(-1, 4)
+        answer_ids[:, candidate, :length] = encoded[:, :length]
+    answer_ids = answer_ids.view(-1, 4)
     mask = torch.arange(4) <= lengths[:, None]
-    values = torch.from_numpy(policy.vocabulary.decode(choices.clamp(max=end - 1).numpy())).float() * (choices < end)
-    return Completions(choices, mask, torch.full(mask.shape, -6.0) * mask, values, lengths)
+    decoded = torch.from_numpy(policy.vocabulary.decode(answer_ids.clamp(max=end - 1).numpy())).float()
+    values = decoded * (answer_ids < end)
+    return Completions(answer_ids, mask, torch.full(mask.shape, -6.0) * mask, values, lengths)
 
 
 def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: GridStore) -> None:
@@ -199,19 +306,18 @@ def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: G
     batch = CityWindows(policy, store.windows("train", 4, 3, channel="internet")).batch(
         np.array([3, 9]), np.array([0, 7])
     )
-    written = fixed_candidates(policy, batch)
+    completions = fixed_candidates(policy, batch)
     truth = batch.truth.reshape(4, 3)
-    predicted = written.values.view(4, 4, 4)[..., :3].numpy()
-    city = np.linspace(0.0, 190.0, 20).mean()
+    predicted = completions.values.view(4, 4, 4)[..., :3].numpy()
     normalizers = {
-        "cell_mean": np.tile([NORMALIZER_FLOOR * city, 70.0], 2),  # cell 0 is at rest
+        "cell_mean": np.tile([0.05 * 95.0, 70.0], 2),  # cell 0 is at rest
         "window_mean": truth.mean(1),
-        "city_mean": np.full(4, city),
+        "city_mean": np.full(4, 95.0),
     }
     for name, normalizer in normalizers.items():
         stage = stage_of(policy, store, normalizer=name, half_score=0.3)
-        rewards = stage._reward(batch, written).view(4, 4).numpy()
-        d = np.maximum(normalizer, NORMALIZER_FLOOR * city)
+        rewards = stage._reward(batch, completions).view(4, 4).numpy()
+        d = np.maximum(normalizer, 0.05 * 95.0)
         for candidate, length in enumerate((3, 3, 3, 2)):
             error = np.sqrt(((predicted[:, candidate] - truth) ** 2)[:, :length].mean(1)) / d
             expected = 0.5 ** (error / 0.3) - 0.5 * (3 - length) / 3
@@ -237,16 +343,17 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(
     stage = stage_of(policy, store)
     batches: list[PolicyBatch] = []
 
-    def log_probs(batch: PolicyBatch, written: Completions) -> Tensor:
-        return completion_log_probs(policy, candidate_tree(policy, batch, written), written, 1.0, sizes=[2, 4, 16])
+    def log_probs(batch: PolicyBatch, completions: Completions) -> Tensor:
+        tree = candidate_tree(policy, batch, completions)
+        return completion_log_probs(policy, tree, completions, 1.0, sizes=[2, 4, 16])
 
-    def write(batch: PolicyBatch, generator: torch.Generator, among: ProcessGroup) -> Completions:
+    def generate(batch: PolicyBatch, *_: object) -> Completions:
         batches.append(batch)
-        written = fixed_candidates(policy, batch)
-        written.log_probs = log_probs(batch, written)
-        return written
+        completions = fixed_candidates(policy, batch)
+        completions.log_probs = log_probs(batch, completions)
+        return completions
 
-    monkeypatch.setattr(stage, "_write", write)
+    monkeypatch.setattr(stage, "_generate", generate)
     engine = TorchEngine(parameter_groups(policy, GRPOConfig(learning_rate=1e-3)), cosine_schedule(0, 10), 1.0)
     before = None
     for _ in range(4):

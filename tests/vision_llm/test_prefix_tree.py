@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import adapter_names, add_lora, train_only
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import candidate_log_probs, candidate_tree, completion_log_probs
-from stdist.vision_llm.stages.reward import grpo_loss
+from stdist.vision_llm.stages.loss import LossInputs, grpo
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.prefix_tree import Tree, Visit
@@ -52,23 +53,32 @@ class Case:
     """Two windows of two cells. What fine-tuning and GRPO ask of them, in columns of the full or the answer logits."""
 
     batch: PolicyBatch
-    written: Completions
+    completions: Completions
     reference: Tensor
-    gain: Tensor
+    advantages: Tensor
 
     def tree_and_loss(self, policy: PolicyModel, algorithm: str) -> tuple[Tree, Visit]:
         if algorithm == "sft":
             return sft_tree(policy, self.batch, NO_BLANKS), sft_loss(policy, self.batch)
 
         def loss(rows: slice, states: Tensor) -> Tensor:
-            log_probs = candidate_log_probs(policy, states, self.written, rows, TEMPERATURE)
-            return self.grpo_loss(log_probs, rows) * ((rows.stop - rows.start) / len(self.gain))
+            log_probs = candidate_log_probs(policy, states, self.completions, rows, TEMPERATURE)
+            return self.grpo_loss(log_probs, rows)
 
-        return candidate_tree(policy, self.batch, self.written), loss
+        return candidate_tree(policy, self.batch, self.completions), loss
 
     def grpo_loss(self, log_probs: Tensor, rows: slice) -> Tensor:
-        old, reference = self.written.log_probs[rows], self.reference[rows]
-        return grpo_loss(log_probs, old, reference, self.gain[rows], self.written.mask[rows], 0.2, 0.1)[0]
+        inputs = LossInputs(
+            trainer_log_probs=log_probs,
+            rollout_log_probs=self.completions.log_probs[rows],
+            reference_log_probs=self.reference[rows],
+            advantages=self.advantages[rows],
+            mask=self.completions.mask[rows],
+            tokens=int(self.completions.mask.sum()),
+            sequences=len(self.advantages),
+            max_tokens=4,
+        )
+        return grpo(inputs, GRPOConfig(epsilon=0.2, beta=0.1))[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +91,15 @@ def make_case(make_batch: Callable[..., PolicyBatch]) -> Callable[[PolicyModel],
         generator = torch.Generator().manual_seed(5)
         end = len(policy.vocabulary)
         lengths = torch.tensor([4, 0, 2, 1, 3, 4, 2, 4, 0, 3, 1, 2])  # numerals
-        choices = torch.randint(end, (12, 4), generator=generator).masked_fill(torch.arange(4) >= lengths[:, None], end)
+        answer_ids = torch.randint(end, (12, 4), generator=generator)
+        answer_ids = answer_ids.masked_fill(torch.arange(4) >= lengths[:, None], end)
         mask = torch.arange(4) <= lengths[:, None]
-        written = Completions(choices, mask, torch.zeros(12, 4), torch.zeros(12, 4), lengths)
-        tree = candidate_tree(policy, batch, written)
-        own = completion_log_probs(policy, tree, written, TEMPERATURE, [ALL] * 3)
-        written.log_probs = (own + 0.3 * torch.randn(12, 4, generator=generator)) * mask
+        completions = Completions(answer_ids, mask, torch.zeros(12, 4), torch.zeros(12, 4), lengths)
+        tree = candidate_tree(policy, batch, completions)
+        own = completion_log_probs(policy, tree, completions, TEMPERATURE, [ALL] * 3)
+        completions.log_probs = (own + 0.3 * torch.randn(12, 4, generator=generator)) * mask
         reference = (own + 0.3 * torch.randn(12, 4, generator=generator)) * mask
-        return Case(batch, written, reference, torch.randn(12, generator=generator))
+        return Case(batch, completions, reference, torch.randn(12, generator=generator))
 
     return make
 
@@ -110,10 +121,10 @@ def per_sample_loss(
     first, end = policy.first_numeral_id, len(policy.vocabulary)
     sayable = torch.cat([torch.arange(first, first + end), torch.tensor([policy.end_id])])
     log_probs = []
-    for candidate, choices in enumerate(case.written.answer_ids):
-        tokens = int(case.written.mask[candidate].sum())
-        logits = logits_of(candidate // G, sayable[choices[: tokens - 1]])[-tokens:, sayable]
-        said = (logits / TEMPERATURE).log_softmax(-1).gather(1, choices[:tokens, None])[:, 0]
+    for candidate, answer_ids in enumerate(case.completions.answer_ids):
+        tokens = int(case.completions.mask[candidate].sum())
+        logits = logits_of(candidate // G, sayable[answer_ids[: tokens - 1]])[-tokens:, sayable]
+        said = (logits / TEMPERATURE).log_softmax(-1).gather(1, answer_ids[:tokens, None])[:, 0]
         log_probs.append(torch.nn.functional.pad(said, (0, 4 - tokens)))
     return case.grpo_loss(torch.stack(log_probs), slice(0, 12))
 

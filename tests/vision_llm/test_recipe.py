@@ -24,7 +24,7 @@ from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
 
-STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 3}
+STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 4}
 
 
 def forecast_to(run_dir: Path, store: Path, region: str | None, split: str, out: Path, log) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def config_of(store: GridStore, output_dir: Path, **changes: Any) -> VisionLLMCo
         "alignment": {**numbers, "max_steps": STAGES["alignment"]},
         "arithmetic": {**numbers, "max_steps": STAGES["arithmetic"]},
         "sft": {**windows, "max_steps": STAGES["sft"]},
-        "grpo": {**windows, "max_steps": STAGES["grpo"], "num_generations": 2},
+        "grpo": {**windows, "max_steps": STAGES["grpo"], "num_generations": 2, "num_iterations": 2},
         "forecast": {"windows_per_batch": 8},
     }
     return parse_config(tree | changes, where="test")
@@ -176,9 +176,10 @@ def test_other_data_at_the_same_path_is_refused(run: Path, config: VisionLLMConf
 def test_a_killed_run_resumes_to_the_same_losses(
     run: Path, store: GridStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed twice between checkpoints, in fine-tuning and in GRPO: log, forecasts and scores are those of ``run``."""
+    """Killed twice between checkpoints, in fine-tuning and between two updates on one rollout of GRPO: log, forecasts
+    and scores are those of ``run``."""
     config = config_of(store, tmp_path)
-    for stage, name, last in ((SFTStage, "sft", 3), (GRPOStage, "grpo", 2)):
+    for stage, name, last in ((SFTStage, "sft", 3), (GRPOStage, "grpo", 3)):
         step = stage.step
 
         def dying(self: Any, number: int, backward: Any, step: Any = step, last: int = last) -> dict[str, float]:

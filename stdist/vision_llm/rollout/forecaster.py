@@ -88,7 +88,7 @@ def validation_errors(
     pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).chunks()
     for _, batch, values in forecast_pieces(policy, city, indices, group.local_items(list(pieces)), decoding):
         horizon_first = (0, 2, 1)
-        state = state.update(
+        state += ErrorState.of(
             values[:, :, 0].transpose(horizon_first),
             batch.truth.transpose(horizon_first),
             batch.observed.transpose(horizon_first),

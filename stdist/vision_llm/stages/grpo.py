@@ -1,11 +1,13 @@
 """Stage 4: group relative policy optimisation (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19).
 
 For every (window, cell): sample G candidates, reward each (Eq. 17), subtract the group's mean, raise the likelihood of
-the better ones inside the clip, stay near the frozen SFT model. The stage ends when validation NRMSE stops falling.
+the better ones inside the clip, stay near the frozen SFT model; ``num_iterations`` updates on the same candidates. The
+stage ends when validation NRMSE stops falling.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
 from stdist.vision_llm.rollout.sampler import Completions, Decoding, Sampler
-from stdist.vision_llm.stages.reward import advantages, grpo_loss, reward
+from stdist.vision_llm.stages.loss import LOSSES, LossInputs
+from stdist.vision_llm.stages.reward import group_advantages, reward
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
@@ -30,6 +33,22 @@ from stdist.vision_llm.tree.prefix_tree import Level, Tree
 EXTRA_TOKENS = 4
 # d of Eq. 19 never falls below this share of the city's mean: a cell at rest would make any error enormous.
 NORMALIZER_FLOOR = 0.05
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """This learner's candidates of a step, one tree of them, and what all updates on them share.
+
+    ``tokens``: written by the candidates of all learners. ``sizes``: the tree's micro-batches.
+    """
+
+    completions: Completions
+    reference_log_probs: Float[Tensor, "candidates tokens"]
+    advantages: Float[Tensor, "candidates"]
+    tokens: int
+    tree: Tree
+    sizes: list[int]
+    statistics: dict[str, float]
 
 
 class GRPOStage(Stage):
@@ -60,38 +79,40 @@ class GRPOStage(Stage):
         self.sampler = Sampler(
             policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
         )
+        self.max_tokens = policy.spec.setting.horizon + EXTRA_TOKENS
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
+        self.resumable_every = config.num_iterations
+        self._rollout: Rollout | None = None
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        config, policy = self.config, self.policy
-        batch = self.train.batch(*self._draw(step))
-        written = self._write(batch, self._generator(step), self.group)
-        rewards = self._reward(batch, written).view(-1, config.num_generations)
-        tree = candidate_tree(policy, batch, written)
-        sizes = self.micro_batches.sizes(tree)
-        with as_reference(policy):
-            reference = completion_log_probs(policy, tree, written, config.temperature, sizes)
-        gain = advantages(rewards, config.scale_rewards).flatten()
+        if step % self.config.num_iterations == 0:
+            self._rollout = self._new_rollout(step)
+        assert self._rollout, "steps begin where a rollout does"
+        policy, config, rollout, learners = self.policy, self.config, self._rollout, self.group.size
         sums: dict[str, float] = defaultdict(float)
 
         def loss(rows: slice, states: Float[Tensor, "candidates tokens d"]) -> Float[Tensor, ""]:
-            part, details = grpo_loss(
-                candidate_log_probs(policy, states, written, rows, config.temperature),
-                written.log_probs[rows],
-                reference[rows],
-                gain[rows],
-                written.mask[rows],
-                config.epsilon,
-                config.beta,
+            completions = rollout.completions
+            inputs = LossInputs(
+                trainer_log_probs=candidate_log_probs(policy, states, completions, rows, config.temperature),
+                rollout_log_probs=completions.log_probs[rows],
+                reference_log_probs=rollout.reference_log_probs[rows],
+                advantages=rollout.advantages[rows],
+                mask=completions.mask[rows],
+                tokens=rollout.tokens,
+                sequences=len(rollout.advantages) * learners,
+                max_tokens=self.max_tokens,
             )
-            share = (rows.stop - rows.start) / len(gain)
+            part, details = LOSSES[config.loss_type](inputs, config)
+            # The engine and the log take means over learners, but a learner's parts are some of a sum over all of them.
             for name, value in details.items():
-                sums[name] += value * share
-            return part * share
+                sums[name] += value * learners
+            return part * learners
 
-        total = prefix_tree.backward(policy, tree, loss, backward, sizes)
+        tree = rollout.tree
+        total = prefix_tree.backward(policy, tree, loss, backward, rollout.sizes)
         tokens = {"tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
-        return {**sums, "loss": total, **tokens, **self._statistics(rewards, written)}
+        return {**sums, "loss": total, **tokens, **rollout.statistics}
 
     def evaluate(self) -> dict[str, float]:
         """Validation errors of the run's own decoding, and the mean reward of sampled candidates."""
@@ -103,13 +124,13 @@ class GRPOStage(Stage):
         rewards = [torch.zeros(0)]
         for first in self.group.local_items(range(0, len(indices), config.windows_per_step)):
             batch = self.validation.batch(indices[first : first + config.windows_per_step], self.validation.cells)
-            written = self._write(batch, self._generator(2**31 + first))  # the same draws at every evaluation
-            rewards.append(self._reward(batch, written).cpu())
+            completions = self._generate(batch, self._generator(2**31 + first))  # the same draws at every evaluation
+            rewards.append(self._reward(batch, completions).cpu())
         return errors | {"reward": float(torch.cat(self.group.all_gather_object(torch.cat(rewards))).mean())}
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows of this learner, and cells of all."""
-        rng = np.random.default_rng([self.seed, 4, step])
+        """Windows of this learner, and cells of all, in the rollout that a step learns from."""
+        rng = np.random.default_rng([self.seed, 4, step - step % self.config.num_iterations])
         windows, cells = self.train.draw(rng, self.config.windows_per_step, self.config.cells_per_window)
         return windows[self.group.local_slice(len(windows), "grpo.windows_per_step")], cells
 
@@ -118,25 +139,47 @@ class GRPOStage(Stage):
 
     # --- rollouts ----------------------------------------------------------------------------------------------
 
+    def _new_rollout(self, step: int) -> "Rollout":
+        """Candidates of the policy as it is at ``step``, and what the updates on them need."""
+        config, policy = self.config, self.policy
+        batch = self.train.batch(*self._draw(step))
+        completions = self._generate(batch, self._generator(step), self.group)
+        longest, tokens = zip(
+            *self.group.all_gather_object((completions.mask.shape[1], int(completions.mask.sum()))), strict=True
+        )
+        # All learners' trees have one shape, and so as many backward passes: each of them may be a collective.
+        completions = completions.widened(max(longest))
+        rewards = self._reward(batch, completions).view(-1, config.num_generations)
+        tree = candidate_tree(policy, batch, completions)
+        sizes = self.micro_batches.sizes(tree)
+        with as_reference(policy):
+            reference_log_probs = completion_log_probs(policy, tree, completions, config.temperature, sizes)
+        return Rollout(
+            completions,
+            reference_log_probs,
+            group_advantages(rewards, config.scale_rewards).flatten(),
+            sum(tokens),
+            tree,
+            sizes,
+            self._statistics(rewards, completions),
+        )
+
     @torch.no_grad()
-    def _write(
+    def _generate(
         self, batch: PolicyBatch, generator: torch.Generator, among: ProcessGroup = ProcessGroup()
     ) -> Completions:
         """Candidates of this learner's batch, drawn as they would be were all learners' batches one."""
         sequences = len(batch.prompts) * self.config.num_generations
-        max_tokens = self.policy.spec.setting.horizon + EXTRA_TOKENS
-        drawn = torch.rand(among.size * sequences, max_tokens, generator=generator, device=self.policy.device)
-        written = self.sampler.generate(
+        drawn = torch.rand(among.size * sequences, self.max_tokens, generator=generator, device=self.policy.device)
+        return self.sampler.generate(
             self.policy.prefix(batch.shared, batch.grids),
             batch.prompts,
-            max_tokens,
+            self.max_tokens,
             uniforms=drawn[among.rank * sequences : (among.rank + 1) * sequences],
         )
-        # All learners' trees have one shape, and so as many backward passes: each of them may be a collective.
-        return written.widened(max(among.all_gather_object(written.mask.shape[1])))
 
-    def _reward(self, batch: PolicyBatch, written: Completions) -> Float[Tensor, "candidates"]:
-        g, device = self.config.num_generations, written.values.device
+    def _reward(self, batch: PolicyBatch, completions: Completions) -> Float[Tensor, "candidates"]:
+        g, device = self.config.num_generations, completions.values.device
         truth = torch.from_numpy(batch.truth).flatten(0, 1).float().to(device)
         cell_mean = np.tile(self.cell_mean[batch.cells], len(batch.shared))
         city_mean = float(self.cell_mean[self.train.cells].mean())
@@ -146,56 +189,56 @@ class GRPOStage(Stage):
             "city_mean": torch.full((len(truth),), city_mean, device=device),
         }[self.config.normalizer].clamp(min=NORMALIZER_FLOOR * city_mean)
         return reward(
-            written.values,
-            written.lengths,
+            completions.values,
+            completions.lengths,
             truth.repeat_interleave(g, 0),
             normalizer.repeat_interleave(g, 0),
             self.config.half_score,
         )
 
-    def _statistics(self, rewards: Float[Tensor, "groups G"], written: Completions) -> dict[str, float]:
+    def _statistics(self, rewards: Float[Tensor, "groups G"], completions: Completions) -> dict[str, float]:
         return {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(1).mean()),
             # A reward that is always about zero teaches nothing: watch this share.
             "reward_under_0.05": float((rewards < 0.05).float().mean()),
-            "right_length": float((written.lengths == self.policy.spec.setting.horizon).float().mean()),
-            "tokens_per_candidate": float(written.mask.sum(1).float().mean()),
+            "right_length": float((completions.lengths == self.policy.spec.setting.horizon).float().mean()),
+            "tokens_per_candidate": float(completions.mask.sum(1).float().mean()),
         }
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator(device=self.policy.device).manual_seed(self.seed * 1_000_003 + step)
 
 
-def candidate_tree(policy: PolicyModel, batch: PolicyBatch, written: Completions) -> Tree:
+def candidate_tree(policy: PolicyModel, batch: PolicyBatch, completions: Completions) -> Tree:
     """Windows, their cells' prompts, and what was written behind each: the last token is predicted, never read."""
     end = len(policy.vocabulary)
-    ids = torch.where(written.answer_ids == end, policy.end_id, written.answer_ids + policy.first_numeral_id)
+    ids = torch.where(completions.answer_ids == end, policy.end_id, completions.answer_ids + policy.first_numeral_id)
     return Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(ids[:, :-1])))
 
 
 def candidate_log_probs(
     policy: PolicyModel,
     states: Float[Tensor, "candidates tokens d"],
-    written: Completions,
+    completions: Completions,
     rows: slice,
     temperature: float,
 ) -> Float[Tensor, "candidates tokens"]:
     """Log-probability of the tokens of candidates ``rows`` under the distribution they were sampled from (without
     top-p's cut); 0 outside the mask. ``states`` predict them."""
-    mask = written.mask[rows]
-    log_probs = token_log_probs(states[mask], policy.answer_head, written.answer_ids[rows][mask], temperature)
+    mask = completions.mask[rows]
+    log_probs = token_log_probs(states[mask], policy.answer_head, completions.answer_ids[rows][mask], temperature)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 
 def completion_log_probs(
-    policy: PolicyModel, tree: Tree, written: Completions, temperature: float, sizes: list[int]
+    policy: PolicyModel, tree: Tree, completions: Completions, temperature: float, sizes: list[int]
 ) -> Float[Tensor, "candidates tokens"]:
     """Log-probability of every written token, without gradients."""
-    log_probs = torch.empty_like(written.log_probs)
+    log_probs = torch.empty_like(completions.log_probs)
 
     def visit(rows: slice, states: Tensor) -> Tensor:
-        log_probs[rows] = candidate_log_probs(policy, states, written, rows, temperature)
+        log_probs[rows] = candidate_log_probs(policy, states, completions, rows, temperature)
         return log_probs
 
     prefix_tree.forward(policy, tree, visit, sizes)

@@ -1,4 +1,4 @@
-"""The GRPO mathematics as pure functions of tensors (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19)."""
+"""Rewards and advantages as pure functions (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19)."""
 
 import math
 
@@ -49,37 +49,7 @@ def reward(
     return accuracy - length_penalty - 0.5 * failed
 
 
-def advantages(rewards: Float[Tensor, "groups G"], scale_rewards: str) -> Float[Tensor, "groups G"]:
+def group_advantages(rewards: Float[Tensor, "groups G"], scale_rewards: str) -> Float[Tensor, "groups G"]:
     """Reward minus its group's mean; with ``scale_rewards="group"`` divided by the group's standard deviation."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if scale_rewards == "group" else centred
-
-
-def grpo_loss(
-    log_probs: Float[Tensor, "candidates tokens"],
-    old_log_probs: Float[Tensor, "candidates tokens"],
-    reference_log_probs: Float[Tensor, "candidates tokens"],
-    advantage: Float[Tensor, "candidates"],
-    mask: Bool[Tensor, "candidates tokens"],
-    epsilon: float,
-    beta: float,
-) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """Clipped objective with a KL penalty to the reference, to be minimised.
-
-    Averaged over the tokens of a candidate, then over candidates (the original GRPO: every candidate weighs the same).
-    KL is the unbiased, non-negative estimate exp(r) − r − 1 with r = log π_ref − log π. Returns the loss and the means
-    of ``kl`` and of ``clip_ratio`` (share of tokens where clipping is active).
-    """
-    ratio = (log_probs - old_log_probs).exp()
-    gain = advantage[:, None]
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    objective = torch.minimum(ratio * gain, clipped * gain)
-    difference = reference_log_probs - log_probs
-    kl = difference.exp() - difference - 1
-
-    def mean(per_token: Tensor) -> Tensor:
-        return ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-    loss = mean(beta * kl - objective)
-    is_clipped = (ratio * gain > clipped * gain).float()
-    return loss, {"kl": mean(kl).item(), "clip_ratio": mean(is_clipped).item()}

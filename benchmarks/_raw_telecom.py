@@ -1,9 +1,5 @@
-"""The raw text format of the Telecom Italia Big Data Challenge, and a writer of genuine-looking files.
-
-Tab-separated, no header, eight columns: square id, start of the slot (epoch milliseconds, UTC), country code,
-then sms-in, sms-out, call-in, call-out, internet. An empty field is no activity of that kind. A (square,
-slot) has one row per country code (0 = unknown; 3.6 on average, at most 36), and none without any activity.
-"""
+"""Raw text of the Telecom Italia challenge, in the genuine format, of a synthetic city: for tests and the ingest
+benchmark."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-CHANNELS = ("sms_in", "sms_out", "call_in", "call_out", "internet")
-SLOT_MS = 600_000
-SLOTS_PER_DAY = 144
-UTC_OFFSET_MINUTES = 60
-"""Central European Time throughout; a file starts at local midnight."""
+from data_prep.telecom_rows import CHANNELS, SLOT_MS, SLOTS_PER_DAY, day_start_ms
+from stdist.data.synthetic import SyntheticCity, generate
 
+# Mean ratio to the internet activity, roughly as in the public data.
+RATIOS = {"sms_in": 0.06, "sms_out": 0.04, "call_in": 0.05, "call_out": 0.06, "internet": 1.0}
 COUNTRIES = np.array([39, 0, *range(30, 39), *range(40, 50), 1, 7, 20, 51, 55, 60, 81, 86, 90, 91, 212, 213, 216])
 MEAN_FOREIGN, SHARE_SEEN = 3.9, 0.2
 """Foreign codes drawn for a (square, slot), and how many of a code's activities are not blank: a file then has 3.6
@@ -25,14 +20,25 @@ ROWS_AT_ONCE = 10
 """Grid rows held in memory while writing."""
 
 
-def day_start_ms(day: np.datetime64) -> int:
-    """Epoch milliseconds, UTC, of local midnight."""
-    minutes = int(day.astype("datetime64[m]").astype(np.int64)) - UTC_OFFSET_MINUTES
-    return minutes * 60_000
+def write_raw(city: SyntheticCity, folder: Path, cell_ids: np.ndarray) -> list[Path]:
+    """Writes a city of 10-minute slots as raw text files, one a day, and return their paths.
+
+    cell_ids: int64 [H, W], squares of Milan. Channel internet is the generator's own, exactly; the others
+    follow it with noise (``activities``).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    first = np.datetime64(city.first_day, "D")
+    return [
+        write_day(folder, first + day, activities(city, day, values), cell_ids, city.seed)
+        for day, values in generate(city)
+    ]
 
 
-def file_name(day: np.datetime64) -> str:
-    return f"sms-call-internet-mi-{day}.txt"
+def activities(city: SyntheticCity, day: int, internet: np.ndarray) -> dict[str, np.ndarray]:
+    """All five channels of one day, float32 [144, H, W] each, missing where ``internet`` is NaN."""
+    rng = np.random.default_rng([city.seed, 5, day])
+    others = {name: RATIOS[name] * np.exp(rng.normal(0, 0.3, internet.shape)) for name in CHANNELS[:-1]}
+    return {**{name: (internet * r).astype(np.float32) for name, r in others.items()}, "internet": internet}
 
 
 def write_day(
@@ -43,7 +49,7 @@ def write_day(
     values: per channel of ``CHANNELS`` [144, H, W], float32, NaN = missing in all channels alike (such pairs
     get no row). cell_ids: int64 [H, W]. Each value is split over country codes whose sum is the value again.
     """
-    path = folder / file_name(day)
+    path = folder / f"sms-call-internet-mi-{day}.txt"
     rng = np.random.default_rng([seed, int(day.astype(int))])
     with path.open("wb") as file:
         for first in range(0, len(cell_ids), ROWS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""What a preparation keeps beside its shards while it is under way: whose it is, what is done, and locks.
+"""The journal of a preparation beside its shards while it is under way: its identity, its finished parts, its locks.
 
 All of it lies in the folder ``FOLDER`` of the partial store, which is removed once the store has its name.
 """
@@ -26,8 +26,8 @@ PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
-class Notes:
-    """The notes of the partial store ``root``. A note is written whole, after its shards are on the disk."""
+class Journal:
+    """The journal of the partial store ``root``. An entry is written after its shards are on the disk, all at once."""
 
     root: Path
 
@@ -40,37 +40,36 @@ class Notes:
         return self.folder / "scratch"
 
     def identity(self) -> dict[str, Any] | None:
-        """What ``begin`` noted; None where init was not finished."""
+        """The preparation's identity as ``begin`` noted it; None where init was not finished."""
         try:
             return json.loads((self.folder / "identity.json").read_text())
         except FileNotFoundError:
             return None
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """To be called once everything that init makes is there."""
+        """Notes the identity, once everything that init makes is on the disk."""
         write_atomically(self.folder / "identity.json", json.dumps(identity))
 
     def add(self, result: PartResult) -> None:
-        note = {"name": result.name, "files": result.files, "result": result.result}
-        write_atomically(self.folder / "parts" / f"{quote(result.name, safe='')}.json", json.dumps(note))
+        write_atomically(self.folder / "parts" / f"{quote(result.name, safe='')}.json", json.dumps(vars(result)))
 
     def finished(self) -> dict[str, PartResult]:
         """Every finished part's result by its name."""
-        notes = (json.loads(path.read_text()) for path in sorted((self.folder / "parts").glob("*.json")))
-        return {note["name"]: PartResult(**note) for note in notes}
+        entries = (json.loads(path.read_text()) for path in sorted((self.folder / "parts").glob("*.json")))
+        return {entry["name"]: PartResult(**entry) for entry in entries}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def lock(self, wanted: Path, session: str) -> IO[str]:
-        """Hold the store for this process until closed, or until the process ends, however it ends.
+    def lock(self, store: Path, session: str) -> IO[str]:
+        """Holds ``store`` for this process until closed, or until the process ends, however it ends.
 
         From now on ``session`` alone may write shards. Raises InputError where another process holds the
         store, or where workers of a killed one still write after ``PATIENCE``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / "lock").open("a")
-        busy = f"{wanted} is being written by another process; wait for it or choose another name"
+        busy = f"{store} is being written by another process; wait for it or choose another name"
         if not _locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _is(file, self.folder / "lock"):
             file.close()
             raise InputError(busy)
@@ -88,7 +87,7 @@ class Notes:
 
     @contextmanager
     def working(self, session: str) -> Iterator[None]:
-        """To be held by whoever writes shards, in any process: a restart waits until nobody does.
+        """Held while shards are written, in any process: a restart waits until nobody does.
 
         Raises RuntimeError where a restart came before: who holds a session that is over must not write on.
         """
@@ -100,7 +99,7 @@ class Notes:
 
 
 def _locked(file: IO[str], how: int) -> bool:
-    """Whether the lock was had; True too on file systems without locks, where it is the user's to keep order."""
+    """True where the lock was had, and on file systems without locks, where it is the user's to keep order."""
     try:
         fcntl.flock(file, how)
     except BlockingIOError:

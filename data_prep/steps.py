@@ -1,4 +1,4 @@
-"""Frames with a time: their stamps, the parts and days they make, and what is refused in them."""
+"""Time steps: their stamps, the parts and days they make, and the values that are refused in them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.common import parse_start
-from data_prep.plan import Day, Part, Plan
-from stdist.data.schema import MINUTES_PER_DAY, GridSpec, NodeSpec
+from data_prep.preparation import Plan
+from stdist.data import Day, GridSpec, NodeSpec, Part
+from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
 
 Load = Callable[[], Mapping[str, np.ndarray]]
@@ -18,16 +19,16 @@ Load = Callable[[], Mapping[str, np.ndarray]]
 
 
 def stamps_from(
-    path: Path, start: str | None, frames: int, cadence: int, example: str, lacking: str = "time stamps"
+    path: Path, start: str | None, steps: int, cadence: int, example: str, lacking: str = "time stamps"
 ) -> np.ndarray:
-    """Local stamps, datetime64[m] [frames], of frames that follow one another; InputError without a start."""
+    """Local stamps, datetime64[m] [steps], of time steps that follow one another; InputError without a start."""
     if start is None:
         raise InputError(f"{path} has no {lacking}; give the local time of its first frame: --start {example}")
-    return parse_start(start) + np.arange(frames) * np.timedelta64(cadence, "m")
+    return parse_start(start) + np.arange(steps) * np.timedelta64(cadence, "m")
 
 
 def cadence_of(path: Path, stamps: np.ndarray) -> int:
-    """Minutes between frames: the shortest step of stamps, datetime64[m] [T], in local time.
+    """Minutes between time steps: the shortest step of stamps, datetime64[m] [T], in local time.
 
     Raises InputError where stamps are repeated, run backwards, or do not lie on a regular grid from midnight
     whose step divides a day. Absent stamps are no error.
@@ -68,8 +69,8 @@ def minutes_of_day(stamps: np.ndarray) -> np.ndarray:
     return (stamps - stamps.astype("datetime64[D]")).astype("timedelta64[m]").astype(np.int64)
 
 
-def frames_of(path: Path, spec: GridSpec | NodeSpec, stamps: np.ndarray) -> np.ndarray:
-    """Index of each local stamp on the spec's axis of time, int64 [n]; InputError where one is not on it."""
+def steps_of(path: Path, spec: GridSpec | NodeSpec, stamps: np.ndarray) -> np.ndarray:
+    """Index of each local stamp on the spec's time axis, int64 [n]; InputError where one is not on it."""
     require_on_grid(path, stamps, spec.cadence_minutes)
     return (stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes
 
@@ -80,51 +81,51 @@ def slices_of_days(days: np.ndarray, together: int = 1) -> list[tuple[int, int]]
     return list(zip(starts, [*starts[1:], len(days)], strict=True))
 
 
-def part_of(spec: GridSpec | NodeSpec, frames: np.ndarray, load: Load, source: Path | str) -> Part:
-    """The days of frames that ``load`` gives, by their indices, int64 [n] in any order."""
-    days = np.unique(frames // spec.slots_per_day)
-    return Part(str(spec.days[days[0]]), tuple(days.tolist()), (frames, load, str(source)))
+def part_of(spec: GridSpec | NodeSpec, steps: np.ndarray, load: Load, source: Path | str) -> Part:
+    """A part of the days of the time steps that ``load`` reads, by their indices, int64 [n] in any order."""
+    days = np.unique(steps // spec.slots_per_day)
+    return Part(str(spec.days[days[0]]), tuple(days.tolist()), (steps, load, str(source)))
 
 
 def plan_of(spec: GridSpec | NodeSpec, recipe: dict[str, Any], files: list[Path], parts: list[Part]) -> Plan:
     """Plan of parts that ``part_of`` made."""
     # The graph would travel with every part.
     axes = replace(spec, adjacency=None) if isinstance(spec, NodeSpec) else spec
-    return Plan(spec, recipe, files, None, parts, partial(read_frames, axes))
+    return Plan(spec, recipe, files, None, parts, partial(read_days, axes))
 
 
-def read_frames(spec: GridSpec | NodeSpec, part: Part) -> Iterator[Day]:
-    """The days of a part of ``part_of``; slots without a frame are not present.
+def read_days(spec: GridSpec | NodeSpec, part: Part) -> Iterator[Day]:
+    """The days of a part of ``part_of``; slots without a time step are not present.
 
     Raises InputError naming source, channel, time and place of a value that is infinite or negative.
     """
-    frames, load, source = part.payload
+    steps, load, source = part.payload
     channels, slots = load(), spec.slots_per_day
-    stamps = spec.first_day.astype("datetime64[m]") + frames * np.timedelta64(spec.cadence_minutes, "m")
-    order = np.argsort(frames, kind="stable")
-    for start, stop in slices_of_days(frames[order] // slots):
+    stamps = spec.first_day.astype("datetime64[m]") + steps * np.timedelta64(spec.cadence_minutes, "m")
+    order = np.argsort(steps, kind="stable")
+    for start, stop in slices_of_days(steps[order] // slots):
         rows = order[start:stop]
-        taken = {name: np.asarray(numbers[rows], np.float32) for name, numbers in channels.items()}
-        for name, values in taken.items():
+        of_day = {name: np.asarray(numbers[rows], np.float32) for name, numbers in channels.items()}
+        for name, values in of_day.items():
             require_traffic(values, f"{source}: {name}", stamps[rows])
-        yield Day(int(frames[rows[0]] // slots), *slots_filled(taken, stamps[rows], slots, spec.shape[-1]))
+        yield Day(int(steps[rows[0]] // slots), *slots_filled(of_day, stamps[rows], slots, spec.shape[-1]))
 
 
 def slots_filled(
     channels: Mapping[str, np.ndarray], stamps: np.ndarray, slots: int, side: int | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Values [n, ...] of frames of one local day as those of all its slots, float32, and which of them are present.
+    """Spreads values [n, ...] of one local day over all its slots, float32; with them the slots that are present, bool.
 
-    side: how long the last axis becomes, filled up as missing.
+    side: length that the last axis gets, filled up as missing.
     """
-    here = minutes_of_day(stamps) * slots // MINUTES_PER_DAY
+    slot = minutes_of_day(stamps) * slots // MINUTES_PER_DAY
     present = np.zeros(slots, bool)
-    present[here] = True
+    present[slot] = True
     filled = {}
     for name, values in channels.items():
         *shape, last = values.shape[1:]
         filled[name] = np.full((slots, *shape, side or last), np.nan, np.float32)
-        filled[name][here, ..., :last] = values
+        filled[name][slot, ..., :last] = values
     return filled, present
 
 

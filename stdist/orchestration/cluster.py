@@ -1,0 +1,70 @@
+"""A connection to a Ray cluster, or one line that says why there is none."""
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from stdist.errors import InputError
+
+try:
+    import ray
+    from ray.exceptions import AuthenticationError
+except ModuleNotFoundError as error:
+    raise InputError("Ray is not installed; pip install 'stdist[cluster]', or leave out --ray") from error
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds in which the head has to answer. Ray itself would try for two minutes and then end the process."""
+
+
+@contextmanager
+def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
+    """Ray, connected to the cluster at ``address``: HOST:PORT, ray://HOST:PORT, ``auto`` (the one this machine belongs
+    to), ``local`` (one that is started here and ends with this), None (``auto``, else ``local``). A connection that is
+    there already is used, and stays.
+
+    Raises InputError where there is no such cluster, or it refuses the token, at once.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if address not in (None, "auto", "local"):
+        _require_listener(address)
+    try:
+        # A dashboard is started with a cluster of one's own only, and there nobody looks at it.
+        dashboard = False if address in (None, "local") else None
+        ray.init(address, include_dashboard=dashboard, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError, SystemExit) as error:
+        # SystemExit is Ray's own way out where the head says nothing that it understands.
+        raise InputError(
+            f"cannot join the Ray cluster at {address or 'this machine'}: {first_sentence(error)}; see that one runs "
+            "there (`ray status`), with this version of Ray, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are those "
+            "of its head"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    url = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise InputError(f"{address} is no address of a Ray cluster; write HOST:6379, ray://HOST:10001, auto or local")
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_TIMEOUT).close()
+    except OSError as error:
+        raise InputError(
+            f"nothing answers at {address} ({error.strerror or error}); check host and port, `ray status` on the head"
+        ) from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """Returns the first sentence of what may be pages."""
+    text = " ".join(str(error).split())
+    return type(error).__name__ if isinstance(error, SystemExit) or not text else text.split(". ")[0].rstrip(".")
