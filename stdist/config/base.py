@@ -50,9 +50,9 @@ class OptimizerConfig(Strict):
 
 
 class LearnersConfig(Strict):
-    """The learners, processes that train one run together, in Ray Train's and DeepSpeed's names; they may change between a run and its
-    continuation, but for the ``engine`` of a stage that trains bfloat16 weights in full. One learner without Ray unless
-    ``num_workers`` asks for more.
+    """The learners, processes that train one run together, in Ray Train's and DeepSpeed's names; one without Ray unless
+    ``num_workers`` asks for more. They may change between a run and its continuation, but for the ``engine`` of a stage
+    that trains bfloat16 weights in full.
 
     ``engine``: plain torch (one learner) or DeepSpeed. ``zero_stage``: what is sharded, 1 optimizer state, 2 gradients
     too, 3 weights too. ``offload_optimizer`` keeps the optimizer in CPU memory. ``deepspeed``: a DeepSpeed JSON of the

@@ -1,4 +1,4 @@
-"""From YAML to a run's configuration: unknown keys are errors that name the nearest right key.
+"""Reads a run's configuration from YAML: unknown keys are errors that name the nearest right key.
 
 Hyper-parameter names follow Hugging Face and TRL; the papers' letters stand where those are the field's names.
 """
