@@ -52,7 +52,7 @@ class Rollout:
 
 
 class GRPOStage(Stage):
-    """See :class:`stdist.training.loop.Stage`. Call ``policy.begin_grpo`` before.
+    """See :class:`stdist.training.loop.Stage`. Call ``begin_grpo(policy)`` before.
 
     Args:
         cell_mean: ``[H·W of the region]`` mean of each cell over the training span, in units.
