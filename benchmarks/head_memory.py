@@ -24,7 +24,7 @@ from _harness import Cost, comparison, cost_in_fresh_process, figure, parser, pu
 from torch import Tensor
 from torch.nn import functional as F
 
-from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.kernels.token_losses import token_log_probs
 
 
 class Size(NamedTuple):
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 
 def tiled(hidden: Tensor, text: Tensor, numerals: Tensor, targets: Tensor) -> Tensor:
-    return -token_losses(hidden, [text, numerals], targets).log_probs.mean()
+    return -token_log_probs(hidden, [text, numerals], targets).mean()
 
 
 def whole(hidden: Tensor, text: Tensor, numerals: Tensor, targets: Tensor) -> Tensor:

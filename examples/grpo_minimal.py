@@ -23,7 +23,7 @@ from data_prep import READERS
 from stdist.data import open_store
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
 HISTORY, HORIZON, GENERATIONS = 4, 3, 4
@@ -45,7 +45,7 @@ class Prompts:
     sayable: Int[Tensor, "answers"]
 
     @classmethod
-    def of(cls, policy: Policy, batch: PolicyBatch, generations: int) -> "Prompts":
+    def of(cls, policy: PolicyModel, batch: PolicyBatch, generations: int) -> "Prompts":
         """``generations`` rows a cell, cell by cell and window by window."""
         cells = len(batch.prompts) // len(batch.shared)
         ids = torch.cat([batch.shared.repeat_interleave(cells, 0), batch.prompts], dim=1)
@@ -56,7 +56,7 @@ class Prompts:
         return cls(ids.repeat_interleave(generations, 0), patches, grid_thw, policy.image_id, sayable)
 
 
-def plain_model(policy: Policy) -> Qwen2_5_VLForConditionalGeneration:
+def plain_model(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
     """The policy as transformers knows it: one embedding and one head of text rows, then the numerals' rows."""
     model = copy.deepcopy(policy.base_model)
     first = policy.first_numeral_id
@@ -118,7 +118,7 @@ def reward(values: list[float], truth: list[float], d: float) -> float:
 
 
 def rewards_of(
-    policy: Policy, answer_ids: Int[Tensor, "candidates tokens"], truth: np.ndarray, d: np.ndarray
+    policy: PolicyModel, answer_ids: Int[Tensor, "candidates tokens"], truth: np.ndarray, d: np.ndarray
 ) -> Float[Tensor, "groups G"]:
     """``truth`` [groups, K] and ``d`` [groups], in the data's units."""
     end, generations = len(policy.vocabulary), len(answer_ids) // len(truth)

@@ -19,6 +19,8 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 META, CPU = torch.device("meta"), torch.device("cpu")
+# torch counts products, but not those added in place, which the head's tiles are.
+FLOPS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
 
 
 class Meter(TorchDispatchMode):
@@ -158,7 +160,7 @@ def _is_functional(func: Any) -> bool:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
+    count: Callable[..., int] | None = FLOPS.get(func.overloadpacket)
     return count(*args, **kwargs, out_val=out) if count else 0
 
 

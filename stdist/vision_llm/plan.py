@@ -14,11 +14,11 @@ from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
+from stdist.vision_llm.dataset import ASSUMED_GRID, stage_config, unfitted_spec
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.recipe import check_learners, parameter_groups
 from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
-from stdist.vision_llm.task import ASSUMED_GRID, stage_config, unfitted_spec
 
 
 def plan_run(
@@ -57,7 +57,7 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
     policy, costs = shape_policy(*starting_point(config, stage)), costs_of(config, stage)
     weights = policy_weights(policy, config.policy.load_in_4bit)
     if ranks.zero_stage and settings.trainable == "full":  # DeepSpeed casts all of it
-        weights = [replace(w, bytes_each=policy.text_rows.element_size()) for w in weights]
+        weights = [replace(w, bytes_each=policy.text_head.element_size()) for w in weights]
     phases = costs.phases | {"update": {"temporaries": update_bytes(parameter_groups(policy, settings), ranks)}}
     live, everything = gathered_bytes(weights, ranks)
     if everything:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stdist.errors import InputError
+from stdist.runs.dataset import Dataset
 from stdist.runs.forecasting import Predictor
 from stdist.runs.plan import RunPlan
 from stdist.runs.recipes import Recipe
@@ -20,16 +21,17 @@ from stdist.training.engine import Engine, ParameterGroup
 from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec, stage_config
 from stdist.vision_llm.numeral_range import find_unwritable
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
-from stdist.vision_llm.task import Task, open_task, policy_spec, stage_config
 
 
 class VisionLLMRecipe(Recipe[VisionLLMConfig]):
@@ -40,12 +42,12 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
     def stages(self, config: VisionLLMConfig) -> tuple[str, ...]:
         return config.stages
 
-    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Task:
+    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Dataset:
         """The run's data. Raises InputError where ``group`` cannot train on it, or the folder is another run's."""
         check_learners(config, group)
-        task = open_task(config)
-        refuse_foreign_folder(config, task.store.digest)
-        return task
+        dataset = open_dataset(config)
+        refuse_foreign_folder(config, dataset.store.digest)
+        return dataset
 
     def open(self, config: VisionLLMConfig, group: ProcessGroup) -> "VisionLLMRun":
         return VisionLLMRun(config, self.check(config, group))
@@ -65,15 +67,15 @@ class VisionLLMRun(Run):
     metric = "nrmse"
     config: VisionLLMConfig
 
-    def __init__(self, config: VisionLLMConfig, task: Task):
-        self.config, self.task = config, task
-        self.store, self.train, self.test = task.store, task.train, task.test
-        self.policy = _on_device(build_policy(policy_spec(config, task), config.seed))
+    def __init__(self, config: VisionLLMConfig, dataset: Dataset):
+        self.config, self.dataset = config, dataset
+        self.store, self.train, self.test = dataset.store, dataset.train, dataset.test
+        self.policy = _on_device(build_policy(policy_spec(config, dataset), config.seed))
         clamp = config.numerals.out_of_range == "clamp"
-        clamped = find_unwritable((task.train, task.validation, task.test), self.policy.vocabulary, clamp)
+        clamped = find_unwritable((dataset.train, dataset.validation, dataset.test), self.policy.vocabulary, clamp)
         self.notes = [clamped] if clamped else []
         self._train, self._validation = (
-            CityWindows(self.policy, windows, clamp) for windows in (task.train, task.validation)
+            CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
         )
 
     @property
@@ -107,7 +109,7 @@ class VisionLLMRun(Run):
         config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
         begin_stage(policy, name, stage_config(config, name).trainable, config.seed)
         if name == "grpo":
-            cell_mean = self.task.statistics.cell_mean[self.task.train.region.slices].ravel()
+            cell_mean = self.dataset.statistics.cell_mean[self.dataset.train.region.slices].ravel()
             return GRPOStage(
                 policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group
             )
@@ -116,7 +118,7 @@ class VisionLLMRun(Run):
         return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
 
 
-def _on_device(policy: Policy) -> Policy:
+def _on_device(policy: PolicyModel) -> PolicyModel:
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -146,7 +148,7 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
 class PolicyFiles:
     """See :class:`stdist.training.loop.Model`."""
 
-    policy: Policy
+    policy: PolicyModel
 
     def snapshot(self) -> Callable[[Path], None]:
         return snapshot_policy(self.policy)
@@ -155,7 +157,7 @@ class PolicyFiles:
         load_weights(self.policy, path)
 
 
-def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, group: ProcessGroup) -> Engine:
+def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: PolicyModel, group: ProcessGroup) -> Engine:
     """The configured engine on what trains in the stage."""
     groups = parameter_groups(policy, settings)
     return engines.make_engine(
@@ -163,14 +165,14 @@ def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, 
     )
 
 
-def begin_stage(policy: Policy, name: str, trainable: str, seed: int) -> None:
+def begin_stage(policy: PolicyModel, name: str, trainable: str, seed: int) -> None:
     """Gives the policy what the stage trains, and freezes the rest."""
     if name == "grpo":
-        policy.begin_grpo(seed)
+        begin_grpo(policy, seed)
         return
-    if trainable == "lora" and not policy.adapters:
-        policy.add_lora(seed=seed)
-    policy.train_only(trainable, frames=name == "sft")
+    if trainable == "lora" and not adapter_names(policy):
+        add_lora(policy, seed=seed)
+    train_only(policy, trainable, frames=name == "sft")
 
 
 def _validation_decoding(config: VisionLLMConfig) -> Decoding:
@@ -178,7 +180,7 @@ def _validation_decoding(config: VisionLLMConfig) -> Decoding:
     return "median" if config.forecast.decoding == "sample" else config.forecast.decoding
 
 
-def parameter_groups(policy: Policy, settings: StageConfig) -> list[ParameterGroup]:
+def parameter_groups(policy: PolicyModel, settings: StageConfig) -> list[ParameterGroup]:
     """Backbone or adapter matrices, their vectors (never decayed), and the numeral rows at their own rate."""
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     backbone = {name: p for name, p in trained.items() if name.startswith("backbone.")}

@@ -2,7 +2,7 @@
 (:mod:`stdist.runs.meter`), through the prefix tree, the alignment step and the sampler, one micro-batch of each kind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +21,11 @@ from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, GRPOConfig
 from stdist.vision_llm.kernels.prefix import Prefix
+from stdist.vision_llm.policy.adapters import active_adapter, add_lora
 from stdist.vision_llm.policy.checkpoints import assemble
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
-from stdist.vision_llm.policy.numeral_rows import NumeralRows
+from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings
 from stdist.vision_llm.policy.presets import SHAPES, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.recipe import begin_stage
@@ -34,7 +35,7 @@ from stdist.vision_llm.stages.grpo import EXTRA_TOKENS, candidate_log_probs, can
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import activation_bytes, sizes_within
-from stdist.vision_llm.tree.prefix_tree import Tree, Visit, slices
+from stdist.vision_llm.tree.prefix_tree import Level, Tree, Visit
 
 NF4_BYTES = 4.127 / 8
 """Of a weight with its doubly quantised scale (QLoRA, arXiv 2305.14314, Section 3); bitsandbytes knows no shapes."""
@@ -72,7 +73,7 @@ class Costs:
 
 
 @cache
-def shape_policy(spec: PolicySpec, stages: Stages) -> Policy:
+def shape_policy(spec: PolicySpec, stages: Stages) -> PolicyModel:
     """The policy without weights as it begins the last of ``stages``. Text is counted by the presets' tokenizer, which
     knows the wording's words and digits as Qwen's does. Raises InputError where the base's configuration cannot be
     read."""
@@ -80,14 +81,14 @@ def shape_policy(spec: PolicySpec, stages: Stages) -> Policy:
         is_preset = spec.base in SHAPES
         model = build_model(spec.base, 0) if is_preset else Qwen2_5_VLForConditionalGeneration(_base_config(spec.base))
         vocabulary, d = Vocabulary(spec.mantissa_digits), model.config.get_text_config().hidden_size
-        rows = NumeralRows(*torch.zeros(2, len(vocabulary), d))
+        rows = NumeralEmbeddings(*torch.zeros(2, len(vocabulary), d))
         model = model.to(getattr(torch, spec.dtype))
         policy = assemble(model, build_tokenizer(), build_image_processor(), vocabulary, rows, spec)
         if not is_preset:
             policy.first_numeral_id = model.config.get_text_config().vocab_size
             policy.set_task(spec)
         if not spec.base_is_trained:
-            policy.add_lora()
+            add_lora(policy)
         for name, trainable in stages:
             begin_stage(policy, name, trainable, seed=0)
     return policy
@@ -107,7 +108,7 @@ def _base_config(name: str) -> Qwen2_5_VLConfig:
     return config
 
 
-def policy_weights(policy: Policy, four_bit: bool) -> list[Weights]:
+def policy_weights(policy: PolicyModel, four_bit: bool) -> list[Weights]:
     """Everything a learner has, by kind. ZeRO-3 leaves whole what is read outside of its own module."""
     kinds: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in policy.named_parameters():
@@ -125,11 +126,11 @@ def policy_weights(policy: Policy, four_bit: bool) -> list[Weights]:
     ]
 
 
-def _kind(policy: Policy, name: str, parameter: Tensor) -> str:
+def _kind(policy: PolicyModel, name: str, parameter: Tensor) -> str:
     if not name.startswith("backbone."):
         return ROWS if name.startswith("rows.") else REFERENCE_ROWS
     if "lora_" in name:
-        return LORA if f".{policy.active_adapter}." in name else REFERENCE_LORA
+        return LORA if f".{active_adapter(policy)}." in name else REFERENCE_LORA
     parts = {"visual": VISION, "embed_tokens": EMBEDDINGS, "lm_head": HEAD}
     base = next((kind for part, kind in parts.items() if f".{part}." in name), None)
     return base or (DECODER if parameter.ndim > 1 else NORMS)
@@ -154,7 +155,8 @@ def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> t
 
 
 def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
-    """Of a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over the tree that trains."""
+    """Of a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over the tree that trains, once for
+    all updates on the same candidates."""
     grpo = config if isinstance(config, GRPOConfig) else None
     families = [cells, grpo.num_generations] if grpo else [cells]
     sequences = list(accumulate([windows, *families], mul))
@@ -166,25 +168,35 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
     }
     if grpo:
         phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations)
-    passes = [(3 if grpo else 1) * f + b for f, b in zip(forward, backward, strict=True)]
+    forwards = 1 + 2 / grpo.num_iterations if grpo else 1
+    passes = [forwards * f + b for f, b in zip(forward, backward, strict=True)]
     return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases, calls[0])
 
 
-def micro_batches(windows: int, families: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
-    """Forward calls of each depth of a prefix tree with ``families`` children a parent, at most ``sizes`` in one call;
-    and the sequences of the largest."""
+def micro_batches(windows: int, families: list[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Calls of the decoder for each depth of a tree with ``families`` children a parent, at most ``sizes`` in one; and
+    the sequences of the largest. Counted on the tree's own walk, over a policy that encodes nothing."""
     calls, largest = [0] * len(sizes), [0] * len(sizes)
 
-    def below(parents: int, depth: int) -> None:
-        family = families[depth - 1] if depth else 1
-        for start, stop in slices(parents * family, sizes[depth], family):
+    class Nothing:
+        def prefix(self, ids: Tensor, grids: Tensor | None = None, parent: Prefix | None = None) -> Prefix:
+            depth = depth_of(parent)
             calls[depth] += 1
-            largest[depth] = max(largest[depth], stop - start)
-            if depth < len(families):
-                below(stop - start, depth + 1)
+            largest[depth] = max(largest[depth], len(ids))
+            return Prefix([], [], torch.empty(len(ids), 0), ids[:, 0], parent)
 
-    below(windows, 0)
+        def branch(self, parent: Prefix, ids: Tensor) -> tuple[Tensor, Prefix]:
+            return torch.empty(*ids.shape, 0), self.prefix(ids, None, parent)
+
+    ids = [torch.zeros(count, 1, dtype=torch.int64) for count in accumulate([windows, *families], mul)]
+    tree = Tree(ids[0], ids[0].float(), tuple(map(Level, ids[1:])))
+    prefix_tree.forward(Nothing(), tree, lambda leaves, states: states, sizes)  # type: ignore[arg-type]
     return calls, largest
+
+
+def depth_of(parent: Prefix | None) -> int:
+    """Of a parent's children; 0 where there is none."""
+    return 1 + depth_of(parent.parent) if parent else 0
 
 
 @cache
@@ -216,7 +228,7 @@ def _tree(spec: PolicySpec, stages: Stages, at_once: tuple[int, ...]) -> tuple[l
 class _Walk:
     """A policy that notes the operations of each depth of a tree, forward and backward, and the bytes held."""
 
-    def __init__(self, policy: Policy, meter: Meter):
+    def __init__(self, policy: PolicyModel, meter: Meter):
         self._policy, self._meter, self._depth = policy, meter, 0
         self.flops: tuple[list[int], list[int]] = ([], [])
         self.bytes: dict[str, float] = {"activations": 0, "temporaries": 0}
@@ -225,10 +237,7 @@ class _Walk:
         return self._noted(0, 0, self._policy.prefix, *inputs)
 
     def branch(self, node: Prefix, *inputs: Tensor) -> tuple[Tensor, Prefix]:
-        depth, ancestor = 1, node.parent
-        while ancestor:
-            depth, ancestor = depth + 1, ancestor.parent
-        return self._noted(0, depth, self._policy.branch, node, *inputs)
+        return self._noted(0, depth_of(node), self._policy.branch, node, *inputs)
 
     def visit(self, visit: Visit) -> Visit:
         return lambda rows, states: self._noted(0, self._depth, visit, rows, states)
@@ -255,7 +264,7 @@ class _TwoTokens:
     class Enough(Exception):
         pass
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: PolicyModel):
         self._policy, self._left = policy, 2
 
     def __getattr__(self, name: str) -> Any:
@@ -279,7 +288,7 @@ def _sampling(spec: PolicySpec, stages: Stages, windows: int, cells: int, genera
     return {"keys, values and logits": meter.peak}
 
 
-def _stage_tree(policy: Policy, stage: str, families: tuple[int, ...]) -> tuple[Tree, Visit]:
+def _stage_tree(policy: PolicyModel, stage: str, families: tuple[int, ...]) -> tuple[Tree, Visit]:
     """The tree of SFT or GRPO on windows of nothing, and what its leaves are asked."""
     windows, cells, generations = (*families, 1)[:3]
     batch = _batch(policy, windows, cells)
@@ -295,7 +304,7 @@ def _stage_tree(policy: Policy, stage: str, families: tuple[int, ...]) -> tuple[
     return candidate_tree(policy, batch, completions), loss
 
 
-def _batch(policy: Policy, windows: int, cells: int) -> PolicyBatch:
+def _batch(policy: PolicyModel, windows: int, cells: int) -> PolicyBatch:
     setting, frames, count = policy.spec.setting, policy.spec.frames, windows * cells
     grid, zeros = (frames.height, frames.width) if frames else (1, 1), np.zeros(count, np.int64)
     shared = policy.prompts.shared(np.datetime64("2013-11-04T00:00"))

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from stdist.errors import InputError
 from stdist.training.process_group import ProcessGroup
+from stdist.urbanpg.opening import open_run
 from stdist.urbanpg.plan import plan_run
 from stdist.urbanpg.prompts import _replacements
-from stdist.urbanpg.recipe import open_run
 
 
 def in_blocks(model, *inputs, block_nodes, noise_seed=None) -> Tensor:
@@ -153,6 +153,7 @@ def test_a_plan_counts_what_a_whole_batch_keeps(city, make_config, tmp_path, blo
     spec = model.prompts.spec
     stays = _replacements(0, 0, spec.p, spec.q, spec.d, history.device)  # stay for the next steps
     with Live([*model.parameters(), *model.buffers(), history, zero, *stays]) as live:
-        value = model(history, zero, zero, noise_seed=0)
+        forecast = model(history, zero, zero, noise_seed=0)
         kept = live.now + stays[-1].nbytes
+        del forecast
     assert planned.phases["training"]["activations"] == pytest.approx(kept, rel=0.02)

@@ -21,11 +21,12 @@ from stdist.runs.plan import StagePlan
 from stdist.runs.recipes import parse_config
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.kernels.attention import MATH, Choice
 from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_model
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
 from stdist.vision_llm.recipe import begin_stage, parameter_groups
@@ -41,7 +42,6 @@ from stdist.vision_llm.stage_costs import (
 )
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
-from stdist.vision_llm.task import open_task, policy_spec
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches, activation_bytes
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
@@ -108,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Kept:
     """What autograd keeps for a backward pass besides weights: counted on real tensors."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: PolicyModel):
         self._weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
         self._seen: dict[int, torch.Tensor] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -126,16 +126,16 @@ class Kept:
         loss.backward()
 
 
-def policy_at(config: VisionLLMConfig, stage: str) -> Policy:
+def policy_at(config: VisionLLMConfig, stage: str) -> PolicyModel:
     """As it is in training when ``stage`` begins."""
-    policy = build_policy(policy_spec(config, open_task(config)), seed=0)
+    policy = build_policy(policy_spec(config, open_dataset(config)), seed=0)
     for name in config.stages[: config.stages.index(stage) + 1]:
         begin_stage(policy, name, getattr(config, name).trainable, seed=0)
     return policy
 
 
 def kind_of(name: str) -> str:
-    if name.startswith("_reference_rows"):
+    if name.startswith("reference_rows"):
         return REFERENCE_ROWS
     if name.startswith("rows"):
         return ROWS
@@ -200,9 +200,9 @@ def test_a_step_of_sft_is_planned_as_it_runs(config, monkeypatch):
     are as many operations as the fused kernel's."""
     run = config(stages=["sft"], sft={"trainable": "full"}, frames={"enabled": False})
     plan, costs = plan_stage(run, "sft"), costs_of(run, "sft")
-    monkeypatch.setattr(Policy, "attention_choice", Choice(MATH, "plain"))
+    monkeypatch.setattr(PolicyModel, "attention_choice", Choice(MATH, "plain"))
     policy = policy_at(run, "sft")
-    city = CityWindows(policy, open_task(run).train)
+    city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(3), city.cells[:7])
     tree = sft_tree(policy, batch, torch.zeros(21, dtype=torch.bool))
     sizes = MicroBatches(policy, run.sft.activation_bytes).sizes(tree)
@@ -223,7 +223,8 @@ def test_a_step_of_sft_is_planned_as_it_runs(config, monkeypatch):
     monkeypatch.setattr(
         policy, "_decoder", lambda **inputs: calls.append(len(inputs["inputs_embeds"])) or decoder(**inputs)
     )
-    with FlopCounterMode(display=False) as counter:
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         prefix_tree.backward(policy, tree, sft_loss(policy, batch), torch.Tensor.backward, sizes)
     assert plan.counts["tokens_per_learner"] == tree.tokens
     assert plan.counts["micro_batches"] == [sizes[0], max(calls)]
@@ -239,7 +240,7 @@ def test_tokens_of_grpo_are_those_of_its_tree(config):
     run = config(stages=["grpo"])
     plan = plan_stage(run, "grpo")
     policy = policy_at(run, "grpo")
-    city = CityWindows(policy, open_task(run).train)
+    city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(2), city.cells[:5])
     answers = torch.zeros(2 * 5 * 4, HORIZON, dtype=torch.long)
     tree = Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(answers)))
@@ -277,7 +278,7 @@ def test_activations_are_what_autograd_keeps(config, trainable, dtype, checkpoin
     policy_keys = {"dtype": dtype, "gradient_checkpointing": checkpointing}
     run = config(stages=["sft"], sft={"trainable": trainable, "activation_memory": 1e-6}, policy=policy_keys)
     policy, plan = policy_at(run, "sft"), plan_stage(run, "sft")
-    city = CityWindows(policy, open_task(run).train)
+    city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(1), city.cells[:1])
     window_and_child = activation_bytes(policy, sft_tree(policy, batch, torch.zeros(1, dtype=torch.bool)))
     assert plan.phases["training"]["activations"] == pytest.approx(sum(window_and_child), rel=0.02)

@@ -1,12 +1,11 @@
-"""The data side of a run: its store, its windows, and the policy they call for."""
-
-from dataclasses import dataclass
+"""The data of a run, and the policy that it calls for."""
 
 import numpy as np
 
-from stdist.data import DaySpan, GridStore, Region, Split, Statistics, Windows, open_store
+from stdist.data import GridStore, Region, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
+from stdist.runs.dataset import Dataset, open_windows, split_of, training_days
 from stdist.vision_llm.config import StageConfig, VisionLLMConfig
 from stdist.vision_llm.policy.frames import pixels_per_cell
 from stdist.vision_llm.policy.presets import SHAPES
@@ -15,62 +14,25 @@ from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 ASSUMED_GRID = (100, 100)
 
 
-@dataclass
-class Task:
-    """The data side of a run: windows of the three splits and what the training span says of the channel."""
-
-    store: GridStore
-    train: Windows
-    validation: Windows
-    test: Windows
-    statistics: Statistics
-
-
-def open_task(config: VisionLLMConfig) -> Task:
+def open_dataset(config: VisionLLMConfig) -> Dataset:
     """Opens the store and its windows. Raises InputError for a region, channel, split or window that cannot be."""
-    data = config.data
-    store = open_store(data.store)
-    split = Split.parse(**data.split.model_dump(mode="json")) if data.split else store.default_split
+    data, store = config.data, open_store(config.data.store)
+    split = split_of(data.split, store)
     region = Region.parse(data.region) if data.region else Region(0, store.shape[0], 0, store.shape[1])
-    fitted_on = span_of(split, "train", store).fraction(data.fraction)
-
-    def windows(name: str) -> Windows:
-        span = fitted_on if name == "train" else span_of(split, name, store)
-        return store.windows(
-            span,
-            data.history,
-            data.horizon,
-            channel=data.channel,
-            region=region,
-            history_inside=name == "train",
-            name=name,
-        )
-
-    return Task(
-        store,
-        train=windows("train"),
-        validation=windows("validation"),
-        test=windows("test"),
-        statistics=store.statistics(data.channel, fitted_on),
-    )
+    windows = open_windows(data, store, split, region.within(store.shape), store.region())
+    return Dataset(store, *windows, store.statistics(data.channel, training_days(data, split)))
 
 
-def span_of(split: Split, name: str, store: GridStore) -> DaySpan:
-    span = getattr(split, name) if name in ("train", "validation", "test") else None
-    if span is None:
-        raise InputError(f"{store.path} has no {name} days; set data.split, or give local days A:B")
-    return span
-
-
-def policy_spec(config: VisionLLMConfig, task: Task) -> PolicySpec:
-    maximum = task.statistics.maximum
+def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
+    maximum = dataset.statistics.maximum
     if maximum <= 0:
         raise InputError(
-            f"{task.store.path}: {config.data.channel} is zero all over {task.statistics.span}; train on other days"
+            f"{dataset.store.path}: {config.data.channel} is zero all over {dataset.statistics.span}; "
+            "train on other days"
         )
-    spec = unfitted_spec(config, task.store)
+    spec = unfitted_spec(config, dataset.store)
     frames = spec.frames and spec.frames.model_copy(update={"t_max": maximum})
-    return spec.model_copy(update={"frames": frames, "fitted": fitted_on_data(config, task)})
+    return spec.model_copy(update={"frames": frames, "fitted": fitted_on_data(config, dataset)})
 
 
 def unfitted_spec(config: VisionLLMConfig, store: GridStore | None) -> PolicySpec:
@@ -108,13 +70,13 @@ def unfitted_spec(config: VisionLLMConfig, store: GridStore | None) -> PolicySpe
     )
 
 
-def fitted_on_data(config: VisionLLMConfig, task: Task) -> tuple[Fitted, ...]:
-    """What a run fits on its training days, for the leak audit; the alignment stages read no traffic."""
+def fitted_on_data(config: VisionLLMConfig, dataset: Dataset) -> tuple[Fitted, ...]:
+    """The leak audit's record of what a run fits on its training days; the alignment stages read no traffic."""
     of_stage = {"sft": {"weights"}, "grpo": {"weights", "reward normalizer"}}
     whats = {"t_max of the frames"} if config.frames.enabled else set()
     whats = whats.union(*(of_stage.get(name, set()) for name in config.stages))
-    data = data_digest(task.store, config.data.channel)
-    return tuple(Fitted.on(what, task.statistics.span, data) for what in sorted(whats))
+    data = data_digest(dataset.store, config.data.channel)
+    return tuple(Fitted.on(what, dataset.statistics.span, data) for what in sorted(whats))
 
 
 def cadence_minutes(store: GridStore) -> int:
