@@ -120,10 +120,10 @@ def read_city(config: VisionLLMConfig) -> tuple[PolicySpec, int, list[str]]:
 
 def _changes(config: VisionLLMConfig, stage: str) -> Iterator[Changes]:
     settings, learners = stage_config(config, stage), config.learners
-    if isinstance(settings, AlignmentConfig):
-        yield {f"{stage}.gradient_accumulation_steps": settings.train_batch_size // learners.num_workers}
-    else:
+    if isinstance(settings, ForecastStageConfig):
         yield {f"{stage}.activation_memory": min(1.0, settings.activation_memory)}
+    elif isinstance(settings, AlignmentConfig):
+        yield {f"{stage}.gradient_accumulation_steps": settings.train_batch_size // learners.num_workers}
     yield {"policy.gradient_checkpointing": True}
     if learners.num_workers > 1:
         yield {"learners.zero_stage": 2}

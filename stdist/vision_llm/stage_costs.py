@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from operator import mul, truediv
-from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -258,32 +258,23 @@ class _Walk:
         return result
 
 
-class _TwoTokens:
-    """A policy that has enough after two tokens of each candidate: later ones take the same memory."""
-
-    class Enough(Exception):
-        pass
-
-    def __init__(self, policy: PolicyModel):
-        self._policy, self._left = policy, 2
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._policy, name)
-
-    def decode(self, *inputs: Tensor, **tree: Any) -> Tensor:
-        self._left -= 1
-        if not self._left:
-            raise self.Enough
-        return self._policy.decode(*inputs, **tree)
+class _EnoughError(Exception):
+    pass
 
 
 @cache
 def _sampling(spec: PolicySpec, stages: Stages, windows: int, cells: int, generations: int) -> dict[str, float]:
+    """Bytes held up to the candidates' first token: room for all later ones is made before."""
     policy = shape_policy(spec, stages)
     batch, most = _batch(policy, windows, cells), spec.setting.horizon + EXTRA_TOKENS
-    with metered(policy) as meter, torch.no_grad(), suppress(_TwoTokens.Enough):
-        sampler = Sampler(_TwoTokens(policy), "sample", generations, allow_eos=True)  # type: ignore[arg-type]
-        uniforms = torch.rand(windows * cells * generations, most, device=META)
+    sampler = Sampler(policy, "sample", generations, allow_eos=True)
+    uniforms = torch.rand(windows * cells * generations, most, device=META)
+    with (
+        metered(policy, uniforms) as meter,
+        torch.no_grad(),
+        suppress(_EnoughError),
+        patch.object(policy, "decode", side_effect=_EnoughError),
+    ):
         sampler.generate(policy.prefix(batch.shared, batch.grids), batch.prompts, most, uniforms)
     return {"keys, values and logits": meter.peak}
 
