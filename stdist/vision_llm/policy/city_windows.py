@@ -14,7 +14,8 @@ from stdist.vision_llm.policy.model import Policy
 
 @dataclass
 class PolicyBatch:
-    """W windows × C cells, window by window. ``prompts`` and ``answers`` have W·C rows; ``truth`` is ``[W, C, K]``."""
+    """W windows × C cells, window by window. ``prompts`` and ``answers`` have W·C rows; ``truth`` is ``[W, C, K]``;
+    ``origins`` are indices of the last history frames on the store's time axis."""
 
     shared: Int[Tensor, "windows tokens"]
     grids: Float[Tensor, "windows S rows cols"]
@@ -23,6 +24,7 @@ class PolicyBatch:
     truth: Float[np.ndarray, "windows cells K"]
     observed: np.ndarray
     cells: Int[np.ndarray, "cells"]
+    origins: Int[np.ndarray, "windows"]
 
 
 class CityWindows:
@@ -54,8 +56,14 @@ class CityWindows:
 
     def read(self, indices: np.ndarray) -> WindowBatch:
         """Windows number ``indices``, in the numerals' range if ``clamp``."""
-        read = self.windows.read(indices)
-        return replace(read, history=self._in_range(read.history), target=self._in_range(read.target))
+        return self.in_range(self.windows.read(indices))
+
+    def in_range(self, read: WindowBatch) -> WindowBatch:
+        """Windows that were read, in the numerals' range if ``clamp``."""
+        if not self._clamp:
+            return read
+        history, target = (self.policy.vocabulary.clamp(x)[0].astype(np.float32) for x in (read.history, read.target))
+        return replace(read, history=history, target=target)
 
     def batch_of(self, read: WindowBatch, cells: np.ndarray) -> PolicyBatch:
         """``cells`` of windows that were read."""
@@ -76,18 +84,8 @@ class CityWindows:
             truth=truth,
             observed=observed,
             cells=cells,
+            origins=read.origin_index,
         )
-
-    def _in_range(self, values: np.ndarray) -> np.ndarray:
-        if not self._clamp:
-            return values
-        clamped, _ = self.policy.vocabulary.clamp(values)
-        return clamped.astype(np.float32)
-
-    def draw(self, rng: np.random.Generator, windows: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Random windows and cells of a training step, without repetition inside the step."""
-        chosen = rng.choice(len(self.windows), min(windows, len(self.windows)), replace=False)
-        return chosen, np.sort(rng.choice(self.cells, min(cells, len(self.cells)), replace=False))
 
     def describe(self, indices: np.ndarray) -> str:
         """Windows number ``indices`` by the local times of their last history frames."""
