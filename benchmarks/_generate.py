@@ -13,14 +13,14 @@ from _harness import comparison, figure, in_turn, seconds
 from _window import HORIZON, make_prompts, no_grids, plain_model
 from torch import Tensor
 
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Sampler
 
 
 class Generation:
     """The same forecasts both ways: ``candidates`` samples a cell, or where that is 1 the greedy one."""
 
-    def __init__(self, policy: Policy, visual_tokens: int, cells: int, candidates: int):
+    def __init__(self, policy: PolicyModel, visual_tokens: int, cells: int, candidates: int):
         self.policy, self.candidates = policy, candidates
         self.shared, self.prompts = make_prompts(policy, visual_tokens, cells)
         self.model = plain_model(policy)
@@ -57,7 +57,7 @@ class Generation:
         return torch.cat(written)
 
 
-def check(policy: Policy) -> None:
+def check(policy: PolicyModel) -> None:
     """Both sides write the same greedy tokens."""
     few = Generation(policy, 16, cells=6, candidates=1)
     if not torch.equal(few.over_shared_prompts(), few.through_generate(6, 3)):
@@ -66,7 +66,7 @@ def check(policy: Policy) -> None:
 
 def measure(
     name: str,
-    policy: Policy,
+    policy: PolicyModel,
     visual_tokens: int,
     cells: int,
     candidates: int,

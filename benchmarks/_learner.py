@@ -26,6 +26,7 @@ from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import MOMENTS, Engine
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.adapters import add_lora, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.recipe import PolicyFiles, make_engine
@@ -80,8 +81,8 @@ class Trainer:
         task = open_task(config)
         self._policy = build_policy(policy_spec(config, task), config.seed)
         if config.sft.trainable == "lora":
-            self._policy.add_lora(seed=config.seed)
-        self._policy.train_only(config.sft.trainable, frames=True)
+            add_lora(self._policy, seed=config.seed)
+        train_only(self._policy, config.sft.trainable, frames=True)
         city = CityWindows(self._policy, task.train, clamp=True)
         self._stage = SFTStage(self._policy, city, city, config.sft, config.seed, "direct", group)
         config = config.model_copy(update={"learners": ENGINES[kind]})

@@ -33,8 +33,10 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 
 from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import LORA_TARGETS
 from stdist.vision_llm.policy.checkpoints import full_tokenizer
-from stdist.vision_llm.policy.model import LORA_TARGETS, Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.stages import reward
 
 TRL_VERSION = trl.__version__
@@ -65,11 +67,11 @@ class Batches:
         return f"{self.update} sequences a backward pass, {self.generation} generated together"
 
 
-def check_same_model(policy: Policy, samples: Samples) -> None:
+def check_same_model(policy: PolicyModel, samples: Samples) -> None:
     """Stops the benchmark where the peer's model does not give the policy's logits."""
     ids = torch.tensor(samples.prompts[:2])
     with torch.no_grad():
-        ours = policy.answer_logits(policy.hidden(ids)[:, -1])[:, :-1]
+        ours = head_logits(policy.hidden(ids)[:, -1], policy.answer_head)[:, :-1]
         theirs = plain_model(policy)(ids).logits[:, -1, policy.first_numeral_id :]
     if not torch.allclose(ours, theirs, atol=1e-4):
         raise SystemExit("error: the peer's model is another function than the policy")
@@ -84,7 +86,7 @@ class Peer:
         output_dir: where the trainer may write.
     """
 
-    def __init__(self, policy: Policy, samples: Samples, config: GRPOConfig, batches: Batches, output_dir: Path):
+    def __init__(self, policy: PolicyModel, samples: Samples, config: GRPOConfig, batches: Batches, output_dir: Path):
         self._vocabulary, self._first = policy.vocabulary, policy.first_numeral_id
         self._half_score, self._horizon = config.half_score, policy.spec.setting.horizon
         tokenizer = full_tokenizer(policy)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.vision_llm.policy.checkpoints import build_policy
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
 
 FRAMES, HORIZON = 12, 36
@@ -20,14 +20,14 @@ VISUAL_TOKENS = (16, 64)
 ORIGIN = np.datetime64("2013-11-05T09:00")
 
 
-def make_policy() -> Policy:
+def make_policy() -> PolicyModel:
     """The decoder of the preset ``small`` with 1,801 numerals."""
     setting = Setting(city="milan", channel="internet", cadence=10, history=FRAMES, horizon=HORIZON)
     spec = PolicySpec(base="small", mantissa_digits=2, setting=setting, base_is_trained=True)
     return build_policy(spec, seed=0)
 
 
-def make_prompts(policy: Policy, visual_tokens: int, cells: int) -> tuple[Tensor, Tensor]:
+def make_prompts(policy: PolicyModel, visual_tokens: int, cells: int) -> tuple[Tensor, Tensor]:
     """Ids of the window's shared prompt ``[1, V]`` and of its cells' own ``[cells, T]``."""
     rng = np.random.default_rng(0)
     text = rng.integers(16, policy.first_numeral_id, FRAMES * (visual_tokens + 2)).tolist()
@@ -42,7 +42,7 @@ def no_grids() -> Tensor:
     return torch.zeros(1, FRAMES, 1, 1)
 
 
-def plain_model(policy: Policy) -> Qwen2_5_VLForConditionalGeneration:
+def plain_model(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
     """The policy's weights as transformers holds them: one embedding and one head, its own SDPA attention."""
     model = copy.deepcopy(policy.base_model)
     first = policy.first_numeral_id

@@ -31,9 +31,10 @@ from data_prep import READERS
 from stdist.data import open_store
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.policy.adapters import begin_grpo
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
 from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.stages.grpo import GRPOStage
@@ -62,7 +63,7 @@ class Task:
         self._setting = Setting(city="synthetic", channel="internet", cadence=60, history=FRAMES, horizon=horizon)
         self.cell_mean = self._windows.read(np.array([0])).history[0].mean(0).ravel()
 
-    def policy(self) -> Policy:
+    def policy(self) -> PolicyModel:
         policy = build_policy(
             PolicySpec(base=PRESET, mantissa_digits=2, setting=self._setting, base_is_trained=True), 0
         )
@@ -71,7 +72,7 @@ class Task:
         policy.prompts.shared = lambda origin: frames + instruction(origin)
         return policy
 
-    def city(self, policy: Policy) -> CityWindows:
+    def city(self, policy: PolicyModel) -> CityWindows:
         return CityWindows(policy, self._windows, clamp=True)
 
     def samples(self) -> Samples:
@@ -87,7 +88,7 @@ class Ours:
 
     def __init__(self, task: Task, config: GRPOConfig):
         self.policy = task.policy()
-        self.policy.begin_grpo()
+        begin_grpo(self.policy)
         city = task.city(self.policy)
         self._stage = GRPOStage(self.policy, city, city, task.cell_mean, config, seed=0, decoding="median")
         schedule = cosine_schedule(config.warmup_steps, config.max_steps)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stdist.vision_llm.config import GRPOConfig
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.adapters import begin_grpo
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import candidate_log_probs
 from stdist.vision_llm.stages.loss import LossInputs, grpo
@@ -40,7 +41,7 @@ PEER_CANDIDATES = {16: 48, 64: 16}
 class Update:
     """The same update both ways, of the first ``cells`` cells of a window."""
 
-    def __init__(self, policy: Policy, visual_tokens: int, cells: int):
+    def __init__(self, policy: PolicyModel, visual_tokens: int, cells: int):
         self.policy = policy
         self.shared, self.prompts = make_prompts(policy, visual_tokens, cells)
         generator = torch.Generator().manual_seed(1)
@@ -84,7 +85,7 @@ class Update:
             shared = self.shared.expand(rows.stop - rows.start, -1)
             ids = torch.cat([shared, prompts[rows], previous[rows]], dim=1)
             hidden = decoder(inputs_embeds=policy.embed(ids), use_cache=False).last_hidden_state[:, -HORIZON:]
-            logits = F.linear(hidden.flatten(0, 1), torch.cat(policy.answer_rows))
+            logits = F.linear(hidden.flatten(0, 1), torch.cat(policy.answer_head))
             log_probs = -F.cross_entropy(logits, self.completions.answer_ids[rows].flatten(), reduction="none")
             self._loss(log_probs.view(-1, HORIZON), rows).backward()
 
@@ -93,7 +94,7 @@ class Update:
         return torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
 
 
-def check(policy: Policy) -> None:
+def check(policy: PolicyModel) -> None:
     few = Update(policy, 16, cells=2)
     ours, peer = few.gradient(few.through_the_tree), few.gradient(lambda: few.per_sample(len(few.advantages), 4))
     difference = ((ours - peer).norm() / peer.norm()).item()
@@ -101,7 +102,7 @@ def check(policy: Policy) -> None:
         raise SystemExit(f"error: gradients of the two sides differ by {difference:.1e}")
 
 
-def measure(policy: Policy, visual_tokens: int, runs: int) -> dict[str, Any]:
+def measure(policy: PolicyModel, visual_tokens: int, runs: int) -> dict[str, Any]:
     update, some = Update(policy, visual_tokens, CELLS), PEER_CANDIDATES[visual_tokens]
     update.per_sample(max(PEER_BATCHES), max(PEER_BATCHES))
     times = {
@@ -141,7 +142,7 @@ def measure(policy: Policy, visual_tokens: int, runs: int) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__, runs=5).parse_args()
     policy = make_policy()
-    policy.begin_grpo()
+    begin_grpo(policy)
     check(policy)
     few, many = (measure(policy, visual_tokens, arguments.runs) for visual_tokens in VISUAL_TOKENS)
     publish(few | {f"at_{VISUAL_TOKENS[1]}_visual_tokens": many}, arguments.json)

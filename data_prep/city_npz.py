@@ -1,6 +1,6 @@
 """Reader of cities as rasters in .npy and .npz files: volumes (T, H, W) or (T, H, W, C), without time stamps.
 
-Several files are either consecutive in time, or one channel each, all of the same frames:
+Several files are either consecutive in time, or one channel each, all of the same time steps:
 
 - New York taxi pick-ups, 10 x 20 cells, 30 minutes, January 2015: ``volume_train.npz`` and ``volume_test.npz``,
   array ``volume`` (1190 and 298, 10, 20, 1), the second from where the first ends, in the middle of a day
@@ -46,7 +46,7 @@ def plan(
 
     channels: names in order: of the channel axis where there is one; else one a file, or one for all files where
     they follow one another in time, in the order given. start: local ISO time of the first frame, required.
-    cadence: minutes between frames. poi: file of static features (H, W, F). north_first: row 0 of the files is the
+    cadence: minutes between time steps. poi: file of static features (H, W, F). north_first: row 0 of the files is the
     northern one. transpose: the files are (T, x, y), longitude before latitude.
     Raises InputError where files or options do not fit.
     """

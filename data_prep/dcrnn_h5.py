@@ -10,8 +10,8 @@ The data's facts (Li et al., 2018; speeds in mile/h, 5 minutes, one column a sen
 A detector that sees nothing reports 0: zeros are missing, as in the authors' masked scores. Stamps are the clock's
 local time in California; the twelve that PEMS-BAY lacks are an hour, the one that the clock skips in March.
 
-What is made of it: 0 and NaN are missing. Absences of up to an hour between frames are restored as frames
-whose values are all missing, so that PEMS-BAY is one run of 52,128 frames; longer ones are gaps. The store has
+What is made of it: 0 and NaN are missing. Absences of up to an hour are restored as time steps whose
+values are all missing, so that PEMS-BAY is one segment of 52,128 steps; longer ones are gaps. The store has
 one UTC offset, that of the winter (−8 h): its local times are the file's own stamps, its UTC stamps are one
 hour late in summer. The graph comes from the roads' distances or a matrix (``graphs.read_graph``).
 """

@@ -2,10 +2,10 @@
 
 Arrays: ``time`` (T,), datetime64, local time, in any order; every other array of shape (T, H, W) is a channel
 (``internet``, …). NaN is a missing value, 0 a measured zero; row 0 is the first row of the array. Stamps that
-the file lacks are gaps, which no window crosses, except short absences (``stdist.data.writer.MAX_GAP``).
+the file lacks are gaps, which no window crosses, except short absences (``stdist.data.finalise.MAX_GAP``).
 
 An example is the public whole-grid sample of Telecom Italia, Milan: ``internet`` (109, 100, 100), 10 minutes,
-in three separate runs of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
+in three separate segments of 51, 28 and 30 frames, row 0 in the south, square id r * 100 + c + 1.
 """
 
 from functools import partial

@@ -34,10 +34,10 @@ What is made of it: a zero is a measured zero, since a flow of 0 is mostly a rea
 detectors were filled upstream and cannot be told from measurements any more. NaN is missing.
 """
 
-ZONES = """Reader of flows by zone: one npz file with one array (T, N, C) over consecutive frames, no time stamps.
+ZONES = """Reader of flows by zone: one npz file with one array (T, N, C) over consecutive steps, no time stamps.
 
 An example is the taxi traffic of 69 zones of Manhattan: ``arr_0`` (17544, 69, 2), hourly, 2019-01-01 to
-2020-12-31 local time without change of clocks (731 x 24 frames), trips into and out of a zone as the file's
+2020-12-31 local time without change of clocks (731 x 24 steps), trips into and out of a zone as the file's
 name says (``inoutflow``), no missing value. Its zones.csv (``zone_id,graph_id,zone_name``) is the table of
 nodes, its adjacency.csv has a header of positions and weights 0 and 1. The collapse of traffic in March 2020
 is real: a training span before it and a test span after it differ.
@@ -48,7 +48,7 @@ What is made of it: zeros are measured, NaN is missing.
 YEARS = """Reader of continual sets: a file ``YYYY.npz`` a year, whose nodes grow from year to year.
 
 The layout is that of TrafficStream (Chen, Wang and Xie, IJCAI 2021) and EAC (Chen and Liang, ICLR 2025):
-``RawData/YYYY.npz`` with array ``x`` (T, N_y), consecutive frames without stamps, and ``graph/YYYY_adj.npz`` with
+``RawData/YYYY.npz`` with array ``x`` (T, N_y), consecutive steps without stamps, and ``graph/YYYY_adj.npz`` with
 array ``x`` (N_y, N_y). (``FastData/YYYY.npz`` holds windows scaled by their own mean: not read, no data.)
 
 | | years | cadence | nodes by year |
@@ -59,11 +59,11 @@ array ``x`` (N_y, N_y). (``FastData/YYYY.npz`` holds windows scaled by their own
 The first N_y nodes of a year are those of the year before, in the same order: the published code takes nodes
 N_y … of the next year as the new ones, and the station lists beside PEMS-Stream agree for all seven years.
 Days: PEMS-Stream holds the same days of every year, of which the published code reads the first 31; its paper
-says 10 July to 9 August. The files do not say, so that the first frame's stamp must be given.
+says 10 July to 9 August. The files do not say, so that the first step's stamp must be given.
 
 What is made of it: one store over the nodes of the last year, ``since`` the first day of the period in which a
-node appears; a part is one year. Years that do not touch are separate runs; where one ends at the midnight at
-which the next begins, as full years do, they are one run. Zeros are measured, NaN is missing. The protocol of
+node appears; a part is one year. Years that do not touch are separate segments; where one ends at the midnight at
+which the next begins, as full years do, they are one segment. Zeros are measured, NaN is missing. The protocol of
 the papers splits every year by itself, 6 : 2 : 2 in time: give its days as ``--train``, ``--validation``, ``--test``.
 """
 
@@ -181,7 +181,7 @@ def _files(sources: list[Path]) -> list[Path]:
 
 
 def _stamps(arrays: list[ArrayFile], start: str | None, cadence: int) -> list[np.ndarray]:
-    """Local stamps of every year's frames, datetime64[m]."""
+    """Local stamps of every year's time steps, datetime64[m]."""
     opening = arrays[0].path.stem
     stamps: list[np.ndarray] = []
     for number, array in enumerate(arrays):

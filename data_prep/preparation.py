@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,43 +97,25 @@ def prepare(
         raise InputError(f"{workers} workers cannot prepare {out}; give at least one")
     out = Path(out)
     with _explained(out), GridWriter(out, plan.spec, plan.recipe, plan.sources, plan.parts) as writer:
-        done = writer.done
-        left = [part for part in plan.parts if part.name not in done]
-        count = _Count(progress, sum(map(_size, plan.parts)), sum(_size(p) for p in plan.parts if p.name in done))
-        elsewhere = executor is not None or workers > 1
-        with local_processes(workers) if executor is None and workers > 1 else nullcontext(executor or serially) as run:
-            size = {part.name: _size(part) for part in left}
-            for result in run(writer.part_writer(plan.read, None if elsewhere else count.day), left):
-                count.part(size[result.name])
+        sizes = {part.name: len(part.days) * len(part.tiles or [None]) for part in plan.parts}
+        finished, total = writer.done, sum(sizes.values())
+        left, done = [part for part in plan.parts if part.name not in finished], sum(sizes[name] for name in finished)
+        tell = progress or (lambda _done, _total: None)
+        if done:
+            tell(done, total)
+        # Days are told one by one in this process, part by part elsewhere.
+        days = count(done + 1)
+        in_process = executor is None and workers == 1
+        processes = nullcontext(executor or serially) if executor or in_process else local_processes(workers)
+        with processes as run:
+            run_part = writer.part_writer(plan.read, (lambda: tell(next(days), total)) if in_process else None)
+            for result in run(run_part, left):
+                done += sizes[result.name]
+                if next(days) <= done:
+                    tell(done, total)
+                days = count(done + 1)
             writer.finalise(plan.split, executor=run)
     return PrepareSummary.of(open_store(out))
-
-
-def _size(part: Part) -> int:
-    return len(part.days) * len(part.tiles or [None])
-
-
-class _Count:
-    """Days that are written: one by one in this process, part by part elsewhere."""
-
-    def __init__(self, progress: Progress | None, total: int, done: int) -> None:
-        self._progress, self._total, self._done, self._of_part = progress, total, done, 0
-        if done:
-            self._tell()
-
-    def day(self) -> None:
-        self._of_part += 1
-        self._tell()
-
-    def part(self, size: int) -> None:
-        told, self._of_part = self._of_part, 0
-        self._done += size
-        if told < size:
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._progress:
-            self._progress(self._done + self._of_part, self._total)
 
 
 @contextmanager

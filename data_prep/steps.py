@@ -19,12 +19,12 @@ Load = Callable[[], Mapping[str, np.ndarray]]
 
 
 def stamps_from(
-    path: Path, start: str | None, frames: int, cadence: int, example: str, lacking: str = "time stamps"
+    path: Path, start: str | None, steps: int, cadence: int, example: str, lacking: str = "time stamps"
 ) -> np.ndarray:
-    """Local stamps, datetime64[m] [frames], of frames that follow one another; InputError without a start."""
+    """Local stamps, datetime64[m] [steps], of time steps that follow one another; InputError without a start."""
     if start is None:
         raise InputError(f"{path} has no {lacking}; give the local time of its first frame: --start {example}")
-    return parse_start(start) + np.arange(frames) * np.timedelta64(cadence, "m")
+    return parse_start(start) + np.arange(steps) * np.timedelta64(cadence, "m")
 
 
 def cadence_of(path: Path, stamps: np.ndarray) -> int:
@@ -95,7 +95,7 @@ def plan_of(spec: GridSpec | NodeSpec, recipe: dict[str, Any], files: list[Path]
 
 
 def read_days(spec: GridSpec | NodeSpec, part: Part) -> Iterator[Day]:
-    """The days of a part of ``part_of``; slots without a frame are not present.
+    """The days of a part of ``part_of``; slots without a time step are not present.
 
     Raises InputError naming source, channel, time and place of a value that is infinite or negative.
     """

@@ -10,7 +10,7 @@ counts. The text format is described in ``telecom_rows``.
   (``trentino-grid.geojson``) and nothing else; cells of the rectangle around them are outside the city.
 
 What is made of it: values are summed over country codes. An absent (square, slot) pair is missing; an empty
-field in a pair that has a row is a measured zero; a slot without any row is a frame that does not exist; a day
+field in a pair that has a row is a measured zero; a slot without any row is a time step that does not exist; a day
 without a file is a gap. A row of another day than its file's first one is an error, and so is a second row of
 one square, slot and country. A last line without a line break is a row like others: published slices end so, and
 that a file was cut within its last number cannot be seen.

@@ -21,20 +21,20 @@ from stdist.errors import InputError
 CSV = """Reader of wide CSV files: one row a frame, one column a cell, one channel.
 
 Columns are the cells row by row (column j is row j // W, column j % W of the grid); rows are consecutive
-frames at the cadence. There is no header and no time column: the local stamp of the first row is given. A
+steps at the cadence. There is no header and no time column: the local stamp of the first row is given. A
 blank field or NaN is a missing value; 0 is a measured zero; traffic is never negative. With ``--nodes`` columns
 are nodes, which a header names.
 
 An example is the public 5 x 5 block of the Telecom Italia grid of Milan: 4,320 rows x 25 columns, 10 minutes,
 from 2013-11-01T00:00 local time, squares r * 100 + c + 1 with r and c in 41 … 45 (row 0 in the south).
-One of nodes is the public week of METR-LA, los_speed.csv: 2,016 frames of 5 minutes from 2012-03-01 of 207 sensors,
+One of nodes is the public week of METR-LA, los_speed.csv: 2,016 steps of 5 minutes from 2012-03-01 of 207 sensors,
 mile/h, whose gaps were filled upstream, with los_adj.csv, weights (207, 207), and graph_sensor_locations.csv.
 """
 
 PARQUET = """Reader of wide Parquet files: one row a frame, one column a cell or a node, one channel.
 
 A column of stamps is the one column of type datetime (with a time zone it is turned to local time by the UTC
-offset, else it is local); without one, rows are consecutive frames and the first stamp is given. Null or NaN is a
+offset, else it is local); without one, rows are consecutive steps and the first stamp is given. Null or NaN is a
 missing value, 0 a measured zero; traffic is never negative. Rows are in order of time; absent rows are gaps.
 
 Cells of a grid: columns named by whole numbers are placed by these ids (``--row0``, ``--col0``, ``--id-width`` say

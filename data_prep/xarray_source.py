@@ -3,8 +3,8 @@
 What is made of it, by the CF conventions: stamps are UTC; ``_FillValue`` and ``missing_value`` are missing, and so
 is what lies outside ``valid_min``, ``valid_max`` or ``valid_range``; ``scale_factor`` and ``add_offset`` are
 applied; ``units`` go into the store. NaN is missing, 0 is measured. Traffic is never negative: a negative value is
-refused, unless the variable's own valid range says that it may be. A stamp that is absent is a frame that does not
-exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
+refused, unless the variable's own valid range says that it may be. A stamp that is absent is a time step that does
+not exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
 rasters do, are reversed (recipe: ``reversed``). Cells are numbered row by row from there, from 1.
 
 Memory is bounded by what a day's tile holds, not by the raster: a day is read whole where it fits ``BUDGET``, else
@@ -106,7 +106,7 @@ class Source:
     """A file or store before its values are read.
 
     stamps: UTC, datetime64[m] [T]. latitude, longitude: of cells or nodes, or None. ids: of nodes or, per axis, of
-    rows and columns, where they are whole numbers or text. chunk: frames of a chunk on disk.
+    rows and columns, where they are whole numbers or text. chunk: time steps of a chunk on disk.
     """
 
     path: Path
@@ -224,7 +224,7 @@ def _spec(file: Source, city: str, stamps: np.ndarray, cadence: int, utc_offset:
 
 
 def _parts(spec: GridSpec | NodeSpec, stamps: np.ndarray, chunk: int) -> list[Part]:
-    """One part a day that has frames; of more days where a chunk on disk holds several and they fit the budget.
+    """One part a day that has time steps; of more days where a chunk on disk holds several and they fit the budget.
 
     payload: the first row of all sources together, and the rows' stamps.
     """

@@ -75,7 +75,7 @@ def prepare(
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:
-    """What runs the parts of a preparation: None for this machine."""
+    """Returns the executor of a preparation's parts, in a context: None for this machine."""
     if address is None:
         return nullcontext()
     from stdist.orchestration.preparation import ray_executor

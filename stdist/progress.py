@@ -13,7 +13,7 @@ Progress = Callable[[int, int], None]
 
 
 class Rate(ProgressColumn):
-    """What was done lately in a second. What a resumed command had already, its first call, does not count."""
+    """Units done lately in a second. The first call does not count: it tells what a resumed command had already."""
 
     def __init__(self, unit: str):
         super().__init__()

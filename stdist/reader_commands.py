@@ -21,7 +21,7 @@ Body = Callable[..., None]
 USUAL = {
     "city": "name of the city",
     "channel": "what the values are, as internet",
-    "cadence": "minutes between frames",
+    "cadence": "minutes between time steps",
     "utc_offset": "minutes the city is ahead of UTC",
     "height": "rows of the grid",
     "width": "columns of the grid",

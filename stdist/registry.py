@@ -52,12 +52,20 @@ class Registry(Mapping[str, T], Generic[T]):
                 )
         return points
 
+    def _load(self, point: EntryPoint) -> T:
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"{self.kind} {point.name!r} cannot be loaded from {point.value} ({error}); mend or remove its package"
+            ) from error
+
     def __getitem__(self, name: str) -> T:
-        """Raises InputError, naming the nearest known name, where there is none."""
+        """Raises InputError, naming the nearest known name, where there is none, or what cannot be loaded."""
         if name not in self._things:
             points = self._points()
             if name not in self._things and name in points:
-                self._things.setdefault(name, points[name].load())
+                self._things.setdefault(name, self._load(points[name]))
         if name not in self._things:
             known = list(self)
             near = difflib.get_close_matches(str(name), known, n=1)

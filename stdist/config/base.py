@@ -1,4 +1,4 @@
-"""What every run's configuration has: its data, its learners, and how a stage trains."""
+"""Keys of every run's configuration: its data, its learners, and how a stage trains."""
 
 from datetime import date
 from pathlib import Path
@@ -22,7 +22,7 @@ class SplitConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Which windows of which store. ``fraction`` takes the first part of the training days (few-shot)."""
+    """The windows of a store that a run reads. ``fraction`` takes the first part of the training days (few-shot)."""
 
     store: Path
     channel: str = "internet"
@@ -40,7 +40,7 @@ class DataConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """How any stage's weights are updated: AdamW, a linear warm-up, then a cosine."""
+    """The update of any stage's weights: AdamW, a linear warm-up, then a cosine."""
 
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(20, ge=0)
@@ -50,14 +50,14 @@ class OptimizerConfig(Strict):
 
 
 class LearnersConfig(Strict):
-    """How a run is spread over processes, in Ray Train's and DeepSpeed's names; it may change between a run and its
-    continuation, but for the ``engine`` of a stage that trains bfloat16 weights in full. One learner without Ray unless
-    ``num_workers`` asks for more.
+    """The learners, processes that train one run together, in Ray Train's and DeepSpeed's names; one without Ray unless
+    ``num_workers`` asks for more. They may change between a run and its continuation, but for the ``engine`` of a stage
+    that trains bfloat16 weights in full.
 
     ``engine``: plain torch (one learner) or DeepSpeed. ``zero_stage``: what is sharded, 1 optimizer state, 2 gradients
     too, 3 weights too. ``offload_optimizer`` keeps the optimizer in CPU memory. ``deepspeed``: a DeepSpeed JSON of the
     user's own, merged under what the other keys say. ``resources_per_worker``: as {GPU: 1, CPU: 8}; a GPU each where
-    the cluster has any, if absent. ``max_failures``: lost workers or nodes before the run gives up. ``timeout``:
+    the cluster has any, if absent. ``max_failures``: lost learners or nodes before the run gives up. ``timeout``:
     seconds a learner waits for the others before it calls them hung.
     """
 

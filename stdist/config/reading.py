@@ -1,4 +1,4 @@
-"""From YAML to a run's configuration: unknown keys are errors that name the nearest right key.
+"""Reads a run's configuration from YAML: unknown keys are errors that name the nearest right key.
 
 Hyper-parameter names follow Hugging Face and TRL; the papers' letters stand where those are the field's names.
 """
@@ -71,15 +71,15 @@ def _first_problem(error: ValidationError, kind: type[RunConfig]) -> str:
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     if problem["type"] == "extra_forbidden":
         *group, name = (part for part in problem["loc"] if isinstance(part, str))
-        known = list(_fields_at(kind, group))
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        keys = list(_fields_at(kind, group))
+        nearest = difflib.get_close_matches(name, keys, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(keys)}"
         return f"unknown key {'.'.join([*group, name])!r}; {hint}"
     key = _key(problem, kind)
     same = [p for p in problems if _key(p, kind) == key and p["input"] == problem["input"]]
     message = " or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in same))
-    given = f" (given: {problem['input']!r})" if key and problem["type"] != "missing" else ""
-    return f"{key or 'config'}: {message}{given}"
+    value = f" (given: {problem['input']!r})" if key and problem["type"] != "missing" else ""
+    return f"{key or 'config'}: {message}{value}"
 
 
 def _key(problem: Any, kind: type[RunConfig]) -> str:

@@ -173,7 +173,7 @@ class _Channel:
         return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self.store.date(day)
 
     def _place(self, start: int, tile: Tile) -> Callable[[np.ndarray], str]:
-        """Names the frame and cell of an index into a day of a tile."""
+        """Names the time step and cell of an index into a day of a tile."""
 
         def name(index: np.ndarray) -> str:
             cell = tuple(int(i) + part.start for i, part in zip(index[1:], tile, strict=True))

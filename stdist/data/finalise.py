@@ -26,17 +26,17 @@ from stdist.data.statistics import StatisticsState
 from stdist.errors import InputError
 
 MAX_GAP = 6
-"""Absent stretches of at most this many frames between present ones are imputed; longer ones are gaps."""
+"""Absent stretches of at most this many steps between present ones are imputed; longer ones are gaps."""
 
 DaySegment = tuple[int, int, bool, bool]
 """[start, stop) of a gap-free segment inside one day; whether it comes from the day before, goes on into the next."""
 
 
-def finalise(partial: Path, out: Path, session: str, split: Split | None, max_gap: int, executor: Executor) -> None:
+def finalise(partial: Path, out: Path, session: str, split: Split | None, executor: Executor) -> None:
     """Turns a partial store whose parts are all there into ``out``; see ``GridWriter.finalise``."""
     journal, shards = Journal(partial), Shards.of(partial)
     finished = journal.finished()
-    present = fill_short_absences(_present(shards, finished), max_gap)
+    present = fill_short_absences(_present(shards, finished), MAX_GAP)
     if not present.any():
         raise InputError(f"{out}: no frame was written; the sources hold nothing for these days")
     attributes = {"long_name": "frame exists in the source, or fills a short absence"}
@@ -64,7 +64,7 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, max_ga
             create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, shards.dims))
 
     files = {name: file for result in (*finished.values(), *results.values()) for name, file in result.files.items()}
-    computed = {"train_statistics": statistics, "coverage": coverage, "max_gap": max_gap}
+    computed = {"train_statistics": statistics, "coverage": coverage, "max_gap": MAX_GAP}
     _seal(partial, out, files, {"split": split.as_attribute(), **computed})
 
 
@@ -72,8 +72,8 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, max_ga
 class Imputation:
     """Eq. 20 over the gap-free segments of one channel and tile, with one day of it in memory, and its statistics.
 
-    ``Part``: payload the channel, days those that hold frames. Result: ``missing`` and ``true_zeros``, over
-    present frames and inside cells; ``state``, the ``StatisticsState`` of the training span.
+    ``Part``: payload the channel, days those that hold time steps. Result: ``missing`` and ``true_zeros``, over
+    present steps and inside cells; ``state``, the ``StatisticsState`` of the training span.
     """
 
     root: Path

@@ -84,16 +84,16 @@ def _interpolate(values: np.ndarray, seen: np.ndarray, start: int, left: Nearest
     """values [T, n], with known neighbours [n] on either side."""
     # Positions of the neighbours on an axis widened by one step at either end: `left` and `right`.
     length = len(values)
-    frames = np.arange(1, length + 1)[:, None]
-    previous = np.maximum.accumulate(np.where(seen, frames, 0), axis=0)
-    following = np.minimum.accumulate(np.where(seen, frames, length + 1)[::-1], axis=0)[::-1]
+    steps = np.arange(1, length + 1)[:, None]
+    previous = np.maximum.accumulate(np.where(seen, steps, 0), axis=0)
+    following = np.minimum.accumulate(np.where(seen, steps, length + 1)[::-1], axis=0)[::-1]
     wide = np.concatenate((left.value[None], values, right.value[None])).astype(np.float64)
     times = np.broadcast_to(np.arange(start - 1, start + length + 1)[:, None], wide.shape).copy()
     times[0], times[-1] = left.time, right.time
 
     t_start, t_end = np.take_along_axis(times, previous, 0), np.take_along_axis(times, following, 0)
     d_start, d_end = np.take_along_axis(wide, previous, 0), np.take_along_axis(wide, following, 0)
-    t = frames - 1 + start
+    t = steps - 1 + start
     share = (t - t_start) / np.maximum(t_end - t_start, 1)
     linear = d_start + share * (d_end - d_start)
     nearest = np.where(t_start >= 0, d_start, np.where(t_end >= 0, d_end, 0.0))

@@ -1,9 +1,9 @@
 """Batches of windows, read ahead by threads, as tensors that a device takes without waiting.
 
 Threads and not the processes of ``torch.utils.data.DataLoader``: decoding and copying release the interpreter's
-lock, threads share one cache of decoded frames where every process would fill its own, and a batch is written
+lock, threads share one cache of decoded chunks where every process would fill its own, and a batch is written
 once, where it is used, instead of passing between processes. Measured with two threads against its two processes on
-two cores, in batches of 16 windows of 48 frames of 100 x 100 cells: 920 to 2,000 windows a second against 150.
+two cores, in batches of 16 windows of 48 grids of 100 x 100 cells: 920 to 2,000 windows a second against 150.
 """
 
 import math
@@ -64,9 +64,6 @@ class WindowLoader:
             raise InputError(f"threads {threads}, prefetch {prefetch}: give at least 1 of each")
         self.sampler, self.threads, self.prefetch = sampler, threads, prefetch
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-
-    def __len__(self) -> int:
-        return len(self.sampler)
 
     def __iter__(self) -> Iterator[TensorBatch]:
         epoch, consumed = self.sampler.begin()

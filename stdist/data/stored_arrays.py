@@ -74,12 +74,6 @@ class StoredArrays(StoreMetadata):
         """Weights of the graph, float32 [N, N], from a node (row) to its neighbour; None where there is none."""
         return self._all("adjacency") if "adjacency" in self._arrays else None
 
-    @property
-    def static(self) -> dict[str, np.ndarray]:
-        """Features that do not change with time, float32 [H, W] or [N] by name."""
-        names = sorted(name for name in self._arrays if name.startswith("static_"))
-        return {name.removeprefix("static_"): self._all(name) for name in names}
-
     @cached_property
     def present(self) -> np.ndarray:
         """Time steps that exist, bool [T]; a window lies in one stretch of them."""

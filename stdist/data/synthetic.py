@@ -42,7 +42,7 @@ SHARED_STD, OWN_STD, SLOT_STD = 0.12, 0.10, 0.12
 """
 EVENTS_PER_DAY = 1.5
 ABSENT_FRAMES_PER_DAY = 0.1
-"""Chance that a day lacks one to three whole frames."""
+"""Chance that a day lacks one to three time steps."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def generate(city: SyntheticCity, tile: Tile | None = None) -> Iterator[tuple[in
     """Yield (day index, float32 [slots, H, W]); NaN is a missing value, 0 a measured zero.
 
     tile: yield these cells alone, with memory for a day of them. The tiles of a city fit together (neighbours'
-    noise, events and absent frames are common to them) but are not the city that is generated as a whole: what
+    noise, events and absent steps are common to them) but are not the city that is generated as a whole: what
     a cell does alone is drawn tile by tile.
     """
     shared_shape = tuple(max(1, -(-side // 6)) for side in city.shape)
@@ -192,7 +192,7 @@ def _events(rng: np.random.Generator, city: SyntheticCity, cells: Tile) -> np.nd
 def _missing(
     alone: np.random.Generator, common: np.random.Generator, city: SyntheticCity, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Lost values, bool [slots, *shape]: spells of one cell, and now and then whole frames."""
+    """Lost values, bool [slots, *shape]: spells of one cell, and now and then all cells of a time step."""
     lost = np.zeros((city.slots_per_day, *shape), bool)
     spells = alone.poisson(lost.size * city.missing_share / 4)
     slot, row, col = (alone.integers(0, side, spells) for side in lost.shape)

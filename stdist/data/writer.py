@@ -23,7 +23,7 @@ import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from stdist.data.coordinates import coordinates, create_array, digest_of_arrays
-from stdist.data.finalise import MAX_GAP, finalise
+from stdist.data.finalise import finalise
 from stdist.data.integrity import SourceRecord, require_unchanged
 from stdist.data.journal import Journal
 from stdist.data.parts import Day, Executor, Part, PartResult, RunPart
@@ -98,7 +98,7 @@ class GridWriter:
         part = Part(f"day-{day_index}", (day_index,))
         self.part_writer(lambda _: iter([Day(day_index, dict(values), present)]))(part)
 
-    def finalise(self, split: Split | None = None, max_gap: int = MAX_GAP, executor: Executor = serially) -> Path:
+    def finalise(self, split: Split | None = None, executor: Executor = serially) -> Path:
         """Impute, fit the training statistics, digest, consolidate and rename; returns the final path.
 
         split: the store's default split; where None, ``spans.default_split`` of the days that hold data.
@@ -111,7 +111,7 @@ class GridWriter:
             if left:
                 raise ValueError(f"{self.out}: {len(left)} parts are missing, the first of them {left[0]}")
             require_unchanged(self._sources)
-            finalise(self.partial, self.out, self._session, split, max_gap, executor)
+            finalise(self.partial, self.out, self._session, split, executor)
         Journal(self.out).remove()
         return self.out
 

@@ -1,12 +1,12 @@
 """Error figures that carry their protocol, the baselines to beat, and a run's report."""
 
-from stdist.evaluation.baselines import BaselineForecasts, forecast_baselines, score_baselines
+from stdist.evaluation.baselines import score_baselines
 from stdist.evaluation.contract import ForecastMetadata
 from stdist.evaluation.forecast_header import ForecastHeader
 from stdist.evaluation.forecast_writer import Chunk, ChunkGrid, ForecastWriter
 from stdist.evaluation.forecasts import open_forecasts
 from stdist.evaluation.metrics import ErrorState
-from stdist.evaluation.protocol import EvaluationResult, evaluate, forecast_contract
+from stdist.evaluation.protocol import evaluate, forecast_contract
 from stdist.evaluation.report import build_report
 from stdist.evaluation.run_files import (
     Efficiency,
@@ -19,13 +19,11 @@ from stdist.evaluation.run_files import (
 )
 
 __all__ = [
-    "BaselineForecasts",
     "Chunk",
     "ChunkGrid",
     "Efficiency",
     "Embeddings",
     "ErrorState",
-    "EvaluationResult",
     "ForecastHeader",
     "ForecastMetadata",
     "ForecastWriter",
@@ -34,7 +32,6 @@ __all__ = [
     "add_variants",
     "build_report",
     "evaluate",
-    "forecast_baselines",
     "forecast_contract",
     "open_forecasts",
     "score_baselines",

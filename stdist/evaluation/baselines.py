@@ -46,7 +46,7 @@ class BaselineForecasts:
 def forecast_baselines(
     store: GridStore, train: DaySpan | str, windows: Windows
 ) -> Iterator[tuple[slice, AnyRegion, dict[str, BaselineForecasts]]]:
-    """Every baseline's forecasts of some of ``windows`` and a tile of their region, until all are forecast.
+    """Yields every baseline's forecasts of some of ``windows`` and a tile of their region, until all are forecast.
 
     Fitted on the windows that lie wholly in the days ``train``, for every cell on its own. Keys: ``persistence``,
     ``same time yesterday``, ``same time last week``, ``mean by weekday and slot`` and ``ridge``. A value of the
@@ -72,18 +72,18 @@ def forecast_baselines(
         for block in cut(len(windows), max(1, forecast_header.POINTS_IN_MEMORY // (K * inside.size))):
             last = persistence(filled, K, windows.origins[block])
             shape = (*last.shape[:2], *tile.shape)
-            made = {"persistence": BaselineForecasts(last.reshape(shape).astype(np.float32), 0)}
+            forecasts = {"persistence": BaselineForecasts(last.reshape(shape).astype(np.float32), 0)}
             for name, forecaster in forecasters.items():
                 values = forecaster(windows.origins[block])
                 missing = np.isnan(values)
                 values[missing] = last[missing]
                 count = int(missing[:, :, inside].sum())
-                made[name] = BaselineForecasts(values.reshape(shape).astype(np.float32), count)
-            yield block, tile, made
+                forecasts[name] = BaselineForecasts(values.reshape(shape).astype(np.float32), count)
+            yield block, tile, forecasts
 
 
 def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, dict[str, Any]]:
-    """For every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``.
+    """Returns for every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``.
 
     Raises InputError where the days of ``windows`` and of ``train`` overlap.
     """
@@ -92,10 +92,10 @@ def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) ->
     refuse_leaks([Fitted.on("baselines", fit, data)], windows.span, data)
     states: dict[str, ErrorState] = defaultdict(lambda: ErrorState.empty(windows.K))
     fallbacks: Counter[str] = Counter()
-    for block, tile, made in forecast_baselines(store, train, windows):
+    for block, tile, forecasts in forecast_baselines(store, train, windows):
         truth, observed = read_targets(windows, tile, windows.origins[block])
-        for name, baseline in made.items():
-            states[name] = states[name].update(baseline.values, truth, observed)
+        for name, baseline in forecasts.items():
+            states[name] += ErrorState.of(baseline.values, truth, observed)
             fallbacks[name] += baseline.fallbacks
     return {name: {**state.summary(), "fallbacks": fallbacks[name]} for name, state in states.items()}
 
@@ -126,12 +126,12 @@ def weekly_profile(
 ) -> Forecaster:
     """The mean of the training frames of the same weekday and time of day; NaN where there is none."""
     values, slots = series[fit_frames], slot_of_week[fit_frames]
-    known = ~np.isnan(values)
-    sums, counts = np.zeros((2, int(slot_of_week.max()) + 1, series.shape[1]))
-    np.add.at(sums, slots, np.where(known, values, 0))
-    np.add.at(counts, slots, known)
+    present = ~np.isnan(values)
+    totals, counts = np.zeros((2, int(slot_of_week.max()) + 1, series.shape[1]))
+    np.add.at(totals, slots, np.where(present, values, 0))
+    np.add.at(counts, slots, present)
     with np.errstate(invalid="ignore"):
-        profile = sums / counts
+        profile = totals / counts
     return lambda origins: profile[slot_of_week[origins[:, None] + np.arange(1, K + 1)]]
 
 
@@ -151,13 +151,13 @@ def ridge(
     for cell in series.T:
         history = sliding_window_view(cell, S)[fit_origins - S + 1]  # row i of the view: frames i .. i+S-1
         targets = sliding_window_view(cell, K)[fit_origins + 1]
-        known = ~np.isnan(history).any(axis=1) & ~np.isnan(targets).any(axis=1)
-        if not known.any():
+        complete = ~np.isnan(history).any(axis=1) & ~np.isnan(targets).any(axis=1)
+        if not complete.any():
             fits.append((np.nan, 1.0, np.zeros((S + calendar.shape[1], K))))
             continue
-        history, targets = history[known], targets[known]
+        history, targets = history[complete], targets[complete]
         mean, deviation = history.mean(), history.std() or 1.0
-        x = np.concatenate([(history - mean) / deviation, calendar[fit_origins[known]]], axis=1)
+        x = np.concatenate([(history - mean) / deviation, calendar[fit_origins[complete]]], axis=1)
         gram = x.T @ x + RIDGE_PENALTY * np.eye(x.shape[1])
         fits.append((mean, deviation, np.linalg.solve(gram, x.T @ ((targets - mean) / deviation))))
 

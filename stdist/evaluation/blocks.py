@@ -26,7 +26,7 @@ def tile_shape(shape: tuple[int, ...], cells: int) -> tuple[int, ...]:
 def tiles(region: RegionKind, cells: int) -> list[RegionKind]:
     """``region`` in tiles of at most ``cells`` cells, row by row."""
     sides = [
-        [(axis.start + part.start, axis.start + part.stop) for part in cut(axis.stop - axis.start, side)]
+        [(axis.start + side_cut.start, axis.start + side_cut.stop) for side_cut in cut(axis.stop - axis.start, side)]
         for axis, side in zip(region.slices, tile_shape(region.shape, cells), strict=True)
     ]
     return [type(region)(*(edge for edges in tile for edge in edges)) for tile in product(*sides)]

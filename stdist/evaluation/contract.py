@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stdist.data.audit import Fitted
 from stdist.errors import InputError
@@ -14,15 +14,13 @@ Schema = TypeVar("Schema", bound=BaseModel)
 MASK_RULE = "observed points only; inputs may be imputed"
 
 
-class ForecastContract(BaseModel):
+class ForecastContract(BaseModel, extra="forbid", frozen=True):
     """The promise of a forecaster; travels with its forecasts.
 
     ``region`` is (r0, r1, c0, c1) of a grid, half-open, row 0 in the south, or (n0, n1) of nodes; ``split`` covers
     the local days ``first_day`` to ``last_day`` (ISO dates, both included), windows' history too where
     ``history_inside``; ``S`` and ``K`` count frames.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     city: str
     channel: str
@@ -57,13 +55,11 @@ class EvaluationContract(ForecastContract):
     pooling: str = "pooled over all points, and mean of the horizons' figures"
 
 
-class ForecastMetadata(BaseModel):
+class ForecastMetadata(BaseModel, extra="forbid", frozen=True):
     """The origin of forecasts: the run's name, its checkpoint, and the contract they were made under.
 
     ``fitted``: the forecaster's parts that were fitted on data, and on which days: forecasts of these are never scored.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str
     checkpoint: str

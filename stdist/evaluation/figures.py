@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import matplotlib.dates as mdates
 import numpy as np
@@ -13,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from stdist.evaluation.run_files import Projection, StageLog
 
@@ -48,28 +48,27 @@ STYLE: Any = {
 }
 
 
+@contextmanager
+def page_figure(height: float, **style: Any) -> Iterator[Figure]:
+    """A figure of the page's width, to be drawn on while the report's style holds."""
+    rc: Any = STYLE | style
+    with rc_context(rc):
+        yield Figure(figsize=(WIDTH, height), layout="constrained")
+
+
 def horizon_curves(model: Sequence[float], others: Mapping[str, Sequence[float]], minutes_per_step: float) -> Figure:
     """NRMSE of each horizon step, the model against every other forecaster."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    with page_figure(4.6) as figure:
         axes = figure.add_subplot()
+        axes.set_prop_cycle(color=OTHERS, linestyle=STYLES)
         marker = "o" if len(model) < 40 else ""
-        for i, (name, curve) in enumerate(others.items()):
-            axes.plot(
-                np.arange(1, len(curve) + 1),
-                curve,
-                label=name,
-                color=OTHERS[i % len(OTHERS)],
-                linestyle=STYLES[i % len(STYLES)],
-                linewidth=1.6,
-                marker=marker,
-                markersize=2.5,
-            )
-        steps = np.arange(1, len(model) + 1)
-        axes.plot(steps, model, color=MODEL, linewidth=2.8, marker=marker, markersize=4, label="model")
+        for name, curve in others.items():
+            axes.plot(np.arange(1, len(curve) + 1), curve, label=name, linewidth=1.6, marker=marker, markersize=2.5)
+        model_line: dict[str, Any] = {"color": MODEL, "linestyle": "-", "linewidth": 2.8, "markersize": 4}
+        axes.plot(np.arange(1, len(model) + 1), model, label="model", marker=marker, **model_line)
         axes.set(xlabel=f"steps ahead (one step = {minutes_per_step:g} min)", ylabel="NRMSE")
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return figure
 
@@ -80,9 +79,8 @@ def training_curves(log: StageLog) -> Figure:
     names += [n for n in log.training if n not in names]
     panels = [(f"{name} (evaluation)", values, True) for name, values in log.evaluation.items()]
     panels = [(n, log.training[n], False) for n in names[: max(2, PANELS_PER_STAGE - len(panels))]] + panels
-    with rc_context(STYLE):
-        rows = -(-len(panels) // 2)
-        figure = Figure(figsize=(WIDTH, 2.5 * rows), layout="constrained")
+    rows = -(-len(panels) // 2)
+    with page_figure(2.5 * rows) as figure:
         for i, (name, values, is_evaluation) in enumerate(panels):
             axes = figure.add_subplot(rows, 2, i + 1)
             steps = np.array(sorted(values))
@@ -90,89 +88,89 @@ def training_curves(log: StageLog) -> Figure:
             if is_evaluation:
                 axes.plot(steps, curve, color=MODEL, marker="o", markersize=5, linewidth=1.2)
             else:
-                smooth = smoothed(curve)
                 axes.plot(steps, curve, color=MUTED, linewidth=0.9)
-                axes.plot(steps, smooth, color=TRUTH, linewidth=1.6)
+                axes.plot(steps, smoothed(curve), color=TRUTH, linewidth=1.6)
             axes.set(title=name, xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.locator_params(axis="x", nbins=5, integer=True)
         figure.align_labels()
         return figure
 
 
 def smoothed(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Centred moving mean over a twentieth of the curve, shorter at its ends."""
-    half = len(curve) // 40
-    sums = np.concatenate(([0.0], np.cumsum(curve)))
-    i = np.arange(len(curve))
-    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(curve))
-    return (sums[high] - sums[low]) / (high - low)
+    window = np.ones(2 * (len(curve) // 40) + 1)
+    return np.convolve(curve, window, "same") / np.convolve(np.ones_like(curve), window, "same")
 
 
-def cell_traces(
-    title: str,
-    units: str,
-    times: Shaped[np.ndarray, " T"],
-    truth: Float[np.ndarray, " T"],
-    origins: Int[np.ndarray, " N"],
-    forecast: Float[np.ndarray, "N K"],
-    band: Float[np.ndarray, "2 N K"] | None = None,
-) -> Figure:
-    """One cell: forecasts stitched at the last step, and whole K-step forecasts of its busiest day.
+class Trace(NamedTuple):
+    """One cell: N forecasts of K steps and the truth. ``times`` are local stamps, ``origins`` count into them."""
 
-    ``times`` are local stamps and ``truth`` is NaN where not observed; ``origins`` count into them.
-    ``band`` is the 0.1 and the 0.9 quantile.
-    """
-    K = forecast.shape[1]
-    cadence = times[1] - times[0]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    title: str
+    units: str
+    times: Shaped[np.ndarray, " T"]
+    truth: Float[np.ndarray, " T"]
+    """NaN where it was not observed."""
+    origins: Int[np.ndarray, " N"]
+    forecast: Float[np.ndarray, "N K"]
+    band: Float[np.ndarray, "2 N K"] | None = None
+    """The 0.1 and the 0.9 quantile of the candidates."""
+
+
+def cell_traces(trace: Trace) -> Figure:
+    """Forecasts stitched at the last step, above whole K-step forecasts of the busiest day."""
+    K, origins = trace.forecast.shape[1], trace.origins
+    with page_figure(5.4) as figure:
         top, bottom = figure.subplots(2, 1, gridspec_kw={"hspace": 0.08})
-        stitched = np.full(len(times), np.nan)
-        stitched[origins + K] = forecast[:, K - 1]
+        stitched = np.full(len(trace.times), np.nan)
+        stitched[origins + K] = trace.forecast[:, K - 1]
         dense = len(origins) > 1 and np.median(np.diff(np.sort(origins))) == 1
-        _truth_line(top, times, truth)
         marks: dict[str, Any] = {"linewidth": 1.3} if dense else {"linestyle": "", "marker": "o", "markersize": 3}
-        top.plot(times, stitched, color=MODEL, label="forecast", **marks)
-        top.set(title=f"{title}: every forecast {K} steps ahead", ylabel=units)
-
-        day = int(np.timedelta64(1, "D") / cadence)
-        start = _busiest(truth, origins, day, K)
-        shown = slice(max(0, start), min(len(times), start + day + K))
-        _truth_line(bottom, times[shown], truth[shown])
-        next_free = -1
-        for row in np.argsort(origins):
-            origin = int(origins[row])
-            if origin < max(start, next_free) or origin + K >= shown.stop:
-                continue
-            next_free = origin + K
-            at = times[origin + 1 : origin + K + 1]
-            if band is not None:
-                bottom.fill_between(at, band[0, row], band[1, row], color=MODEL, alpha=0.18, linewidth=0)
-            bottom.plot(at, forecast[row], color=MODEL, linewidth=1.5)
-            bottom.plot(times[origin], truth[origin], marker="o", markersize=4, color=TRUTH, linestyle="")
-        interval = ", with 10 to 90 % of the candidates" if band is not None else ""
-        bottom.set(title=f"One day of whole {K}-step forecasts{interval}; dots are origins", ylabel=units)
-        for axes in (top, bottom):
-            locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
-            axes.xaxis.set_major_locator(locator)
-            axes.xaxis.set_major_formatter(
-                mdates.ConciseDateFormatter(locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
-            )
-            axes.set_ylim(bottom=min(0.0, float(np.nanmin(forecast))))
-            axes.margins(x=0.01)
+        top.plot(trace.times, trace.truth, color=TRUTH, linewidth=1.3, label="observed")
+        top.plot(trace.times, stitched, color=MODEL, label="forecast", **marks)
+        top.set(title=f"{trace.title}: every forecast {K} steps ahead", ylabel=trace.units)
+        _time_axis(top, trace)
+        draw_day(bottom, trace)
+        interval = ", with 10 to 90 % of the candidates" if trace.band is not None else ""
+        bottom.set(title=f"One day of whole {K}-step forecasts{interval}; dots are origins", ylabel=trace.units)
         figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure
 
 
-def _truth_line(axes: Axes, times: np.ndarray, truth: np.ndarray) -> None:
-    axes.plot(times, truth, color=TRUTH, linewidth=1.3, label="observed")
+def draw_day(axes: Axes, trace: Trace) -> None:
+    """Draws whole forecasts of the busiest day, one after the other, over what was observed."""
+    times, truth, origins, K = trace.times, trace.truth, trace.origins, trace.forecast.shape[1]
+    day = int(np.timedelta64(1, "D") / (times[1] - times[0]))
+    next_free = start = _busiest(truth, origins, day)
+    stop = min(len(times), start + day + K)
+    axes.plot(times[start:stop], truth[start:stop], color=TRUTH, linewidth=1.3, label="observed")
+    for row in np.argsort(origins):
+        origin = int(origins[row])
+        if origin < next_free or origin + K >= stop:
+            continue
+        next_free = origin + K
+        targets = times[origin + 1 : origin + K + 1]
+        if trace.band is not None:
+            axes.fill_between(targets, *trace.band[:, row], color=MODEL, alpha=0.18, linewidth=0)
+        axes.plot(targets, trace.forecast[row], color=MODEL, linewidth=1.5)
+        axes.plot(times[origin], truth[origin], marker="o", markersize=4, color=TRUTH, linestyle="")
+    _time_axis(axes, trace)
 
 
-def _busiest(truth: np.ndarray, origins: np.ndarray, day: int, K: int) -> int:
+def _time_axis(axes: Axes, trace: Trace) -> None:
+    locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(
+        mdates.ConciseDateFormatter(locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
+    )
+    axes.set_ylim(bottom=min(0.0, float(np.nanmin(trace.forecast))))
+    axes.margins(x=0.01)
+
+
+def _busiest(truth: np.ndarray, origins: np.ndarray, day: int) -> int:
     """The origin after which a day of forecasts meets the most traffic."""
-    sums = np.concatenate(([0.0], np.cumsum(np.nan_to_num(truth))))
-    ends = np.minimum(origins + day, len(truth))
-    return int(origins[np.argmax(np.where(origins + day + K <= origins.max() + K + 1, sums[ends] - sums[origins], -1))])
+    total = np.concatenate(([0.0], np.cumsum(np.nan_to_num(truth))))
+    traffic = total[np.minimum(origins + day, len(truth))] - total[origins]
+    return int(origins[np.argmax(np.where(origins + day <= origins.max() + 1, traffic, -1))])
 
 
 def error_map(
@@ -184,23 +182,21 @@ def error_map(
 ) -> Figure:
     """Mean traffic of the whole city with the region marked, and each scored cell's NRMSE; north is up."""
     r0, r1, c0, c1 = region
-    with rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    traffic = np.where(inside & (city_mean > 0), city_mean, np.nan)
+    maps: Any = (
+        (f"Mean traffic, {inside.shape[0]} × {inside.shape[1]} cells", traffic, units, "Greys", None),
+        ("Error of each scored cell", cell_nrmse, "NRMSE", "YlOrBr", (c0 - 0.5, c1 - 0.5, r0 - 0.5, r1 - 0.5)),
+    )
+    with page_figure(4.0, **{"axes.grid": False}) as figure:
         left, right = figure.subplots(1, 2)
-        traffic = np.where(inside & (city_mean > 0), city_mean, np.nan)
-        H, W = city_mean.shape
-        image = left.imshow(traffic, origin="lower", cmap="Greys", norm=LogNorm() if _long_tailed(traffic) else None)
-        figure.colorbar(image, ax=left, label=units, shrink=0.8)
+        for axes, (title, values, label, colours, extent) in zip((left, right), maps, strict=True):
+            norm = LogNorm() if axes is left and _long_tailed(values) else None
+            image = axes.imshow(values, origin="lower", cmap=colours, norm=norm, extent=extent)
+            figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+            axes.set(title=title, xlabel="column", ylabel="row (north is up)")
+            axes.locator_params(nbins=5, integer=True)
         left.add_patch(Rectangle((c0 - 0.5, r0 - 0.5), c1 - c0, r1 - r0, fill=False, edgecolor=MODEL, linewidth=2))
-        left.set(title=f"Mean traffic, {H} × {W} cells", xlabel="column", ylabel="row (north is up)")
-        extent = (c0 - 0.5, c1 - 0.5, r0 - 0.5, r1 - 0.5)
-        image = right.imshow(cell_nrmse, origin="lower", cmap="YlOrBr", extent=extent)
         right.set_facecolor("#e2e8f0")
-        figure.colorbar(image, ax=right, label="NRMSE", shrink=0.8)
-        right.set(title="Error of each scored cell", xlabel="column", ylabel="row")
-        for axes in (left, right):
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         return figure
 
 
@@ -211,10 +207,9 @@ def node_errors(
     places: Float[np.ndarray, "2 n"] | None,
     units: str,
 ) -> Figure:
-    """Each scored node's NRMSE on a map, or the largest first where no ``places`` (longitude, latitude) are known;
-    its MAE against its mean. A node without an observed point (NaN) is left out."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    """NRMSE of each scored node on a map, or the largest first without ``places`` (longitude, latitude); MAE against
+    the mean. A node without an observed point (NaN) is left out."""
+    with page_figure(4.0) as figure:
         left, right = figure.subplots(1, 2)
         size = np.clip(5000 / len(mean), 4, 40)
         seen = ~np.isnan(nrmse)
@@ -222,7 +217,7 @@ def node_errors(
             left.plot(np.arange(1, seen.sum() + 1), np.sort(nrmse[seen])[::-1], color=MODEL, linewidth=1.8)
             left.set(title="Error of each node, sorted", xlabel="rank of the node", ylabel="NRMSE")
             left.set_ylim(bottom=0)
-            left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            left.locator_params(axis="x", nbins=5, integer=True)
         else:
             # One broken sensor must not take the colours of all others.
             low, high = np.percentile(nrmse[seen], (2, 98)) if seen.any() else (0, 1)
@@ -234,7 +229,7 @@ def node_errors(
             figure.colorbar(dots, ax=left, label="NRMSE", shrink=0.8, extend="both")
             left.set_aspect(1 / max(np.cos(np.radians(np.nanmean(places[1]))), 0.1), adjustable="datalim")
             left.set(title="Error of each node; size: its mean", xlabel="longitude", ylabel="latitude")
-            left.xaxis.set_major_locator(MaxNLocator(4))
+            left.locator_params(axis="x", nbins=4)
             left.ticklabel_format(useOffset=False)
         right.scatter(mean[seen], mae[seen], s=size, color=MODEL, alpha=0.6, linewidth=0)
         if _long_tailed(mean[seen]):
@@ -244,32 +239,31 @@ def node_errors(
 
 
 def _long_tailed(values: Float[np.ndarray, " n"]) -> bool:
-    """Whether a logarithmic scale shows positive values better."""
-    known = values[~np.isnan(values)]
-    return bool(known.size) and 0 < 20 * known.min() < known.max()
+    """True where a logarithmic scale shows the positive values better."""
+    finite = values[~np.isnan(values)]
+    return bool(finite.size) and 0 < 20 * finite.min() < finite.max()
 
 
-def projections(parts: Sequence[Projection]) -> Figure:
+def projections(panels: Sequence[Projection]) -> Figure:
     """Embeddings in a plane, three in a row; axes have no meaning of their own, only what lies close does."""
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
-        rows = -(-len(parts) // 3)
-        figure = Figure(figsize=(WIDTH, 3.5 * rows), layout="constrained")
-        for i, part in enumerate(parts):
-            axes = figure.add_subplot(rows, min(3, len(parts)), i + 1)
-            x, y = np.array(part.points, float).T
-            values = np.array(part.values, float)
+    rows = -(-len(panels) // 3)
+    plain = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    with page_figure(3.5 * rows, **plain) as figure:
+        for i, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, min(3, len(panels)), i + 1)
+            values, (x, y) = np.array(panel.values, float), np.array(panel.points, float).T
             dots = axes.scatter(
                 x,
                 y,
                 c=values,
-                s=np.clip(3000 / len(x), 3, 40),
-                cmap="twilight_shifted" if part.cyclic else "viridis",
-                norm=LogNorm() if _long_tailed(values) and not part.cyclic else None,
+                s=np.clip(3000 / len(values), 3, 40),
+                cmap="twilight_shifted" if panel.cyclic else "viridis",
+                norm=LogNorm() if _long_tailed(values) and not panel.cyclic else None,
             )
-            for name, at in zip(part.names, part.points, strict=bool(part.names)):
-                axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
-            if not part.names:
-                figure.colorbar(dots, ax=axes, label=part.quantity, location="bottom", shrink=0.9)
-            axes.set(title=part.title, xticks=[], yticks=[])
+            for name, point in zip(panel.names, panel.points, strict=bool(panel.names)):
+                axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            if not panel.names:
+                figure.colorbar(dots, ax=axes, label=panel.quantity, location="bottom", shrink=0.9)
+            axes.set(title=panel.title, xticks=[], yticks=[])
             axes.margins(0.15)
         return figure

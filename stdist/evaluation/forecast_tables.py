@@ -21,6 +21,7 @@ STAMP = pl.col("origin").dt.replace_time_zone(None).cast(pl.Datetime("ns"))
 
 
 def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    """Writes a table sorted by origin and step, a few windows at a time (``ForecastHeader.block``)."""
     _, k, *cells = header.shape
 
     def tables(*_pushed_down: object) -> Iterator[pl.DataFrame]:
@@ -62,6 +63,7 @@ def _table(
 
 
 def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
+    """Opens a table with rows in any order. Raises InputError where rows contradict the contract."""
     attributes = pl.read_parquet_metadata(path)
     metadata = read_metadata(attributes.get(METADATA_KEY), path)
     cell_ids = np.array(json.loads(attributes[CELL_IDS_KEY]))
@@ -97,9 +99,9 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
             rows["step"].to_numpy() - 1,
             by_id[np.searchsorted(ids.ravel(), rows["cell"].to_numpy().astype(ids.dtype), sorter=by_id)],
         )
-        written = np.zeros(values.shape[1:], bool)
-        written[place] = True
-        if written.sum() != len(rows):
+        filled = np.zeros(values.shape[1:], bool)
+        filled[place] = True
+        if filled.sum() != len(rows):
             raise InputError(f"{path}: some (origin, cell, step) appear more than once")
         values[:, *place] = rows.select(columns).to_numpy().T
         return values.reshape(*values.shape[:3], *ids.shape)

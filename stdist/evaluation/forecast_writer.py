@@ -181,7 +181,7 @@ class ForecastWriter:
         self._save_progress()
 
     def _drop_progress(self) -> None:
-        """To be called before chunks are removed: a kill in between must leave no count of chunks that are gone."""
+        """Comes before chunks are removed: a kill in between must leave no count of chunks that are gone."""
         (self.partial / "progress.json").unlink(missing_ok=True)
 
     def _save_progress(self) -> None:

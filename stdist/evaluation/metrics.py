@@ -24,7 +24,7 @@ ZERO = 5e-5
 
 @dataclass(frozen=True, eq=False)
 class ErrorState:
-    """Sums over observed points, one entry per horizon step (or per cell, see ``of_cells``).
+    """Sums over observed points, one entry per horizon step (or per cell, of arrays reshaped to [points, cells]).
 
     States add with ``+``; the sum of the states of any partition of the windows is the state of all of
     them, up to float64 rounding. Sums are in the data's units (``sum_squared_error`` in units squared,
@@ -48,15 +48,13 @@ class ErrorState:
         cls,
         forecast: Float[np.ndarray, "B K *cells"],
         truth: Float[np.ndarray, "B K *cells"],
-        observed: Bool[np.ndarray, "B K *cells"] | None = None,
+        observed: Bool[np.ndarray, "B K *cells"],
     ) -> ErrorState:
-        """The state of one batch; ``observed`` is True where a point counts (None: everywhere).
+        """Returns the state of one batch; ``observed`` is True where a point counts.
 
         Raises InputError where shapes differ, or a counted point has no finite forecast or truth: an error
         that hides a NaN would hide a diverged model.
         """
-        if observed is None:
-            observed = np.ones(truth.shape, bool)
         if not forecast.shape == truth.shape == observed.shape:
             raise InputError(
                 f"forecast {forecast.shape}, truth {truth.shape}, observed {observed.shape}: give one shape"
@@ -64,9 +62,9 @@ class ErrorState:
         for name, array in (("forecast", forecast), ("truth", truth)):
             bad = observed & ~np.isfinite(array)
             if bad.any():
-                place = ", ".join(str(i) for i in np.argwhere(bad)[0])
+                first = ", ".join(str(i) for i in np.argwhere(bad)[0])
                 raise InputError(
-                    f"{name} is not finite at {int(bad.sum())} observed points, first at index ({place}) of "
+                    f"{name} is not finite at {int(bad.sum())} observed points, first at index ({first}) of "
                     "(window, step, row, col or node): make the forecast again, or mark the points as not observed"
                 )
         truth64 = np.where(observed, truth, 0).astype(np.float64)
@@ -82,41 +80,18 @@ class ErrorState:
             np.abs(np.divide(error, truth64, out=np.zeros_like(error), where=nonzero)).sum(axes),
         )
 
-    @classmethod
-    def of_cells(
-        cls,
-        forecast: Float[np.ndarray, "B K *cells"],
-        truth: Float[np.ndarray, "B K *cells"],
-        observed: Bool[np.ndarray, "B K *cells"],
-    ) -> ErrorState:
-        """The state with one entry per cell (row by row) or node, pooled over windows and horizons."""
-
-        def by_cell(array: np.ndarray) -> np.ndarray:
-            return array.reshape(-1, math.prod(array.shape[2:]))
-
-        return cls.of(by_cell(forecast), by_cell(truth), by_cell(observed))
-
-    def update(
-        self,
-        forecast: Float[np.ndarray, "B K *cells"],
-        truth: Float[np.ndarray, "B K *cells"],
-        observed: Bool[np.ndarray, "B K *cells"] | None = None,
-    ) -> ErrorState:
-        """This state and one more batch; see ``of``."""
-        return self + ErrorState.of(forecast, truth, observed)
-
     def __add__(self, other: ErrorState) -> ErrorState:
         if self.count.shape != other.count.shape:
             raise InputError(f"cannot add states of {self.count.size} and {other.count.size} horizons")
         return ErrorState(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def add_at(self, cells: Int[np.ndarray, " n"], part: ErrorState) -> None:
-        """Add the state of n cells to these, in place."""
+    def add_at(self, cells: Int[np.ndarray, " n"], other: ErrorState) -> None:
+        """Adds the state of n cells to the entries ``cells``, in place."""
         for f in fields(self):
-            getattr(self, f.name)[cells] += getattr(part, f.name)
+            getattr(self, f.name)[cells] += getattr(other, f.name)
 
     def errors(self) -> dict[str, Float[np.ndarray, " K"]]:
-        """``mae``, ``rmse``, ``mape``, ``nrmse`` of each entry (Eq. 21, 22, 23); NaN where nothing was observed.
+        """Returns ``mae``, ``rmse``, ``mape``, ``nrmse`` of each entry (Eq. 21-23); NaN where nothing was observed.
 
         MAPE is NaN too where no truth differs from zero.
         """
@@ -130,8 +105,8 @@ class ErrorState:
 
     def pooled(self) -> dict[str, float]:
         """``mae``, ``rmse``, ``mape``, ``nrmse`` over all points of all horizons at once, and ``points``."""
-        whole = ErrorState(*(getattr(self, f.name).sum(keepdims=True) for f in fields(self)))
-        return {**{name: float(v[0]) for name, v in whole.errors().items()}, "points": int(self.count.sum())}
+        total = ErrorState(*(getattr(self, f.name).sum(keepdims=True) for f in fields(self)))
+        return {**{name: float(v[0]) for name, v in total.errors().items()}, "points": int(self.count.sum())}
 
     def mean_of_horizons(self) -> dict[str, float]:
         """Mean over the horizons of each horizon's figure; horizons with no point that counts are left out."""
@@ -147,8 +122,4 @@ class ErrorState:
             {"step": k + 1, **{n: float(v[k]) for n, v in errors.items()}, "points": int(self.count[k])}
             for k in range(self.count.size)
         ]
-        return {
-            "pooled": self.pooled(),
-            "mean_of_horizons": self.mean_of_horizons(),
-            "per_horizon": per_horizon,
-        }
+        return {"pooled": self.pooled(), "mean_of_horizons": self.mean_of_horizons(), "per_horizon": per_horizon}

@@ -1,4 +1,4 @@
-"""The evaluation contract: what is scored, and the one function that scores it."""
+"""The evaluation contract, and the one function that scores forecasts by it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EvaluationResult:
     state: ErrorState
 
     def to_json(self) -> dict[str, Any]:
-        """``contract``, and ``pooled``, ``mean_of_horizons`` and ``per_horizon`` errors."""
+        """Returns ``contract``, and ``pooled``, ``mean_of_horizons`` and ``per_horizon`` errors."""
         return {"contract": self.contract.model_dump(mode="json"), **self.state.summary()}
 
 
@@ -72,7 +72,7 @@ def evaluate(forecasts: Path | str, store: GridStore | Path | str) -> Evaluation
         values, first = source.read(windows, tile)[0], header.origins[windows][0]
         truth, observed = read_targets(split, tile, origins[windows])
         try:
-            state = state.update(values, truth, observed)
+            state += ErrorState.of(values, truth, observed)
         except InputError as error:
             raise InputError(f"windows from origin {_utc(first)} on, cells {tile}: {error}") from error
     steps = np.timedelta64(contract.cadence_seconds, "s")
@@ -92,7 +92,7 @@ def evaluate(forecasts: Path | str, store: GridStore | Path | str) -> Evaluation
 
 
 def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, Int[np.ndarray, " N"]]:
-    """The windows that the forecasts claim to be of, and the store's frame index of each forecast's origin.
+    """Returns the windows that the forecasts claim to be of, and the store's frame index of each forecast's origin.
 
     Raises InputError as ``evaluate`` does.
     """
@@ -121,9 +121,9 @@ def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, In
             f"forecasts reach to {_utc(last_target)}, past the data of {store.path}, which ends at "
             f"{_utc(store.times[-1])}: there is no truth to score them by"
         )
-    unknown = store.times[index] != header.origins
-    if unknown.any():
-        raise InputError(f"origin {_utc(header.origins[unknown][0])} is not a time of {store.path}")
+    off_clock = store.times[index] != header.origins
+    if off_clock.any():
+        raise InputError(f"origin {_utc(header.origins[off_clock][0])} is not a time of {store.path}")
     if len(np.unique(index)) != len(index):
         raise InputError("some origins appear more than once in the forecasts; a window counts once")
     split = store.windows(
@@ -134,11 +134,11 @@ def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, In
         region=header.region,
         history_inside=contract.history_inside,
     )
-    strangers = ~np.isin(index, split.origins)
-    if strangers.any():
-        stamp = _utc(header.origins[strangers][0])
+    outside = ~np.isin(index, split.origins)
+    if outside.any():
+        stamp = _utc(header.origins[outside][0])
         raise InputError(
-            f"{int(strangers.sum())} forecasts, first at origin {stamp}, are no windows of the split "
+            f"{int(outside.sum())} forecasts, first at origin {stamp}, are no windows of the split "
             f"'{contract.split}' ({contract.first_day} to {contract.last_day}) that they claim"
         )
     return split, index
@@ -147,7 +147,7 @@ def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, In
 def read_targets(
     windows: Windows, tile: AnyRegion, origins: Int[np.ndarray, " N"]
 ) -> tuple[Float[np.ndarray, "N K *cells"], Bool[np.ndarray, "N K *cells"]]:
-    """The true values of the K frames after each origin (a frame index), and which of them were observed."""
+    """Returns the true values of the K frames after each origin (a frame index), and True where one was observed."""
     targets = replace(windows, S=1, region=tile, history_region=tile)  # the truth needs no history
     batch = targets.read(np.searchsorted(targets.origins, origins))
     return batch.target, batch.target_observed

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from jaxtyping import Int
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
@@ -64,7 +65,7 @@ class Comparison:
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write ``report/index.html``, one self-contained file, and ``report/figures/*.png``; returns the page.
+    """Writes ``report/index.html``, one self-contained file, and ``report/figures/*.png``; returns the page.
 
     Raises InputError where ``run_dir`` is no run folder, or one of its files is damaged.
     """
@@ -72,7 +73,7 @@ def build_report(run_dir: Path) -> Path:
     if not config_file.is_file():
         raise InputError(f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`")
     config_text = config_file.read_text(encoding="utf-8")
-    metrics, missing = None, []
+    metrics, pictures, embeddings, missing = None, None, None, []
     if (run_dir / "report" / "metrics.json").is_file():
         metrics = read_metrics(run_dir)
     else:
@@ -87,14 +88,14 @@ def build_report(run_dir: Path) -> Path:
         for stage, log in stages.items()
         if log.training or log.evaluation
     }
-    pictures = None
     try:
         pictures = _forecast_pictures(run_dir, config_text, gallery)
     except InputError as error:
         missing.append(f"No figures of forecasts: {error}")
-    embeddings = None
-    if (run_dir / "report" / "embeddings.json").is_file() and (found := read_embeddings(run_dir)).projections:
-        embeddings = gallery.add("embeddings", figures.projections(found.projections), found.caption)
+    if (run_dir / "report" / "embeddings.json").is_file():
+        projected = read_embeddings(run_dir)
+        if projected.projections:
+            embeddings = gallery.add("embeddings", figures.projections(projected.projections), projected.caption)
     page = Environment(loader=PackageLoader("stdist.evaluation", "."), autoescape=True, trim_blocks=True)
     page.filters |= {"readable": readable, "percent": percent, "memory": memory, "change_to": change}
     html = page.get_template("report.html.j2").render(
@@ -115,17 +116,16 @@ def build_report(run_dir: Path) -> Path:
 
 
 def compare(model: Scores, others: dict[str, Scores]) -> list[Comparison]:
-    """The model beside every other forecaster that has a pooled NRMSE, the strongest first."""
-    own = model.pooled.nrmse
-    rows = []
+    """Returns the model beside every other forecaster that has a pooled NRMSE, the strongest first."""
+    comparisons = []
     for name, scores in others.items():
-        theirs = scores.pooled.nrmse
-        if own is None or not theirs:
+        if model.pooled.nrmse is None or not scores.pooled.nrmse:
             continue
         pairs = [(m.nrmse, o.nrmse) for m, o in zip(model.per_horizon, scores.per_horizon, strict=False)]
-        scored = [(m, o) for m, o in pairs if m is not None and o is not None]
-        rows.append(Comparison(name, theirs, own / theirs, sum(m >= o for m, o in scored), len(scored)))
-    return sorted(rows, key=lambda row: row.nrmse)
+        lost = [m >= o for m, o in pairs if m is not None and o is not None]
+        ratio = model.pooled.nrmse / scores.pooled.nrmse
+        comparisons.append(Comparison(name, scores.pooled.nrmse, ratio, sum(lost), len(lost)))
+    return sorted(comparisons, key=lambda comparison: comparison.nrmse)
 
 
 def verdict(metrics: RunMetrics) -> str:
@@ -148,18 +148,18 @@ def verdict(metrics: RunMetrics) -> str:
 
 
 def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[str]:
-    """What makes the figures less than they seem."""
+    """Lines about what makes the figures less than they seem."""
     lines = []
-    own, points = metrics.model.pooled.nrmse, metrics.model.pooled.points
-    if pictures and own is not None and not np.isclose(pictures.nrmse, own, rtol=1e-4):
+    pooled = metrics.model.pooled
+    if pictures and pooled.nrmse is not None and not np.isclose(pictures.nrmse, pooled.nrmse, rtol=1e-4):
         lines.append(
-            f"The forecasts drawn below have NRMSE {pictures.nrmse:.4f}, not the {own:.4f} of the metrics: "
+            f"The forecasts drawn below have NRMSE {pictures.nrmse:.4f}, not the {pooled.nrmse:.4f} of the metrics: "
             "they were not made together."
         )
     for name, scores in {**metrics.baselines, **metrics.variants}.items():
-        if scores.pooled.points != points:
+        if scores.pooled.points != pooled.points:
             lines.append(
-                f"{name} was scored on {scores.pooled.points:,} points, the model on {points:,}: "
+                f"{name} was scored on {scores.pooled.points:,} points, the model on {pooled.points:,}: "
                 "their errors are not comparable."
             )
         if scores.fallbacks:
@@ -167,9 +167,9 @@ def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[st
     for row in compare(metrics.model, metrics.variants):
         if not row.model_wins:
             lines.append(f"The variant '{row.name}' is no worse than the model itself ({row.nrmse:.4f}).")
-    windows, whole = metrics.contract.get("windows"), metrics.contract.get("windows_in_split")
-    if windows and whole and windows < whole:
-        lines.append(f"Scored on {windows:,} of the {whole:,} windows of the split.")
+    scored, in_split = metrics.contract.get("windows"), metrics.contract.get("windows_in_split")
+    if scored and in_split and scored < in_split:
+        lines.append(f"Scored on {scored:,} of the {in_split:,} windows of the split.")
     return lines
 
 
@@ -199,18 +199,17 @@ def _horizon_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
 
 def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> ForecastPictures:
     forecasts = open_forecasts(run_dir / "forecasts" / "test.zarr")
-    header = forecasts.header
-    store = _store_of(run_dir, config_text)
-    windows, origins = match_windows(header, store)
-    numbers = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
-    cells = ErrorState.empty(numbers.size)
-    for block, tile in header.blocks():
-        batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
-        cells.add_at(numbers[header.place(block, tile)[2:]].ravel(), ErrorState.of_cells(*batch))
+    header, store = forecasts.header, store_of(run_dir, config_text)
+    cells, origins = cell_errors(forecasts, store)
     mean_truth = cells.sum_truth / np.maximum(cells.count, 1)
+    kind = "cell" if isinstance(header.region, Region) else "node"
     traces = [
-        _trace(label, int(cell), forecasts, store, origins, gallery)
-        for label, cell in representative_cells(mean_truth).items()
+        gallery.add(
+            f"forecast-{size}-{kind}".lower(),
+            figures.cell_traces(read_trace(f"{size} {kind}", cell, forecasts, store, origins)),
+            f"{size} {kind}: forecasts against what was observed, local time",
+        )
+        for size, cell in representative_cells(mean_truth).items()
     ]
     if isinstance(header.region, Region):
         figure = _grid_errors(header, header.region, store, int(origins[0]) + 1, cells)
@@ -225,57 +224,61 @@ def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> Fo
     return ForecastPictures(traces, gallery.add("error-map", figure, caption), cells.pooled()["nrmse"])
 
 
+def cell_errors(forecasts: ForecastFile, store: GridStore) -> tuple[ErrorState, Int[np.ndarray, " N"]]:
+    """Returns errors with an entry a cell (row by row) or node, and the store's frame index of every origin."""
+    header = forecasts.header
+    windows, origins = match_windows(header, store)
+    numbers = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
+    errors = ErrorState.empty(numbers.size)
+    for block, tile in header.blocks():
+        batch = forecasts.read(block, tile)[0], *read_targets(windows, tile, origins[block])
+        cells = numbers[header.place(block, tile)[2:]].ravel()
+        errors.add_at(cells, ErrorState.of(*(array.reshape(-1, cells.size) for array in batch)))
+    return errors, origins
+
+
 def _grid_errors(header: ForecastHeader, region: Region, store: GridStore, first: int, cells: ErrorState) -> Figure:
     """The error map, beside the city's traffic of the day from frame ``first`` on."""
     city_mean = np.empty(store.shape)
-    for part in tiles(store.region(), forecast_header.POINTS_IN_MEMORY // store.slots_per_day):
-        day = store.values(header.metadata.contract.channel, first, first + store.slots_per_day, part)
-        # Cells outside the city are never known; frames of a gap are not either.
-        city_mean[part.slices] = np.nansum(day, axis=0) / np.maximum((~np.isnan(day)).sum(axis=0), 1)
+    for tile in tiles(store.region(), forecast_header.POINTS_IN_MEMORY // store.slots_per_day):
+        day = store.values(header.metadata.contract.channel, first, first + store.slots_per_day, tile)
+        # NaN: cells outside the city, and frames of a gap.
+        city_mean[tile.slices] = np.nansum(day, axis=0) / np.maximum((~np.isnan(day)).sum(axis=0), 1)
     nrmse = cells.errors()["nrmse"].reshape(region.shape)
     return figures.error_map(nrmse, astuple(region), city_mean, store.units, store.inside)
 
 
 def representative_cells(mean_truth: np.ndarray) -> dict[str, int]:
-    """The cells or nodes of the largest, the median and a small (tenth percentile) mean, among those with traffic."""
+    """Cells or nodes of the largest, the median and a small (tenth percentile) mean, among those with traffic."""
     active = np.flatnonzero(mean_truth > 0)
     ranked = active[np.argsort(mean_truth[active])]
     labels: dict[int, str] = {}
-    for label, place in (("Largest", -1), ("Median", len(ranked) // 2), ("Small", len(ranked) // 10)):
-        if len(ranked):
-            labels.setdefault(int(ranked[place]), label)
+    if len(ranked):
+        for label, rank in (("Largest", -1), ("Median", len(ranked) // 2), ("Small", len(ranked) // 10)):
+            labels.setdefault(int(ranked[rank]), label)
     return {label: cell for cell, label in labels.items()}
 
 
-def _trace(
-    label: str, cell: int, forecasts: ForecastFile, store: GridStore, origins: np.ndarray, gallery: _Gallery
-) -> Image:
-    header = forecasts.header
-    contract = header.metadata.contract
+def read_trace(
+    name: str, cell: int, forecasts: ForecastFile, store: GridStore, origins: Int[np.ndarray, " N"]
+) -> figures.Trace:
+    """Reads one cell's forecasts, by its position in the region row by row, and the truth of all their steps."""
+    header, contract = forecasts.header, forecasts.header.metadata.contract
     index = np.unravel_index(cell, header.cell_ids.shape)
-    place = [axis.start + int(i) for axis, i in zip(header.region.slices, index, strict=True)]
+    position = [axis.start + int(i) for axis, i in zip(header.region.slices, index, strict=True)]
     first, stop = int(origins.min()), int(origins.max()) + contract.K + 1
-    only = type(header.region)(*(edge for i in place for edge in (i, i + 1)))
-    seen = store.observed(contract.channel, first, stop, only).ravel()
-    truth = np.where(seen, store.values(contract.channel, first, stop, only).ravel(), np.nan)
-    read = forecasts.read(slice(0, len(origins)), only, quantiles=True)
-    point, *quantiles = read.reshape(read.shape[:3])
-    where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], place, strict=True))
-    label = f"{label} {'node' if len(place) == 1 else 'cell'}"
-    figure = figures.cell_traces(
-        f"{label} {header.cell_ids[index]} ({where})",
-        contract.units,
-        store.local_times[first:stop],
-        truth,
-        origins - first,
-        point,
-        np.stack([quantiles[0], quantiles[-1]]) if quantiles else None,
-    )
-    name = label.lower().replace(" ", "-")
-    return gallery.add(f"forecast-{name}", figure, f"{label}: forecasts against what was observed, local time")
+    region = type(header.region)(*(edge for i in position for edge in (i, i + 1)))
+    observed = store.observed(contract.channel, first, stop, region).ravel()
+    truth = np.where(observed, store.values(contract.channel, first, stop, region).ravel(), np.nan)
+    values = forecasts.read(slice(0, len(origins)), region, quantiles=True)
+    point, *quantiles = values.reshape(values.shape[:3])
+    where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], position, strict=True))
+    title, band = f"{name} {header.cell_ids[index]} ({where})", np.stack(quantiles[::2]) if quantiles else None
+    return figures.Trace(title, contract.units, store.local_times[first:stop], truth, origins - first, point, band)
 
 
-def _store_of(run_dir: Path, config_text: str) -> GridStore:
+def store_of(run_dir: Path, config_text: str) -> GridStore:
+    """Opens the store that a run's configuration names. Raises InputError where it names none."""
     config: Any = yaml.safe_load(config_text)
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not data.get("store"):
@@ -306,7 +309,7 @@ def memory(size: int | None) -> str:
 
 
 def change(before: float | None, after: float) -> str:
-    """From ``before`` to ``after`` in per cent, or as a factor where it is tenfold or more."""
+    """The way from ``before`` to ``after`` in per cent, or as a factor where it is tenfold or more."""
     if not before:
         return "–"
     if abs(after / before) >= 10:

@@ -1,4 +1,4 @@
-"""What a run folder has for its report: `report/metrics.json`, `report/embeddings.json` and `log.jsonl`."""
+"""Files of a run folder that its report is made of: `report/metrics.json`, `report/embeddings.json`, `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 
 from stdist.errors import InputError
 from stdist.evaluation.contract import Schema, parsed
@@ -20,8 +20,6 @@ NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
 
 class Errors(BaseModel):
     """MAE, RMSE (data's units), MAPE (a ratio) and NRMSE of ``points`` observed values; None where there are none."""
-
-    model_config = ConfigDict(extra="ignore")
 
     mae: float | None
     rmse: float | None
@@ -39,31 +37,25 @@ class StepErrors(Errors):
 class Scores(BaseModel):
     """One forecaster's ``ErrorState.summary``; ``fallbacks`` of its values are persistence instead."""
 
-    model_config = ConfigDict(extra="ignore")
-
     pooled: Errors
     mean_of_horizons: Errors
     per_horizon: list[StepErrors]
     fallbacks: int = 0
 
 
-class StageScores(BaseModel):
+class StageScores(BaseModel, extra="forbid"):
     """Named figures before and after one training stage, and what it bought in a sentence."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    before: dict[str, float | None] = Field(default_factory=dict)
-    after: dict[str, float | None] = Field(default_factory=dict)
+    before: dict[str, float | None] = {}
+    after: dict[str, float | None] = {}
     summary: str = ""
 
 
-class Efficiency(BaseModel):
-    """What one stage or forecaster cost on ``hardware``, at ``batch_size`` windows; None where it was not measured.
+class Efficiency(BaseModel, extra="forbid"):
+    """The cost of one stage or forecaster on ``hardware``, at ``batch_size`` windows; None where it was not measured.
 
     ``samples_per_second`` and ``inference_samples_per_second`` count windows; ``peak_memory_bytes`` is of one process.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     parameters: int
@@ -76,57 +68,49 @@ class Efficiency(BaseModel):
     peak_memory_bytes: int | None = None
 
 
-class Table(BaseModel):
+class Table(BaseModel, extra="forbid"):
     """Any other figures that a recipe has to show; a row has a value for every column, None where there is none."""
-
-    model_config = ConfigDict(extra="forbid")
 
     title: str
     columns: list[str]
     rows: list[list[str | int | float | None]]
 
 
-class Projection(BaseModel):
+class Projection(BaseModel, extra="forbid"):
     """Rows of an embedding as ``points`` in a plane, coloured by ``values``, which are of ``quantity``.
 
     ``cyclic``: the largest value is next to the smallest, as hours are. ``names``: text beside each point.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     title: str
     points: list[tuple[float, float]]
     values: list[float | None]
     quantity: str
     cyclic: bool = False
-    names: list[str] = Field(default_factory=list)
+    names: list[str] = []
 
 
-class Embeddings(BaseModel):
+class Embeddings(BaseModel, extra="forbid"):
     """The content of `report/embeddings.json`; ``caption`` says what was projected, and how."""
-
-    model_config = ConfigDict(extra="forbid")
 
     projections: list[Projection]
     caption: str
 
 
-class RunMetrics(BaseModel):
+class RunMetrics(BaseModel, extra="forbid"):
     """The content of `report/metrics.json`.
 
     ``variants`` are other readings of the same model, for instance without frames.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     contract: dict[str, Any]
     model: Scores
     baselines: dict[str, Scores]
-    stages: dict[str, StageScores] = Field(default_factory=dict)
-    variants: dict[str, Scores] = Field(default_factory=dict)
-    efficiency: list[Efficiency] = Field(default_factory=list)
-    tables: list[Table] = Field(default_factory=list)
-    notes: list[str] = Field(default_factory=list)
+    stages: dict[str, StageScores] = {}
+    variants: dict[str, Scores] = {}
+    efficiency: list[Efficiency] = []
+    tables: list[Table] = []
+    notes: list[str] = []
 
 
 @dataclass
@@ -189,17 +173,15 @@ def read_log(path: Path) -> dict[str, StageLog]:
             continue
         try:
             record = json.loads(line)
-            stage, step = record["stage"], int(record["step"])
+            step, log = int(record["step"]), stages.setdefault(record["stage"], StageLog())
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise InputError(f"{path}, line {number}: no log record with 'stage' and 'step'") from error
-        log = stages.setdefault(stage, StageLog())
-        target, source = log.training, record
+        curves, scalars = log.training, {n: v for n, v in record.items() if n not in NOT_SCALARS}
         if record.get("event") == "evaluation":
-            target, source = log.evaluation, record.get("metrics", {})
-        for name, value in source.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_number and math.isfinite(value) and (source is not record or name not in NOT_SCALARS):
-                target[name][step] = float(value)
+            curves, scalars = log.evaluation, record.get("metrics", {})
+        for name, value in scalars.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                curves[name][step] = float(value)
     return stages

@@ -63,7 +63,7 @@ class WindowForecasts:
         state = ErrorState.empty(self.windows.K)
         for made, batch in self.all(batch_size):
             parts = (of_all[:, :, nodes].cpu().numpy() for of_all in (made, batch.target, batch.target_observed))
-            state = state.update(*parts)
+            state += ErrorState.of(*parts)
         return reduce(add, self.learners.group.all_gather_object(state))
 
 

@@ -10,7 +10,7 @@ from stdist.numerals.alignment_tasks import (
     transcription,
     transcription_batch,
 )
-from stdist.numerals.vocabulary import Vocabulary, parse_text
+from stdist.numerals.vocabulary import Vocabulary
 
 __all__ = [
     "ARITHMETIC_TASKS",
@@ -19,7 +19,6 @@ __all__ = [
     "Vocabulary",
     "arithmetic",
     "arithmetic_batch",
-    "parse_text",
     "relative_error",
     "transcription",
     "transcription_batch",

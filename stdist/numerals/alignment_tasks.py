@@ -8,7 +8,7 @@ tuple of pieces: text, or an int64 array of numeral indices. Vectors of n values
 
 A batch is a pure function of (seed, step): example number e = step · batch_size + i reads its values from a
 random permutation of the *whole* vocabulary, aliases included, then from the next permutation.
-Each way of reading (stage 1: numerals, text; stage 2: numeral operands, text operands) walks its own.
+Every way of reading (stage 1: numerals, text; stage 2: numeral operands, text operands) has a walk of its own.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def transcription(vocabulary: Vocabulary, indices: npt.NDArray[np.integer], dire
 def transcription_batch(
     vocabulary: Vocabulary, seed: int, step: int, batch_size: int, values_per_example: int
 ) -> list[Example]:
-    """Stage 1 batch: directions alternate, each walks the vocabulary on its own."""
+    """Stage 1 batch: directions alternate, and every one has a walk of its own."""
     number = _example_numbers(seed, step, batch_size, values_per_example)
     turn, which = np.divmod(number, len(_TRANSCRIPTION_STREAMS))
     batch = np.empty(batch_size, object)

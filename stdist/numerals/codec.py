@@ -4,7 +4,7 @@ Vision-LLMs for Spatiotemporal Traffic Forecasting, Section IV.B.1 (Eq. 6 and 7)
 docs/decisions.md. The binary exponent of a float64 leaves at most two decimal exponents open, and one
 comparison settles which; a second table turns the rounded mantissa into its shortest form.
 
-What "half" means: a float64 stands for its shortest decimal, the one ``repr`` prints. 1.0055, which no binary
+A "half": a float64 stands for its shortest decimal, the one ``repr`` prints. 1.0055, which no binary
 float holds exactly, is therefore half-way between 1.005 and 1.006 and goes to the even 1.006. float32 is
 widened to float64 first, exactly.
 """
@@ -87,7 +87,7 @@ class Encoder:
         for start in range(0, flat.size, _BLOCK):
             out = indices[start : start + _BLOCK]
             value, scaled, mantissa, distance = reals[:, : out.size]
-            magnitude, slot, whole = words[:, : out.size]
+            magnitude, slot, integers = words[:, : out.size]
             carried = above[: out.size]
 
             np.copyto(value, flat[start : start + _BLOCK])
@@ -97,8 +97,8 @@ class Encoder:
                 return None
             np.right_shift(bits.view(np.uint64), _MANTISSA_WIDTH, out=slot.view(np.uint64))
             # mode="clip" writes straight into `out`; every look-up is inside its table anyway.
-            np.take(self._threshold, slot, out=whole, mode="clip")
-            np.greater_equal(magnitude, whole, out=carried)
+            np.take(self._threshold, slot, out=integers, mode="clip")
+            np.greater_equal(magnitude, integers, out=carried)
             np.add(slot, slot, out=slot)
             np.add(slot, carried, out=slot)
             np.take(self._scale, slot, out=scaled, mode="clip")
@@ -109,10 +109,10 @@ class Encoder:
             if distance.max() > _NEARLY_HALF:
                 where = np.flatnonzero(distance > _NEARLY_HALF)
                 mantissa[where] = _settle_halves(value[where], self._scale[slot[where]], scaled[where])
-            np.copyto(whole, mantissa, casting="unsafe")
-            np.take(self._offset, whole, out=out, mode="clip")
-            np.take(self._base, slot, out=whole, mode="clip")
-            np.add(out, whole, out=out)
+            np.copyto(integers, mantissa, casting="unsafe")
+            np.take(self._offset, integers, out=out, mode="clip")
+            np.take(self._base, slot, out=integers, mode="clip")
+            np.add(out, integers, out=out)
         return indices
 
 

@@ -13,8 +13,6 @@ so indices sort by sign, then exponent, then mantissa. Indices are 0-based; wher
 tokenizer is for the tokenizer's owner to add.
 """
 
-import re
-
 import numpy as np
 import numpy.typing as npt
 
@@ -22,9 +20,6 @@ from stdist.errors import InputError
 from stdist.numerals.codec import EXPONENTS, MAX_EXPONENT, MIN_EXPONENT, MIN_MANTISSA, Encoder
 
 Indices = npt.NDArray[np.int64]
-
-_TOKEN = re.compile(r"<\|FP(0|-?[1-9][0-9]*)/(0|-?[1-9])\|>")
-_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 class Vocabulary:
@@ -133,24 +128,13 @@ class Vocabulary:
         mantissa, exponent = self.mantissa_exponent(index)
         return f"<|FP{mantissa}/{exponent}|>"
 
-    def id(self, token: str) -> int:
-        """Index of one token string, inverse of ``token``. Raises InputError where it is not a numeral."""
-        match = _TOKEN.fullmatch(token)
-        if match is None:
-            raise InputError(f"{token!r} is not a numeral token; write <|FPm/b|>, as <|FP114/0|>")
-        return int(self.indices(int(match[1]), int(match[2])))
-
     def tokens(self) -> list[str]:
         """All token strings in index order."""
         mantissa, exponent = self.mantissa_exponent(np.arange(self._length))
         return [f"<|FP{m}/{b}|>" for m, b in zip(mantissa.tolist(), exponent.tolist(), strict=True)]
 
-    def text(self, index: int) -> str:
-        """Decimal string of one numeral, as the paper writes it: ``114.000000``, ``-82.100000``."""
-        return decimal_text(float(self.decode(index)))
-
     def texts(self, indices: npt.ArrayLike) -> list[str]:
-        """Decimal strings of an array of indices, in C order."""
+        """Decimal strings of an array of indices, in C order, as the paper writes them: ``114.000000``."""
         return [decimal_text(value) for value in self.decode(indices).reshape(-1).tolist()]
 
     def _checked(self, indices: npt.ArrayLike) -> Indices:
@@ -185,13 +169,6 @@ def decimal_text(value: float) -> str:
     if -1e-3 < value < 1e-3 and float(text) != value:
         return f"{value:.7f}"
     return text
-
-
-def parse_text(text: str) -> float:
-    """Value of a decimal string, inverse of ``Vocabulary.text``. Raises InputError where it is not one."""
-    if _DECIMAL.fullmatch(text) is None:
-        raise InputError(f"{text!r} is not a decimal number; write it as 114.000000")
-    return float(text)
 
 
 def _real_array(values: npt.ArrayLike) -> npt.NDArray[np.floating]:

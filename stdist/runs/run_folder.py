@@ -60,7 +60,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
+        for name in new:  # an option that only the old has is one that this version has not
             found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
             if found:
                 return found

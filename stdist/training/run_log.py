@@ -31,7 +31,7 @@ class RunLog:
         self._scalars(stage, step, scalars)
 
     def start(self, stage: str, step: int, run_info: dict[str, str]) -> None:
-        """What this process trains the stage with, from ``step`` on."""
+        """A line on the process that trains the stage from ``step`` on."""
         self._append({"stage": stage, "step": step, "event": "start", **run_info, "time": time.time()})
 
     def evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:

@@ -1,16 +1,22 @@
-"""ST-Vision-LLM, in the paper's order: frames, prompts, numeral rows, policy, sampler, reward, and the four stages."""
+"""ST-Vision-LLM, in rooms that stand on one another: kernels, policy, tree, rollout, stages; then the recipe."""
 
-import logging
-import os
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-# peft imports DeepSpeed where it is there, which would tell every user of a CPU that it found no GPU.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# On import, and for a kernel that stdist does not use, bitsandbytes would tell every user to install a package.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-from stdist.vision_llm.policy.model import Policy  # noqa: E402
-from stdist.vision_llm.stages.reward import reward  # noqa: E402
+if TYPE_CHECKING:
+    from stdist.vision_llm.notebook import Policy
+    from stdist.vision_llm.stages.reward import reward
 
 __all__ = ["Policy", "reward"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``Policy`` and ``reward`` when they are asked for: a configuration is read without transformers."""
+    if name == "Policy":
+        from stdist.vision_llm.notebook import Policy
+
+        return Policy
+    if name == "reward":
+        from stdist.vision_llm.stages.reward import reward
+
+        return reward
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,6 @@ def _generated_city(path: Path, log: Callable[[str], None]) -> Path:
     return path
 
 
-def _middle(size: int, wanted: int) -> tuple[int, int]:
-    length = min(size, wanted)
+def _middle(size: int, most: int) -> tuple[int, int]:
+    length = min(size, most)
     return (size - length) // 2, (size - length) // 2 + length

@@ -1,4 +1,4 @@
-"""What this machine offers a training run: devices, attention back ends with the reason for the choice, packages."""
+"""The machine as a training run finds it: devices, attention back ends with the reason for the choice, packages."""
 
 import os
 import platform
@@ -53,11 +53,11 @@ def as_lines(findings: dict[str, Any]) -> str:
         for dtype, choice in device["attention"].items():
             lines.append(f"  attention in {dtype}: {choice['reason']}")
             lines += [f"    passed over {reason}" for reason in choice["passed_over"]]
-    found = [f"{name} {number or 'absent'}" for name, number in findings["packages"].items()]
+    packages = [f"{name} {number or 'absent'}" for name, number in findings["packages"].items()]
     ray = findings["ray"]
     token = f"a token in {ray['token']}" if ray["token"] else "no token (`ray get-auth-token --generate` makes one)"
     mode = f"RAY_AUTH_MODE={ray['mode']}" if ray["mode"] else "RAY_AUTH_MODE not set"
-    return "\n".join([*lines, f"packages: {', '.join(found)}", f"ray: {mode}, {token}"])
+    return "\n".join([*lines, f"packages: {', '.join(packages)}", f"ray: {mode}, {token}"])
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _ray_token() -> dict[str, str | None]:
-    """Where Ray would find its token, in its own order; the token itself is nobody's to print."""
+    """The place of Ray's token, in the order in which Ray looks for it; the token itself is nobody's to print."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     place = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(path) if path.is_file() else None
     return {"mode": os.environ.get("RAY_AUTH_MODE") or None, "token": place}

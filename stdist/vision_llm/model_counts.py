@@ -17,10 +17,10 @@ from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.adapters import LORA_TARGETS
 from stdist.vision_llm.policy.frames import MERGE, FrameGeometry, pixels_per_cell
-from stdist.vision_llm.policy.model import LORA_TARGETS
 from stdist.vision_llm.policy.presets import SHAPES, build_model, build_tokenizer
-from stdist.vision_llm.policy.prompts import Prompts
+from stdist.vision_llm.policy.prompts import PromptEncoder
 from stdist.vision_llm.policy.spec import Setting
 from stdist.vision_llm.task import stage_config
 
@@ -113,7 +113,7 @@ def read_shape(config: VisionLLMConfig) -> Shape:
     patches = geometry.patches if config.frames.enabled else 0
     tokenizer, vocabulary = build_tokenizer(), vocabulary_of(config.numerals.mantissa_digits)
     setting = Setting(city=city, channel=data.channel, cadence=cadence, history=data.history, horizon=data.horizon)
-    prompts = Prompts(tokenizer, vocabulary, len(tokenizer), setting, patches // MERGE**2)
+    prompts = PromptEncoder(tokenizer, vocabulary, len(tokenizer), setting, patches // MERGE**2)
     nowhere = np.zeros(1, np.int64)
     return Shape(
         shared=len(prompts.shared(np.datetime64("2013-11-04T00:00"))),
@@ -126,7 +126,7 @@ def read_shape(config: VisionLLMConfig) -> Shape:
 
 
 def stage_weights(config: VisionLLMConfig, stage: str, base: Base) -> list[Weights]:
-    """Everything a learner has at a stage, and what of it trains (``Policy.train_only``).
+    """Everything a learner has at a stage, and what of it trains (``train_only``).
 
     Numeral rows and LoRA are float32 (peft keeps adapters of a half-precision base so), unless DeepSpeed trains the
     whole policy in bfloat16, with float32 copies of all of it.
@@ -142,7 +142,7 @@ def stage_weights(config: VisionLLMConfig, stage: str, base: Base) -> list[Weigh
     lora, rows = policy.lora_r * base.lora, 2 * numerals * base.config.get_text_config().hidden_size
     weights = [
         Weights(VISION, base.counts[VISION], each, full and stage == "sft" and config.frames.enabled),
-        # ZeRO-3 leaves whole what Policy.read_in_place names: a tied head is the embeddings.
+        # ZeRO-3 leaves whole what PolicyModel.read_in_place names: a tied head is the embeddings.
         Weights(EMBEDDINGS, base.counts[EMBEDDINGS], each, full, whole=not base.counts[HEAD]),
         Weights(HEAD, base.counts[HEAD], each, full, whole=True),
         Weights(DECODER, base.counts[DECODER], NF4_BYTES if policy.load_in_4bit else each, full),

@@ -1,4 +1,4 @@
-"""Values that no numeral can write, found before anything is trained or forecast (docs/decisions.md, 1)."""
+"""A search for values that no numeral can write, before anything is trained or forecast (docs/decisions.md, 1)."""
 
 from collections.abc import Iterable
 
@@ -18,16 +18,16 @@ def find_unwritable(parts: Iterable[Windows], vocabulary: Vocabulary, clamp: boo
         store, channel = windows.store, windows.channel
         begin, end = int(windows.origins[0]) - windows.S + 1, int(windows.origins[-1]) + windows.K + 1
         values = store.values(channel, begin, end, windows.region)
-        where = np.argwhere(np.abs(values) >= vocabulary.limit)  # NaN, where a frame is not present, is not
-        count += len(where)
-        if len(where) and not first:
-            frame, row, col = where[0]
+        outside = np.argwhere(np.abs(values) >= vocabulary.limit)  # NaN, where a frame is not present, is not
+        count += len(outside)
+        if len(outside) and not first:
+            frame, row, col = outside[0]
             cell = store.cell_ids[windows.region.slices][row, col]
             stamp = store.local_times[begin + frame].astype("datetime64[m]")
             first = f"{store.path}: {channel} is {values[frame, row, col]:g} at {stamp} local time, cell {cell}"
     if not count:
         return None
-    found = f"{first} ({count} such value{'s' if count > 1 else ''}); numerals end below {vocabulary.limit:.10g}"
+    sentence = f"{first} ({count} such value{'s' if count > 1 else ''}); numerals end below {vocabulary.limit:.10g}"
     if not clamp:
-        raise InputError(f"{found}: rescale the data, or set numerals.out_of_range=clamp")
-    return f"{found}, larger values are clamped"
+        raise InputError(f"{sentence}: rescale the data, or set numerals.out_of_range=clamp")
+    return f"{sentence}, larger values are clamped"

@@ -13,7 +13,7 @@ from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.frames import clipped, pixels_per_cell
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import candidates_per_cell, forecast_pieces, plan_pieces, summarise
 from stdist.vision_llm.task import cadence_minutes, first_cell
 
@@ -21,7 +21,7 @@ from stdist.vision_llm.task import cadence_minutes, first_cell
 class PolicyPredictor(Predictor):
     """``policy`` with the decoding of ``config``; also for another city's grid, where its own t_max stays."""
 
-    def __init__(self, policy: Policy, config: VisionLLMConfig):
+    def __init__(self, policy: PolicyModel, config: VisionLLMConfig):
         self.policy, self.config, self.fitted = policy, config, policy.spec.fitted
         self.num_generations = candidates_per_cell(config.forecast)
         self.has_quantiles = self.num_generations > 1
@@ -72,7 +72,7 @@ class PolicyPredictor(Predictor):
         return [f"{white} values in the windows' frames exceed t_max and were drawn as t_max"] if white else []
 
 
-def retarget(policy: Policy, store: GridStore) -> None:
+def retarget(policy: PolicyModel, store: GridStore) -> None:
     """Points a policy at a store's city, cadence and grid; t_max, in the data's units, stays the training city's."""
     spec, (height, width) = policy.spec, store.shape
     frames = spec.frames

@@ -20,9 +20,10 @@ from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
 from stdist.vision_llm.numeral_range import find_unwritable
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.stages.alignment import AlignmentStage
@@ -105,21 +106,21 @@ class VisionLLMRun(Run):
     def _stage(self, name: str, group: ProcessGroup) -> Stage:
         config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
         if name == "grpo":
-            policy.begin_grpo(config.seed)
+            begin_grpo(policy, config.seed)
             cell_mean = self.task.statistics.cell_mean[self.task.train.region.slices].ravel()
             return GRPOStage(
                 policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group
             )
         settings = stage_config(config, name)
-        if settings.trainable == "lora" and not policy.adapters:
-            policy.add_lora(seed=config.seed)
-        policy.train_only(settings.trainable, frames=name == "sft")
+        if settings.trainable == "lora" and not adapter_names(policy):
+            add_lora(policy, seed=config.seed)
+        train_only(policy, settings.trainable, frames=name == "sft")
         if name == "sft":
             return SFTStage(policy, self._train, self._validation, config.sft, config.seed, decoding, group)
         return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
 
 
-def _on_device(policy: Policy) -> Policy:
+def _on_device(policy: PolicyModel) -> PolicyModel:
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -149,7 +150,7 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
 class PolicyFiles:
     """See :class:`stdist.training.loop.Model`."""
 
-    policy: Policy
+    policy: PolicyModel
 
     def snapshot(self) -> Callable[[Path], None]:
         return snapshot_policy(self.policy)
@@ -158,7 +159,7 @@ class PolicyFiles:
         load_weights(self.policy, path)
 
 
-def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: Policy, group: ProcessGroup) -> Engine:
+def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: PolicyModel, group: ProcessGroup) -> Engine:
     """The configured engine on what trains in the stage."""
     groups = parameter_groups(policy, settings)
     return engines.make_engine(
@@ -171,7 +172,7 @@ def _validation_decoding(config: VisionLLMConfig) -> Decoding:
     return "median" if config.forecast.decoding == "sample" else config.forecast.decoding
 
 
-def parameter_groups(policy: Policy, settings: StageConfig) -> list[ParameterGroup]:
+def parameter_groups(policy: PolicyModel, settings: StageConfig) -> list[ParameterGroup]:
     """Backbone or adapter matrices, their vectors (never decayed), and the numeral rows at their own rate."""
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     backbone = {name: p for name, p in trained.items() if name.startswith("backbone.")}

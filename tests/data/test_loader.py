@@ -48,7 +48,7 @@ def test_batches_are_those_of_the_sampler_in_its_order(windows, monkeypatch, thr
     _before_reading(windows, monkeypatch, lambda _: time.sleep(late.random() / 100))
     loader = WindowLoader(WindowSampler(windows, 8, seed=2, cells_per_window=3), threads=threads)
     batches = list(loader)
-    assert len(batches) == len(expected) == len(loader) == 17
+    assert len(batches) == len(expected) == 17
     for batch, (indices, read) in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch.indices, indices)
         np.testing.assert_array_equal(batch.cells, sampler.cells(0, indices))

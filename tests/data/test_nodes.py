@@ -82,7 +82,7 @@ def test_the_store_says_the_same(path):
     assert store.cell_ids.tolist() == IDS.tolist() and store.cell_ids.dtype.kind == "U"
     assert store.since is not None and store.since[3] == FIRST + 1
     assert store.adjacency is not None and store.adjacency.dtype == np.float32
-    assert list(store.static) == ["lanes"] and store.inside.all()
+    assert store.dataset["static_lanes"].dims == ("node",) and store.inside.all()
 
 
 def test_values_and_ranges(path):
@@ -128,7 +128,7 @@ def test_integer_ids(tmp_path):
     spec = _spec(node_ids=np.array([773869, 767541, 717447, 5]), since=None, adjacency=None, static=None)
     store = open_store(prepare(_plan(spec, _frames()), tmp_path / "ids.zarr").path)
     assert store.cell_ids.tolist() == [773869, 767541, 717447, 5]
-    assert store.since is None and store.adjacency is None and store.static == {}
+    assert store.since is None and store.adjacency is None
     # Node 3's whole first day is missing now.
     assert store.coverage["speed"]["missing"] == 1 + SLOTS + 2
 

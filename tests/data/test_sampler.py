@@ -173,7 +173,8 @@ def test_distributed_evaluation_is_single_process_evaluation(make_store):
         state = ErrorState.empty(3)
         for indices in _epoch(WindowSampler(windows, 4, shuffle=False, rank=rank, world=world)):
             batch = windows.read(indices)
-            state = state.update(np.repeat(batch.history[:, -1:], 3, axis=1), batch.target, batch.target_observed)
+            made = np.repeat(batch.history[:, -1:], 3, axis=1)
+            state += ErrorState.of(made, batch.target, batch.target_observed)
         return state
 
     alone, merged = score(0, 1), sum((score(rank, 3) for rank in range(3)), ErrorState.empty(3))

@@ -10,7 +10,6 @@ import pytest
 from stdist.data import GridSpec, GridStore, GridWriter, NodeSpec, Split, open_store
 from stdist.evaluation import (
     ChunkGrid,
-    EvaluationResult,
     ForecastHeader,
     ForecastMetadata,
     ForecastWriter,
@@ -18,6 +17,7 @@ from stdist.evaluation import (
     forecast_contract,
     open_forecasts,
 )
+from stdist.evaluation.protocol import EvaluationResult
 
 DAYS, SLOTS, H, W = 21, 24, 4, 3
 GAP = (15 * SLOTS + 2, 15 * SLOTS + 12)
@@ -102,7 +102,6 @@ class Forecasts:
 
 def write_forecasts(forecasts: Forecasts, path: Path, cells=None, chunks: tuple[int, int] | None = None) -> Path:
     """``cells``: positions of those that are written, else all. ``chunks``: windows and cells of one, else all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     n, k, *shape = forecasts.values.shape
     cells = np.arange(np.prod(shape)) if cells is None else cells
     quantities = forecasts.quantities

@@ -5,15 +5,15 @@ import pytest
 
 from stdist.data import DaySpan, GridSpec, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
-from stdist.evaluation import (
+from stdist.evaluation import ErrorState, baselines, forecast_header, score_baselines
+from stdist.evaluation.baselines import (
     BaselineForecasts,
-    ErrorState,
-    baselines,
+    calendar,
     forecast_baselines,
-    forecast_header,
-    score_baselines,
+    ridge,
+    same_slot_before,
+    week_slots,
 )
-from stdist.evaluation.baselines import RIDGE_PENALTY, calendar, ridge, same_slot_before, week_slots
 
 NAMES = ["persistence", "same time yesterday", "same time last week", "mean by weekday and slot", "ridge"]
 
@@ -101,8 +101,8 @@ def test_ridge_against_a_naive_solution():
         mean, deviation = lags.mean(), lags.std()
         x = np.hstack([(lags - mean) / deviation, features[fit]])
         y = np.array([[s[o + 1], s[o + 2]] for o in fit])
-        # Ridge as least squares with one penalty row per weight.
-        penalty = np.sqrt(RIDGE_PENALTY) * np.eye(5)
+        # Ridge as least squares with one penalty row per weight, a penalty of 1.
+        penalty = np.eye(5)
         rows = np.vstack([x, penalty]), np.vstack([(y - mean) / deviation, np.zeros((5, 2))])
         weights = np.linalg.lstsq(*rows, rcond=None)[0]
         for n, o in enumerate(origins):
@@ -143,6 +143,14 @@ def test_a_cycle_not_seen_twice_is_left_out(store):
     assert calendar(slots, 24, 14 * 24).shape[1] == 1 + 2 * 2 * 6
     assert calendar(slots, 24, 13 * 24).shape[1] == 1 + 2 * 6
     assert calendar(slots, 24, 24).shape[1] == 1
+
+
+def test_calendar_by_hand():
+    """Six harmonics of the day, then six of the week, a sine and a cosine each; a constant before them."""
+    row = calendar(np.arange(168), 24, 2 * 168)[42]  # Tuesday 18:00, a quarter of the week
+    day = [-1, 0, 0, -1, 1, 0, 0, 1, -1, 0, 0, -1]
+    week = [1, 0, 0, -1, -1, 0, 0, 1, 1, 0, 0, -1]
+    np.testing.assert_allclose(row, [1, *day, *week], atol=1e-12)
 
 
 def test_scores_carry_their_fallbacks(store):

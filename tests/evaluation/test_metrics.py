@@ -16,6 +16,10 @@ TRUTH = np.array([[2.0, 6.0], [4.0, 8.0]])[..., None, None]
 FORECAST = TRUTH + np.array([[1.0, -3.0], [2.0, 0.0]])[..., None, None]
 
 
+def state_of(forecast, truth, observed=None):
+    return ErrorState.of(forecast, truth, np.ones(truth.shape, bool) if observed is None else observed)
+
+
 def random_batch(rng, n, k=3, h=2, w=2):
     truth = rng.gamma(2.0, 50.0, (n, k, h, w))
     forecast = truth + rng.normal(0, 20, truth.shape)
@@ -24,19 +28,19 @@ def random_batch(rng, n, k=3, h=2, w=2):
 
 
 def test_eq21_mae_by_hand():
-    assert ErrorState.of(FORECAST, TRUTH).pooled()["mae"] == (1 + 3 + 2 + 0) / 4
+    assert state_of(FORECAST, TRUTH).pooled()["mae"] == (1 + 3 + 2 + 0) / 4
 
 
 def test_eq22_rmse_by_hand():
-    assert ErrorState.of(FORECAST, TRUTH).pooled()["rmse"] == pytest.approx(math.sqrt((1 + 9 + 4 + 0) / 4))
+    assert state_of(FORECAST, TRUTH).pooled()["rmse"] == pytest.approx(math.sqrt((1 + 9 + 4 + 0) / 4))
 
 
 def test_eq23_nrmse_by_hand():
-    assert ErrorState.of(FORECAST, TRUTH).pooled()["nrmse"] == pytest.approx(math.sqrt(14 / 4) / 5.0)
+    assert state_of(FORECAST, TRUTH).pooled()["nrmse"] == pytest.approx(math.sqrt(14 / 4) / 5.0)
 
 
 def test_per_horizon_by_hand():
-    first, second = ErrorState.of(FORECAST, TRUTH).summary()["per_horizon"]
+    first, second = state_of(FORECAST, TRUTH).summary()["per_horizon"]
     assert (first["step"], first["mae"], first["rmse"]) == (1, 1.5, pytest.approx(math.sqrt(2.5)))
     assert first["nrmse"] == pytest.approx(math.sqrt(2.5) / 3)
     assert (second["step"], second["mae"], second["rmse"]) == (2, 1.5, pytest.approx(math.sqrt(4.5)))
@@ -44,7 +48,7 @@ def test_per_horizon_by_hand():
 
 
 def test_the_two_conventions_differ():
-    summary = ErrorState.of(FORECAST, TRUTH).summary()
+    summary = state_of(FORECAST, TRUTH).summary()
     assert summary["pooled"]["rmse"] == pytest.approx(math.sqrt(3.5))
     assert summary["mean_of_horizons"]["rmse"] == pytest.approx((math.sqrt(2.5) + math.sqrt(4.5)) / 2)
     mean_nrmse = (math.sqrt(2.5) / 3 + math.sqrt(4.5) / 7) / 2
@@ -56,7 +60,7 @@ def test_unobserved_points_count_nowhere():
     observed = np.array([[True, False], [True, True]])[..., None, None]
     wrong = np.where(observed, FORECAST, 1e9)
     truth = np.where(observed, TRUTH, np.nan)
-    pooled = ErrorState.of(wrong, truth, observed).pooled()
+    pooled = state_of(wrong, truth, observed).pooled()
     assert pooled == {
         "mae": 1.0,
         "rmse": pytest.approx(math.sqrt(5 / 3)),
@@ -69,30 +73,39 @@ def test_unobserved_points_count_nowhere():
 def test_true_zeros_are_scored_but_not_by_mape():
     truth = np.array([0.0, 10.0]).reshape(2, 1, 1, 1)
     expected = {"mae": 2.0, "rmse": 2.0, "mape": 0.2, "nrmse": 0.4, "points": 2}
-    assert ErrorState.of(truth + 2, truth).pooled() == expected
+    assert state_of(truth + 2, truth).pooled() == expected
 
 
 def test_mape_by_hand():
-    summary = ErrorState.of(FORECAST, TRUTH).summary()
+    summary = state_of(FORECAST, TRUTH).summary()
     assert summary["pooled"]["mape"] == pytest.approx((1 / 2 + 3 / 6 + 2 / 4 + 0) / 4)
     assert [step["mape"] for step in summary["per_horizon"]] == pytest.approx([(1 / 2 + 2 / 4) / 2, (3 / 6) / 2])
-    # Of nodes; a truth of next to nothing does not count, a negative one does.
-    state = ErrorState.of(np.array([[[5.0, 1.0, 3.0]]]), np.array([[[4.0, 1e-6, -2.0]]]))
-    assert state.pooled()["mape"] == pytest.approx((1 / 4 + 5 / 2) / 2)
-    assert state.nonzero_count == 2 and state.count == 3
+
+
+def test_mape_counts_truths_beyond_5e_5_of_zero_as_basicts_does():
+    """On both sides of zero; 5e-5 itself is zero."""
+    truth = np.array([[[4.0, 5e-5, -5e-5, 6e-5, -6e-5]]])
+    state = state_of(truth + np.array([1.0, 7, 7, 6e-5, 3e-5]), truth)
+    assert state.nonzero_count == 3 and state.count == 5
+    assert state.pooled()["mape"] == pytest.approx((1 / 4 + 1 + 1 / 2) / 3)
 
 
 def test_a_horizon_of_zeros_has_no_mape_and_is_left_out_of_its_mean():
     truth = np.array([[[4.0], [0.0]]])
-    summary = ErrorState.of(truth + 1, truth).summary()
+    summary = state_of(truth + 1, truth).summary()
     assert math.isnan(summary["per_horizon"][1]["mape"]) and summary["per_horizon"][1]["mae"] == 1
     assert summary["mean_of_horizons"]["mape"] == 0.25
-    assert math.isnan(ErrorState.of(np.ones((1, 1, 1)), np.zeros((1, 1, 1))).pooled()["mape"])
+
+
+def test_truths_whose_mean_is_not_positive_have_no_nrmse():
+    for truth in (0.0, -1.0):
+        pooled = state_of(np.full((1, 1, 1), truth + 2), np.full((1, 1, 1), truth)).pooled()
+        assert pooled["rmse"] == 2 and math.isnan(pooled["nrmse"]) and math.isnan(pooled["mape"]) == (truth == 0)
 
 
 def test_horizon_without_observation_is_left_out_of_the_mean():
     observed = np.array([[True, False], [True, False]])[..., None, None]
-    state = ErrorState.of(FORECAST, TRUTH, observed)
+    state = state_of(FORECAST, TRUTH, observed)
     assert state.mean_of_horizons()["mae"] == 1.5
     assert math.isnan(state.summary()["per_horizon"][1]["mae"])
 
@@ -106,8 +119,8 @@ def test_sum_of_any_split_is_the_single_pass(seed, cuts, order):
     order.shuffle(parts)
     state = ErrorState.empty(3)
     for part in parts:
-        state = state.update(forecast[part], truth[part], observed[part])
-    whole = ErrorState.of(forecast, truth, observed)
+        state += state_of(forecast[part], truth[part], observed[part])
+    whole = state_of(forecast, truth, observed)
     assert np.array_equal(state.count, whole.count) and np.array_equal(state.nonzero_count, whole.nonzero_count)
     for name in ("sum_absolute_error", "sum_squared_error", "sum_truth", "sum_relative_error"):
         np.testing.assert_allclose(getattr(state, name), getattr(whole, name), rtol=1e-12)
@@ -118,7 +131,7 @@ def test_masked_mean_is_not_the_mean_of_batch_means():
     forecast, truth, observed = random_batch(np.random.default_rng(0), 10)
     observed[:5] = False
     observed[0, :, 0, 0] = True
-    halves = [ErrorState.of(forecast[s], truth[s], observed[s]) for s in (slice(0, 5), slice(5, 10))]
+    halves = [state_of(forecast[s], truth[s], observed[s]) for s in (slice(0, 5), slice(5, 10))]
     error = np.abs(forecast - truth)[observed].mean()
     assert (halves[0] + halves[1]).pooled()["mae"] == pytest.approx(error)
     assert abs(np.mean([h.pooled()["mae"] for h in halves]) - error) > 0.1
@@ -126,13 +139,14 @@ def test_masked_mean_is_not_the_mean_of_batch_means():
 
 def test_float32_inputs_are_summed_in_float64():
     truth = np.full((4000, 1, 10, 10), 1000.1, np.float32)
-    state = ErrorState.of(truth, truth)
+    state = state_of(truth, truth)
     assert state.sum_truth[0] == pytest.approx(float(np.float32(1000.1)) * 400_000, rel=1e-13)
 
 
 def test_one_entry_per_cell():
     forecast, truth, observed = random_batch(np.random.default_rng(1), 6, k=4, h=2, w=3)
-    rmse = ErrorState.of_cells(forecast, truth, observed).errors()["rmse"].reshape(2, 3)
+    by_cell = (array.reshape(-1, 2 * 3) for array in (forecast, truth, observed))
+    rmse = state_of(*by_cell).errors()["rmse"].reshape(2, 3)
     error = (forecast - truth)[:, :, 1, 2][observed[:, :, 1, 2]]
     assert rmse[1, 2] == pytest.approx(np.sqrt(np.mean(error**2)))
 
@@ -141,11 +155,13 @@ def test_a_nan_forecast_is_refused_with_its_place():
     broken = FORECAST.copy()
     broken[1, 0] = np.nan
     with pytest.raises(InputError, match=r"forecast is not finite at 1 observed points.*\(1, 0, 0, 0\)"):
-        ErrorState.of(broken, TRUTH)
+        state_of(broken, TRUTH)
+    with pytest.raises(InputError, match="truth is not finite at 1 "):
+        state_of(TRUTH, broken)
 
 
 def test_other_shapes_are_refused():
     with pytest.raises(InputError, match="give one shape"):
-        ErrorState.of(FORECAST[:1], TRUTH)
+        state_of(FORECAST[:1], TRUTH)
     with pytest.raises(InputError, match="2 and 3 horizons"):
         ErrorState.empty(2) + ErrorState.empty(3)

@@ -13,11 +13,11 @@ from stdist.errors import InputError
 from stdist.evaluation import (
     ErrorState,
     baselines,
-    forecast_baselines,
     forecast_contract,
     forecast_header,
     score_baselines,
 )
+from stdist.evaluation.baselines import forecast_baselines
 from stdist.evaluation.contract import ForecastContract
 
 from .conftest import make_forecasts, read_forecasts, score, write_forecasts, write_nodes

@@ -2,7 +2,10 @@
 
 import json
 import re
+import runpy
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +22,8 @@ from stdist.evaluation import (
 )
 from stdist.evaluation.figures import horizon_curves, node_errors, smoothed
 from stdist.evaluation.figures import projections as draw_projections
-from stdist.evaluation.report import change, memory, percent, readable, representative_cells
-from stdist.evaluation.run_files import read_embeddings, read_log, read_metrics
+from stdist.evaluation.report import change, memory, percent, readable, representative_cells, verdict
+from stdist.evaluation.run_files import RunMetrics, read_embeddings, read_log, read_metrics
 
 from .conftest import make_forecasts, score, write_forecasts, write_nodes
 
@@ -164,6 +167,8 @@ def test_embeddings_are_drawn_where_there_are_any(run_dir):
     nodes, _bar, days = draw_projections(projections).axes
     np.testing.assert_array_equal(nodes.collections[0].get_offsets(), [[0, 1], [2, 3]])
     assert [text.get_text() for text in days.texts] == ["Mon", "Tue"]
+    shutil.rmtree(run_dir / "forecasts")
+    (run_dir / "log.jsonl").unlink()
     write_embeddings(run_dir, Embeddings(projections=[], caption="none"))
     assert "What the prompts learnt" not in text_of(build_report(run_dir))
     (run_dir / "report" / "embeddings.json").write_text('{"projections": 3}')
@@ -186,8 +191,8 @@ def test_a_lost_comparison_is_said_plainly(run_dir, metrics):
     assert "model worse: 1.25" in text
     for scores in metrics["baselines"].values():
         scores["pooled"]["nrmse"] = 1e-6
-    write_metrics(run_dir, metrics)
-    assert "loses to 5 of 5" in (text := text_of(build_report(run_dir))) and "It beats none." in text
+    lost = verdict(RunMetrics.model_validate(metrics))
+    assert lost.startswith("The model loses to 5 of 5 baselines") and lost.endswith("It beats none.")
 
 
 def test_what_weakens_the_figures_is_said(run_dir, metrics):
@@ -279,6 +284,16 @@ def test_smoothing_is_a_centred_mean():
     expected = [np.mean(curve[max(0, i - 2) : i + 3]) for i in range(80)]
     np.testing.assert_allclose(smoothed(curve), expected)
     np.testing.assert_array_equal(smoothed(curve[:5]), curve[:5])
+
+
+def test_the_picture_of_a_run_shows_its_errors(run_dir, metrics):
+    """docs/make_picture.py: bars from the largest error to the smallest, and a day of the busiest cell."""
+    script = Path(__file__).parents[2] / "docs" / "make_picture.py"
+    day, bars = runpy.run_path(str(script))["picture"](run_dir).axes
+    errors = sorted((scores["pooled"]["nrmse"] for scores in metrics["baselines"].values()), reverse=True)
+    assert [bar.get_width() for bar in bars.patches] == [*errors, metrics["model"]["pooled"]["nrmse"]]
+    assert [label.get_text() for label in bars.get_yticklabels()][-1] == "this model"
+    assert len(day.lines) > 2 and day.get_ylabel() == "vehicles"
 
 
 def test_readable_numbers():

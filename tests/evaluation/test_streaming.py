@@ -193,7 +193,7 @@ def test_every_window_is_scored_once_at_any_number_of_ranks(store, windows, worl
         state = ErrorState.empty(4)
         for indices, _ in WindowSampler(windows, 3, shuffle=False, rank=rank, world=world).batches(0):
             batch = windows.read(indices)
-            state = state.update(forecasts.values[indices], batch.target, batch.target_observed)
+            state += ErrorState.of(forecasts.values[indices], batch.target, batch.target_observed)
             seen += indices.tolist()
         states.append(state)
     assert sorted(seen) == list(range(20))

@@ -1,6 +1,7 @@
 """A backbone from outside of the package: one file and an entry point, and every command knows it."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -45,7 +46,7 @@ class Toy(NodeBackbone):
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch) -> None:
+def toy(tmp_path, monkeypatch) -> Iterator[None]:
     """An installed package with an entry point, as pip would leave it."""
     info = tmp_path / "site" / "toy-1.dist-info"
     info.mkdir(parents=True)
@@ -53,7 +54,8 @@ def toy(tmp_path, monkeypatch) -> None:
     (info / "METADATA").write_text("Name: toy\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[stdist.backbones]\ntoy = toy_backbone:ToyConfig\n")
     monkeypatch.syspath_prepend(info.parent)
-    monkeypatch.setattr(BACKBONES, "_things", dict(BACKBONES._things))
+    yield
+    BACKBONES._things.pop("toy", None)
 
 
 def test_a_toy_trains(toy, city, make_config, tmp_path, refused):

@@ -222,14 +222,14 @@ def test_frozen_weights_that_changed_end_the_run(few_shot, make_config, small_ci
         small_city, tmp_path, **changes, model={"d": None}, data={"fraction": 0.25}, training={"max_epochs": 1}
     )
     monkeypatch.setattr(ForecastStage, "step", touching)
-    with pytest.raises(RuntimeError, match=r"weights that prompts froze are not in .* as they were"):
+    with pytest.raises(RuntimeError, match=r"frozen weights are not in .* as they were"):
         train_quietly(config)
 
 
 def test_a_run_killed_between_forecasts_and_their_speed_is_reported(finished, city, tmp_path):
     config = finished[0].model_copy(update={"output_dir": tmp_path})
     shutil.copytree(finished[0].run_dir, config.run_dir)
-    (config.run_dir / "forecasts" / "windows_per_second").unlink()
+    (config.run_dir / "forecasts" / "written.json").unlink()
     assert train_quietly(config)["test"] == finished[1]["test"]
 
 
@@ -248,7 +248,7 @@ def test_a_backbone_that_does_not_fit(few_shot, make_config, small_city, tmp_pat
     config = few_shot[0]
     base = {"recipe": "few-shot", "few_shot": config.few_shot.model_dump(mode="json"), "model": {"d": None}}
     tree = {key: base.get(key, {}) | value if isinstance(value, dict) else value for key, value in changes.items()}
-    refused(lambda: train(make_config(small_city, tmp_path, **(base | tree))), *parts)
+    refused(lambda: train_quietly(make_config(small_city, tmp_path, **(base | tree))), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,7 +310,7 @@ def test_forecasts_that_do_not_fit(finished, city, small_city, make_city, tmp_pa
         forecast_to(config.run_dir, store.path, region, "test", out, lambda line: None)
 
     refused(lambda: forecast(small_city), "5 nodes, ids s0 to s4", "the 9 that", "ids s0 to s8", "few-shot")
-    refused(lambda: forecast(city, "5:12"), "region 5:12 is not within the nodes 0:9")
+    refused(lambda: forecast(city, "5:12"), "node range 5:12 leaves the 9 nodes")
     assert list(tmp_path.iterdir()) == []
     unfinished = tmp_path / "unfinished"
     shutil.copytree(config.run_dir, unfinished)

@@ -16,7 +16,7 @@ from data_prep import READERS
 from stdist.data import GridStore, open_store
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
@@ -37,10 +37,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> GridStore:
 
 
 @pytest.fixture(scope="session")
-def make_policy() -> Callable[..., Policy]:
+def make_policy() -> Callable[..., PolicyModel]:
     """Fresh policies of the preset ``tiny``; keyword arguments replace fields of the spec."""
 
-    def make(seed: int = 0, **changes: object) -> Policy:
+    def make(seed: int = 0, **changes: object) -> PolicyModel:
         spec = PolicySpec(
             base="tiny",
             mantissa_digits=2,
@@ -56,7 +56,7 @@ def make_policy() -> Callable[..., Policy]:
 
 
 @pytest.fixture(scope="session")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
+def policy(make_policy: Callable[..., PolicyModel]) -> PolicyModel:
     """Shared by tests that change nothing of it."""
     return make_policy().eval().requires_grad_(False)
 
@@ -65,7 +65,9 @@ def policy(make_policy: Callable[..., Policy]) -> Policy:
 def make_batch(store: GridStore) -> Callable[..., PolicyBatch]:
     """Windows × cells of the training span, as the policy reads them."""
 
-    def make(policy: Policy, windows: tuple[int, ...] = (0, 31), cells: tuple[int, ...] = (1, 10, 18)) -> PolicyBatch:
+    def make(
+        policy: PolicyModel, windows: tuple[int, ...] = (0, 31), cells: tuple[int, ...] = (1, 10, 18)
+    ) -> PolicyBatch:
         city = CityWindows(policy, store.windows("train", HISTORY, HORIZON, channel="internet"))
         return city.batch(np.array(windows), np.array(cells))
 
@@ -73,17 +75,17 @@ def make_batch(store: GridStore) -> Callable[..., PolicyBatch]:
 
 
 @pytest.fixture(scope="session")
-def batch(policy: Policy, make_batch: Callable[..., PolicyBatch]) -> PolicyBatch:
+def batch(policy: PolicyModel, make_batch: Callable[..., PolicyBatch]) -> PolicyBatch:
     """Two windows of three cells."""
     return make_batch(policy)
 
 
 @pytest.fixture(scope="session")
-def lean_towards_end() -> Callable[[Policy, PolicyBatch, float], None]:
+def lean_towards_end() -> Callable[[PolicyModel, PolicyBatch, float], None]:
     """Gives the end token about this logit after the batch's prompts and answers."""
 
     @torch.no_grad()
-    def lean(policy: Policy, batch: PolicyBatch, logit: float) -> None:
+    def lean(policy: PolicyModel, batch: PolicyBatch, logit: float) -> None:
         ids = torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)
         hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), ids)
         mean = hidden[:, batch.prompts.shape[1] - 1 :].mean((0, 1))
@@ -114,10 +116,10 @@ def largest_made() -> type[LargestMade]:
 
 
 @pytest.fixture(scope="session")
-def plain_model() -> Callable[[Policy], Qwen2_5_VLForConditionalGeneration]:
+def plain_model() -> Callable[[PolicyModel], Qwen2_5_VLForConditionalGeneration]:
     """The policy as transformers knows it: one embedding and one head of text rows, then numeral rows."""
 
-    def make(policy: Policy) -> Qwen2_5_VLForConditionalGeneration:
+    def make(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
         model = copy.deepcopy(policy.base_model)
         first = policy.first_numeral_id
         model.resize_token_embeddings(first + len(policy.vocabulary), mean_resizing=False)
@@ -132,7 +134,7 @@ def plain_model() -> Callable[[Policy], Qwen2_5_VLForConditionalGeneration]:
 def plain_inputs() -> Callable[..., dict[str, Tensor]]:
     """Inputs of transformers for one child of a batch: its window's prompt, its own, and ``tail``."""
 
-    def make(policy: Policy, batch: PolicyBatch, child: int, tail: Tensor) -> dict[str, Tensor]:
+    def make(policy: PolicyModel, batch: PolicyBatch, child: int, tail: Tensor) -> dict[str, Tensor]:
         window = child // (len(batch.prompts) // len(batch.shared))
         ids = torch.cat([batch.shared[window], batch.prompts[child], tail])[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

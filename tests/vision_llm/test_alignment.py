@@ -9,13 +9,15 @@ import torch
 from stdist.numerals.alignment_tasks import Example, arithmetic_batch, transcription_batch
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
 from stdist.vision_llm.config import AlignmentConfig
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import train_only
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.stages.alignment import AlignmentStage, example_loss, tokenise
 
 SMALL = AlignmentConfig(trainable="full", train_batch_size=8, values_per_example=2, eval_examples=3)
 
 
-def spelled(policy: Policy, ids: list[int]) -> list[str | float]:
+def spelled(policy: PolicyModel, ids: list[int]) -> list[str | float]:
     """Text as strings, numerals as values."""
     pieces: list[str | float] = []
     for token in ids:
@@ -28,7 +30,7 @@ def spelled(policy: Policy, ids: list[int]) -> list[str | float]:
     return pieces
 
 
-def test_tokenise_by_hand(policy: Policy) -> None:
+def test_tokenise_by_hand(policy: PolicyModel) -> None:
     """``user: prompt, assistant: answer, end``; answers and end are targets, nothing else, padding least of all."""
     v = policy.vocabulary
     examples = [
@@ -48,7 +50,7 @@ def test_tokenise_by_hand(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("make", [transcription_batch, arithmetic_batch])
-def test_targets_are_the_answers_of_real_batches(policy: Policy, make: Callable[..., list[Example]]) -> None:
+def test_targets_are_the_answers_of_real_batches(policy: PolicyModel, make: Callable[..., list[Example]]) -> None:
     examples = make(policy.vocabulary, 0, 0, 18, 3)
     ids, is_target = tokenise(policy, examples)
     for example, row, targets in zip(examples, ids, is_target, strict=True):
@@ -61,7 +63,7 @@ def test_targets_are_the_answers_of_real_batches(policy: Policy, make: Callable[
         assert targets.nonzero().diff(dim=0).eq(1).all(), "the answer is one stretch"
 
 
-def test_padding_on_the_right_changes_nothing(policy: Policy) -> None:
+def test_padding_on_the_right_changes_nothing(policy: PolicyModel) -> None:
     examples = transcription_batch(policy.vocabulary, 0, 0, 6, 3)
     ids, is_target = tokenise(policy, examples)
     together = policy.hidden(ids)
@@ -72,37 +74,37 @@ def test_padding_on_the_right_changes_nothing(policy: Policy) -> None:
 
 
 @pytest.fixture(scope="module")
-def half_taught(make_policy: Callable[..., Policy]) -> Policy:
+def half_taught(make_policy: Callable[..., PolicyModel]) -> PolicyModel:
     """Knows four examples of stage 1 by heart and no other: some of its answers are exact."""
     policy = make_policy()
-    policy.train_only("full")
+    train_only(policy, "full")
     ids, is_target = tokenise(policy, evaluation_examples(policy)[:4])
     engine = TorchEngine([ParameterGroup(dict(policy.named_parameters()), 3e-3, 0.0)], cosine_schedule(0, 40), 1.0)
     for _ in range(40):
-        logits = policy.logits(policy.hidden(ids[:, :-1])[is_target[:, 1:]])
+        logits = head_logits(policy.hidden(ids[:, :-1])[is_target[:, 1:]], policy.full_head)
         engine.backward(torch.nn.functional.cross_entropy(logits, ids[:, 1:][is_target[:, 1:]]))
         engine.step()
     return policy.eval()
 
 
-def evaluation_examples(policy: Policy) -> list[Example]:
+def evaluation_examples(policy: PolicyModel) -> list[Example]:
     return transcription_batch(policy.vocabulary, 4 + 7_000_001, 0, 6, 2)
 
 
-def generated(policy: Policy, example: Example, limit: int) -> list[int]:
+def generated(policy: PolicyModel, example: Example, limit: int) -> list[int]:
     """Greedy generation over everything the model can say, one whole forward a token."""
     ids, is_target = tokenise(policy, [example])
     start = int(is_target[0].nonzero().min())
     text = ids[0, :start].tolist()
     for _ in range(limit):
         hidden = policy.hidden(torch.tensor([text]))
-        text.append(int(policy.logits(hidden[:, -1]).argmax(-1)))
+        text.append(int(head_logits(hidden[:, -1], policy.full_head).argmax(-1)))
         if text[-1] == policy.end_id:
             break
     return text[start:]
 
 
-def test_exact_match_is_what_greedy_generation_writes(half_taught: Policy) -> None:
+def test_exact_match_is_what_greedy_generation_writes(half_taught: PolicyModel) -> None:
     metrics = AlignmentStage("alignment", half_taught, SMALL, seed=4).evaluate()
     hits: dict[str, list[bool]] = {"to_numeral": [], "to_text": []}
     for example in evaluation_examples(half_taught):
@@ -116,7 +118,7 @@ def test_exact_match_is_what_greedy_generation_writes(half_taught: Policy) -> No
         assert metrics[f"exact_match/{task}"] == pytest.approx(np.mean(task_hits))
 
 
-def test_relative_error_is_that_of_the_likeliest_numeral(half_taught: Policy) -> None:
+def test_relative_error_is_that_of_the_likeliest_numeral(half_taught: PolicyModel) -> None:
     """Teacher-forced, over numerals alone, on numeral answers alone."""
     errors = []
     for example in evaluation_examples(half_taught):
@@ -125,7 +127,7 @@ def test_relative_error_is_that_of_the_likeliest_numeral(half_taught: Policy) ->
             continue
         ids, is_target = tokenise(half_taught, [example])
         positions = is_target[0].nonzero().flatten()[:-1] - 1  # without the end
-        best = half_taught.answer_logits(half_taught.hidden(ids)[0, positions])[:, :-1].argmax(-1)
+        best = head_logits(half_taught.hidden(ids)[0, positions], half_taught.answer_head)[:, :-1].argmax(-1)
         predicted, true = (half_taught.vocabulary.decode(x) for x in (best.numpy(), answer))
         errors += (np.abs(predicted - true) / np.maximum(np.abs(true), 1e-4)).tolist()
     assert len(errors) == 3 * 2
@@ -133,20 +135,20 @@ def test_relative_error_is_that_of_the_likeliest_numeral(half_taught: Policy) ->
     assert metrics["median_relative_error"] == pytest.approx(np.median(errors))
 
 
-def test_arithmetic_reports_every_task_and_its_errors(policy: Policy) -> None:
+def test_arithmetic_reports_every_task_and_its_errors(policy: PolicyModel) -> None:
     metrics = AlignmentStage("arithmetic", policy, SMALL, seed=0).evaluate()
     tasks = {name for name in metrics if name.startswith("exact_match/")}
     assert len(tasks) == 9 and "exact_match/multiply:text->numeral" in tasks
     assert np.isfinite(metrics["median_relative_error"]) and 0 <= metrics["exact_match"] <= 1
 
 
-def mean_over_examples(policy: Policy, examples: list[Example]) -> float:
+def mean_over_examples(policy: PolicyModel, examples: list[Example]) -> float:
     """Each example by itself, through transformers' kind of labels: the mean over its answer and end."""
     losses = []
     for example in examples:
         ids, is_target = tokenise(policy, [example])
         labels = ids.masked_fill(~is_target, -100)
-        logits = policy.logits(policy.hidden(ids))
+        logits = head_logits(policy.hidden(ids), policy.full_head)
         losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).item())
     return float(np.mean(losses))
 
@@ -161,9 +163,9 @@ def test_every_example_weighs_the_same_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["alignment", "arithmetic"])
-def test_step_is_the_mean_loss_over_examples(make_policy: Callable[..., Policy], name: str) -> None:
+def test_step_is_the_mean_loss_over_examples(make_policy: Callable[..., PolicyModel], name: str) -> None:
     policy = make_policy()
-    policy.train_only("rows")
+    train_only(policy, "rows")
     stage = AlignmentStage(name, policy, SMALL, seed=2)
     scalars = stage.step(5, torch.Tensor.backward)
     make = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}[name]
@@ -174,7 +176,7 @@ def test_step_is_the_mean_loss_over_examples(make_policy: Callable[..., Policy],
     assert all(p.grad is None for p in policy.backbone.parameters())
 
 
-def test_evaluation_reports_the_loss_that_training_minimises(half_taught: Policy) -> None:
+def test_evaluation_reports_the_loss_that_training_minimises(half_taught: PolicyModel) -> None:
     """Whatever the batches: six examples, four at a time."""
     four = SMALL.model_copy(update={"train_batch_size": 4})
     metrics = AlignmentStage("alignment", half_taught, four, seed=4).evaluate()

@@ -126,22 +126,14 @@ def test_extreme_logits_stay_finite(backend: Attention, logit: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_padded_keys_are_as_if_they_were_not_there(dtype: torch.dtype) -> None:
+def test_keys_behind_a_length_are_as_if_they_were_not_there(dtype: torch.dtype) -> None:
     q, k, v = inputs((5, 9, False), dtype)
     lengths = torch.tensor([4, 9])
-    grad = draw(*q.shape, dtype=dtype, seed=4)
     out, lse = MATH.forward(q, k, v, SCALE, lengths=lengths)
-    found = MATH.backward(grad, q, k, v, out, lse, SCALE, lengths=lengths)
     for i, length in enumerate(lengths.tolist()):
         one = slice(i, i + 1)
-        real = q[one], k[one, :, :length], v[one, :, :length]
-        alone = MATH.forward(*real, SCALE)
+        alone = MATH.forward(q[one], k[one, :, :length], v[one, :, :length], SCALE)
         torch.testing.assert_close((out[one], lse[one]), alone)
-        d_q, d_k, d_v = MATH.backward(grad[one], *real, *alone, SCALE)
-        torch.testing.assert_close(found[0][one], d_q)
-        for ours, theirs in zip(found[1:], (d_k, d_v), strict=True):
-            torch.testing.assert_close(ours[one, :, :length], theirs)
-            assert (ours[one, :, length:] == 0).all()
 
 
 # --- which one is taken --------------------------------------------------------------------------------------------

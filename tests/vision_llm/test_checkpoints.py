@@ -16,16 +16,18 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlamaConfig, Qwen2_5
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm import Policy as PublicPolicy
-from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, save_policy
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
+from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_image_processor, build_model, build_tokenizer
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 PlainInputs = Callable[..., dict[str, Tensor]]
 
 
-def train_a_little(policy: Policy) -> Policy:
+def train_a_little(policy: PolicyModel) -> PolicyModel:
     """Moves every trainable parameter, so that nothing loaded can be right by accident."""
     generator = torch.Generator().manual_seed(4)
     for parameter in policy.parameters():
@@ -34,16 +36,16 @@ def train_a_little(policy: Policy) -> Policy:
     return policy.eval()
 
 
-def logits(policy: Policy, batch: PolicyBatch) -> Tensor:
+def logits(policy: PolicyModel, batch: PolicyBatch) -> Tensor:
     """Everything the policy can say after each of the batch's prompts, ``[cells, text + numerals]``."""
     with torch.no_grad():
         hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), batch.prompts)
-        return policy.logits(hidden[:, -1])
+        return head_logits(hidden[:, -1], policy.full_head)
 
 
 def says_the_same(
     model: Qwen2_5_VLForConditionalGeneration | PeftModel,
-    policy: Policy,
+    policy: PolicyModel,
     batch: PolicyBatch,
     plain_inputs: PlainInputs,
 ) -> bool:
@@ -60,8 +62,8 @@ def test_a_trained_preset_is_a_model_of_transformers(
     make_policy: MakePolicy, batch: PolicyBatch, plain_inputs: PlainInputs, folder: Path
 ) -> None:
     policy = make_policy()
-    policy.train_only("full")
-    save_policy(train_a_little(policy), folder)
+    train_only(policy, "full")
+    snapshot_policy(train_a_little(policy))(folder)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert model.get_input_embeddings().weight.shape[0] == policy.first_numeral_id + len(policy.vocabulary)
     assert says_the_same(model, policy, batch, plain_inputs)
@@ -72,11 +74,11 @@ def test_a_trained_preset_with_lora_is_a_model_and_an_adapter(
 ) -> None:
     """After GRPO: the base, the numeral rows, and the second adapter, which holds all that the first one had."""
     policy = make_policy()
-    policy.add_lora()
-    policy.train_only("lora")
+    add_lora(policy)
+    train_only(policy, "lora")
     train_a_little(policy)
-    policy.begin_grpo()
-    save_policy(train_a_little(policy), folder)
+    begin_grpo(policy)
+    snapshot_policy(train_a_little(policy))(folder)
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert not says_the_same(base, policy, batch, plain_inputs), "the adapter must matter"
     assert says_the_same(PeftModel.from_pretrained(base, folder / "adapter"), policy, batch, plain_inputs)
@@ -87,8 +89,8 @@ def test_a_frozen_base_gets_an_adapter_with_the_numeral_rows(
 ) -> None:
     """The named base, resized to the checkpoint's tokenizer, plus ``adapter/``: nothing of the base is copied."""
     policy = make_policy(base=str(base), base_is_trained=False)
-    policy.train_only("lora")
-    save_policy(train_a_little(policy), folder)
+    train_only(policy, "lora")
+    snapshot_policy(train_a_little(policy))(folder)
     assert not list(folder.glob("*.safetensors"))
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size < (
         base / "model.safetensors"
@@ -108,7 +110,7 @@ def test_a_frozen_base_is_bitwise_what_was_published(make_policy: MakePolicy, ba
     assert ours.keys() == published.keys()
     assert all(torch.equal(ours[name], published[name]) for name in published)
     assert policy.first_numeral_id == len(build_tokenizer()) < len(published["lm_head.weight"])
-    assert policy.text_rows.shape[0] == policy.first_numeral_id
+    assert policy.text_head.shape[0] == policy.first_numeral_id
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +138,8 @@ def test_a_base_with_tied_embeddings(
     """Numerals have two rows where text tokens have one: saved as untied, or loaded onto the untied base."""
     policy = make_policy(base=str(tied_base), base_is_trained=trained)
     assert policy.base_model.lm_head.weight is policy.base_model.get_input_embeddings().weight
-    policy.train_only("full" if trained else "lora")
-    save_policy(train_a_little(policy), folder)
+    train_only(policy, "full" if trained else "lora")
+    snapshot_policy(train_a_little(policy))(folder)
     batch = make_batch(policy)
     if trained:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
@@ -158,20 +160,20 @@ def test_round_trip(
     """``load_policy`` gives the same logits, the same spec, and no weight its own."""
     changes = {"base": str(base)} if "folder" in case else {}
     policy = make_policy(base_is_trained="full" in case, **changes)
-    if "adapter" in case and not policy.adapters:
-        policy.add_lora()
-    policy.train_only("full" if "full" in case else "lora")
-    save_policy(train_a_little(policy), folder)
+    if "adapter" in case and not adapter_names(policy):
+        add_lora(policy)
+    train_only(policy, "full" if "full" in case else "lora")
+    snapshot_policy(train_a_little(policy))(folder)
     loaded = load_policy(folder)
     batch = make_batch(policy)
     assert loaded.spec == policy.spec and not loaded.training
     assert torch.equal(logits(loaded, batch), logits(policy, batch))
     assert torch.equal(loaded.rows.output, policy.rows.output)
-    assert loaded.adapters == policy.adapters
+    assert adapter_names(loaded) == adapter_names(policy)
     public = PublicPolicy.from_pretrained(folder)
-    assert torch.equal(public.rows.input, policy.rows.input)
+    assert torch.equal(public.model.rows.input, policy.rows.input)
     frames, origin = batch.grids[0].numpy(), np.datetime64("2013-11-05T12:00")
-    assert np.array_equal(*(p.forecast(frames, [(1, 1)], origin) for p in (public, policy)))
+    assert np.array_equal(*(p.forecast(frames, [(1, 1)], origin) for p in (public, PublicPolicy(policy))))
 
 
 def test_a_checkpoint_needs_no_preset_to_load(
@@ -179,7 +181,7 @@ def test_a_checkpoint_needs_no_preset_to_load(
 ) -> None:
     """Model, tokenizer and processor come from its own files: new wording in the code does not orphan old runs."""
     policy = train_a_little(make_policy())
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     for name in ("build_model", "build_tokenizer", "build_image_processor"):
         monkeypatch.delattr(f"stdist.vision_llm.policy.checkpoints.{name}")
     loaded = load_policy(folder)
@@ -187,7 +189,7 @@ def test_a_checkpoint_needs_no_preset_to_load(
     assert torch.equal(logits(loaded, batch), logits(policy, batch))
     again = folder.parent / "again"
     again.mkdir()
-    save_policy(loaded, again)
+    snapshot_policy(loaded)(again)
     assert (again / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 
 
@@ -195,7 +197,7 @@ def test_rows_on_disk_are_not_rounded_to_the_base(make_policy: MakePolicy, folde
     """A bfloat16 base trains float32 rows: a resumed run must go on from exactly these."""
     policy = make_policy(dtype="bfloat16")
     policy.rows.input.data += 1e-4 * torch.rand(policy.rows.input.shape)
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     loaded = load_policy(folder)
     assert torch.equal(loaded.rows.input, policy.rows.input) and torch.equal(loaded.rows.output, policy.rows.output)
     assert not torch.equal(policy.rows.input, policy.rows.input.bfloat16().float())
@@ -211,11 +213,11 @@ def test_weights_are_those_of_the_seed(make_policy: MakePolicy) -> None:
 
 def test_the_checkpoints_tokenizer_knows_every_numeral_by_the_policys_id(make_policy: MakePolicy, folder: Path) -> None:
     policy = make_policy(mantissa_digits=3)
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = Vocabulary(mantissa_digits=3)
     (one,) = tokenizer("<|FP114/0|>", add_special_tokens=False)["input_ids"]
-    assert one == policy.first_numeral_id + vocabulary.id("<|FP114/0|>")
+    assert one == policy.first_numeral_id + vocabulary.indices(114, 0)
     assert len(tokenizer) == policy.first_numeral_id + len(vocabulary)
     indices = [0, 1, 7, 990, 12_345, len(vocabulary) - 1]
     text = "row " + "".join(vocabulary.token(index) for index in indices) + " col"
@@ -231,7 +233,7 @@ def test_the_checkpoints_tokenizer_knows_every_numeral_by_the_policys_id(make_po
 
 def test_the_checkpoints_image_processor_is_the_encoders(make_policy: MakePolicy, folder: Path) -> None:
     policy = make_policy()
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
     assert list(processor.image_mean) == list(policy.encoder.mean)
     assert list(processor.image_std) == list(policy.encoder.std)
@@ -240,8 +242,8 @@ def test_the_checkpoints_image_processor_is_the_encoders(make_policy: MakePolicy
 
 def test_no_pickle_is_in_a_checkpoint(make_policy: MakePolicy, folder: Path) -> None:
     policy = make_policy()
-    policy.add_lora()
-    save_policy(policy, folder)
+    add_lora(policy)
+    snapshot_policy(policy)(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".md", ".jinja"}
     for path in files:
@@ -266,18 +268,18 @@ def test_a_folder_without_a_policy_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(make_policy: MakePolicy, folder: Path) -> None:
-    save_policy(make_policy(), folder)
+    snapshot_policy(make_policy())(folder)
     refused(lambda: load_weights(make_policy(mantissa_digits=3), folder), str(folder), "vocabulary", "1801", "19801")
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_policy: MakePolicy, folder: Path) -> None:
-    save_policy(make_policy(), folder)
+    snapshot_policy(make_policy())(folder)
     refused(lambda: load_weights(make_policy(base="small"), folder), str(folder), "another model")
 
 
 def test_a_deeper_model_is_refused(make_policy: MakePolicy, folder: Path) -> None:
     """Same widths, one layer missing in the file."""
-    save_policy(make_policy(), folder)
+    snapshot_policy(make_policy())(folder)
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "language_model.layers.3." not in name}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
@@ -285,13 +287,13 @@ def test_a_deeper_model_is_refused(make_policy: MakePolicy, folder: Path) -> Non
 
 
 def test_a_checkpoint_without_its_weights_is_refused(make_policy: MakePolicy, folder: Path) -> None:
-    save_policy(make_policy(), folder)
+    snapshot_policy(make_policy())(folder)
     (folder / "model.safetensors").unlink()
     refused(lambda: load_policy(folder), str(folder), "model.safetensors")
 
 
 def test_a_damaged_policy_json_is_refused(make_policy: MakePolicy, folder: Path) -> None:
-    save_policy(make_policy(), folder)
+    snapshot_policy(make_policy())(folder)
     text = (folder / "policy.json").read_text()
     (folder / "policy.json").write_text(text[: len(text) // 2])
     refused(lambda: load_policy(folder), "policy.json")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout import decode_batch
 from stdist.vision_llm.rollout.decode_batch import DecodeBatch, Family, RecordedStep
 from stdist.vision_llm.rollout.sampler import Completions, Decoding, Sampler
@@ -27,28 +27,28 @@ class Call:
 
 
 @pytest.fixture
-def talkative(make_policy: Callable[..., Policy]) -> Policy:
+def talkative(make_policy: Callable[..., PolicyModel]) -> PolicyModel:
     """A policy whose rows a test may change."""
     return make_policy().eval().requires_grad_(False)
 
 
 @pytest.fixture
 def let_end(
-    talkative: Policy,
+    talkative: PolicyModel,
     make_batch: Callable[..., PolicyBatch],
-    lean_towards_end: Callable[[Policy, PolicyBatch, float], None],
+    lean_towards_end: Callable[[PolicyModel, PolicyBatch, float], None],
 ) -> Callable[[str], None]:
     """From here on candidates of a decoding end at different times."""
     return lambda decoding: lean_towards_end(talkative, make_batch(talkative), 2.8 if decoding == "greedy" else 6.0)
 
 
 @pytest.fixture
-def make_cells(talkative: Policy, make_batch: Callable[..., PolicyBatch]) -> Callable[[int], PolicyBatch]:
+def make_cells(talkative: PolicyModel, make_batch: Callable[..., PolicyBatch]) -> Callable[[int], PolicyBatch]:
     return lambda windows: make_batch(talkative, windows=(0, 9, 31)[:windows], cells=(1, 3, 7, 10, 18))
 
 
 @pytest.fixture
-def calls(talkative: Policy, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+def calls(talkative: PolicyModel, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Every call of the decoder from here on."""
     recorded: list[Call] = []
     decode = talkative.decode
@@ -62,7 +62,7 @@ def calls(talkative: Policy, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 def complete(
-    policy: Policy, cells: PolicyBatch, decoding: Decoding, g: int, max_tokens: int = MAX_TOKENS
+    policy: PolicyModel, cells: PolicyBatch, decoding: Decoding, g: int, max_tokens: int = MAX_TOKENS
 ) -> Completions:
     prefix, uniforms = policy.prefix(cells.shared, cells.grids), None
     if decoding == "sample":
@@ -82,7 +82,7 @@ def assert_same(ours: Completions, theirs: Completions) -> None:
     [(1, "sample", 2), (2, "greedy", 1), (2, "sample", 4), (3, "greedy", 1), (3, "sample", 2), (3, "sample", 4)],
 )
 def test_a_small_batch_writes_what_a_large_one_writes(
-    talkative: Policy,
+    talkative: PolicyModel,
     let_end: Callable[[str], None],
     make_cells: Callable[[int], PolicyBatch],
     calls: list[Call],
@@ -123,7 +123,7 @@ def assert_no_holes(calls: list[Call], tokens: list[int], most: int) -> None:
 
 
 def test_cells_are_let_in_while_others_still_run(
-    talkative: Policy,
+    talkative: PolicyModel,
     let_end: Callable[[str], None],
     make_cells: Callable[[int], PolicyBatch],
     calls: list[Call],
@@ -141,7 +141,7 @@ def test_cells_are_let_in_while_others_still_run(
 
 
 def test_a_step_of_fixed_size_writes_the_same(
-    talkative: Policy,
+    talkative: PolicyModel,
     let_end: Callable[[str], None],
     make_cells: Callable[[int], PolicyBatch],
     monkeypatch: pytest.MonkeyPatch,
@@ -158,7 +158,7 @@ def test_a_step_of_fixed_size_writes_the_same(
     assert set(sizes) == {6}
 
 
-def fixed_size(patch: pytest.MonkeyPatch, policy: Policy, sizes: list[int]) -> None:
+def fixed_size(patch: pytest.MonkeyPatch, policy: PolicyModel, sizes: list[int]) -> None:
     begin, decode = DecodeBatch.__init__, policy.decode
 
     def begin_recorded(batch: DecodeBatch, *args: Any) -> None:
@@ -175,7 +175,7 @@ def fixed_size(patch: pytest.MonkeyPatch, policy: Policy, sizes: list[int]) -> N
 
 @pytest.mark.gpu
 def test_a_recorded_graph_writes_what_single_steps_write(
-    make_policy: Callable[..., Policy], make_batch: Callable[..., PolicyBatch], monkeypatch: pytest.MonkeyPatch
+    make_policy: Callable[..., PolicyModel], make_batch: Callable[..., PolicyBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, where another batch size changes last digits only."""
     if not torch.cuda.is_available():
@@ -194,7 +194,7 @@ def test_a_recorded_graph_writes_what_single_steps_write(
 
 @pytest.mark.parametrize("windows", [1, 2])
 def test_no_shared_key_is_copied_for_a_sequence(
-    talkative: Policy,
+    talkative: PolicyModel,
     make_cells: Callable[[int], PolicyBatch],
     largest_made: Callable[[], Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -222,7 +222,7 @@ def test_no_shared_key_is_copied_for_a_sequence(
 
 @pytest.mark.parametrize("g", [1, 8])
 def test_a_cells_keys_are_held_once_however_many_candidates_it_has(
-    talkative: Policy, make_cells: Callable[[int], PolicyBatch], g: int
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], g: int
 ) -> None:
     cells = make_cells(2)
     t = cells.prompts.shape[1]
@@ -251,7 +251,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def test_the_batch_is_as_large_as_its_cache_may_be(
-    talkative: Policy, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An even share of all cells; all candidates of a cell at least."""
     cells = make_cells(2)
@@ -271,3 +271,44 @@ def test_families_by_hand() -> None:
     assert family.rank.tolist() == [0, 0, 1, 2, 1]
     assert family.table.tolist() == [[1, 4, 0], [0, 0, 0], [0, 2, 3]]
     assert torch.equal(family.table[family.parent, family.rank], torch.arange(5))
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cells_are_let_in_when_a_quarter_is_free_and_take_the_first_free_places(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifteen cells in two rounds of eight, by hand: the last sequence fills a hole, the lowest place goes first."""
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 8)
+    cells = make_cells(3)
+    batch = DecodeBatch(talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, 1, MAX_TOKENS)
+    assert (batch.slots, len(batch.admit()), batch.waiting) == (8, 8, 7)
+    assert batch.keep(torch.arange(8) != 0).tolist() == [7, 1, 2, 3, 4, 5, 6]
+    assert (len(batch.admit()), batch.waiting) == (0, 7), "one of eight is less than a quarter"
+    assert batch.keep(torch.arange(7) != 0).tolist() == [6, 1, 2, 3, 4, 5]
+    assert (len(batch.admit()), batch.waiting) == (2, 5)
+    assert batch.number.tolist() == [6, 1, 2, 3, 4, 5, 8, 9]
+    assert batch._cell.tolist() == [6, 1, 2, 3, 4, 5, 0, 7]
+    assert batch._window.tolist() == [1, 0, 0, 0, 0, 1, 1, 1]
+    batch.keep(torch.zeros(8, dtype=torch.bool))
+    assert (len(batch.admit()), batch.waiting) == (5, 0) and batch._cell.tolist() == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_a_cells_place_is_free_when_its_last_candidate_has_ended(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cells of four candidates at a time, places for four: with one candidate of each left, nobody is let in."""
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 8)
+    cells = make_cells(2)
+    batch = DecodeBatch(talkative, talkative.prefix(cells.shared, cells.grids), cells.prompts, 4, MAX_TOKENS)
+    assert len(batch.admit()) == 8 and batch._cell.tolist() == [0] * 4 + [1] * 4
+    batch.keep(torch.tensor([0, 0, 0, 1, 0, 0, 0, 1]) == 1)
+    for place in (2, 3):
+        assert len(batch.admit()) == 4 and batch._cell.tolist()[-4:] == [place] * 4
+        batch.keep(torch.arange(len(batch)) < len(batch) - 3)
+    assert sorted(batch._cell.tolist()) == [0, 1, 2, 3] and len(batch.admit()) == 0 and batch.waiting == 6
+    batch.keep(batch._cell != 2)
+    assert len(batch.admit()) == 4 and batch._cell.tolist()[-4:] == [2] * 4

@@ -20,8 +20,9 @@ from stdist.evaluation import (
 )
 from stdist.vision_llm.config import ForecastConfig, VisionLLMConfig
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
+from stdist.vision_llm.rollout import forecaster
 from stdist.vision_llm.rollout.forecaster import (
     forecast_pieces,
     plan_pieces,
@@ -35,7 +36,7 @@ OUTSIDE = [(0, 0), (2, 3)]
 
 
 @pytest.fixture(scope="module")
-def city(policy: Policy, store: GridStore) -> CityWindows:
+def city(policy: PolicyModel, store: GridStore) -> CityWindows:
     """Seven windows of a city of 5 × 4 cells, two of them outside."""
     store = open_store(store.path)
     store.inside[tuple(np.transpose(OUTSIDE))] = False
@@ -49,7 +50,7 @@ Forecast = Callable[..., np.ndarray]
 
 
 @pytest.fixture
-def forecast(policy: Policy, city: CityWindows, tmp_path: Path) -> Forecast:
+def forecast(policy: PolicyModel, city: CityWindows, tmp_path: Path) -> Forecast:
     """Forecasts of every window by a plan (windows and cells of a piece), as they are read back: ``[Q, N, K, h, w]``.
 
     ``stop_at``: numbers of whole pieces at which the process is taken for killed, and starts again.
@@ -126,7 +127,7 @@ def test_interrupted_sampling_draws_what_undisturbed_sampling_draws(forecast: Fo
 
 
 def test_values_above_t_max_are_counted_once_a_window(
-    forecast: Forecast, policy: Policy, city: CityWindows, monkeypatch: pytest.MonkeyPatch
+    forecast: Forecast, policy: PolicyModel, city: CityWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand, of whole grids; interrupted in the middle of a window's cells or not."""
     history = city.windows.read(np.arange(len(city))).history
@@ -139,7 +140,7 @@ def test_values_above_t_max_are_counted_once_a_window(
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> dict[str, list]:
+def seen(monkeypatch: pytest.MonkeyPatch, policy: PolicyModel) -> dict[str, list]:
     """Windows read, windows encoded, shapes of what the sampler gave and its first uniform numbers, by call."""
     calls: dict[str, list] = {"read": [], "encoded": [], "candidates": [], "uniforms": []}
     read, prefix, sample = CityWindows.read, policy.prefix, Sampler.forecast
@@ -172,7 +173,7 @@ def test_blocks_of_the_same_windows_share_reading_and_encoding(forecast: Forecas
 
 
 def test_validation_in_pieces_is_that_of_all_at_once(
-    policy: Policy, city: CityWindows, seen: dict[str, list], monkeypatch: pytest.MonkeyPatch
+    policy: PolicyModel, city: CityWindows, seen: dict[str, list], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MAE, RMSE and NRMSE (Eq. 21–23) of windows 1, 4 and 6 by hand, and in pieces of two windows and two cells."""
     indices = np.array([1, 4, 6])

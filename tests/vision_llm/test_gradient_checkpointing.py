@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stdist.vision_llm.policy.checkpoints import load_policy, save_policy
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import begin_grpo, train_only
+from stdist.vision_llm.policy.checkpoints import load_policy, snapshot_policy
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 CASES = {
     "preset, in full": {},
     "bfloat16 base with LoRA": {"base_is_trained": False, "dtype": "bfloat16"},
@@ -21,28 +23,28 @@ CASES = {
 
 @pytest.fixture
 def make_case(make_policy: MakePolicy, base: Path) -> MakePolicy:
-    def make(case: str, gradient_checkpointing: bool) -> Policy:
+    def make(case: str, gradient_checkpointing: bool) -> PolicyModel:
         changes = CASES[case] | ({} if case.startswith("preset") else {"base": str(base)})
         policy = make_policy(gradient_checkpointing=gradient_checkpointing, **changes).cpu()
-        policy.train_only("full" if case.startswith("preset") else "lora")
+        train_only(policy, "full" if case.startswith("preset") else "lora")
         return policy
 
     return make
 
 
-def ids_of(policy: Policy) -> Tensor:
+def ids_of(policy: PolicyModel) -> Tensor:
     """Text followed by numerals, ``[2, 6]``."""
     return torch.cat([torch.arange(300, 306).view(2, 3), policy.first_numeral_id + torch.arange(6).view(2, 3)], dim=1)
 
 
-def step(policy: Policy) -> tuple[int, dict[str, Tensor]]:
+def step(policy: PolicyModel) -> tuple[int, dict[str, Tensor]]:
     """Forward passes through the first layer's MLP in one forward and backward of the policy, and the gradients."""
     calls = []
     mlp = policy.base_model.model.language_model.layers[0].mlp
     # Before the call: a recomputation stops inside it, at the last tensor that the backward pass asks for.
     hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy.zero_grad()
-    policy.logits(policy.hidden(ids_of(policy))[:, -1]).float().square().mean().backward()
+    head_logits(policy.hidden(ids_of(policy))[:, -1], policy.full_head).float().square().mean().backward()
     hook.remove()
     return len(calls), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
@@ -66,7 +68,7 @@ def test_cells_still_read_their_windows_prefix(
         policy = make_case(case, on).train()
         batch = make_batch(policy)
         hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), batch.prompts)
-        policy.logits(hidden[:, -1]).float().square().mean().backward()
+        head_logits(hidden[:, -1], policy.full_head).float().square().mean().backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
     expected, found = gradients
     assert found.keys() == expected.keys()
@@ -79,7 +81,7 @@ def test_evaluation_runs_layers_once(make_case: MakePolicy) -> None:
 
 def test_the_second_adapter_keeps_it(make_case: MakePolicy) -> None:
     policy = make_case("4-bit base with LoRA", True)
-    policy.begin_grpo()
+    begin_grpo(policy)
     assert step(policy.train())[0] == 2
 
 
@@ -91,9 +93,9 @@ def test_the_vision_tower_is_left_alone(make_case: MakePolicy) -> None:
 
 
 def test_a_checkpoint_remembers_it(make_case: MakePolicy, folder: Path) -> None:
-    save_policy(make_case("preset, in full", True), folder)
+    snapshot_policy(make_case("preset, in full", True))(folder)
     loaded = load_policy(folder)
-    loaded.train_only("full")
+    train_only(loaded, "full")
     assert step(loaded.train())[0] == 2
 
 

@@ -14,18 +14,19 @@ from stdist.data import GridStore
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
-from stdist.vision_llm.kernels.token_losses import row_logits
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import active_adapter, adapter_names, add_lora, as_reference, begin_grpo
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.rollout.rollouts import Candidates, Rollouts, Weights
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import GRPOStage, candidate_tree, completion_log_probs
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 
 
-def disturb(policy: Policy, seed: int = 9, adapter: str = "default", scale: float = 0.2) -> None:
+def disturb(policy: PolicyModel, seed: int = 9, adapter: str = "default", scale: float = 0.2) -> None:
     """A LoRA adapter starts as nothing; this makes it say something, and something else for every seed."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.backbone.named_parameters():
@@ -33,22 +34,22 @@ def disturb(policy: Policy, seed: int = 9, adapter: str = "default", scale: floa
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def sft_model(make_policy: MakePolicy, with_adapter: bool) -> Policy:
+def sft_model(make_policy: MakePolicy, with_adapter: bool) -> PolicyModel:
     policy = make_policy()
     if with_adapter:
-        policy.add_lora()
+        add_lora(policy)
         disturb(policy)
     return policy.eval()
 
 
-def logits_of(policy: Policy, batch: PolicyBatch) -> Tensor:
+def logits_of(policy: PolicyModel, batch: PolicyBatch) -> Tensor:
     with torch.no_grad():
         hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), batch.prompts)
-        return row_logits(hidden[:, -1], policy.answer_rows)
+        return head_logits(hidden[:, -1], policy.answer_head)
 
 
 def stage_of(
-    policy: Policy,
+    policy: PolicyModel,
     store: GridStore,
     rollouts: Rollouts | None = None,
     group: ProcessGroup = ProcessGroup(),
@@ -68,13 +69,13 @@ def test_the_reference_is_the_sft_model_and_stays_it(
     """docs/decisions.md, reference model: with an SFT adapter "adapter off" would be another one."""
     policy = sft_model(make_policy, with_adapter)
     sft = logits_of(policy, batch)
-    policy.begin_grpo()
+    begin_grpo(policy)
     assert torch.allclose(logits_of(policy, batch), sft, atol=1e-5), "the policy starts as the SFT model"
     trained = policy.rows
-    with policy.reference():
+    with as_reference(policy):
         assert policy.rows is not trained
         before = logits_of(policy, batch)
-    assert policy.rows is trained and policy.active_adapter == "grpo"
+    assert policy.rows is trained and active_adapter(policy) == "grpo"
     assert torch.equal(before, sft), "the reference is the SFT model, bit for bit"
     if with_adapter:
         with policy.backbone.disable_adapter():
@@ -86,7 +87,7 @@ def test_the_reference_is_the_sft_model_and_stays_it(
     for step in range(3):
         stage.step(step, engine.backward)
         engine.step()
-    with policy.reference():
+    with as_reference(policy):
         assert torch.equal(logits_of(policy, batch), sft)
     assert (logits_of(policy, batch) - sft).abs().max() > 1e-2, "the policy has learned something else"
     parameters = dict(policy.named_parameters())
@@ -97,10 +98,10 @@ def test_the_reference_is_the_sft_model_and_stays_it(
 
 def test_the_second_adapter_starts_as_a_copy_of_the_first(make_policy: MakePolicy) -> None:
     policy = sft_model(make_policy, with_adapter=True)
-    policy.begin_grpo()
+    begin_grpo(policy)
     parameters = dict(policy.backbone.named_parameters())
     copies = [name for name in parameters if ".grpo." in name]
-    assert len(copies) == 4 * 7 * 2 and policy.adapters == ["default", "grpo"]
+    assert len(copies) == 4 * 7 * 2 and adapter_names(policy) == ["default", "grpo"]
     for name in copies:
         original = parameters[name.replace(".grpo.", ".default.")]
         assert torch.equal(parameters[name], original) and parameters[name].data_ptr() != original.data_ptr()
@@ -115,8 +116,8 @@ def test_adapters_start_from_the_seed_alone(make_policy: MakePolicy, with_adapte
         torch.rand(drawn_before)
         policy = make_policy()
         if with_adapter:
-            policy.add_lora(seed=seed)
-        policy.begin_grpo(seed)
+            add_lora(policy, seed=seed)
+        begin_grpo(policy, seed)
         return torch.cat([p.flatten() for n, p in policy.backbone.named_parameters() if "lora_A" in n])
 
     first = adapters(1, 0)
@@ -125,11 +126,11 @@ def test_adapters_start_from_the_seed_alone(make_policy: MakePolicy, with_adapte
 
 def test_the_policy_comes_back_even_from_an_error(make_policy: MakePolicy) -> None:
     policy = sft_model(make_policy, with_adapter=True)
-    policy.begin_grpo()
+    begin_grpo(policy)
     rows = policy.rows
-    with pytest.raises(KeyError), policy.reference():
+    with pytest.raises(KeyError), as_reference(policy):
         raise KeyError
-    assert policy.rows is rows and policy.active_adapter == "grpo"
+    assert policy.rows is rows and active_adapter(policy) == "grpo"
     trains = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert {"rows.input", "rows.output"} < trains and not any(".default." in name for name in trains)
 
@@ -140,7 +141,7 @@ def test_first_step_has_no_kl_and_clips_nothing(
     """And a candidate that knows no end is cut four tokens behind K = 3 (docs/decisions.md, 7)."""
     policy = sft_model(make_policy, with_adapter=True)
     lean_towards_end(policy, batch, -1e4)
-    policy.begin_grpo()
+    begin_grpo(policy)
     scalars = stage_of(policy, store).step(0, torch.Tensor.backward)
     assert scalars["kl"] == pytest.approx(0, abs=1e-6) and scalars["clip_ratio"] == 0
     assert policy.rows.output.grad.abs().max() > 0
@@ -148,13 +149,13 @@ def test_first_step_has_no_kl_and_clips_nothing(
 
 
 @torch.no_grad()
-def sequence_log_probs(policy: Policy, batch: PolicyBatch, completions: Completions, temperature: float) -> Tensor:
+def sequence_log_probs(policy: PolicyModel, batch: PolicyBatch, completions: Completions, temperature: float) -> Tensor:
     """The definition: log-softmax over what can be said, of every candidate as a sequence of its own."""
     answer_ids = completions.answer_ids
     ids = torch.where(answer_ids == len(policy.vocabulary), policy.end_id, answer_ids + policy.first_numeral_id)
     prompts = batch.prompts.repeat_interleave(len(ids) // len(batch.prompts), 0)
     hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), torch.cat([prompts, ids[:, :-1]], dim=1))
-    logits = row_logits(hidden[:, prompts.shape[1] - 1 :].flatten(0, 1), policy.answer_rows) / temperature
+    logits = head_logits(hidden[:, prompts.shape[1] - 1 :].flatten(0, 1), policy.answer_head) / temperature
     return logits.log_softmax(-1).gather(1, completions.answer_ids.reshape(-1, 1)).view(ids.shape)
 
 
@@ -164,7 +165,7 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
     """Two updates on one rollout, of a policy that is not its reference, and that moves in between: every figure by its
     definition from three sets of log-probabilities. Then the next rollout comes."""
     policy = sft_model(make_policy, with_adapter=True)
-    policy.begin_grpo()
+    begin_grpo(policy)
     disturb(policy, seed=1, adapter="grpo")
     settings = {"num_iterations": 2, "beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "temperature": 0.7}
     rollouts = FixedRollouts(
@@ -178,7 +179,7 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
     ((batch, completions),) = rollouts.generated
     old, mask = completions.log_probs, completions.mask
     new = sequence_log_probs(policy, batch, completions, 0.7)
-    with policy.reference():
+    with as_reference(policy):
         reference = sequence_log_probs(policy, batch, completions, 0.7)
     rewards = stage._reward(batch, completions).view(-1, 4)
     a = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)
@@ -223,7 +224,7 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
 
     def stage_in(group: ProcessGroup, memory: float) -> GRPOStage:
         policy = sft_model(make_policy, with_adapter=True)
-        policy.begin_grpo()
+        begin_grpo(policy)
         disturb(policy, seed=1, adapter="grpo")
         rollouts = FixedRollouts(policy, cut=cut)
         return stage_of(policy, store, rollouts, group, loss_type="dapo", beta=0.2, activation_memory=memory)
@@ -247,7 +248,7 @@ def test_micro_batches_add_up_to_the_whole_step(make_policy: MakePolicy, store: 
     runs, gradients, calls = [], [], []
     for memory in (1.0, 1e-9):
         policy = sft_model(make_policy, with_adapter=True)
-        policy.begin_grpo()
+        begin_grpo(policy)
         stage = stage_of(policy, store, FixedRollouts(policy), windows_per_step=3, activation_memory=memory, beta=0.1)
         backwards: list[Tensor] = []
 
@@ -266,7 +267,7 @@ def test_micro_batches_add_up_to_the_whole_step(make_policy: MakePolicy, store: 
 def test_a_step_reports_its_tokens_and_those_it_saved(make_policy: MakePolicy, store: GridStore) -> None:
     """V + C·(T + G·K) a window where one sequence per candidate computes C·G·(V + T + K)."""
     policy = sft_model(make_policy, with_adapter=True)
-    policy.begin_grpo()
+    begin_grpo(policy)
     scalars = stage_of(policy, store, rollouts := FixedRollouts(policy)).step(0, torch.Tensor.backward)
     batch, _ = rollouts.generated[0]
     v, t, k = batch.shared.shape[1], batch.prompts.shape[1], 3
@@ -274,7 +275,9 @@ def test_a_step_reports_its_tokens_and_those_it_saved(make_policy: MakePolicy, s
     assert scalars["tokens_saved"] == 2 * (2 * 4 * (v + t + k)) - scalars["tokens"]
 
 
-def fixed_candidates(policy: Policy, batch: PolicyBatch, cut: Callable[[int], int] = lambda window: 2) -> Completions:
+def fixed_candidates(
+    policy: PolicyModel, batch: PolicyBatch, cut: Callable[[int], int] = lambda window: 2
+) -> Completions:
     """Four candidates a cell: the truth, it times 1.1, it times 1.5, and it cut after ``cut`` of its window values."""
     n, end = len(batch.answers), len(policy.vocabulary)
     truth = batch.truth.reshape(n, 3)
@@ -295,7 +298,7 @@ class FixedRollouts:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyModel,
         log_probs: Callable[[PolicyBatch, Completions], Tensor] | None = None,
         cut: Callable[[int], int] = lambda window: 2,
     ) -> None:
@@ -343,7 +346,7 @@ def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: G
 
 def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: GridStore) -> None:
     policy = sft_model(make_policy, with_adapter=True)
-    policy.begin_grpo()
+    begin_grpo(policy)
     stage = stage_of(policy, store)
     runs = [stage.step(step, lambda loss: None) for step in (3, 4, 3)]
     assert runs[0] == runs[2] != runs[1]
@@ -353,7 +356,7 @@ def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: Grid
 def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: MakePolicy, store: GridStore) -> None:
     """The gradient step goes the right way: truth up, the candidate 50 % off down."""
     policy = sft_model(make_policy, with_adapter=False)
-    policy.begin_grpo()
+    begin_grpo(policy)
 
     def log_probs(batch: PolicyBatch, completions: Completions) -> Tensor:
         tree = candidate_tree(policy, batch, completions)
@@ -375,7 +378,7 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: Mak
 def test_candidates_of_other_weights_are_refused(make_policy: MakePolicy, store: GridStore) -> None:
     """Whoever samples must have the weights of this moment: the ratio and the clip stand on it."""
     policy = sft_model(make_policy, with_adapter=False)
-    policy.begin_grpo()
+    begin_grpo(policy)
     stage = stage_of(policy, store, rollouts := FixedRollouts(policy))
     stage.step(0, lambda loss: None)
     policy.rows.output.data[3, 5] += 1

@@ -11,8 +11,9 @@ import torch
 
 from stdist.data import GridStore
 from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.policy.adapters import as_reference, begin_grpo
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.rollouts import Candidates, LocalRollouts
 from stdist.vision_llm.stages.grpo import GRPOStage
 
@@ -40,7 +41,7 @@ class Recorded(LocalRollouts):
 
 
 def test_the_stage_is_the_minimal_algorithm(
-    make_policy: Callable[..., Policy],
+    make_policy: Callable[..., PolicyModel],
     store: GridStore,
     batch: PolicyBatch,
     lean_towards_end: Callable[..., None],
@@ -48,7 +49,7 @@ def test_the_stage_is_the_minimal_algorithm(
 ) -> None:
     policy = make_policy()
     lean_towards_end(policy, batch, 6.0)
-    policy.begin_grpo()
+    begin_grpo(policy)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B.grpo" in name or name.startswith("rows."):  # away from the reference
@@ -69,7 +70,7 @@ def test_the_stage_is_the_minimal_algorithm(
     )
     prompts = minimal.Prompts.of(policy, batch, 4)
     model = minimal.plain_model(policy)
-    with policy.reference():
+    with as_reference(policy):
         reference_model = minimal.plain_model(policy)
     mask = minimal.written(answer_ids, len(policy.vocabulary))
     rewards = minimal.rewards_of(policy, answer_ids, batch.truth.reshape(-1, 3), np.tile(cell_mean[batch.cells], 2))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
+from stdist.vision_llm.policy.adapters import train_only
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import candidate_tree
 from stdist.vision_llm.stages.sft import sft_tree
@@ -17,11 +18,11 @@ from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches, activation_bytes
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 G = 3
 
 
-def window_cell_candidate(policy: Policy, batch: PolicyBatch) -> Tree:
+def window_cell_candidate(policy: PolicyModel, batch: PolicyBatch) -> Tree:
     """Three candidates of K + 1 choices for every cell."""
     choices = torch.randint(
         len(policy.vocabulary), (len(batch.prompts) * G, 4), generator=torch.Generator().manual_seed(0)
@@ -49,7 +50,7 @@ def test_every_node_is_computed_once_and_the_tower_runs_once_a_window(
 ) -> None:
     """V + C·(T + G·K) decoder tokens a window, where one sequence per candidate computes C·G·(V + T + K)."""
     policy = make_policy(gradient_checkpointing=checkpointing)
-    policy.train_only("full")
+    train_only(policy, "full")
     batch = make_batch(policy)
     tree = window_cell_candidate(policy, batch)
     v, t = batch.shared.shape[1], batch.prompts.shape[1]
@@ -93,7 +94,7 @@ class Held:
 class LiveBytes:
     """Bytes that autograd keeps now and at most, every storage counted once while anything holds it."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: PolicyModel):
         self._ignored = {p.untyped_storage().data_ptr() for p in policy.parameters()}
         self._holders: dict[int, int] = {}
         self.now = self.peak = 0
@@ -118,7 +119,7 @@ class LiveBytes:
             self.now -= size
 
 
-def peak_bytes(policy: Policy, tree: Tree, sizes: list[int]) -> int:
+def peak_bytes(policy: PolicyModel, tree: Tree, sizes: list[int]) -> int:
     live = LiveBytes(policy)
     with live.hooks():
         prefix_tree.backward(policy, tree, mean_square, Tensor.backward, sizes)
@@ -127,18 +128,18 @@ def peak_bytes(policy: Policy, tree: Tree, sizes: list[int]) -> int:
 
 
 @pytest.fixture(scope="module")
-def trained(make_policy: MakePolicy) -> Policy:
+def trained(make_policy: MakePolicy) -> PolicyModel:
     policy = make_policy()
-    policy.train_only("full")
+    train_only(policy, "full")
     return policy
 
 
 @pytest.fixture(scope="module")
-def tree(trained: Policy, make_batch: Callable[..., PolicyBatch]) -> Tree:
+def tree(trained: PolicyModel, make_batch: Callable[..., PolicyBatch]) -> Tree:
     return window_cell_candidate(trained, make_batch(trained, windows=(0, 9, 31), cells=(1, 7, 10, 18)))
 
 
-def test_the_peak_stays_within_the_budget_and_one_path(trained: Policy, tree: Tree) -> None:
+def test_the_peak_stays_within_the_budget_and_one_path(trained: PolicyModel, tree: Tree) -> None:
     path = sum(activation_bytes(trained, tree))
     peaks, all_sizes = [], []
     for budget in (64 * path, 6 * path, 3 * path, path // 100):
@@ -155,7 +156,7 @@ def test_the_peak_stays_within_the_budget_and_one_path(trained: Policy, tree: Tr
     assert peaks[0] == pytest.approx(counted, rel=0.02), "many sequences keep as much as one, many times"
 
 
-def test_smaller_micro_batches_keep_less(trained: Policy, tree: Tree) -> None:
+def test_smaller_micro_batches_keep_less(trained: PolicyModel, tree: Tree) -> None:
     """At every depth: windows, cells and candidates."""
     for depth in range(3):
         peaks = []
@@ -188,7 +189,7 @@ def test_activation_bytes_are_what_graphs_and_their_ends_hold(
 ) -> None:
     """Counted a second time, from the graphs: every storage that a node of theirs saved or that a child will read."""
     policy = make_policy()
-    policy.train_only(part)
+    train_only(policy, part)
     tree = window_cell_candidate(policy, make_batch(policy))
     parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     node = policy.prefix(tree.shared[:1], tree.grids[:1])
@@ -212,7 +213,7 @@ def test_less_is_kept_with_checkpointing_and_of_a_frozen_backbone(
     counts = {}
     for name, part, checkpointing in (("full", "full", False), ("recomputed", "full", True), ("frozen", "rows", False)):
         policy = make_policy(gradient_checkpointing=checkpointing)
-        policy.train_only(part)
+        train_only(policy, part)
         tree = window_cell_candidate(policy, make_batch(policy))
         counts[name] = activation_bytes(policy, tree)
         assert policy.training, "counting changes nothing"
@@ -225,7 +226,7 @@ def test_less_is_kept_with_checkpointing_and_of_a_frozen_backbone(
         assert recomputed > level.ids.shape[1] * (4 * (128 + 2 * 64) + 128) * 4 + full // 4
 
 
-def test_sizes_share_the_budget_evenly_and_are_at_least_one(trained: Policy, tree: Tree) -> None:
+def test_sizes_share_the_budget_evenly_and_are_at_least_one(trained: PolicyModel, tree: Tree) -> None:
     each = activation_bytes(trained, tree)
     assert MicroBatches(trained, 0).sizes(tree) == [1, 1, 1]
     assert MicroBatches(trained, 3 * max(each) - 3).sizes(tree)[each.index(max(each))] == 1
@@ -237,7 +238,7 @@ def test_sizes_share_the_budget_evenly_and_are_at_least_one(trained: Policy, tre
 
 
 def test_sizes_are_the_same_for_the_same_shapes_whatever_ran_before(
-    trained: Policy, tree: Tree, make_batch: Callable[..., PolicyBatch]
+    trained: PolicyModel, tree: Tree, make_batch: Callable[..., PolicyBatch]
 ) -> None:
     memory = 4 * sum(activation_bytes(trained, tree))
     fresh = MicroBatches(trained, memory).sizes(tree)

@@ -21,9 +21,10 @@ from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.model_counts import LORA, REFERENCE_LORA, REFERENCE_ROWS, ROWS, VISION
 from stdist.vision_llm.plan import StagePlan, plan_run, plan_stage
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.stages.alignment import BATCHES, tokenise
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
@@ -82,24 +83,24 @@ def seven_b(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def policy_at(config: VisionLLMConfig, stage: str) -> Policy:
+def policy_at(config: VisionLLMConfig, stage: str) -> PolicyModel:
     """As :mod:`recipe` has it when ``stage`` begins."""
     policy = build_policy(policy_spec(config, open_task(config)), seed=0)
     for name in config.stages:
         if name == "grpo":
-            policy.begin_grpo()
+            begin_grpo(policy)
         else:
             part = getattr(config, name).trainable
-            if part == "lora" and not policy.adapters:
-                policy.add_lora()
-            policy.train_only(part, frames=name == "sft")
+            if part == "lora" and not adapter_names(policy):
+                add_lora(policy)
+            train_only(policy, part, frames=name == "sft")
         if name == stage:
             break
     return policy
 
 
 def kind_of(name: str) -> str:
-    if name.startswith("_reference_rows"):
+    if name.startswith("reference_rows"):
         return REFERENCE_ROWS
     if name.startswith("rows"):
         return ROWS

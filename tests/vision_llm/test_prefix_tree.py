@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora, train_only
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import candidate_log_probs, candidate_tree, completion_log_probs
 from stdist.vision_llm.stages.loss import LossInputs, grpo
@@ -20,7 +22,7 @@ from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.prefix_tree import Tree, Visit
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 Gradients = dict[str, Tensor]
 ALL = 10**6
 G, TEMPERATURE = 3, 0.8
@@ -28,19 +30,19 @@ NO_BLANKS = torch.zeros(4, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
-def make_kind(make_policy: MakePolicy, base: Path) -> Callable[..., Policy]:
+def make_kind(make_policy: MakePolicy, base: Path) -> Callable[..., PolicyModel]:
     """A policy that trains in full, a LoRA adapter that already says something, or the same over four bits."""
 
-    def make(kind: str, checkpointing: bool = False) -> Policy:
+    def make(kind: str, checkpointing: bool = False) -> PolicyModel:
         changes = {"base": str(base), "base_is_trained": False, "load_in_4bit": True} if kind == "nf4" else {}
         policy = make_policy(gradient_checkpointing=checkpointing, **changes).cpu()
         if kind == "lora":
-            policy.add_lora()
+            add_lora(policy)
         generator = torch.Generator().manual_seed(9)
         for name, parameter in policy.backbone.named_parameters():
             if "lora_B" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        policy.train_only("full" if kind == "full" else "lora")
+        train_only(policy, "full" if kind == "full" else "lora")
         return policy
 
     return make
@@ -55,7 +57,7 @@ class Case:
     reference: Tensor
     advantages: Tensor
 
-    def tree_and_loss(self, policy: Policy, algorithm: str) -> tuple[Tree, Visit]:
+    def tree_and_loss(self, policy: PolicyModel, algorithm: str) -> tuple[Tree, Visit]:
         if algorithm == "sft":
             return sft_tree(policy, self.batch, NO_BLANKS), sft_loss(policy, self.batch)
 
@@ -80,11 +82,11 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def make_case(make_batch: Callable[..., PolicyBatch]) -> Callable[[Policy], Case]:
+def make_case(make_batch: Callable[..., PolicyBatch]) -> Callable[[PolicyModel], Case]:
     """Candidates of 1 to 4 tokens, the end included where there was room; old and reference log-probabilities lie
     around their own, some beyond the clip."""
 
-    def make(policy: Policy) -> Case:
+    def make(policy: PolicyModel) -> Case:
         batch = make_batch(policy, cells=(1, 18))
         generator = torch.Generator().manual_seed(5)
         end = len(policy.vocabulary)
@@ -102,11 +104,13 @@ def make_case(make_batch: Callable[..., PolicyBatch]) -> Callable[[Policy], Case
     return make
 
 
-def gradients(policy: Policy) -> Gradients:
+def gradients(policy: PolicyModel) -> Gradients:
     return {name: p.grad for name, p in policy.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def per_sample_loss(policy: Policy, case: Case, algorithm: str, logits_of: Callable[[int, Tensor], Tensor]) -> Tensor:
+def per_sample_loss(
+    policy: PolicyModel, case: Case, algorithm: str, logits_of: Callable[[int, Tensor], Tensor]
+) -> Tensor:
     """The definition: every candidate a sequence of its own. ``logits_of`` child and tail, in the order of ids."""
     if algorithm == "sft":
         losses = []
@@ -127,9 +131,9 @@ def per_sample_loss(policy: Policy, case: Case, algorithm: str, logits_of: Calla
 
 @pytest.fixture(scope="module")
 def per_sample(
-    make_kind: Callable[..., Policy],
-    make_case: Callable[[Policy], Case],
-    plain_model: Callable[[Policy], Qwen2_5_VLForConditionalGeneration],
+    make_kind: Callable[..., PolicyModel],
+    make_case: Callable[[PolicyModel], Case],
+    plain_model: Callable[[PolicyModel], Qwen2_5_VLForConditionalGeneration],
     plain_inputs: Callable[..., dict[str, Tensor]],
 ) -> Callable[[str, str], tuple[float, Gradients]]:
     """Loss and gradients by transformers' own model, masks and M-RoPE, once for each kind and algorithm.
@@ -153,7 +157,7 @@ def per_sample(
         loss.backward()
         return loss.item(), as_the_policy_names_them(policy, model)
 
-    def whole_sequence(policy: Policy, batch: PolicyBatch, child: int, tail: Tensor) -> Tensor:
+    def whole_sequence(policy: PolicyModel, batch: PolicyBatch, child: int, tail: Tensor) -> Tensor:
         inputs = plain_inputs(policy, batch, child, tail)
         ids, base = inputs["input_ids"], policy.base_model.model
         visual = base.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
@@ -162,17 +166,17 @@ def per_sample(
             ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
         )
         hidden = base.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        return policy.logits(hidden.last_hidden_state[0])
+        return head_logits(hidden.last_hidden_state[0], policy.full_head)
 
     return compute
 
 
-def as_the_policy_names_them(policy: Policy, model: Qwen2_5_VLForConditionalGeneration) -> Gradients:
+def as_the_policy_names_them(policy: PolicyModel, model: Qwen2_5_VLForConditionalGeneration) -> Gradients:
     """Transformers' one embedding and one head, taken apart into text rows and numeral rows."""
     first, theirs = policy.first_numeral_id, dict(model.named_parameters())
     matrices = {"input": "model.language_model.embed_tokens.weight", "output": "lm_head.weight"}
     found = {}
-    prefix = "backbone.base_model.model." if policy.adapters else "backbone."
+    prefix = "backbone.base_model.model." if adapter_names(policy) else "backbone."
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and name.startswith("rows."):
             found[name] = theirs[matrices[name.removeprefix("rows.")]].grad[first:]
@@ -189,7 +193,7 @@ def assert_same_gradients(found: Gradients, expected: Gradients) -> None:
     assert all(error < 1e-5 for error in errors.values()), errors
 
 
-def decoder_calls(policy: Policy) -> list[int]:
+def decoder_calls(policy: PolicyModel) -> list[int]:
     """Fills with the tokens of every pass through the first decoder layer's MLP, recomputation included."""
     calls: list[int] = []
     mlp = policy.base_model.model.language_model.layers[0].mlp
@@ -210,8 +214,8 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "checkpointing", "size", "algorithm"), CASES)
 def test_gradients_equal_those_of_one_sequence_per_candidate(
-    make_kind: Callable[..., Policy],
-    make_case: Callable[[Policy], Case],
+    make_kind: Callable[..., PolicyModel],
+    make_case: Callable[[PolicyModel], Case],
     per_sample: Callable[[str, str], tuple[float, Gradients]],
     kind: str,
     checkpointing: bool,

@@ -9,13 +9,13 @@ import torch
 from stdist.data import DaySpan, GridSpec, GridStore, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.prompts import WEEKDAYS
 
 MONDAY = np.datetime64("2013-11-04T00:00")
 
 
-def test_shared_part_holds_every_frame_and_the_time(policy: Policy) -> None:
+def test_shared_part_holds_every_frame_and_the_time(policy: PolicyModel) -> None:
     ids = np.array(policy.prompts.shared(MONDAY + np.timedelta64(14, "h")))
     assert (ids == policy.image_id).sum() == 4 * policy.encoder.geometry.tokens
     numerals = ids[ids >= policy.first_numeral_id] - policy.first_numeral_id
@@ -26,7 +26,7 @@ def test_shared_part_holds_every_frame_and_the_time(policy: Policy) -> None:
         assert word in text
 
 
-def test_every_weekday_and_hour_takes_the_same_number_of_tokens(policy: Policy) -> None:
+def test_every_weekday_and_hour_takes_the_same_number_of_tokens(policy: PolicyModel) -> None:
     """2013-11-04 was a Monday; half hours round to the numeral that two digits allow."""
     lengths = set()
     for day, name in enumerate(WEEKDAYS):
@@ -40,7 +40,7 @@ def test_every_weekday_and_hour_takes_the_same_number_of_tokens(policy: Policy) 
     assert len(lengths) == 1
 
 
-def test_cell_part_holds_coordinates_then_history(policy: Policy) -> None:
+def test_cell_part_holds_coordinates_then_history(policy: PolicyModel) -> None:
     history = np.array([[0.0, 1.5, 27.0, 310.0], [8.0, 0.0, 0.0, 99.0]])
     ids = policy.prompts.cells(np.array([0, 45]), np.array([12, 3]), history)
     for row, expected in zip(ids, ([0, 12, *history[0]], [45, 3, *history[1]]), strict=True):
@@ -50,7 +50,7 @@ def test_cell_part_holds_coordinates_then_history(policy: Policy) -> None:
     assert text.index("row") < text.index("col") < text.index("history") < text.index("assistant")
 
 
-def test_answers_are_k_numerals_and_the_end(policy: Policy) -> None:
+def test_answers_are_k_numerals_and_the_end(policy: PolicyModel) -> None:
     target = np.array([[1.0, 2.5, 0.0], [310.0, 4.4e4, 12.0]])
     ids = policy.prompts.answers(target)
     assert ids.shape == (2, 4)
@@ -58,7 +58,7 @@ def test_answers_are_k_numerals_and_the_end(policy: Policy) -> None:
     assert np.array_equal(policy.vocabulary.decode(ids[:, :-1] - policy.first_numeral_id), target)
 
 
-def test_a_batch_says_what_the_store_says(policy: Policy, batch: PolicyBatch, store: GridStore) -> None:
+def test_a_batch_says_what_the_store_says(policy: PolicyModel, batch: PolicyBatch, store: GridStore) -> None:
     """Windows 0 and 31, cells 1, 10 and 18 of a 5×4 grid: row-major, prompts window by window."""
     values = store.values("internet", 0, 144)
     first, vocabulary = policy.first_numeral_id, policy.vocabulary
@@ -78,7 +78,7 @@ def test_a_batch_says_what_the_store_says(policy: Policy, batch: PolicyBatch, st
             assert batch.truth[w, c].tolist() == series[origin + 1 : origin + 4].tolist()
 
 
-def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: Policy, tmp_path: Path) -> None:
+def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: PolicyModel, tmp_path: Path) -> None:
     """Two-digit numerals end at 9.9e5; one history value and one target of the only window lie beyond."""
     day = np.datetime64("2013-11-04")
     values = np.full((4, 1, 1), 7.0, np.float32)
@@ -99,7 +99,7 @@ def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: Policy, 
         CityWindows(policy, windows).batch(np.array([0]), np.array([0]))
 
 
-def test_cells_are_those_of_the_region(policy: Policy, store: GridStore) -> None:
+def test_cells_are_those_of_the_region(policy: PolicyModel, store: GridStore) -> None:
     """Cell 3 of the region is row 2, column 2 of the grid."""
     windows = store.windows("train", 4, 3, channel="internet", region=Region(1, 4, 1, 3))
     city = CityWindows(policy, windows)

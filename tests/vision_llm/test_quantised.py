@@ -16,11 +16,13 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs.recipes import parse_config
 from stdist.vision_llm import Policy as PublicPolicy
-from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, save_policy
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.adapters import adapter_names, as_reference, begin_grpo, train_only
+from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.task import open_task, policy_spec
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 PROJECTIONS = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 
 
@@ -32,17 +34,17 @@ def make_quantised(make_policy: MakePolicy, base: Path) -> MakePolicy:
     ).cpu()
 
 
-def quantised_layers(policy: Policy) -> dict[str, Linear4bit]:
+def quantised_layers(policy: PolicyModel) -> dict[str, Linear4bit]:
     """bitsandbytes' own modules, LoRA's wrappers aside, by the names they have without LoRA."""
     modules = policy.base_model.named_modules()
     return {name.removesuffix(".base_layer"): m for name, m in modules if isinstance(m, Linear4bit)}
 
 
-def base_bytes(policy: Policy) -> dict[str, Tensor]:
+def base_bytes(policy: PolicyModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in policy.base_model.named_parameters() if "lora_" not in name}
 
 
-def sentences(policy: Policy) -> Tensor:
+def sentences(policy: PolicyModel) -> Tensor:
     """Text followed by numerals, ``[2, 9]``."""
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(policy.first_numeral_id, (2, 4), generator=generator)
@@ -50,21 +52,21 @@ def sentences(policy: Policy) -> Tensor:
     return torch.cat([text, numerals + policy.first_numeral_id], dim=1)
 
 
-def logits(policy: Policy, ids: Tensor) -> Tensor:
-    return policy.logits(policy.hidden(ids).flatten(0, 1))
+def logits(policy: PolicyModel, ids: Tensor) -> Tensor:
+    return head_logits(policy.hidden(ids).flatten(0, 1), policy.full_head)
 
 
-def loss_of(policy: Policy, ids: Tensor) -> Tensor:
+def loss_of(policy: PolicyModel, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits(policy, ids[:, :-1]), ids[:, 1:].flatten())
 
 
-def gradients(policy: Policy, ids: Tensor) -> dict[str, Tensor]:
+def gradients(policy: PolicyModel, ids: Tensor) -> dict[str, Tensor]:
     policy.zero_grad()
     loss_of(policy, ids).backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def moved(policy: Policy) -> Policy:
+def moved(policy: PolicyModel) -> PolicyModel:
     """Every trainable parameter displaced, so that nothing loaded can be right by accident."""
     generator = torch.Generator().manual_seed(4)
     for parameter in policy.parameters():
@@ -117,7 +119,7 @@ def test_it_computes_and_learns_like_a_policy_of_the_unpacked_weights(
         plain.base_model.get_submodule(name).base_layer.weight.data.copy_(unpacked)
     ids = sentences(quantised)
     for policy in (quantised, moved(plain).train()):
-        policy.train_only("lora")
+        train_only(policy, "lora")
     torch.testing.assert_close(logits(quantised, ids), logits(plain, ids), rtol=0, atol=1e-4)
     ours, theirs = gradients(quantised, ids), gradients(plain, ids)
     assert ours.keys() == theirs.keys() and {"rows.input", "rows.output"} <= ours.keys()
@@ -128,7 +130,7 @@ def test_it_computes_and_learns_like_a_policy_of_the_unpacked_weights(
 
 def test_lora_and_numeral_rows_train_over_a_base_that_stays(make_quantised: MakePolicy) -> None:
     policy = make_quantised().train()
-    policy.train_only("lora")
+    train_only(policy, "lora")
     before, rows, ids = base_bytes(policy), policy.rows.input.detach().clone(), sentences(policy)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
     losses = []
@@ -151,7 +153,7 @@ def test_an_evaluation_leaves_base_and_gradients_as_they_were(
     """As on a CPU with AVX512-BF16, where bitsandbytes would repack the weights at the first evaluation."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     policy = moved(make_quantised()).train()
-    policy.train_only("lora")
+    train_only(policy, "lora")
     ids, before = sentences(policy), base_bytes(policy)
     expected = gradients(policy, ids)
     with torch.no_grad():
@@ -168,11 +170,11 @@ def test_a_second_adapter_starts_as_the_first(make_quantised: MakePolicy) -> Non
     ids = sentences(policy)
     with torch.no_grad():
         expected = logits(policy, ids)
-        policy.begin_grpo()
+        begin_grpo(policy)
         assert torch.equal(logits(policy, ids), expected)
         moved(policy)
         assert not torch.allclose(logits(policy, ids), expected)
-        with policy.reference():
+        with as_reference(policy):
             assert torch.equal(logits(policy, ids), expected)
 
 
@@ -181,12 +183,12 @@ def test_a_second_adapter_starts_as_the_first(make_quantised: MakePolicy) -> Non
 
 def test_a_checkpoint_quantises_its_base_again(make_quantised: MakePolicy, folder: Path) -> None:
     policy = moved(make_quantised()).eval()
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     assert [path.parent.name for path in folder.rglob("*.safetensors")] == ["adapter"]
     ids = sentences(policy)
     with torch.no_grad():
         expected = logits(policy, ids)
-        for loaded in (load_policy(folder).cpu(), PublicPolicy.from_pretrained(folder).cpu()):
+        for loaded in (load_policy(folder).cpu(), PublicPolicy.from_pretrained(folder).model.cpu()):
             assert loaded.spec == policy.spec and loaded.spec.load_in_4bit
             assert quantised_layers(loaded).keys() == quantised_layers(policy).keys()
             assert torch.equal(logits(loaded, ids), expected)
@@ -199,7 +201,7 @@ def test_a_checkpoint_quantises_its_base_again(make_quantised: MakePolicy, folde
 def test_a_checkpoint_loads_without_stdist(make_quantised: MakePolicy, base: Path, folder: Path) -> None:
     """The named base, quantised in the same way and resized to the checkpoint's tokenizer, plus ``adapter/``."""
     policy = moved(make_quantised()).eval()
-    save_policy(policy, folder)
+    snapshot_policy(policy)(folder)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -245,7 +247,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 def test_the_configuration_reaches_the_policy(store: GridStore, base: Path) -> None:
     policy = build_policy(spec_of(store, base=str(base)), seed=0)
-    assert policy.spec.load_in_4bit and quantised_layers(policy) and policy.adapters
+    assert policy.spec.load_in_4bit and quantised_layers(policy) and adapter_names(policy)
 
 
 def test_a_preset_is_refused(store: GridStore) -> None:

@@ -1,5 +1,6 @@
-"""Random prefix trees against separate sequences: ragged levels, one to three windows, one to three depths."""
+"""Random prefix trees against separate sequences: one to three windows, one to three depths."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,38 +10,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stdist.vision_llm.kernels.prefix import parents_of
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.adapters import train_only
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.prefix_tree import Level, Tree, slices
 
 
 @pytest.fixture(scope="module")
-def blind(make_policy: Callable[..., Policy]) -> Policy:
+def blind(make_policy: Callable[..., PolicyModel]) -> PolicyModel:
     """Trains in full and sees no frames."""
     policy = make_policy(frames=None)
-    policy.train_only("full")
+    train_only(policy, "full")
     return policy
 
 
 @st.composite
 def trees(draw: st.DrawFn) -> tuple[Tree, list[int]]:
-    """A tree of random ids, and random micro-batch sizes. A level has lengths or, now and then, none."""
+    """A tree of random ids, and random micro-batch sizes."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     windows = draw(st.integers(1, 3))
     shared = torch.randint(300, 2000, (windows, draw(st.integers(1, 6))), generator=generator)
     sequences, levels = windows, []
     for _ in range(draw(st.integers(1, 3))):
         sequences *= draw(st.integers(1, 3))
-        longest = draw(st.integers(1, 5))
-        ids = torch.randint(300, 2000, (sequences, longest), generator=generator)
-        lengths = torch.randint(1, longest + 1, (sequences,), generator=generator)
-        levels.append(Level(ids, lengths if draw(st.integers(0, 3)) else None))
+        levels.append(Level(torch.randint(300, 2000, (sequences, draw(st.integers(1, 5))), generator=generator)))
     sizes = draw(st.lists(st.integers(1, 10), min_size=1 + len(levels), max_size=1 + len(levels)))
     return Tree(shared, torch.zeros(windows, 0, 1, 1), tuple(levels)), sizes
-
-
-def real_tokens(level: Level, sequence: int) -> Tensor:
-    return level.ids[sequence, : None if level.lengths is None else level.lengths[sequence]]
 
 
 def leaf_loss(states: Tensor, leaf: int) -> Tensor:
@@ -51,16 +46,16 @@ def leaf_loss(states: Tensor, leaf: int) -> Tensor:
     return ((states @ weights).tanh() * position).sum()
 
 
-def flat_gradient(policy: Policy) -> Tensor:
+def flat_gradient(policy: PolicyModel) -> Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
-def separate_sequences(policy: Policy, tree: Tree) -> float:
+def separate_sequences(policy: PolicyModel, tree: Tree) -> float:
     """One window and all that one leaf continues, as one sequence through autograd without a cut; leaf by leaf."""
     total, leaves = 0.0, len(tree.levels[-1])
     for leaf in range(leaves):
         window = leaf * len(tree.shared) // leaves
-        path = [real_tokens(level, leaf * len(level) // leaves) for level in tree.levels]
+        path = [level.ids[leaf * len(level) // leaves] for level in tree.levels]
         prefix = policy.prefix(tree.shared[window : window + 1], tree.grids[window : window + 1])
         hidden, _ = policy.branch(prefix, torch.cat(path)[None])
         states = torch.cat([prefix.last, hidden[0]])[-len(path[-1]) - 1 :]
@@ -73,19 +68,16 @@ def separate_sequences(policy: Policy, tree: Tree) -> float:
 # Trees are small as they are drawn: shrinking one that fails would take minutes.
 @given(trees())
 @settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-def test_value_and_gradient_equal_those_of_separate_sequences(blind: Policy, drawn: tuple[Tree, list[int]]) -> None:
+def test_value_and_gradient_equal_those_of_separate_sequences(
+    blind: PolicyModel, drawn: tuple[Tree, list[int]]
+) -> None:
     tree, sizes = drawn
     leaves, visited = tree.levels[-1], []
 
     def loss(rows: slice, states: Tensor) -> Tensor:
         visited.extend(range(rows.start, rows.stop))
         assert states.shape[:2] == (rows.stop - rows.start, leaves.ids.shape[1] + 1)
-        return torch.stack(
-            [
-                leaf_loss(own[: len(real_tokens(leaves, leaf)) + 1], leaf)
-                for leaf, own in zip(range(rows.start, rows.stop), states, strict=True)
-            ]
-        ).sum()
+        return torch.stack([leaf_loss(x, leaf) for leaf, x in enumerate(states, start=rows.start)]).sum()
 
     blind.zero_grad()
     total = prefix_tree.backward(blind, tree, loss, Tensor.backward, sizes)
@@ -103,37 +95,55 @@ def test_value_and_gradient_equal_those_of_separate_sequences(blind: Policy, dra
     assert sum(value.item() for value in forwards) == pytest.approx(total, rel=1e-5, abs=1e-6)
 
 
+def test_a_micro_batch_of_candidates_may_end_inside_a_window(blind: PolicyModel) -> None:
+    """Two windows of four cells at once, three cells' candidates at a time: [0, 3, 5, 8] would cut both windows."""
+    tree = Tree(
+        torch.full((2, 2), 300),
+        torch.zeros(2, 0, 1, 1),
+        (Level(torch.full((8, 1), 301)), Level(torch.full((16, 1), 302))),
+    )
+    seen: list[tuple[int, int]] = []
+
+    def visit(leaves: slice, states: Tensor) -> Tensor:
+        seen.append((leaves.start, leaves.stop))
+        return states.sum()
+
+    prefix_tree.forward(blind, tree, visit, [2, 8, 6])
+    assert seen == [(0, 4), (4, 8), (8, 12), (12, 16)]
+
+
 # --- micro-batches of a level --------------------------------------------------------------------------------------
 
 
-@given(family=st.integers(1, 12), parents=st.integers(1, 12), size=st.integers(1, 200))
+@given(
+    families=st.lists(st.integers(1, 6), min_size=1, max_size=3), ancestors=st.integers(1, 6), size=st.integers(1, 200)
+)
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-def test_slices_are_even_and_keep_families(family: int, parents: int, size: int) -> None:
-    count = family * parents
-    parts = slices(count, size, family)
+def test_slices_are_even_and_keep_families(families: list[int], ancestors: int, size: int) -> None:
+    units = [math.prod(families[:i]) for i in range(len(families) + 1)]
+    count = units[-1] * ancestors
+    parts = slices(count, size, *families)
     assert [i for start, stop in parts for i in range(start, stop)] == list(range(count)), "all, once, in order"
     lengths = [stop - start for start, stop in parts]
     assert min(lengths) >= 1 and max(lengths) <= size
     for start, stop in parts:
-        first, last = start // family, (stop - 1) // family + 1
-        whole = start % family == 0 and stop % family == 0
-        assert whole or last - first == 1, "whole families, or inside one of them"
-        assert parents_of(start, stop, family) == (first, last)
-    # No more parts than needed, and one differs from another by no more than their unit, a family or a sequence.
-    if size >= family:
-        assert len(parts) == -(-parents // (size // family)) and max(lengths) - min(lengths) <= family
-    else:
-        assert len(parts) == parents * -(-family // size) and max(lengths) - min(lengths) <= 1
+        for unit in units:  # of every generation complete families, or inside one of them
+            assert parents_of(start, stop, unit) == (start // unit, (stop - 1) // unit + 1)
+    # No more parts than needed, and one differs from another by no more than their unit.
+    unit = max(u for u in units if u <= size)
+    block = next((u for u in units if u > size), count)
+    assert len(parts) == count // block * -(-(block // unit) // (size // unit))
+    assert max(lengths) - min(lengths) <= unit
 
 
 @pytest.mark.parametrize(("start", "stop"), [(2, 4), (0, 4), (1, 6), (3, 7), (2, 7)])
 def test_broken_families_are_refused(start: int, stop: int) -> None:
     """Sequences of two families of three, not all of both."""
-    with pytest.raises(AssertionError, match="families must stay whole"):
+    with pytest.raises(AssertionError, match="families must stay together"):
         parents_of(start, stop, 3)
 
 
-def test_one_size_for_every_depth(blind: Policy) -> None:
+def test_one_size_for_every_depth(blind: PolicyModel) -> None:
     tree = Tree(torch.full((1, 2), 300), torch.zeros(1, 0, 1, 1), (Level(torch.full((2, 2), 300)),))
     with pytest.raises(AssertionError, match="one size for the windows and one for each level"):
         prefix_tree.backward(blind, tree, lambda rows, states: states.sum(), Tensor.backward, [1])

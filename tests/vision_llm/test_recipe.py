@@ -16,8 +16,10 @@ from stdist.evaluation import evaluate
 from stdist.runs import recipes
 from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import parse_config, train
+from stdist.vision_llm import Policy
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.policy.checkpoints import load_policy
+from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
 from stdist.vision_llm.task import open_task, policy_spec
@@ -128,7 +130,7 @@ def test_forecasts_are_the_final_checkpoints_own(run: Path, config: VisionLLMCon
     """One window, one cell, by the notebook's call on the checkpoint that the run names."""
     final = run / "checkpoints" / "grpo"
     checkpoint = json.loads((final / "finished.json").read_text())["checkpoint"]
-    policy = load_policy(final / checkpoint)
+    policy = Policy.from_pretrained(final / checkpoint)
     forecast = xarray.open_zarr(run / "forecasts" / "test.zarr")["forecast"]
     origin = store.windows("test", 4, 3, channel="internet").origins[5]
     frames = store.values("internet", origin - 3, origin + 1)

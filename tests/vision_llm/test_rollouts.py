@@ -13,31 +13,32 @@ from stdist.data import GridStore, Region
 from stdist.data.sampler import uniform
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig, SFTConfig
+from stdist.vision_llm.policy.adapters import begin_grpo
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.rollouts import LocalRollouts, Weights, completions_of, uniforms
 from stdist.vision_llm.stages.batches import StepBatches
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., PolicyModel]
 MakeBatch = Callable[..., PolicyBatch]
 CONFIG = GRPOConfig(num_generations=3)
 
 
-def rollouts_of(policy: Policy, seed: int = 4) -> LocalRollouts:
+def rollouts_of(policy: PolicyModel, seed: int = 4) -> LocalRollouts:
     rollouts = LocalRollouts(policy, CONFIG, seed)
     rollouts.update_weights(Weights.of(policy))
     return rollouts
 
 
 @pytest.fixture(scope="module")
-def ending(make_policy: MakePolicy, make_batch: MakeBatch, lean_towards_end: Callable[..., None]) -> Policy:
+def ending(make_policy: MakePolicy, make_batch: MakeBatch, lean_towards_end: Callable[..., None]) -> PolicyModel:
     """A policy that ends its candidates sooner or later."""
     policy = make_policy().eval()
     lean_towards_end(policy, make_batch(policy), 6.0)
     return policy
 
 
-def test_draws_belong_to_step_window_cell_and_candidate_alone(ending: Policy, make_batch: MakeBatch) -> None:
+def test_draws_belong_to_step_window_cell_and_candidate_alone(ending: PolicyModel, make_batch: MakeBatch) -> None:
     """Whoever samples any part of a step writes the same candidates; another step or seed others."""
     together = {(c.window, c.cell): c for c in rollouts_of(ending).generate(7, make_batch(ending))}
     assert len(together) == 6 and len({c.lengths.tobytes() for c in together.values()}) > 1
@@ -81,7 +82,7 @@ def test_another_worker_given_the_weights_writes_the_same(make_policy: MakePolic
     """Adapter and numerals' rows are what changed: with them a fresh policy of the same base is the learner's."""
     learner, worker = make_policy(), make_policy()
     for policy in (learner, worker):
-        policy.begin_grpo()
+        begin_grpo(policy)
     with torch.no_grad():
         for parameter in learner.parameters():
             if parameter.requires_grad:
@@ -98,7 +99,7 @@ def test_another_worker_given_the_weights_writes_the_same(make_policy: MakePolic
         assert np.array_equal(mine.answer_ids, other.answer_ids) and np.array_equal(mine.log_probs, other.log_probs)
 
 
-def test_records_come_back_as_the_samplers_completions(ending: Policy, make_batch: MakeBatch) -> None:
+def test_records_come_back_as_the_samplers_completions(ending: PolicyModel, make_batch: MakeBatch) -> None:
     """In the batch's order whatever theirs is, pickled or not; what is behind the end is no part of them."""
     batch, rollouts = make_batch(ending), rollouts_of(ending)
     records = rollouts.generate(7, batch)
@@ -131,7 +132,7 @@ def test_records_come_back_as_the_samplers_completions(ending: Policy, make_batc
     ],
 )
 def test_records_of_other_work_are_refused(
-    ending: Policy, make_batch: MakeBatch, change: Callable[..., list], reason: str
+    ending: PolicyModel, make_batch: MakeBatch, change: Callable[..., list], reason: str
 ) -> None:
     batch = make_batch(ending, windows=(0,), cells=(1,))
     records = rollouts_of(ending).generate(7, batch)
@@ -139,7 +140,7 @@ def test_records_of_other_work_are_refused(
         completions_of(change(records), 7, batch, records[0].weights, ending)
 
 
-def test_a_steps_batch_belongs_to_seed_stage_and_step(policy: Policy, store: GridStore) -> None:
+def test_a_steps_batch_belongs_to_seed_stage_and_step(policy: PolicyModel, store: GridStore) -> None:
     """Windows are shared out among learners, cells and blanks are not; and no version of numpy may change a draw."""
     windows = store.windows("train", 4, 3, channel="internet", region=Region(0, 5, 1, 3))
     config = SFTConfig(windows_per_step=4, cells_per_window=3)

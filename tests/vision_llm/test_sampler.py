@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from stdist.vision_llm import Policy
 from stdist.vision_llm.kernels.prefix import Prefix
+from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.rollout import sampler
 from stdist.vision_llm.rollout.sampler import Completions, Sampler, at_quantile, nucleus
 from stdist.vision_llm.stages.grpo import candidate_tree, completion_log_probs
 from stdist.vision_llm.tree import prefix_tree
 
 
 @pytest.fixture(scope="module")
-def prefix(policy: Policy, batch: PolicyBatch) -> Prefix:
+def prefix(policy: PolicyModel, batch: PolicyBatch) -> Prefix:
     return policy.prefix(batch.shared, batch.grids)
 
 
 @pytest.fixture
-def talkative(make_policy: Callable[..., Policy]) -> Policy:
+def talkative(make_policy: Callable[..., PolicyModel]) -> PolicyModel:
     """A policy whose rows a test may change."""
     return make_policy().eval()
 
 
-Lean = Callable[[Policy, PolicyBatch, float], None]
+Lean = Callable[[PolicyModel, PolicyBatch, float], None]
 
 
 def uniforms(seed: int, sequences: int, tokens: int) -> Tensor:
@@ -66,14 +69,14 @@ def test_median_of_a_distribution() -> None:
 # --- what is generated ---------------------------------------------------------------------------------------------
 
 
-def first_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> Tensor:
+def first_step(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> Tensor:
     """Log-probabilities of the numerals right after each prompt, ``[cells, numerals]``."""
     hidden, _ = policy.branch(prefix, batch.prompts)
-    return policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
+    return head_logits(hidden[:, -1], policy.answer_head)[:, :-1].log_softmax(-1)
 
 
 def test_only_numerals_and_the_end_are_ever_generated(
-    talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
+    talkative: PolicyModel, batch: PolicyBatch, lean_towards_end: Lean
 ) -> None:
     """Every text row, the image pad's above all, screams along the hidden states; none is heard."""
     lean_towards_end(talkative, batch, 2.0)
@@ -83,7 +86,7 @@ def test_only_numerals_and_the_end_are_ever_generated(
         for token in range(talkative.first_numeral_id):
             if token != talkative.end_id:
                 talkative.base_model.lm_head.weight[token] = loud
-        said = talkative.logits(hidden[:, -1]).argmax(-1)
+        said = head_logits(hidden[:, -1], talkative.full_head).argmax(-1)
         assert (said < talkative.first_numeral_id).all() and (said != talkative.end_id).all()
     prefix, n = talkative.prefix(batch.shared, batch.grids), len(talkative.vocabulary)
     for decoding in ("greedy", "median", "sample"):
@@ -96,13 +99,13 @@ def test_only_numerals_and_the_end_are_ever_generated(
         assert torch.equal(completions.values[numerals], decoded)
 
 
-def test_greedy_is_the_chain_of_most_likely_numerals(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+def test_greedy_is_the_chain_of_most_likely_numerals(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
     """Each step recomputed naively, by a whole forward over everything generated so far."""
     completions = Sampler(policy, "greedy").generate(prefix, batch.prompts, 5)
     ids = batch.prompts
     for step in range(5):
         hidden, _ = policy.branch(prefix, ids)
-        log_p = policy.answer_logits(hidden[:, -1])[:, :-1].log_softmax(-1)
+        log_p = head_logits(hidden[:, -1], policy.answer_head)[:, :-1].log_softmax(-1)
         best = log_p.argmax(-1)
         assert torch.equal(completions.answer_ids[:, step], best)
         assert torch.allclose(completions.log_probs[:, step], log_p.max(-1).values, atol=1e-4)
@@ -111,10 +114,10 @@ def test_greedy_is_the_chain_of_most_likely_numerals(policy: Policy, batch: Poli
 
 @pytest.mark.parametrize("allow_eos", [False, True])
 def test_greedy_equals_transformers_generate_under_the_same_mask(
-    talkative: Policy,
+    talkative: PolicyModel,
     batch: PolicyBatch,
     lean_towards_end: Lean,
-    plain_model: Callable[[Policy], Qwen2_5_VLForConditionalGeneration],
+    plain_model: Callable[[PolicyModel], Qwen2_5_VLForConditionalGeneration],
     plain_inputs: Callable[..., dict[str, Tensor]],
     allow_eos: bool,
 ) -> None:
@@ -136,7 +139,7 @@ def test_greedy_equals_transformers_generate_under_the_same_mask(
         assert said.tolist() == ids.tolist()
 
 
-def test_median_decoding_halves_each_step(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+def test_median_decoding_halves_each_step(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
     """At most half of the probability lies strictly below the value generated, at most half strictly above."""
     completions = Sampler(policy, "median").generate(prefix, batch.prompts, 1)
     probabilities = first_step(policy, batch, prefix).exp().numpy()
@@ -148,14 +151,14 @@ def test_median_decoding_halves_each_step(policy: Policy, batch: PolicyBatch, pr
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_samples_follow_their_probabilities(
-    policy: Policy, batch: PolicyBatch, prefix: Prefix, temperature: float
+    policy: PolicyModel, batch: PolicyBatch, prefix: Prefix, temperature: float
 ) -> None:
     """χ² over 20 bins of about equal probability: 4,000 draws of one cell, mean 19, standard deviation 6.2."""
     one = prefix.part(0, 1)
     sampler = Sampler(policy, "sample", num_generations=4000, temperature=temperature)
     draws = sampler.generate(one, batch.prompts[:1], 1, uniforms(0, 4000, 1))
     hidden, _ = policy.branch(one, batch.prompts[:1])
-    p = (policy.answer_logits(hidden[:, -1])[0, :-1] / temperature).softmax(-1).numpy()
+    p = (head_logits(hidden[:, -1], policy.answer_head)[0, :-1] / temperature).softmax(-1).numpy()
     shuffled = np.random.default_rng(0).permutation(len(p))  # bins that value order cannot fill by accident
     bins = np.empty(len(p), int)
     bins[shuffled] = np.minimum((p[shuffled].cumsum() * 20).astype(int), 19)
@@ -166,7 +169,7 @@ def test_samples_follow_their_probabilities(
     assert np.allclose(draws.log_probs[:, 0].numpy(), chosen, atol=1e-4)
 
 
-def test_a_sequences_uniforms_alone_say_what_it_draws(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+def test_a_sequences_uniforms_alone_say_what_it_draws(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
     """The same numbers for another candidate of the cell draw the same tokens; other numbers others."""
     sampler, drawn = Sampler(policy, "sample", num_generations=3), uniforms(1, 18, 4)
     tokens = sampler.generate(prefix, batch.prompts, 4, drawn).answer_ids.view(6, 3, 4)
@@ -177,7 +180,7 @@ def test_a_sequences_uniforms_alone_say_what_it_draws(policy: Policy, batch: Pol
 
 
 def test_candidates_of_a_cell_are_consecutive_and_continue_its_own_prompt(
-    policy: Policy, batch: PolicyBatch, prefix: Prefix
+    policy: PolicyModel, batch: PolicyBatch, prefix: Prefix
 ) -> None:
     alone = Sampler(policy, "greedy").generate(prefix, batch.prompts, 4)
     together = Sampler(policy, "greedy", num_generations=3).generate(prefix, batch.prompts, 4)
@@ -188,7 +191,7 @@ def test_candidates_of_a_cell_are_consecutive_and_continue_its_own_prompt(
 
 
 def test_without_allow_eos_exactly_max_tokens_numerals_are_generated(
-    talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
+    talkative: PolicyModel, batch: PolicyBatch, lean_towards_end: Lean
 ) -> None:
     lean_towards_end(talkative, batch, 50.0)
     prefix = talkative.prefix(batch.shared, batch.grids)
@@ -200,7 +203,7 @@ def test_without_allow_eos_exactly_max_tokens_numerals_are_generated(
 
 
 def test_with_allow_eos_a_certain_end_comes_first(
-    talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean
+    talkative: PolicyModel, batch: PolicyBatch, lean_towards_end: Lean
 ) -> None:
     lean_towards_end(talkative, batch, 100.0)
     sampler = Sampler(talkative, "greedy", allow_eos=True)
@@ -210,7 +213,7 @@ def test_with_allow_eos_a_certain_end_comes_first(
 
 
 @pytest.fixture
-def some_that_ended(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lean) -> Callable[..., Completions]:
+def some_that_ended(talkative: PolicyModel, batch: PolicyBatch, lean_towards_end: Lean) -> Callable[..., Completions]:
     """Five candidates of up to six tokens for each of six cells."""
     lean_towards_end(talkative, batch, 6.0)
 
@@ -223,7 +226,7 @@ def some_that_ended(talkative: Policy, batch: PolicyBatch, lean_towards_end: Lea
 
 
 def test_mask_lengths_and_values_of_sequences_that_end(
-    talkative: Policy, some_that_ended: Callable[..., Completions]
+    talkative: PolicyModel, some_that_ended: Callable[..., Completions]
 ) -> None:
     completions = some_that_ended()
     end = len(talkative.vocabulary)
@@ -241,7 +244,7 @@ def test_mask_lengths_and_values_of_sequences_that_end(
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.3, 1.0), (0.8, 0.6)])
 def test_log_probs_equal_those_of_one_forward_over_the_finished_text(
-    talkative: Policy,
+    talkative: PolicyModel,
     batch: PolicyBatch,
     some_that_ended: Callable[..., Completions],
     temperature: float,
@@ -283,7 +286,7 @@ def test_the_nucleus_is_the_fewest_most_likely_choices() -> None:
 
 
 def test_nothing_outside_the_nucleus_is_ever_drawn(
-    talkative: Policy, batch: PolicyBatch, some_that_ended: Callable[..., Completions]
+    talkative: PolicyModel, batch: PolicyBatch, some_that_ended: Callable[..., Completions]
 ) -> None:
     """Every choice of 30 candidates is in the nucleus of a distribution computed from their text, at the temperature;
     without the cut some would not be."""
@@ -298,7 +301,7 @@ def test_nothing_outside_the_nucleus_is_ever_drawn(
             return states
 
         prefix_tree.forward(talkative, tree, visit, [9, 9, 9])
-        p = (talkative.answer_logits(states.flatten(0, 1)) / 0.9).softmax(-1).view(*states.shape[:2], -1)
+        p = (head_logits(states.flatten(0, 1), talkative.answer_head) / 0.9).softmax(-1).view(*states.shape[:2], -1)
         drawn = [(p[i, t].tolist(), int(completions.answer_ids[i, t])) for i, t in completions.mask.nonzero().tolist()]
         # A hair wider, since probabilities of another pass differ in their last digits.
         outside[top_p] = sum(choice not in naive_nucleus(row, 0.5 + 1e-4) for row, choice in drawn)
@@ -309,31 +312,47 @@ def test_nothing_outside_the_nucleus_is_ever_drawn(
 # --- all steps in one pass ---------------------------------------------------------------------------------------
 
 
-def test_direct_is_the_mean_behind_blanks(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+def test_direct_is_the_mean_behind_blanks(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
     """Step k is read where k − 1 blanks stand for the answers before it; the end token has no share in the mean."""
     direct = Sampler(policy, "direct").forecast(prefix, batch.prompts)[:, 0]
     assert direct.shape == (6, 3)
     for step in range(3):
         blanks = batch.prompts.new_full((6, step), policy.blank_id)
         hidden, _ = policy.branch(prefix, torch.cat([batch.prompts, blanks], dim=1))
-        p = policy.answer_logits(hidden[:, -1]).double()[:, :-1].softmax(-1).numpy()
+        p = head_logits(hidden[:, -1], policy.answer_head).double()[:, :-1].softmax(-1).numpy()
         expected = [sum(q * v for q, v in zip(row, policy.vocabulary.values, strict=True)) for row in p]
         assert direct[:, step].tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_policy_forecast_is_the_samplers(policy: Policy, batch: PolicyBatch, prefix: Prefix) -> None:
+def test_logits_of_a_few_sequences_at_a_time_change_nothing(
+    policy: PolicyModel, batch: PolicyBatch, prefix: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers = [lambda: Sampler(policy, "greedy").generate(prefix, batch.prompts, 3).answer_ids]
+    makers += [lambda: Sampler(policy, "direct").forecast(prefix, batch.prompts)]
+    together = [make() for make in makers]
+    calls: list[int] = []
+    logits = sampler.head_logits
+    monkeypatch.setattr(sampler, "head_logits", lambda hidden, head: calls.append(len(hidden)) or logits(hidden, head))
+    monkeypatch.setattr(sampler, "LOGIT_BYTES", 4 * 1801 * 4)
+    greedy, direct = [make() for make in makers]
+    assert calls == [4, 2] * 3 + [3] * 6, "six cells of a step, and one cell's three steps"
+    assert torch.equal(greedy, together[0])
+    torch.testing.assert_close(direct, together[1], rtol=1e-4, atol=1e-2)
+
+
+def test_policy_forecast_is_the_samplers(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
     """The notebook's call: frames [S, H, W] in units, positions of cells, local time of the last frame."""
     prompts, first = batch.prompts[:3], policy.first_numeral_id
     hour = policy.vocabulary.decode(batch.shared[0][batch.shared[0] >= first].numpy() - first)[0]
     origin = np.datetime64("2013-11-01T00:00") + np.timedelta64(int(hour), "h")  # window 0 is of the first day
     frames = batch.grids[0].numpy()
-    ours = policy.forecast(frames, [(0, 1), (2, 2), (4, 2)], origin, decoding="greedy")
+    ours = Policy(policy).forecast(frames, [(0, 1), (2, 2), (4, 2)], origin, decoding="greedy")
     one = policy.prefix(batch.shared[:1], batch.grids[:1])
     assert ours.shape == (3, 3)
     assert np.array_equal(ours, Sampler(policy, "greedy").generate(one, prompts, 3).values.numpy())
 
 
-def test_policy_forecast_names_cells_by_the_datas_own_ids(make_policy: Callable[..., Policy]) -> None:
+def test_policy_forecast_names_cells_by_the_datas_own_ids(make_policy: Callable[..., PolicyModel]) -> None:
     """A block cut out of a city starts at row 41: its prompts say 41, whatever the position in the array."""
     policy = make_policy()
     setting = policy.spec.setting
@@ -344,4 +363,6 @@ def test_policy_forecast_names_cells_by_the_datas_own_ids(make_policy: Callable[
     prompts = policy.prompts.cells(np.array([43]), np.array([8]), frames[:, 2, 1][None])
     prefix = policy.prefix(shared, torch.from_numpy(frames)[None])
     expected = Sampler(policy, "direct").forecast(prefix, torch.from_numpy(prompts))
-    assert np.array_equal(policy.forecast(frames, [(2, 1)], origin, decoding="direct"), expected[:, 0].detach().numpy())
+    assert np.array_equal(
+        Policy(policy).forecast(frames, [(2, 1)], origin, decoding="direct"), expected[:, 0].detach().numpy()
+    )

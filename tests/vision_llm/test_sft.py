@@ -11,9 +11,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from stdist.data import GridStore
 from stdist.vision_llm.config import SFTConfig
-from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.kernels.token_losses import head_logits, token_log_probs
+from stdist.vision_llm.policy.adapters import train_only
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.stages.sft import SFTStage, sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.prefix_tree import Tree
@@ -22,7 +23,7 @@ NO_CUT = [99, 99]
 
 
 def loss_of(
-    policy: Policy, batch: PolicyBatch, blank: Tensor, backward: Callable[[Tensor], None] | None = None
+    policy: PolicyModel, batch: PolicyBatch, blank: Tensor, backward: Callable[[Tensor], None] | None = None
 ) -> float:
     """Eq. 16 through the tree, and its gradient if asked for."""
     return prefix_tree.backward(
@@ -34,15 +35,15 @@ def test_eq_16_by_hand() -> None:
     """−log P with logits (0, log 2, log 5): P = 1/8, 2/8, 5/8; the head's rows are unit vectors, in two blocks."""
     logits = torch.tensor([[0.0, math.log(2), math.log(5)]] * 3)
     blocks = torch.eye(3).split([1, 2])
-    losses = token_losses(logits, blocks, torch.tensor([0, 1, 2]))
-    assert (-losses.log_probs).tolist() == pytest.approx([math.log(8), math.log(4), math.log(8 / 5)])
-    assert token_losses(logits.bfloat16(), blocks, torch.tensor([0, 1, 2])).log_probs.dtype == torch.float32
+    losses = -token_log_probs(logits, blocks, torch.tensor([0, 1, 2]))
+    assert losses.tolist() == pytest.approx([math.log(8), math.log(4), math.log(8 / 5)])
+    assert token_log_probs(logits.bfloat16(), blocks, torch.tensor([0, 1, 2])).dtype == torch.float32
 
 
 def test_eq_16_equals_transformers_loss_with_everything_else_ignored(
-    policy: Policy,
+    policy: PolicyModel,
     batch: PolicyBatch,
-    plain_model: Callable[[Policy], Qwen2_5_VLForConditionalGeneration],
+    plain_model: Callable[[PolicyModel], Qwen2_5_VLForConditionalGeneration],
     plain_inputs: Callable[..., dict[str, Tensor]],
 ) -> None:
     """Mean over K numerals and the end token of all cells; labels are −100 on the whole prompt."""
@@ -58,21 +59,21 @@ def test_eq_16_equals_transformers_loss_with_everything_else_ignored(
     assert ours == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
-def test_prompts_earn_no_loss(make_policy: Callable[..., Policy], batch: PolicyBatch) -> None:
+def test_prompts_earn_no_loss(make_policy: Callable[..., PolicyModel], batch: PolicyBatch) -> None:
     """The head's gradient is softmax minus one-hot: below zero only in rows that are targets."""
     policy = make_policy()
-    policy.train_only("rows")
+    train_only(policy, "rows")
     loss_of(policy, batch, torch.zeros(6, dtype=torch.bool), torch.Tensor.backward)
     prefix = policy.prefix(batch.shared, batch.grids)
     hidden, _ = policy.branch(prefix, torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1))
     predicting = hidden[:, batch.prompts.shape[1] - 1 :].flatten(0, 1).detach()
-    error = policy.logits(predicting).softmax(-1)
+    error = head_logits(predicting, policy.full_head).softmax(-1)
     error[torch.arange(len(error)), batch.answers.flatten()] -= 1
     expected = error[:, policy.first_numeral_id :].T @ predicting / len(error)
     assert torch.allclose(policy.rows.output.grad, expected, atol=1e-6)
 
 
-def test_blanked_sequences_do_not_read_their_previous_answers(policy: Policy, batch: PolicyBatch) -> None:
+def test_blanked_sequences_do_not_read_their_previous_answers(policy: PolicyModel, batch: PolicyBatch) -> None:
     """docs/decisions.md, forecasts in one pass: inputs are blanks, targets stay."""
     everything, nothing = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
     changed = PolicyBatch(**vars(batch))
@@ -83,7 +84,7 @@ def test_blanked_sequences_do_not_read_their_previous_answers(policy: Policy, ba
         """Per position, from one forward, written out."""
         previous = torch.where(blank[:, None], torch.tensor(policy.blank_id), of.answers[:, :-1])
         hidden, _ = policy.branch(policy.prefix(of.shared, of.grids), torch.cat([of.prompts, previous], dim=1))
-        logits = policy.logits(hidden[:, of.prompts.shape[1] - 1 :].flatten(0, 1))
+        logits = head_logits(hidden[:, of.prompts.shape[1] - 1 :].flatten(0, 1), policy.full_head)
         return cross_entropy(logits, of.answers.flatten(), reduction="none").view(6, -1)
 
     blanked = losses(batch, everything)
@@ -97,18 +98,18 @@ def test_blanked_sequences_do_not_read_their_previous_answers(policy: Policy, ba
     assert loss_of(policy, batch, half) == pytest.approx(mixed.mean().item(), rel=1e-5)
 
 
-def stage_of(policy: Policy, store: GridStore, **changes: object) -> SFTStage:
+def stage_of(policy: PolicyModel, store: GridStore, **changes: object) -> SFTStage:
     cities = [CityWindows(policy, store.windows(name, 4, 3, channel="internet")) for name in ("train", "validation")]
     settings = {"trainable": "full", "windows_per_step": 4, "cells_per_window": 3, "eval_windows": 2} | changes
     return SFTStage(policy, cities[0], cities[1], SFTConfig(**settings), seed=5, decoding="median")
 
 
-def test_micro_batches_add_up_to_the_whole_step(make_policy: Callable[..., Policy], store: GridStore) -> None:
+def test_micro_batches_add_up_to_the_whole_step(make_policy: Callable[..., PolicyModel], store: GridStore) -> None:
     """All activations in memory, or no more than one sequence's at a time: the same loss and the same gradient."""
     gradients, losses, calls = [], [], []
     for memory in (1.0, 1e-9):
         policy = make_policy()
-        policy.train_only("full")
+        train_only(policy, "full")
         backwards: list[Tensor] = []
 
         def backward(loss: Tensor, backwards: list[Tensor] = backwards) -> None:
@@ -124,7 +125,7 @@ def test_micro_batches_add_up_to_the_whole_step(make_policy: Callable[..., Polic
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
 
 
-def test_a_step_reports_its_tokens_and_those_it_saved(policy: Policy, store: GridStore) -> None:
+def test_a_step_reports_its_tokens_and_those_it_saved(policy: PolicyModel, store: GridStore) -> None:
     """A window's V tokens are computed once and not once for each of its three cells."""
     stage = stage_of(policy, store)
     scalars = stage.step(0, lambda loss: None)
@@ -133,16 +134,18 @@ def test_a_step_reports_its_tokens_and_those_it_saved(policy: Policy, store: Gri
     assert scalars["tokens"] == 4 * (v + 3 * own) and scalars["tokens_saved"] == 4 * 2 * v
 
 
-def test_a_step_depends_on_its_number_alone(policy: Policy, store: GridStore) -> None:
+def test_a_step_depends_on_its_number_alone(policy: PolicyModel, store: GridStore) -> None:
     stage = stage_of(policy, store, blank_share=0.5)
     losses = [stage.step(step, lambda loss: None)["loss"] for step in (3, 4, 3)]
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_blank_share_is_a_share_of_sequences(policy: Policy, store: GridStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blank_share_is_a_share_of_sequences(
+    policy: PolicyModel, store: GridStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blanks: list[Tensor] = []
 
-    def spy(policy: Policy, batch: PolicyBatch, blank: Tensor) -> Tree:
+    def spy(policy: PolicyModel, batch: PolicyBatch, blank: Tensor) -> Tree:
         blanks.append(blank)
         return sft_tree(policy, batch, blank)
 

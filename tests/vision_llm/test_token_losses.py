@@ -1,4 +1,4 @@
-"""The head in tiles against logits made whole: values, gradients, what is computed, and what is held in memory."""
+"""The head in tiles against all logits at once: values, gradients, what is computed, and what is held in memory."""
 
 import math
 import weakref
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stdist.vision_llm.kernels import token_losses as module
-from stdist.vision_llm.kernels.token_losses import best_rows, token_losses
+from stdist.vision_llm.kernels.token_losses import argmax_tokens, token_log_probs
 
 
 @contextmanager
@@ -27,10 +27,10 @@ def tiles_of(logits: int, positions: int) -> Iterator[None]:
         yield
 
 
-def whole(hidden: Tensor, rows: Sequence[Tensor], targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log P(target) and entropy the plain way."""
-    log_p = (hidden @ torch.cat(list(rows)).T / temperature).log_softmax(-1)
-    return log_p[torch.arange(len(targets)), targets], -(log_p.exp() * log_p).sum(-1)
+def plain(hidden: Tensor, head: Sequence[Tensor], targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log P(target) by log-softmax over all logits at once."""
+    log_p = (hidden @ torch.cat(list(head)).T / temperature).log_softmax(-1)
+    return log_p[torch.arange(len(targets)), targets]
 
 
 def drawn(
@@ -44,30 +44,21 @@ def drawn(
     return hidden, rows, torch.randint(sum(lengths), (positions,), generator=generator)
 
 
-def test_log_probs_and_entropy_by_hand() -> None:
+def test_log_probs_by_hand() -> None:
     """Logits (0, log 2, log 5): P = 1/8, 2/8, 5/8. At temperature 1/2 they double: P = 1/30, 4/30, 25/30."""
-    hidden, rows = torch.ones(3, 1), [torch.tensor([[0.0], [math.log(2)]]), torch.tensor([[math.log(5)]])]
+    hidden, head = torch.ones(3, 1), [torch.tensor([[0.0], [math.log(2)]]), torch.tensor([[math.log(5)]])]
     for temperature, p in ((1.0, [1 / 8, 2 / 8, 5 / 8]), (0.5, [1 / 30, 4 / 30, 25 / 30])):
-        log_probs, entropy = token_losses(hidden, rows, torch.tensor([0, 1, 2]), temperature, with_entropy=True)
+        log_probs = token_log_probs(hidden, head, torch.tensor([0, 1, 2]), temperature)
         assert log_probs.tolist() == pytest.approx([math.log(x) for x in p])
-        assert entropy is not None
-        assert entropy.tolist() == pytest.approx([-sum(x * math.log(x) for x in p)] * 3)
-    assert token_losses(hidden, rows, torch.tensor([0, 1, 2])).entropy is None
 
 
-def test_gradient_of_cross_entropy_and_entropy_by_hand() -> None:
-    """d(−log P_t)/dz = p − onehot and dH/dz = −p (log p + H), here at p = (1/4, 3/4); rows are the identity."""
-    p = torch.tensor([0.25, 0.75])
-    for weigh_entropy, expected in (
-        (0.0, [-0.75, 0.75]),
-        (1.0, [0.25 * 0.75 * math.log(3), -0.25 * 0.75 * math.log(3)]),
-    ):
-        hidden = p.log()[None].requires_grad_()
-        log_probs, entropy = token_losses(hidden, torch.eye(2).split(1), torch.tensor([0]), with_entropy=True)
-        assert entropy is not None
-        (weigh_entropy * entropy - (1 - weigh_entropy) * log_probs).sum().backward()
+def test_gradient_of_cross_entropy_by_hand() -> None:
+    """d(−log P_t)/dz = (p − onehot) / temperature, here at p = (1/4, 3/4); the head is the identity."""
+    for temperature in (1.0, 2.0):
+        hidden = (torch.tensor([[0.25, 0.75]]).log() * temperature).requires_grad_()
+        token_log_probs(hidden, torch.eye(2).split(1), torch.tensor([0]), temperature).neg().sum().backward()
         assert hidden.grad is not None
-        assert hidden.grad[0].tolist() == pytest.approx(expected)
+        assert hidden.grad[0].tolist() == pytest.approx([-0.75 / temperature, 0.75 / temperature])
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,17 +69,15 @@ def test_gradient_of_cross_entropy_and_entropy_by_hand() -> None:
     tile=st.integers(1, 40),
     part=st.integers(1, 8),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
-    weights=st.sampled_from([(1.0, 0.0), (0.0, 1.0), (1.0, -0.3)]),
     seed=st.integers(0, 9),
 )
-def test_value_and_gradients_equal_whole_logits(
+def test_value_and_gradients_equal_those_of_all_logits_at_once(
     positions: int,
     d: int,
     lengths: list[int],
     tile: int,
     part: int,
     temperature: float,
-    weights: tuple[float, float],
     seed: int,
 ) -> None:
     """Any number of positions, blocks and rows, whether or not tiles divide them; float32 against float64."""
@@ -97,28 +86,20 @@ def test_value_and_gradients_equal_whole_logits(
     weight = torch.linspace(-1, 2, positions)
 
     with tiles_of(tile, part):
-        log_probs, entropy = token_losses(hidden, rows, targets, temperature, with_entropy=True)
-        assert entropy is not None and log_probs.dtype == entropy.dtype == torch.float32
-        loss = sum(w * (weight * x).sum() for w, x in zip(weights, (log_probs, entropy), strict=True) if w)
-        gradients = torch.autograd.grad(loss, [hidden, *rows])
+        log_probs = token_log_probs(hidden, rows, targets, temperature)
+        assert log_probs.dtype == torch.float32
+        gradients = torch.autograd.grad((weight * log_probs).sum(), [hidden, *rows])
 
-    expected = whole(*exact, temperature)
-    expected_loss = sum(w * (weight * x).sum() for w, x in zip(weights, expected, strict=True))
-    expected_gradients = torch.autograd.grad(expected_loss, [exact[0], *exact[1]])
-    for ours, theirs in zip((log_probs, entropy, *gradients), (*expected, *expected_gradients), strict=True):
+    expected = plain(*exact, temperature)
+    expected_gradients = torch.autograd.grad((weight * expected).sum(), [exact[0], *exact[1]])
+    for ours, theirs in zip((log_probs, *gradients), (expected, *expected_gradients), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_gradcheck(with_entropy: bool) -> None:
+def test_gradcheck() -> None:
     hidden, rows, targets = drawn(5, 3, [4, 6])
     with tiles_of(16, 2):
-        assert torch.autograd.gradcheck(
-            lambda hidden, *rows: tuple(
-                x for x in token_losses(hidden, rows, targets, 0.7, with_entropy) if x is not None
-            ),
-            (hidden, *rows),
-        )
+        assert torch.autograd.gradcheck(lambda x, *head: token_log_probs(x, head, targets, 0.7), (hidden, *rows))
 
 
 @pytest.mark.parametrize(
@@ -140,9 +121,9 @@ def test_bfloat16_sums_in_float32(device: str) -> None:
     exact = [x.detach().bfloat16().double().cpu().requires_grad_() for x in inputs]
 
     with tiles_of(64, 4):
-        log_probs = token_losses(inputs[0], inputs[1:], targets.to(device)).log_probs
+        log_probs = token_log_probs(inputs[0], inputs[1:], targets.to(device))
         gradients = torch.autograd.grad(log_probs.sum(), inputs)
-    expected = whole(exact[0], exact[1:], targets)[0]
+    expected = plain(exact[0], exact[1:], targets)
     expected_gradients = torch.autograd.grad(expected.sum(), exact)
 
     assert log_probs.dtype == torch.float32
@@ -158,28 +139,25 @@ def test_bfloat16_sums_in_float32(device: str) -> None:
 def test_enormous_logits_neither_overflow_nor_vanish() -> None:
     """Logits of ±10,000: values are relative to the highest one; in gradients float32 tells apart thousandths."""
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
-    log_probs, entropy = token_losses(
-        hidden, torch.tensor([[1.0], [-1.0], [1.0]]).split(1), torch.tensor([0, 0]), 1, True
-    )
+    log_probs = token_log_probs(hidden, torch.tensor([[1.0], [-1.0], [1.0]]).split(1), torch.tensor([0, 0]))
     assert log_probs.tolist() == pytest.approx([-math.log(2), -2e4])
-    assert entropy is not None and entropy.tolist() == pytest.approx([math.log(2), 0])
     log_probs.sum().backward()
     assert hidden.grad is not None and hidden.grad.flatten().tolist() == pytest.approx([0, 2], abs=2e-3)
 
 
 def test_no_positions_give_gradients_of_zero() -> None:
     hidden, rows, targets = drawn(0, 3, [4, 5], dtype=torch.float32)
-    log_probs, entropy = token_losses(hidden, rows, targets, with_entropy=True)
-    assert entropy is not None and log_probs.shape == entropy.shape == (0,)
-    (log_probs.sum() + entropy.sum()).backward()
+    log_probs = token_log_probs(hidden, rows, targets)
+    assert log_probs.shape == (0,)
+    log_probs.sum().backward()
     assert hidden.grad is not None and hidden.grad.shape == (0, 3)
     assert all(block.grad is not None and block.grad.eq(0).all() for block in rows)
-    assert best_rows(hidden, rows).shape == (0,)
+    assert argmax_tokens(hidden, rows).shape == (0,)
 
 
 def test_a_target_outside_of_the_rows_is_nan() -> None:
     hidden, rows, _ = drawn(3, 2, [4, 5])
-    log_probs = token_losses(hidden, rows, torch.tensor([8, 9, -1])).log_probs
+    log_probs = token_log_probs(hidden, rows, torch.tensor([8, 9, -1]))
     assert log_probs.isnan().tolist() == [False, True, True]
 
 
@@ -221,25 +199,22 @@ class Work(TorchDispatchMode):
 POSITIONS, WIDTH, TEXT, NUMERALS = 60, 8, 500, 700
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_nothing_of_positions_times_rows_is_ever_made(with_entropy: bool) -> None:
-    """Beside gradients and vectors: one tile, two with entropy. The plain way holds three whole matrices of logits."""
+def test_nothing_of_positions_times_rows_is_ever_made() -> None:
+    """Beside gradients and vectors: one tile. The plain way holds three matrices of all logits."""
     hidden, (text, numerals), targets = drawn(POSITIONS, WIDTH, [TEXT, NUMERALS], dtype=torch.float32)
     text.requires_grad_(False)
     tile, everything = 1024, POSITIONS * (TEXT + NUMERALS)
 
     with tiles_of(tile, 32), Work() as tiled:
-        log_probs, entropy = token_losses(hidden, [text, numerals], targets, with_entropy=with_entropy)
-        (log_probs if entropy is None else log_probs + entropy).sum().backward()
-    with Work() as plain:
-        log_probs, entropy = whole(hidden, [text, numerals], targets)
-        (log_probs + entropy if with_entropy else log_probs).sum().backward()
+        token_log_probs(hidden, [text, numerals], targets).sum().backward()
+    with Work() as peer:
+        plain(hidden, [text, numerals], targets).sum().backward()
 
     gradients = numerals.numel() + 2 * hidden.numel()  # hidden states' own, and their multiple for the rows'
     vectors = 25 * POSITIONS
     assert tiled.largest <= numerals.numel() < everything
-    assert tiled.peak_bytes <= 4 * (gradients + (1 + with_entropy) * tile + vectors)
-    assert plain.largest >= everything and plain.peak_bytes >= 3 * 4 * everything, "the count itself works"
+    assert tiled.peak_bytes <= 4 * (gradients + tile + vectors)
+    assert peer.largest >= everything and peer.peak_bytes >= 3 * 4 * everything, "the count itself works"
 
 
 @pytest.mark.parametrize("trains", ["hidden and numerals", "numerals", "hidden", "everything"])
@@ -257,7 +232,7 @@ def test_only_what_trains_is_computed(trains: str) -> None:
     for tensor, need in zip(inputs, needs, strict=True):
         tensor.requires_grad_(need)
     with tiles_of(256, 8), Work() as work:
-        token_losses(hidden, [text, numerals], targets).log_probs.sum().backward()
+        token_log_probs(hidden, [text, numerals], targets).sum().backward()
     parts, text_tiles, numeral_tiles = 8, 16, 22
     products = {
         "hidden and numerals": 3 * (text_tiles + numeral_tiles) + numeral_tiles,
@@ -286,7 +261,7 @@ def test_best_rows_are_the_argmax_and_the_first_of_equals(
         torch.randint(-1, 2, (n, 2), generator=generator).float().requires_grad_() for n in (positions, *lengths)
     )
     with tiles_of(tile, part):
-        best = best_rows(hidden, rows)
+        best = argmax_tokens(hidden, rows)
     logits = (hidden @ torch.cat(rows).T).tolist()
     assert best.tolist() == [row.index(max(row)) for row in logits]
     assert not best.requires_grad

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stdist.vision_llm.kernels.attention import MATH, Attention, SDPAOnCPU
 from stdist.vision_llm.kernels.tree_attention import IMPLEMENTATION, Segment, merge, tree_attention
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 
 SCALE = 0.3
 D = 8
@@ -67,13 +67,9 @@ def test_merging_extreme_logits(logit: float, dtype: torch.dtype) -> None:
 # --- the tree ------------------------------------------------------------------------------------------------------
 
 
-def segment(parents: int, kv_heads: int, tokens: int, seed: int, dtype: torch.dtype, padded: bool = False) -> Segment:
+def segment(parents: int, kv_heads: int, tokens: int, seed: int, dtype: torch.dtype) -> Segment:
     shape = (parents, kv_heads, tokens, D)
-    keys, values = (draw(*shape, seed=seed + i, dtype=dtype).requires_grad_() for i in (0, 1))
-    lengths = None
-    if padded:
-        lengths = torch.randint(1, tokens + 1, (parents,), generator=torch.Generator().manual_seed(seed))
-    return Segment(keys, values, lengths)
+    return Segment(*(draw(*shape, seed=seed + i, dtype=dtype).requires_grad_() for i in (0, 1)))
 
 
 def side_by_side(query: Tensor, own: Segment, ancestors: list[Segment]) -> Tensor:
@@ -88,30 +84,25 @@ def side_by_side(query: Tensor, own: Segment, ancestors: list[Segment]) -> Tenso
         mask = torch.zeros(n, 1, tokens, one.keys.shape[2], dtype=torch.bool)
         if one is own:
             mask |= torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-        if one.lengths is not None:
-            mask |= (torch.arange(one.keys.shape[2]) >= one.lengths.repeat_interleave(copies)[:, None])[:, None, None]
         hidden.append(mask)
     scores = query @ torch.cat(keys, 2).transpose(-1, -2) * SCALE
     scores = scores.masked_fill(torch.cat(hidden, 3), -torch.inf)
     return (scores.softmax(-1) @ torch.cat(values, 2)).transpose(1, 2)
 
 
-def families(
-    groups: int, depth: int, padded: bool, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Segment, list[Segment]]:
+def families(groups: int, depth: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Segment, list[Segment]]:
     """12 sequences of 3 tokens below up to three ancestors of 6, 2 and 1 sequences; 2 key-value heads."""
     query = draw(12, 2 * groups, 3, D, seed=1, dtype=dtype).requires_grad_()
     own = segment(12, 2, 3, seed=2, dtype=dtype)
-    ancestors = [segment(n, 2, n + 4, seed=10 * n, dtype=dtype, padded=padded and n > 1) for n in (6, 2, 1)]
+    ancestors = [segment(n, 2, n + 4, seed=10 * n, dtype=dtype) for n in (6, 2, 1)]
     return query, own, ancestors[:depth]
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("groups", "depth"), [(1, 0), (2, 0), (2, 1), (1, 2), (3, 2), (2, 3)])
 @BACK_ENDS
-def test_outputs_and_gradients_equal_plain_autograd(backend: Attention, groups: int, depth: int, padded: bool) -> None:
-    """Grouped queries, zero to three ancestors, keys that are padded on the right."""
-    query, own, ancestors = families(groups, depth, padded)
+def test_outputs_and_gradients_equal_plain_autograd(backend: Attention, groups: int, depth: int) -> None:
+    """Grouped queries, zero to three ancestors."""
+    query, own, ancestors = families(groups, depth)
     leaves = [query, *(x for one in (own, *ancestors) for x in (one.keys, one.values))]
     ours, theirs = tree_attention(backend, SCALE, query, own, ancestors), side_by_side(query, own, ancestors)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -123,12 +114,12 @@ def test_outputs_and_gradients_equal_plain_autograd(backend: Attention, groups: 
 
 @BACK_ENDS
 def test_half_precision_stays_within_its_rounding(backend: Attention) -> None:
-    query, own, ancestors = families(groups=2, depth=2, padded=True, dtype=torch.bfloat16)
+    query, own, ancestors = families(groups=2, depth=2, dtype=torch.bfloat16)
     ours = tree_attention(backend, SCALE, query, own, ancestors)
     leaves = [query, *(x for one in (own, *ancestors) for x in (one.keys, one.values))]
     grad = draw(*ours.shape, seed=5)
     found = torch.autograd.grad(ours, leaves, grad.bfloat16())
-    wide = [Segment(one.keys.double(), one.values.double(), one.lengths) for one in (own, *ancestors)]
+    wide = [Segment(one.keys.double(), one.values.double()) for one in (own, *ancestors)]
     theirs = side_by_side(query.double(), wide[0], wide[1:])
     assert ours.dtype == torch.bfloat16
     for a, b in zip((ours, *found), (theirs, *torch.autograd.grad(theirs, leaves, grad)), strict=True):
@@ -137,7 +128,7 @@ def test_half_precision_stays_within_its_rounding(backend: Attention) -> None:
 
 @BACK_ENDS
 def test_a_frozen_ancestor_stays_without_gradient(backend: Attention) -> None:
-    query, own, (parent,) = families(groups=2, depth=1, padded=False)
+    query, own, (parent,) = families(groups=2, depth=1)
     frozen = Segment(parent.keys.detach(), parent.values.detach())
     tree_attention(backend, SCALE, query, own, [frozen]).square().sum().backward()
     assert frozen.keys.grad is None and query.grad is not None and own.keys.grad is not None
@@ -157,7 +148,7 @@ def test_shared_keys_are_not_copied_for_children(largest_made: Callable[[], Any]
     assert theirs.elements >= replicated, "this test would see a copy"
 
 
-def test_a_decoder_call_without_a_tree_is_transformers_own(make_policy: Callable[..., Policy]) -> None:
+def test_a_decoder_call_without_a_tree_is_transformers_own(make_policy: Callable[..., PolicyModel]) -> None:
     """Under our implementation's name, padding on the left included: their SDPA and their masks."""
     policy = make_policy(frames=None).eval()
     ids = torch.randint(300, 2000, (2, 6), generator=torch.Generator().manual_seed(0))

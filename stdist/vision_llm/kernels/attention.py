@@ -1,8 +1,8 @@
-"""Partial attention: over some of the keys, with the log-sum-exp that lets parts be merged into the whole.
+"""Partial attention: over some of the keys, with the log-sum-exp that lets parts be merged.
 
 Every back end computes softmax(scale·Q·Kᵀ)·V over the keys it is given and lse = log Σ exp(scale·q·k) beside it.
 Backward is given the *merged* output and log-sum-exp: then exp(scale·q·k − lse) is the probability among all keys, and
-each part's gradients are exactly its share of the whole's (the scheme of ring attention, Liu et al. 2023).
+each part's gradients are exactly its share (the scheme of ring attention, Liu et al. 2023).
 
 PyTorch's own kernels serve everywhere; flash-attn and xformers where they are installed and run on the device. A back
 end is taken only after it has shown on the device that it computes what plain matrix products compute.
@@ -35,7 +35,7 @@ class Attention(Protocol):
 
 
 class MathAttention:
-    """Plain matrix products: any device, any dtype, the reference of the others, and the one that takes padded keys."""
+    """Plain matrix products: any device, any dtype, the reference of the others, and the one that takes ragged keys."""
 
     name = "math"
 
@@ -48,7 +48,7 @@ class MathAttention:
         causal: bool = False,
         lengths: Int[Tensor, "batch"] | None = None,
     ) -> tuple[Q, LSE]:
-        """``lengths``: keys of each batch entry that are real; the rest is padding on the right."""
+        """``lengths``: keys of each batch entry that are read, the first ones."""
         scores = _scores(q, k, scale, causal, lengths)
         lse = scores.logsumexp(-1)
         return (scores.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype) @ v), lse
@@ -63,22 +63,21 @@ class MathAttention:
         lse: LSE,
         scale: float,
         causal: bool = False,
-        lengths: Int[Tensor, "batch"] | None = None,
     ) -> tuple[Q, K, K]:
-        p = _scores(q, k, scale, causal, lengths).sub_(lse.unsqueeze(-1)).exp_()
+        p = _scores(q, k, scale, causal).sub_(lse.unsqueeze(-1)).exp_()
         d_scores = (grad @ v.transpose(-1, -2)).to(p.dtype)
         d_scores.sub_((grad.to(p.dtype) * out).sum(-1, keepdim=True)).mul_(p).mul_(scale)
         d_scores, p = d_scores.to(q.dtype), p.to(grad.dtype)
         return d_scores @ k, d_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
 
 
-def _scores(q: Q, k: K, scale: float, causal: bool, lengths: Int[Tensor, "batch"] | None) -> Tensor:
+def _scores(q: Q, k: K, scale: float, causal: bool, lengths: Int[Tensor, "batch"] | None = None) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
     if lengths is not None:
-        padding = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
-        scores.masked_fill_(padding[:, None, None], -torch.inf)
+        behind = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
+        scores.masked_fill_(behind[:, None, None], -torch.inf)
     return scores
 
 
@@ -190,8 +189,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
         except Exception as error:  # whatever a kernel says about a device or dtype it was not built for
             tried.append(f"{candidate.name}: {' '.join(str(error).split())[:120]}")
         else:
-            where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
-            return Choice(attention, f"{attention.name}: agrees with plain products on {where}", tuple(tried))
+            place = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+            return Choice(attention, f"{attention.name}: agrees with plain products on {place}", tuple(tried))
     return Choice(MATH, "math: no other back end serves here", tuple(tried))
 
 
@@ -206,13 +205,13 @@ def probe(attention: Attention, device: torch.device, dtype: torch.dtype) -> Non
     for keys, causal in ((24, False), (8, True)):
         k, v = draw(keys), draw(keys)
         expected_out, expected_lse = MATH.forward(q, k, v, 0.125, causal)
-        # A part of a whole: the merged log-sum-exp is larger than the part's own.
-        whole = expected_lse + 0.5
-        expected = MATH.backward(grad, q, k, v, expected_out, whole, 0.125, causal)
+        # As of a part: the merged log-sum-exp is larger than the part's.
+        merged_lse = expected_lse + 0.5
+        expected = MATH.backward(grad, q, k, v, expected_out, merged_lse, 0.125, causal)
         out, lse = attention.forward(q, k, v, 0.125, causal)
-        found = attention.backward(grad, q, k, v, expected_out, whole, 0.125, causal)
+        gradients = attention.backward(grad, q, k, v, expected_out, merged_lse, 0.125, causal)
         tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
         names, reference = ("output", "log-sum-exp", "dq", "dk", "dv"), (expected_out, expected_lse, *expected)
-        for name, a, b in zip(names, (out, lse, *found), reference, strict=True):
+        for name, a, b in zip(names, (out, lse, *gradients), reference, strict=True):
             if a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance):
                 raise ValueError(f"{name} differs from plain products")

@@ -1,4 +1,4 @@
-"""A node of the prefix tree: prompts that are encoded, whose keys and values any number of children read.
+"""A node of the prefix tree: encoded prompts, whose keys and values any number of children read.
 
 window → cells → candidates: a child knows its parent, and through it everything it continues. Nothing is copied for a
 child; ``part`` and ``leaves`` are views.
@@ -6,7 +6,6 @@ child; ``part`` and ``leaves`` are views.
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,13 +15,12 @@ from stdist.vision_llm.kernels.tree_attention import Segment, tree_attention
 
 @dataclass(frozen=True)
 class Prefix:
-    """``sequences`` encoded prompts, padded on the right where ``lengths`` says so.
+    """``sequences`` encoded prompts of as many tokens each.
 
     Attributes:
         keys, values: one ``[sequences, kv_heads, tokens, head_dim]`` a layer.
         last: final hidden state of each prompt's last token; it predicts a child's first token.
         position: M-RoPE position at which every child starts, whatever its siblings hold.
-        lengths: tokens of each prompt that are real; None where all are.
         parent: what these prompts continue; consecutive sequences share a parent.
     """
 
@@ -30,33 +28,30 @@ class Prefix:
     values: list[Float[Tensor, "sequences kv_heads tokens head_dim"]]
     last: Float[Tensor, "sequences d"]
     position: Int[Tensor, "sequences"]
-    lengths: Int[Tensor, "sequences"] | None = None
     parent: "Prefix | None" = None
 
     @property
     def sequences(self) -> int:
         return len(self.last)
 
+    @property
+    def families(self) -> tuple[int, ...]:
+        """Sequences of each parent, parents of each grandparent, and so on up to the windows."""
+        return (self.sequences // self.parent.sequences, *self.parent.families) if self.parent else ()
+
     def segments(self, layer: int) -> list[Segment]:
         """A layer's keys and values of this node and its ancestors, nearest first."""
-        own = Segment(self.keys[layer], self.values[layer], self.lengths)
-        return [own, *(self.parent.segments(layer) if self.parent else [])]
+        ancestors = self.parent.segments(layer) if self.parent else []
+        return [Segment(self.keys[layer], self.values[layer]), *ancestors]
 
     def part(self, start: int, stop: int) -> "Prefix":
-        """Sequences ``start`` to ``stop`` and what they continue: whole families, or a part of one."""
+        """Sequences ``start`` to ``stop`` and what they continue: complete families, or a part of one."""
         parent = self.parent
         if parent:
-            first, last = parents_of(start, stop, self.sequences // parent.sequences)
+            first, last = parents_of(start, stop, self.families[0])
             parent = parent.part(first, last)
-        rows = slice(start, stop)
-        return Prefix(
-            [x[rows] for x in self.keys],
-            [x[rows] for x in self.values],
-            self.last[rows],
-            self.position[rows],
-            None if self.lengths is None else self.lengths[rows],
-            parent,
-        )
+        keys, values = [x[start:stop] for x in self.keys], [x[start:stop] for x in self.values]
+        return Prefix(keys, values, self.last[start:stop], self.position[start:stop], parent)
 
     def with_tensors(self, tensors: list[Tensor], parent: "Prefix | None") -> "Prefix":
         """The same node with other keys, values and last states, in the order of ``tensors``."""
@@ -73,7 +68,7 @@ class Prefix:
 def parents_of(start: int, stop: int, children: int) -> tuple[int, int]:
     """The range of parents of sequences ``start`` to ``stop``, where each parent has ``children`` of them."""
     first, last = start // children, -(-stop // children)
-    assert last - first == 1 or (start % children == 0 and stop % children == 0), "families must stay whole"
+    assert last - first == 1 or (start % children == 0 and stop % children == 0), "families must stay together"
     return first, last
 
 
@@ -93,16 +88,8 @@ class Branching:
         ancestors = self.parent.segments(layer) if self.parent else []
         return tree_attention(self.attention, scale, query, Segment(key, value), ancestors)
 
-    def prefix(
-        self,
-        hidden: Float[Tensor, "sequences tokens d"],
-        position: Int[Tensor, "sequences"],
-        lengths: Int[Tensor, "sequences"] | None = None,
-    ) -> Prefix:
+    def prefix(self, hidden: Float[Tensor, "sequences tokens d"], position: Int[Tensor, "sequences"]) -> Prefix:
         """The node that this call encoded, from its final hidden states; its children start at ``position``."""
-        order = sorted(self.keys)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
-        return Prefix(
-            [self.keys[i] for i in order], [self.values[i] for i in order], last, position, lengths, self.parent
-        )
+        layers = sorted(self.keys)
+        keys, values = [self.keys[i] for i in layers], [self.values[i] for i in layers]
+        return Prefix(keys, values, hidden[:, -1], position, self.parent)

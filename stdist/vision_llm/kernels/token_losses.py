@@ -1,9 +1,9 @@
-"""Log-probabilities and entropies at target positions, without the logits ever existing as a whole.
+"""Log-probabilities at target positions, without ever making all logits at once.
 
 The method is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2025): forward makes the
 logits tile by tile and keeps one log-sum-exp a position, backward makes every tile again. Departures: tiles are plain
-matrix products, for any device; no gradient is dropped for being small; and the rows come in blocks, such as
-[text rows | numeral rows], which are never copied into one matrix and get gradients each for itself.
+matrix products, for any device; no gradient is dropped for being small; and the head comes in blocks, such as
+[text | numerals], which are never copied into one matrix and get gradients each for itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,78 +14,71 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# The most bytes of a tile of logits, and of the rows behind it: cached on a CPU, worth its kernels' launches on a GPU.
+# Most bytes of a tile of logits, and of the weights behind it: cached on a CPU, worth its kernels' launches on a GPU.
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 TILE_POSITIONS = 1024
 
 
-class TokenLosses(NamedTuple):
-    """Of each position: log P(target), whose negative is the cross-entropy; and the entropy where it was asked for."""
-
-    log_probs: Float[Tensor, "positions"]
-    entropy: Float[Tensor, "positions"] | None
-
-
-def token_losses(
+def token_log_probs(
     hidden: Float[Tensor, "positions d"],
-    rows: Sequence[Float[Tensor, "_ d"]],
+    head: Sequence[Float[Tensor, "_ d"]],
     targets: Int[Tensor, "positions"],
     temperature: float = 1.0,
-    with_entropy: bool = False,
-) -> TokenLosses:
-    """log P(target) under softmax(hidden · rowsᵀ / temperature), and that distribution's entropy in nats.
+) -> Float[Tensor, "positions"]:
+    """log P(target) under softmax(hidden · headᵀ / temperature); its negative is the cross-entropy.
 
-    Differentiable, once, in ``hidden`` and in every block of rows that requires a gradient; a block that does not costs
-    none. Every block is rounded to the dtype of ``hidden``, as a head in that dtype holds it; sums are float32 (float64
-    where ``hidden`` is). A gradient has the dtype of what it belongs to.
+    Differentiable, once, in ``hidden`` and in every block of the head that requires a gradient; a block that does not
+    costs none. Every block is rounded to the dtype of ``hidden``, as a head in that dtype holds it; sums are float32
+    (float64 where ``hidden`` is). A gradient has the dtype of what it belongs to.
 
     Args:
-        rows: blocks of the head's rows; together, in this order, they are all that can be said.
+        head: blocks of head weights; together, in this order, they are the distribution's tokens.
         targets: indices into the blocks one behind the other. One outside of them makes that position NaN.
     """
-    log_probs, entropy = _TokenLosses.apply(hidden, targets, temperature, with_entropy, *rows)
-    return TokenLosses(log_probs, entropy)
+    return _TokenLogProbs.apply(hidden, targets, temperature, *head)
 
 
 @torch.no_grad()
-def best_rows(hidden: Float[Tensor, "positions d"], rows: Sequence[Float[Tensor, "_ d"]]) -> Int[Tensor, "positions"]:
-    """The row with the largest logit, as an index into the blocks one behind the other; the first one of equals."""
-    head = _Head(hidden, rows)
+def argmax_tokens(
+    hidden: Float[Tensor, "positions d"], head: Sequence[Float[Tensor, "_ d"]]
+) -> Int[Tensor, "positions"]:
+    """The token with the largest logit, as an index into the blocks one behind the other; the first one of equals."""
+    tiles = _Head(hidden, head)
     best = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    highest = hidden.new_full((len(hidden),), -torch.inf, dtype=head.dtype)
-    for tile in head.tiles():
-        for part in head.parts():
-            logit, index = head.logits(part, tile).max(1)
+    highest = hidden.new_full((len(hidden),), -torch.inf, dtype=tiles.dtype)
+    for tile in tiles.tiles():
+        for part in tiles.parts():
+            logit, index = tiles.logits(part, tile).max(1)
             best[part] = torch.where(logit > highest[part], index + tile.first, best[part])
             highest[part] = torch.maximum(logit, highest[part])
     return best
 
 
-def row_logits(
-    hidden: Float[Tensor, "positions d"], rows: Sequence[Float[Tensor, "_ d"]]
-) -> Float[Tensor, "positions choices"]:
-    """All logits at once, for those who want each of them (to draw from). Rounded and summed as in the losses."""
+def head_logits(
+    hidden: Float[Tensor, "positions d"], head: Sequence[Float[Tensor, "_ d"]]
+) -> Float[Tensor, "positions tokens"]:
+    """All logits at once, for those who need every one (to draw from). Rounded and summed as in the losses."""
     operand = hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
-    factors = [block.to(hidden.dtype).to(operand).T for block in rows]
+    factors = [block.to(hidden.dtype).to(operand).T for block in head]
     if operand in (torch.float16, torch.bfloat16):
         return torch.cat([torch.mm(hidden, factor, out_dtype=torch.float32) for factor in factors], dim=-1)
     return torch.cat([hidden.to(operand) @ factor for factor in factors], dim=-1)
 
 
 class _Tile(NamedTuple):
-    """Some rows of one block."""
+    """Weights of some tokens of one block."""
 
     block: int
     within: slice  # of the block
-    first: int  # index of its first row in all blocks one behind the other
-    rows: Float[Tensor, "width d"]  # in the dtype they are multiplied in
+    first: int  # index of its first token in all blocks one behind the other
+    weights: Float[Tensor, "width d"]  # in the dtype they are multiplied in
 
 
 class _Head:
-    """Logits of some positions over some rows at a time, written over one another in one buffer."""
+    """Logits of some positions and tokens at a time, written over one another in one buffer."""
 
-    def __init__(self, hidden: Float[Tensor, "positions d"], rows: Sequence[Tensor], temperature: float = 1.0):
-        self.blocks, self.temperature = rows, temperature
+    def __init__(self, hidden: Float[Tensor, "positions d"], blocks: Sequence[Tensor], temperature: float = 1.0):
+        self.blocks, self.temperature = blocks, temperature
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self._rounding = hidden.dtype
         # Half-precision products with float32 sums exist on CUDA; elsewhere the rounded factors are widened.
@@ -94,7 +87,7 @@ class _Head:
         self._part = max(1, min(len(hidden), TILE_POSITIONS))
         tile_bytes = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cpu"])
         self._width = max(1, tile_bytes // self.dtype.itemsize // max(self._part, hidden.shape[1]))
-        widest = min(self._width, max(map(len, rows)))
+        widest = min(self._width, max(map(len, blocks)))
         self._buffer = hidden.new_empty(self._part * widest, dtype=self.dtype)
 
     def tiles(self) -> Iterator[_Tile]:
@@ -111,108 +104,81 @@ class _Head:
 
     def logits(self, part: slice, tile: _Tile) -> Float[Tensor, "part width"]:
         hidden = self.hidden[part]
-        logits = self._buffer[: len(hidden) * len(tile.rows)].view(len(hidden), len(tile.rows))
-        _add_product(logits, hidden, tile.rows.T, beta=0, alpha=1 / self.temperature)
+        logits = self._buffer[: len(hidden) * len(tile.weights)].view(len(hidden), len(tile.weights))
+        _add_product(logits, hidden, tile.weights.T, beta=0, alpha=1 / self.temperature)
         return logits
 
 
-class _TokenLosses(torch.autograd.Function):
+class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, temperature, with_entropy, *rows):
-        head = _Head(hidden, rows, temperature)
+    def forward(ctx, hidden, targets, temperature, *blocks):
+        head = _Head(hidden, blocks, temperature)
         # Lowest and not −inf: what it is multiplied with may be 0.
         highest = hidden.new_full((len(hidden),), torch.finfo(head.dtype).min, dtype=head.dtype)
         total, target = torch.zeros_like(highest), torch.full_like(highest, torch.nan)
-        moment = torch.zeros_like(highest) if with_entropy else None
         for tile in head.tiles():
             for part in head.parts():
                 logits = head.logits(part, tile)
                 column, inside = _columns(targets[part], tile)
                 target[part] = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target[part])
-                _absorb(logits, highest[part], total[part], None if moment is None else moment[part])
+                _absorb(logits, highest[part], total[part])
         log_total = total.log()
-        entropy = None if moment is None else log_total - moment / total
-        log_sum = highest + log_total
-        ctx.save_for_backward(hidden, targets, log_sum, entropy, *rows)
+        ctx.save_for_backward(hidden, targets, highest + log_total, *blocks)
         ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return (target - highest) - log_total, entropy
+        return (target - highest) - log_total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_log_probs, grad_entropy):
-        """With p = softmax(z), z = logits / temperature, g and e the incoming gradients, H the entropy:
-
-        d(log p_target)/dz = onehot − p and dH/dz = −p (log p + H), so dz = g (onehot − p) − e p (log p + H).
-        """
-        hidden, targets, log_sum, entropy, *rows = ctx.saved_tensors
-        needs_hidden, _, _, _, *needs_rows = ctx.needs_input_grad
-        head = _Head(hidden, rows, ctx.temperature)
-        g = torch.zeros_like(log_sum) if grad_log_probs is None else grad_log_probs
-        # Without e, −g is common to all columns and scales vectors of size d instead of every tile.
-        scale = (-g if grad_entropy is None else -torch.ones_like(g))[:, None] / ctx.temperature
+    def backward(ctx, grad):
+        """With p = softmax(z), z = logits / temperature, and g the incoming gradient: d(log p_target)/dz = onehot − p,
+        so dz = −g (p − onehot)."""
+        hidden, targets, log_sum, *blocks = ctx.saved_tensors
+        needs_hidden, _, _, *needs_blocks = ctx.needs_input_grad
+        head = _Head(hidden, blocks, ctx.temperature)
+        # −g is common to all columns and scales vectors of size d instead of every tile.
+        scale = -grad[:, None] / ctx.temperature
         scaled_hidden = (head.hidden * scale).to(head.operand)
         hidden_gradient = torch.zeros_like(hidden, dtype=head.dtype) if needs_hidden else None
-        row_gradients = [
-            torch.zeros_like(block) if need else None for block, need in zip(rows, needs_rows, strict=True)
+        block_gradients = [
+            torch.zeros_like(block) if need else None for block, need in zip(blocks, needs_blocks, strict=True)
         ]
         for tile in head.tiles():
-            gradient = row_gradients[tile.block]
+            gradient = block_gradients[tile.block]
             if hidden_gradient is None and gradient is None:
                 continue
             if gradient is not None:
                 gradient = gradient[tile.within]
                 sums = gradient if gradient.dtype == head.dtype else torch.zeros_like(gradient, dtype=head.dtype)
             for part in head.parts():
-                # p − onehot, or with e p (g + e (log p + H)) − g onehot: −dz up to the scale. The onehot goes in before
-                # any rounding to half precision, or the gradient of a sure position would be nothing but rounding.
+                # p − onehot, before any rounding to half precision: or the gradient of a sure position would be nothing
+                # but rounding.
                 column, inside = _columns(targets[part], tile)
-                slope = head.logits(part, tile).sub_(log_sum[part, None])
-                if grad_entropy is None:
-                    slope.exp_()
-                    onehot = inside.to(slope.dtype)
-                else:
-                    p = slope.exp()
-                    slope.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(g[part, None]).mul_(p)
-                    onehot = g[part] * inside
-                slope.scatter_add_(1, column[:, None], -onehot[:, None])
+                slope = head.logits(part, tile).sub_(log_sum[part, None]).exp_()
+                slope.scatter_add_(1, column[:, None], -inside.to(slope.dtype)[:, None])
                 slope = slope.to(head.operand)
                 if hidden_gradient is not None:
-                    _add_product(hidden_gradient[part], slope, tile.rows)
+                    _add_product(hidden_gradient[part], slope, tile.weights)
                 if gradient is not None:
                     _add_product(sums, slope.T, scaled_hidden[part])
             if gradient is not None and sums is not gradient:
                 gradient.copy_(sums)
         if hidden_gradient is not None:
             hidden_gradient = (hidden_gradient * scale).to(hidden.dtype)
-        return hidden_gradient, None, None, None, *row_gradients
+        return hidden_gradient, None, None, *block_gradients
 
 
 def _columns(targets: Int[Tensor, "part"], tile: _Tile) -> tuple[Int[Tensor, "part"], Bool[Tensor, "part"]]:
     """Columns of the targets in the tile, and whether they lie in it; where not, the column is any."""
     column = targets - tile.first
-    width = len(tile.rows)
+    width = len(tile.weights)
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _absorb(
-    logits: Float[Tensor, "part width"],
-    highest: Float[Tensor, "part"],
-    total: Float[Tensor, "part"],
-    moment: Float[Tensor, "part"] | None,
-) -> None:
-    """Takes a tile of logits z into m = max z, Σ exp(z − m) and Σ exp(z − m) (z − m). Overwrites all four."""
+def _absorb(logits: Float[Tensor, "part width"], highest: Float[Tensor, "part"], total: Float[Tensor, "part"]) -> None:
+    """Takes a tile of logits z into m = max z and Σ exp(z − m). Overwrites all three."""
     before = highest.clone()
     torch.maximum(before, logits.amax(1), out=highest)
-    shift = before - highest
-    shrink = shift.exp()
-    logits.sub_(highest[:, None])
-    if moment is None:
-        total.mul_(shrink).add_(logits.exp_().sum(1))
-        return
-    weights = logits.exp()
-    moment.add_(shift * total).mul_(shrink).add_(logits.mul_(weights).sum(1))
-    total.mul_(shrink).add_(weights.sum(1))
+    total.mul_((before - highest).exp()).add_(logits.sub_(highest[:, None]).exp_().sum(1))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> None:

@@ -32,11 +32,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from stdist.errors import InputError
 from stdist.numerals import Vocabulary
-from stdist.vision_llm.policy.model import LORA_TARGETS, Policy, first_numeral_id
-from stdist.vision_llm.policy.numeral_rows import NumeralRows, initial_rows
+from stdist.vision_llm.policy.adapters import LORA_TARGETS, active_adapter, adapter_names, add_lora
+from stdist.vision_llm.policy.model import PolicyModel, first_numeral_id
+from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings, initial_embeddings
 from stdist.vision_llm.policy.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.quantised import keep_trainable, loading_options, refuse_unfrozen
-from stdist.vision_llm.policy.spec import PolicySpec, Setting
+from stdist.vision_llm.policy.spec import PolicySpec
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter"
@@ -46,7 +47,7 @@ _PEFT_ROWS = {
 }
 
 
-def build_policy(spec: PolicySpec, seed: int) -> Policy:
+def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
     """A policy on a fresh base, with new numeral rows and, on a frozen base, a new LoRA adapter.
 
     It is on the CPU; a 4-bit base is loaded onto the GPU where there is one, and the policy is there as a whole.
@@ -63,26 +64,18 @@ def build_policy(spec: PolicySpec, seed: int) -> Policy:
         model, tokenizer, processor = _load_pretrained(spec)
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
     digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
-    rows = NumeralRows(
-        initial_rows(vocabulary, model.get_input_embeddings().weight[digits].cpu(), seed),
-        initial_rows(vocabulary, model.lm_head.weight[digits].cpu(), seed),
+    rows = NumeralEmbeddings(
+        initial_embeddings(vocabulary, model.get_input_embeddings().weight[digits].cpu(), seed),
+        initial_embeddings(vocabulary, model.lm_head.weight[digits].cpu(), seed),
     )
     policy = _assemble(model, tokenizer, processor, vocabulary, rows, spec)
     if not spec.base_is_trained:
-        policy.add_lora(seed=seed)
+        add_lora(policy, seed=seed)
     return policy
 
 
-def from_pretrained(name_or_path: str | Path) -> Policy:
-    """See :meth:`Policy.from_pretrained`."""
-    if str(name_or_path) in SHAPES:
-        setting = Setting(city="a city", channel="traffic", cadence=10, history=12, horizon=12)
-        return build_policy(PolicySpec(base=str(name_or_path), setting=setting, base_is_trained=True), seed=0).eval()
-    return load_policy(Path(name_or_path))
-
-
-def load_policy(path: Path) -> Policy:
-    """A policy saved by ``save_policy``, in evaluation mode. Raises InputError where ``path`` holds none."""
+def load_policy(path: Path) -> PolicyModel:
+    """A policy from its checkpoint, in evaluation mode. Raises InputError where ``path`` holds none."""
     try:
         spec = PolicySpec.model_validate_json((path / "policy.json").read_text())
     except FileNotFoundError:
@@ -90,22 +83,17 @@ def load_policy(path: Path) -> Policy:
     except ValidationError as error:
         raise InputError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
     policy = _empty_policy(spec, path) if spec.base_is_trained else build_policy(spec, seed=0)
-    if (path / ADAPTER).is_dir() and not policy.adapters:
-        policy.add_lora()
+    if (path / ADAPTER).is_dir() and not adapter_names(policy):
+        add_lora(policy)
     load_weights(policy, path)
     return policy.eval()
 
 
-def save_policy(policy: Policy, path: Path) -> None:
-    """Writes the checkpoint into the existing folder ``path``."""
-    snapshot_policy(policy)(path)
-
-
-def snapshot_policy(policy: Policy) -> Callable[[Path], None]:
-    """Copies what a checkpoint holds; what it returns writes the copy into an existing folder, at any time."""
+def snapshot_policy(policy: PolicyModel) -> Callable[[Path], None]:
+    """A copy of a checkpoint's contents, as a function that writes it into an existing folder at any time."""
     spec = policy.spec.model_dump_json(indent=1)
     parts = [_snapshot_base(policy)] if policy.spec.base_is_trained else []
-    parts += [_snapshot_adapter(policy)] if policy.adapters else []
+    parts += [_snapshot_adapter(policy)] if adapter_names(policy) else []
 
     def write(path: Path) -> None:
         (path / "policy.json").write_text(spec)
@@ -117,7 +105,7 @@ def snapshot_policy(policy: Policy) -> Callable[[Path], None]:
     return write
 
 
-def load_weights(policy: Policy, path: Path) -> None:
+def load_weights(policy: PolicyModel, path: Path) -> None:
     """Copies a checkpoint's weights into a policy of the same spec: base (if saved), active adapter, numeral rows.
 
     Raises InputError where the checkpoint is of another model or vocabulary.
@@ -137,7 +125,7 @@ def load_weights(policy: Policy, path: Path) -> None:
     if (path / ADAPTER).is_dir():
         weights = load_file(path / ADAPTER / "adapter_model.safetensors")
         rows |= {key: weights.pop(name) for key, name in _PEFT_ROWS.items() if name in weights}
-        set_peft_model_state_dict(policy.backbone, weights, adapter_name=policy.active_adapter)
+        set_peft_model_state_dict(policy.backbone, weights, adapter_name=active_adapter(policy))
     if not rows:
         raise InputError(
             f"checkpoint {path} is incomplete: the numerals' rows are in neither model.safetensors nor adapter/"
@@ -146,14 +134,14 @@ def load_weights(policy: Policy, path: Path) -> None:
     _overwrite(policy.rows.output.data, rows[HEAD], "numeral rows", path)
 
 
-def full_tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
+def full_tokenizer(policy: PolicyModel) -> PreTrainedTokenizerBase:
     """A copy of the text tokenizer that also knows every numeral, numeral i at ``first_numeral_id`` + i."""
     tokenizer = copy.deepcopy(policy.tokenizer)
     tokenizer.add_tokens(policy.vocabulary.tokens())
     return tokenizer
 
 
-def _empty_policy(spec: PolicySpec, path: Path) -> Policy:
+def _empty_policy(spec: PolicySpec, path: Path) -> PolicyModel:
     """The policy of a checkpoint that carries its base, from the checkpoint's own files, its weights still to come."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
@@ -162,7 +150,7 @@ def _empty_policy(spec: PolicySpec, path: Path) -> Policy:
     with torch.random.fork_rng(devices=[]):
         model = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, spec.dtype))
     shape = len(vocabulary), config.get_text_config().hidden_size
-    rows = NumeralRows(torch.zeros(shape), torch.zeros(shape))
+    rows = NumeralEmbeddings(torch.zeros(shape), torch.zeros(shape))
     processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     return _assemble(model, tokenizer, processor, vocabulary, rows, spec)
 
@@ -172,16 +160,16 @@ def _assemble(
     tokenizer: PreTrainedTokenizerBase,
     processor: Qwen2VLImageProcessorPil,
     vocabulary: Vocabulary,
-    rows: NumeralRows,
+    rows: NumeralEmbeddings,
     spec: PolicySpec,
-) -> Policy:
+) -> PolicyModel:
     """The policy, on its base's device, with gradient checkpointing on the decoder's layers if the spec has it."""
     if spec.gradient_checkpointing:
         with warnings.catch_warnings():
             # The name that all supported versions of transformers know; the latest would rather hear another one.
             warnings.simplefilter("ignore", FutureWarning)
             model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, tokenizer, processor, vocabulary, rows.to(model.device), spec)
+    return PolicyModel(model, tokenizer, processor, vocabulary, rows.to(model.device), spec)
 
 
 def _load_pretrained(spec: PolicySpec):
@@ -208,7 +196,7 @@ def _load_pretrained(spec: PolicySpec):
     return model, tokenizer, processor
 
 
-def _base_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
+def _base_parameters(policy: PolicyModel) -> dict[str, torch.nn.Parameter]:
     """The base model's own parameters under the names they have without LoRA around them."""
     return {
         name.replace(".base_layer.", "."): parameter
@@ -222,7 +210,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _snapshot_base(policy: Policy) -> Callable[[Path], None]:
+def _snapshot_base(policy: PolicyModel) -> Callable[[Path], None]:
     first, n = policy.first_numeral_id, len(policy.vocabulary)
     weights = {name: parameter.data for name, parameter in _base_parameters(policy).items()}
     for key, rows in ((EMBEDDING, policy.rows.input), (HEAD, policy.rows.output)):
@@ -241,8 +229,8 @@ def _snapshot_base(policy: Policy) -> Callable[[Path], None]:
     return write
 
 
-def _snapshot_adapter(policy: Policy) -> Callable[[Path], None]:
-    name = policy.active_adapter
+def _snapshot_adapter(policy: PolicyModel) -> Callable[[Path], None]:
+    name = active_adapter(policy)
     weights = {
         key: _copy(value)
         for key, value in get_peft_model_state_dict(

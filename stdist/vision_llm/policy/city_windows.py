@@ -1,5 +1,6 @@
-"""From a store's windows to what the policy reads: shared prompts, grids, cell prompts and answers."""
+"""Windows of a store as the policy reads them: shared prompts, grids, cell prompts and answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,22 +10,43 @@ from torch import Tensor
 
 from stdist.data import Region, WindowBatch, Windows
 from stdist.errors import InputError
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 
 
 @dataclass
 class PolicyBatch:
-    """W windows × C cells, window by window. ``prompts`` and ``answers`` have W·C rows; ``truth`` is ``[W, C, K]``;
-    ``origins`` are indices of the last history frames on the store's time axis."""
+    """W windows × C cells; ``prompts`` and ``answers`` are sequences of all cells of a window, window by window.
+    ``origins``: indices of the last history frames on the store's time axis."""
 
     shared: Int[Tensor, "windows tokens"]
     grids: Float[Tensor, "windows S rows cols"]
-    prompts: Int[Tensor, "cells tokens"]
-    answers: Int[Tensor, "cells K+1"]
+    prompts: Int[Tensor, "sequences tokens"]
+    answers: Int[Tensor, "sequences K+1"]
     truth: Float[np.ndarray, "windows cells K"]
     observed: np.ndarray
     cells: Int[np.ndarray, "cells"]
     origins: Int[np.ndarray, "windows"]
+
+
+def encode_windows(
+    policy: PolicyModel,
+    history: Float[np.ndarray, "windows S rows cols"],
+    origins: Sequence[np.datetime64],
+    positions: Int[np.ndarray, "cells 2"],
+    names: Int[np.ndarray, "cells 2"],
+) -> tuple[Int[Tensor, "windows tokens"], Float[Tensor, "windows S rows cols"], Int[Tensor, "sequences tokens"]]:
+    """Shared prompts, grids and cell prompts (window by window), the prompts on the policy's device.
+
+    Args:
+        history: in units; ``origins``: local time of each window's last frame.
+        positions: row and column of each cell in ``history``; ``names``: the data's own ids of these.
+    """
+    values = history[:, :, positions[:, 0], positions[:, 1]].transpose(0, 2, 1).reshape(-1, history.shape[1])
+    names = np.tile(names, (len(history), 1))
+    shared = [policy.prompts.shared(origin) for origin in origins]
+    prompts = policy.prompts.cells(names[:, 0], names[:, 1], values)
+    device = policy.device
+    return torch.tensor(shared, device=device), torch.from_numpy(history), torch.from_numpy(prompts).to(device)
 
 
 class CityWindows:
@@ -34,17 +56,16 @@ class CityWindows:
     range is an InputError, and so is a store of nodes.
     """
 
-    def __init__(self, policy: Policy, windows: Windows, clamp: bool = False):
+    def __init__(self, policy: PolicyModel, windows: Windows, clamp: bool = False):
         self.policy, self.windows, self._clamp = policy, windows, clamp
         region = windows.region
         if not isinstance(region, Region):
             raise InputError(f"{windows.store.path} holds nodes, the vision-LLM reads grids; choose a store of a grid")
-        rows, cols = np.mgrid[region.r0 : region.r1, region.c0 : region.c1]
+        self._positions = np.mgrid[region.r0 : region.r1, region.c0 : region.c1].reshape(2, -1).T
         inside = windows.store.inside[region.slices].ravel()
         self.cells = np.flatnonzero(inside)
-        self._rows, self._cols = rows.ravel(), cols.ravel()
         grid = windows.store.dataset
-        self._row_ids, self._col_ids = grid["row"].values, grid["col"].values
+        self._names = np.stack([grid[name].values[self._positions[:, i]] for i, name in enumerate(("row", "col"))], 1)
         self._local = windows.store.local_times
 
     def __len__(self) -> int:
@@ -67,25 +88,13 @@ class CityWindows:
 
     def batch_of(self, read: WindowBatch, cells: np.ndarray) -> PolicyBatch:
         """``cells`` of windows that were read."""
-        history, target, w = read.history, read.target, len(read.history)
-        rows, cols = self._rows[cells], self._cols[cells]
-        own_history = history[:, :, rows, cols].transpose(0, 2, 1).reshape(w * len(cells), -1)
-        truth = target.reshape(w, target.shape[1], -1)[:, :, cells].transpose(0, 2, 1)
-        observed = read.target_observed.reshape(w, target.shape[1], -1)[:, :, cells].transpose(0, 2, 1)
-        prompts, device = self.policy.prompts, self.policy.device
-        shared = [prompts.shared(self._local[origin]) for origin in read.origin_index]
-        return PolicyBatch(
-            shared=torch.tensor(shared, device=device),
-            grids=torch.from_numpy(history),
-            prompts=torch.from_numpy(
-                prompts.cells(np.tile(self._row_ids[rows], w), np.tile(self._col_ids[cols], w), own_history)
-            ).to(device),
-            answers=torch.from_numpy(prompts.answers(truth.reshape(w * len(cells), -1))).to(device),
-            truth=truth,
-            observed=observed,
-            cells=cells,
-            origins=read.origin_index,
+        origins = self._local[read.origin_index]
+        inputs = encode_windows(self.policy, read.history, origins, self._positions[cells], self._names[cells])
+        truth, observed = (
+            x.reshape(*x.shape[:2], -1)[:, :, cells].transpose(0, 2, 1) for x in (read.target, read.target_observed)
         )
+        answers = torch.from_numpy(self.policy.prompts.answers(truth.reshape(-1, truth.shape[-1])))
+        return PolicyBatch(*inputs, answers.to(self.policy.device), truth, observed, cells, read.origin_index)
 
     def describe(self, indices: np.ndarray) -> str:
         """Windows number ``indices`` by the local times of their last history frames."""

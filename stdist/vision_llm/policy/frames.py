@@ -27,7 +27,7 @@ def power_law(grids: Float[Tensor, "..."], power: float, t_max: float) -> Float[
 
 
 def clipped(grids: np.ndarray, t_max: float) -> int:
-    """How many values ``power_law`` clips."""
+    """The number of values that ``power_law`` clips."""
     return int((grids > t_max).sum())
 
 
@@ -38,7 +38,7 @@ def pixels_per_cell(height: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class FrameGeometry:
-    """How one H×W grid becomes patches: the numbers behind Eq. 11.
+    """Sizes of an H×W grid as patches: the numbers behind Eq. 11.
 
     ``scale`` is pixels per cell; ``patch_rows`` × ``patch_cols`` the patches of one frame, both even.
     """

@@ -44,7 +44,7 @@ SHAPES = {
     "tiny": Shape(d=128, mlp=384, layers=4, vision_d=64, vision_mlp=128, vision_layers=2),
     "small": Shape(d=256, mlp=704, layers=6, vision_d=128, vision_mlp=256, vision_layers=4),
 }
-# What the prompts of all stages are made of; every word becomes one token, every digit stays one.
+# Words of the prompts of all stages; every word becomes one token, every digit stays one.
 WORDING = """
     Monday Tuesday Wednesday Thursday Friday Saturday Sunday system user assistant You forecast city City traffic
     channel internet sms call speed flow minutes apart Now hour Values of one cell next row col history synthetic milan

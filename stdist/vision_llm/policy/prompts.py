@@ -1,4 +1,4 @@
-"""What the policy reads: shared part first, one cell's part last (docs/decisions.md, prompt order).
+"""Prompts as token ids: shared part first, one cell's part last (docs/decisions.md, prompt order).
 
 ``shared``: system text, S frames, and the instruction every cell of a window has in common (city, channel, cadence,
 time). ``cells``: coordinates and history of a cell, as single-token numerals, so that every cell's prompt of a run has
@@ -18,7 +18,7 @@ END = "<|im_end|>"
 BLANK = "<|vision_pad|>"  # a token of Qwen's that no prompt uses: stands for a value not given
 
 
-class Prompts:
+class PromptEncoder:
     """Turns windows and cells into token ids.
 
     Args:

@@ -17,7 +17,7 @@ from stdist.vision_llm.policy.spec import PolicySpec
 
 
 def loading_options(spec: PolicySpec) -> dict[str, Any]:
-    """What ``from_pretrained`` of the base is given besides its name: the dtype, and the quantisation if there is one.
+    """Arguments of the base's ``from_pretrained`` besides its name: the dtype, and the quantisation if there is one.
 
     Raises InputError where bitsandbytes is missing.
     """

@@ -1,4 +1,4 @@
-"""What a policy is besides its weights: saved as ``policy.json`` in every checkpoint."""
+"""A policy but for its weights: saved as ``policy.json`` in every checkpoint."""
 
 from typing import Literal
 

@@ -1,12 +1,11 @@
-"""The candidates that are being written together: their own keys and values, and the table of what each continues.
+"""Candidates that decode together: their keys and values, and tables of the cell and window that each continues.
 
 Continuous batching over cells: a candidate that ends leaves at once, the last one takes its place, and new cells are
-let in when enough room is free. What a cell's candidates share is held once: all of them read it in one attention call,
-as all candidates of a window read the window's.
+let in when enough room is free. Keys that a cell's candidates share are held once: all of them read these in one
+attention call, as all candidates of a window read the window's.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,13 +14,11 @@ from torch import Tensor
 from stdist.vision_llm.kernels.attention import MATH
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.kernels.tree_attention import Segment, merge
+from stdist.vision_llm.policy.model import PolicyModel
 
-if TYPE_CHECKING:
-    from stdist.vision_llm.policy.model import Policy
-
-# Candidates written together: enough to keep matrix products busy, few enough that their states stay in caches.
+# Candidates that decode together: enough to keep matrix products busy, few enough that their states stay in caches.
 MOST_SEQUENCES = 1024
-# Their own keys and values take at most this much.
+# Keys and values of their tokens take at most this much.
 CACHE_BYTES = 2**30
 # Cell prompts are encoded this many tokens at a time.
 PREFILL_TOKENS = 8192
@@ -29,7 +26,7 @@ PREFILL_TOKENS = 8192
 
 @dataclass
 class Family:
-    """Which parent each sequence has, and which sequences each parent has."""
+    """The parent of each sequence with its rank among the siblings, and a table of each parent's sequences."""
 
     parent: Int[Tensor, "sequences"]
     rank: Int[Tensor, "sequences"]
@@ -51,16 +48,15 @@ class Family:
 
 @dataclass
 class Step:
-    """What one decoding step reads: the token of each sequence, where it stands, and whom it continues: ``cells`` of
-    the batch, ``windows`` of ``prefix``, which are those that any sequence here belongs to.
+    """Inputs of one decoding step: each sequence's token, M-RoPE position, and number of tokens before it (``index``);
+    its parents in ``cells`` of the batch and in ``windows`` of ``prefix``, which holds no others.
 
-    ``written`` tokens are behind a sequence; ``extent`` places of the cache are read, those behind ``written`` hidden
-    where ``ragged`` says that sequences differ.
+    ``extent`` places of the cache are read, those behind ``index`` hidden where ``ragged`` says that sequences differ.
     """
 
     ids: Int[Tensor, "sequences"]
     position: Int[Tensor, "sequences"]
-    written: Int[Tensor, "sequences"]
+    index: Int[Tensor, "sequences"]
     cells: Family
     windows: Family
     prefix: Prefix
@@ -68,13 +64,13 @@ class Step:
     ragged: bool
 
     def copy_(self, other: "Step") -> None:
-        """Fills the front of these tensors with another's; what stays behind writes to places nobody reads."""
-        pairs = [(self.ids, other.ids), (self.position, other.position), (self.written, other.written)]
+        """Fills the front of these tensors with another's; sequences behind it write to places nobody reads."""
+        pairs = [(self.ids, other.ids), (self.position, other.position), (self.index, other.index)]
         for family, filling in ((self.cells, other.cells), (self.windows, other.windows)):
             pairs += [(family.parent, filling.parent), (family.rank, filling.rank)]
             family.table[: filling.table.shape[0], : filling.table.shape[1]] = filling.table
-        for mine, theirs in pairs:
-            mine[: len(theirs)] = theirs
+        for target, source in pairs:
+            target[: len(source)] = source
 
 
 class DecodeBatch:
@@ -83,17 +79,17 @@ class DecodeBatch:
     Args:
         policy: whose cells are forecast.
         prefix: the windows.
-        prompts: cells' own prompts, consecutive cells share a window.
+        prompts: cell prompts, consecutive cells share a window.
         num_generations: candidates of each cell, G.
-        max_tokens: most a candidate may write.
+        max_tokens: most tokens of a candidate.
 
     ``number``, ``step`` and ``position`` are, for each sequence in the batch, its number among all cells' candidates,
-    the tokens it has written, and the M-RoPE position of its next token.
+    the number of its tokens, and the M-RoPE position of its next one.
     """
 
     def __init__(
         self,
-        policy: "Policy",
+        policy: PolicyModel,
         prefix: Prefix,
         prompts: Int[Tensor, "cells tokens"],
         num_generations: int,
@@ -103,7 +99,7 @@ class DecodeBatch:
         self.num_generations = num_generations
         fits = CACHE_BYTES // (max_tokens * policy.cache_bytes_per_token)
         most_cells = max(1, min(MOST_SEQUENCES, fits) // num_generations)
-        # An even share of the whole: a last handful of candidates would cost almost as much time as a full batch.
+        # An even share of all cells: a last handful of candidates would cost almost as much time as a full batch.
         rounds = -(-len(prompts) // most_cells)
         cells = -(-len(prompts) // rounds)
         self.slots = cells * num_generations
@@ -136,7 +132,7 @@ class DecodeBatch:
 
     def admit(self) -> Float[Tensor, "new d"]:
         """Lets cells in where a quarter of the batch is free, and encodes them. Returns the hidden states that predict
-        their candidates' first tokens; the candidates stand behind those already here."""
+        their candidates' first tokens; the candidates stand behind those in the batch."""
         room = (self.slots - len(self)) // self.num_generations
         cells = min(room, len(self._free_cells), self.waiting)
         if cells == 0 or (len(self) and 4 * room * self.num_generations < self.slots):
@@ -151,10 +147,10 @@ class DecodeBatch:
             stop = min(start + at_once, self._next_cell, (w + 1) * self._cells_per_window)
             _, node = self.policy.branch(self.prefix.part(w, w + 1), self.prompts[start:stop])
             done = start - (self._next_cell - cells)
-            here = torch.tensor(places[done : done + stop - start], device=self.prompts.device)
-            for mine, theirs in ((self._cell_keys, node.keys), (self._cell_values, node.values)):
-                for buffer, tensor in zip(mine, theirs, strict=True):
-                    buffer[here] = tensor
+            at = torch.tensor(places[done : done + stop - start], device=self.prompts.device)
+            for buffers, tensors in ((self._cell_keys, node.keys), (self._cell_values, node.values)):
+                for buffer, tensor in zip(buffers, tensors, strict=True):
+                    buffer[at] = tensor
             last.append(node.last)
             position.append(node.position)
             window.append(torch.full_like(node.position, w))
@@ -163,12 +159,12 @@ class DecodeBatch:
         new = torch.arange(first, self._next_cell * self.num_generations, device=self.prompts.device)
         self.number = torch.cat([self.number, new])
         self.step = torch.cat([self.step, torch.zeros_like(new)])
-        self.position = torch.cat([self.position, self._each(torch.cat(position))])
-        self._cell = torch.cat([self._cell, self._each(new.new_tensor(places))])
-        self._window = torch.cat([self._window, self._each(torch.cat(window))])
-        return self._each(torch.cat(last))
+        self.position = torch.cat([self.position, self._per_generation(torch.cat(position))])
+        self._cell = torch.cat([self._cell, self._per_generation(new.new_tensor(places))])
+        self._window = torch.cat([self._window, self._per_generation(torch.cat(window))])
+        return self._per_generation(torch.cat(last))
 
-    def _each(self, of_cells: Tensor) -> Tensor:
+    def _per_generation(self, of_cells: Tensor) -> Tensor:
         return of_cells.repeat_interleave(self.num_generations, 0)
 
     def keep(self, stay: Bool[Tensor, "sequences"]) -> Int[Tensor, "staying"]:
@@ -187,7 +183,7 @@ class DecodeBatch:
         return order
 
     def feed(self, ids: Int[Tensor, "sequences"]) -> Float[Tensor, "sequences d"]:
-        """Writes one token to every sequence. Returns the hidden states that predict the next ones."""
+        """Appends one token to every sequence. Returns the hidden states that predict the next ones."""
         first, last = int(self._window.min()), int(self._window.max()) + 1
         step = Step(
             ids,
@@ -209,7 +205,7 @@ class DecodeBatch:
         return self.policy.decode(step.ids, step.position, tree=self)
 
     def blank_step(self) -> Step:
-        """Of the largest size there can be, so that any other fits in."""
+        """A step of the largest size there can be, so that any other fits in."""
         zeros = self.prompts.new_zeros
 
         def family(parents: int, most: int) -> Family:
@@ -217,18 +213,18 @@ class DecodeBatch:
 
         cells = family(len(self._cell_keys[0]), self.num_generations)
         windows = family(1, self.slots)
-        ids, position, written = zeros(self.slots), zeros(self.slots), zeros(self.slots)
-        return Step(ids, position, written, cells, windows, self.prefix, extent=self._tokens, ragged=True)
+        ids, position, index = zeros(self.slots), zeros(self.slots), zeros(self.slots)
+        return Step(ids, position, index, cells, windows, self.prefix, extent=self._tokens, ragged=True)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Of each sequence's one new token: to its own tokens, its cell's prompt and its window's."""
+        """Attention of each sequence's new token to the sequence's tokens, its cell's prompt and its window's."""
         step, (n, heads, _, d) = self._step, query.shape
         assert step is not None
         keys, values = self._own_keys[layer][:n], self._own_values[layer][:n]
-        rows = torch.arange(n, device=query.device)
-        keys[rows, :, step.written], values[rows, :, step.written] = key[:, :, 0], value[:, :, 0]
+        sequences = torch.arange(n, device=query.device)
+        keys[sequences, :, step.index], values[sequences, :, step.index] = key[:, :, 0], value[:, :, 0]
         q = query.reshape(n, keys.shape[1], -1, d)  # grouped queries of a key-value head
-        lengths = step.written + 1 if step.ragged else None
+        lengths = step.index + 1 if step.ragged else None
         parts = [MATH.forward(q, keys[:, :, : step.extent], values[:, :, : step.extent], scale, lengths=lengths)]
         used = len(step.cells.table)
         cells = Segment(self._cell_keys[layer][:used], self._cell_values[layer][:used])

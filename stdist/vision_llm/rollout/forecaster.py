@@ -1,4 +1,4 @@
-"""Forecasts of a region for many windows, piece by piece, and the errors a stage watches."""
+"""Forecasts of a region for many windows, piece by piece, and the validation errors of a stage."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -12,7 +12,7 @@ from stdist.evaluation.forecast_header import QUANTILES
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastConfig
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Decoding, Sampler
 
 # Cells x windows of a piece: enough to fill a device, few enough that a killed forecast loses little.
@@ -30,7 +30,7 @@ def candidates_per_cell(config: ForecastConfig) -> int:
 
 
 def forecast_pieces(
-    policy: Policy,
+    policy: PolicyModel,
     city: CityWindows,
     indices: Int[np.ndarray, " N"],
     pieces: Iterable[Chunk],
@@ -40,8 +40,8 @@ def forecast_pieces(
 ) -> Iterator[tuple[Chunk, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
 
-    Windows are read and encoded once for all consecutive pieces of them. Each piece draws from ``seed``, its first
-    window and its first cell alone, so that it does not matter which pieces were forecast before it.
+    Windows are read and encoded once for all consecutive pieces of them. Uniform numbers of a piece depend on ``seed``,
+    its first window and its first cell alone, so that it does not matter which pieces were forecast before it.
     """
     sampler = Sampler(policy, decoding, num_generations)
     for windows, blocks in groupby(pieces, key=lambda piece: piece.windows):
@@ -75,7 +75,7 @@ def summarise(candidates: Float[np.ndarray, "windows cells G K"]) -> Float[np.nd
 
 
 def validation_errors(
-    policy: Policy,
+    policy: PolicyModel,
     city: CityWindows,
     indices: np.ndarray,
     windows_per_batch: int,
@@ -88,7 +88,7 @@ def validation_errors(
     pieces = plan_pieces(len(indices), len(city.cells), windows_per_batch).chunks()
     for _, batch, values in forecast_pieces(policy, city, indices, group.local_items(list(pieces)), decoding):
         horizon_first = (0, 2, 1)
-        state = state.update(
+        state += ErrorState.of(
             values[:, :, 0].transpose(horizon_first),
             batch.truth.transpose(horizon_first),
             batch.observed.transpose(horizon_first),

@@ -19,7 +19,7 @@ from stdist.data.sampler import uniform
 from stdist.training.checkpoint import checksums
 from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.policy.city_windows import PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions, Sampler
 
 # A candidate may run past K so that the length term of Eq. 17 can tell it off; it is cut this far behind.
@@ -28,12 +28,12 @@ EXTRA_TOKENS = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """What trains in a policy, by the names of ``Policy.state_dict``: the adapter's and the numerals' rows."""
+    """What trains in a policy, by the names of ``PolicyModel.state_dict``: the adapter's and the numerals' rows."""
 
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, policy: Policy) -> "Weights":
+    def of(cls, policy: PolicyModel) -> "Weights":
         """The policy's own tensors: they change with it, and are copied by whoever sends them elsewhere."""
         return cls({name: p.detach() for name, p in policy.named_parameters() if p.requires_grad})
 
@@ -83,7 +83,7 @@ class Rollouts(Protocol):
 class LocalRollouts:
     """Samples in the learner's own process, with the policy that it trains."""
 
-    def __init__(self, policy: Policy, config: GRPOConfig, seed: int):
+    def __init__(self, policy: PolicyModel, config: GRPOConfig, seed: int):
         self.policy, self.seed, self.num_generations = policy, seed, config.num_generations
         self._sampler = Sampler(
             policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
@@ -115,7 +115,7 @@ class LocalRollouts:
         ]
 
 
-def max_tokens(policy: Policy) -> int:
+def max_tokens(policy: PolicyModel) -> int:
     """The most tokens of a candidate, the end included."""
     return policy.spec.setting.horizon + EXTRA_TOKENS
 
@@ -127,7 +127,7 @@ def uniforms(keys: Iterable[tuple[int, ...]], count: int) -> Float[Tensor, "keys
 
 
 def completions_of(
-    records: Iterable[Candidates], step: int, batch: PolicyBatch, weights: str, policy: Policy
+    records: Iterable[Candidates], step: int, batch: PolicyBatch, weights: str, policy: PolicyModel
 ) -> Completions:
     """The candidates of a batch in its order, on the policy's device, as wide as the longest.
 

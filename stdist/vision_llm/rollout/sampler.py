@@ -7,19 +7,17 @@ thousands of neighbouring numerals.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stdist.vision_llm.kernels.prefix import Prefix, parents_of
-from stdist.vision_llm.kernels.token_losses import row_logits
+from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.decode_batch import PREFILL_TOKENS, DecodeBatch
 from stdist.vision_llm.tree.prefix_tree import slices
-
-if TYPE_CHECKING:
-    from stdist.vision_llm.policy.model import Policy
 
 # Logits are made for as many sequences at a time as keep them within this.
 LOGIT_BYTES = 2**28
@@ -88,7 +86,7 @@ class Sampler:
 
     def __init__(
         self,
-        policy: "Policy",
+        policy: PolicyModel,
         decoding: Decoding,
         num_generations: int = 1,
         temperature: float = 1.0,
@@ -124,7 +122,7 @@ class Sampler:
         log_probs = torch.zeros(shape, device=prompts.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=prompts.device)
         # In the hidden states' dtype once, not at every step; without the end where it may not be drawn.
-        head = [block.to(prefix.last.dtype) for block in policy.answer_rows[: 2 if self.allow_eos else 1]]
+        head = [block.to(prefix.last.dtype) for block in policy.answer_head[: 2 if self.allow_eos else 1]]
         batch = DecodeBatch(policy, prefix, prompts, self.num_generations, max_tokens)
         hidden = prefix.last[:0]
         while len(batch) or batch.waiting:
@@ -151,7 +149,7 @@ class Sampler:
         at_once = max(1, LOGIT_BYTES // (4 * len(self._order)))
         tokens, log_probs = [], []
         for states, quantile in zip(hidden.split(at_once), quantiles.split(at_once), strict=True):
-            log_p = (row_logits(states, head) / self.temperature).log_softmax(-1)
+            log_p = (head_logits(states, head) / self.temperature).log_softmax(-1)
             if self.decoding == "greedy":
                 token = log_p.argmax(-1)
             else:
@@ -189,6 +187,6 @@ class Sampler:
         for start, stop in slices(cells, at_once, per_window):
             windows = prefix.part(*parents_of(start, stop, per_window))
             hidden, _ = policy.branch(windows, ids[start:stop])
-            logits = row_logits(hidden[:, -horizon:].flatten(0, 1), policy.answer_rows[:1])
+            logits = head_logits(hidden[:, -horizon:].flatten(0, 1), policy.answer_head[:1])
             means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
         return torch.cat(means)

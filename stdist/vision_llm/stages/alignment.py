@@ -25,8 +25,8 @@ from stdist.numerals.alignment_tasks import (
 from stdist.training.loop import Stage
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig
-from stdist.vision_llm.kernels.token_losses import best_rows, token_losses
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.kernels.token_losses import argmax_tokens, token_log_probs
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.prompts import END
 
 HEADLINES = {"alignment": ("exact_match",), "arithmetic": ("loss", "exact_match", "median_relative_error")}
@@ -41,17 +41,17 @@ class AlignmentStage(Stage):
     monitor: str | None = None
 
     def __init__(
-        self, name: str, policy: Policy, config: AlignmentConfig, seed: int, group: ProcessGroup = ProcessGroup()
+        self, name: str, policy: PolicyModel, config: AlignmentConfig, seed: int, group: ProcessGroup = ProcessGroup()
     ):
         self.name, self.policy, self.config, self.seed, self.group = name, policy, config, seed, group
         self.headline = HEADLINES[name]
         self._batch = BATCHES[name]
-        share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
-        self._share, each = share, share.stop - share.start
-        if each % config.gradient_accumulation_steps:
+        self._share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
+        examples = self._share.stop - self._share.start
+        if examples % config.gradient_accumulation_steps:
             raise InputError(
-                f"{name}.gradient_accumulation_steps {config.gradient_accumulation_steps} does not divide the {each} "
-                f"examples of a learner; change it or {name}.train_batch_size"
+                f"{name}.gradient_accumulation_steps {config.gradient_accumulation_steps} does not divide the "
+                f"{examples} examples of a learner; change it or {name}.train_batch_size"
             )
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class AlignmentStage(Stage):
         for part in np.split(np.arange(config.train_batch_size)[self._share], config.gradient_accumulation_steps):
             ids, is_target = tokenise(self.policy, [examples[i] for i in part])
             hidden, targets = _answers(self.policy, ids, is_target)
-            loss = example_loss(hidden, self.policy.vocabulary_rows, targets, is_target)
+            loss = example_loss(hidden, self.policy.full_head, targets, is_target)
             loss = loss / config.gradient_accumulation_steps
             backward(loss)
             total, tokens = total + loss.item(), tokens + ids.numel()
@@ -82,7 +82,7 @@ class AlignmentStage(Stage):
 
         Not unseen numbers: training covers the whole vocabulary, that is its purpose, and so does this draw from it.
         An example is exact when every answer token is the most likely one after the true tokens before it, which is
-        when greedy decoding writes exactly this answer.
+        when greedy decoding generates exactly this answer.
         """
         config, vocabulary = self.config, self.policy.vocabulary
         total = config.eval_examples * (2 if self.name == "alignment" else 9)
@@ -95,19 +95,19 @@ class AlignmentStage(Stage):
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)
             hidden, targets = _answers(self.policy, ids, is_target)
-            rows = self.policy.vocabulary_rows
-            loss += example_loss(hidden, rows, targets, is_target).item() * len(chunk) / total
+            head = self.policy.full_head
+            loss += example_loss(hidden, head, targets, is_target).item() * len(chunk) / total
             right = torch.zeros_like(is_target[:, 1:])
-            right[is_target[:, 1:]] = best_rows(hidden, rows) == targets
+            right[is_target[:, 1:]] = argmax_tokens(hidden, head) == targets
             all_right = (right | ~is_target[:, 1:]).all(1)
             numeral = self.policy.first_numeral_id
             best = torch.full_like(ids[:, 1:], -1)
-            best[is_target[:, 1:]] = best_rows(hidden, [self.policy.rows.output])
-            for row, example in enumerate(chunk):
-                exact[example.task].append(bool(all_right[row]))
+            best[is_target[:, 1:]] = argmax_tokens(hidden, [self.policy.rows.output])
+            for i, example in enumerate(chunk):
+                exact[example.task].append(bool(all_right[i]))
                 if isinstance(example.answer[0], np.ndarray):
-                    written = best[row][ids[row, 1:] >= numeral]
-                    predicted = vocabulary.decode(written[written >= 0].cpu().numpy())
+                    indices = best[i][ids[i, 1:] >= numeral]
+                    predicted = vocabulary.decode(indices[indices >= 0].cpu().numpy())
                     errors[example.task].extend(
                         relative_error(predicted, vocabulary.decode(example.answer[0])).tolist()
                     )
@@ -131,7 +131,7 @@ def _joined(parts: Sequence[dict[str, list[T]]]) -> dict[str, list[T]]:
 
 
 def tokenise(
-    policy: Policy, examples: list[Example]
+    policy: PolicyModel, examples: list[Example]
 ) -> tuple[Int[Tensor, "examples tokens"], Bool[Tensor, "examples tokens"]]:
     """Token ids of ``user: prompt, assistant: answer, end``, padded right, and which of them are answer or end."""
     opening = policy.prompts.text_ids("<|im_start|>user\n")
@@ -149,29 +149,29 @@ def tokenise(
     longest = max(len(prompt) + len(reply) for prompt, reply in prompts_answers)
     ids = torch.full((len(examples), longest), policy.end_id)
     is_target = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, (prompt, reply) in enumerate(prompts_answers):
-        ids[row, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
-        is_target[row, len(prompt) : len(prompt) + len(reply)] = True
+    for i, (prompt, reply) in enumerate(prompts_answers):
+        ids[i, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+        is_target[i, len(prompt) : len(prompt) + len(reply)] = True
     return ids.to(policy.device), is_target.to(policy.device)
 
 
 def example_loss(
     hidden: Float[Tensor, "positions d"],
-    rows: Sequence[Float[Tensor, "_ d"]],
+    head: Sequence[Float[Tensor, "_ d"]],
     targets: Int[Tensor, "positions"],
     is_target: Bool[Tensor, "examples tokens"],
 ) -> Float[Tensor, ""]:
-    """−log P of an example's answer tokens, averaged over its tokens, then over examples; positions row by row.
+    """−log P of an example's answer tokens, averaged over its tokens, then over examples; positions example by example.
 
     Every example weighs the same, or a text of ten digits would drown the one token of a numeral.
     """
     count = is_target.sum(1)
     weight = (1 / count).repeat_interleave(count) / len(count)
-    return -(token_losses(hidden, rows, targets).log_probs * weight).sum()
+    return -(token_log_probs(hidden, head, targets) * weight).sum()
 
 
-def _answers(policy: Policy, ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+def _answers(policy: PolicyModel, ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states that predict each target token, and those tokens. The token at t is predicted at t − 1."""
     hidden = policy.hidden(ids[:, :-1])
-    wanted = is_target[:, 1:]
-    return hidden[wanted], ids[:, 1:][wanted]
+    predicted = is_target[:, 1:]
+    return hidden[predicted], ids[:, 1:][predicted]

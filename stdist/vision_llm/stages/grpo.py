@@ -17,9 +17,10 @@ from torch import Tensor
 from stdist.training.loop import Stage
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
-from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.kernels.token_losses import token_log_probs
+from stdist.vision_llm.policy.adapters import as_reference
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
 from stdist.vision_llm.rollout.rollouts import LocalRollouts, Rollouts, Weights, completions_of, max_tokens
 from stdist.vision_llm.rollout.sampler import Completions, Decoding
@@ -53,7 +54,7 @@ class Rollout:
 
 
 class GRPOStage(Stage):
-    """See :class:`stdist.training.loop.Stage`. Call ``policy.begin_grpo`` before.
+    """See :class:`stdist.training.loop.Stage`. Call ``begin_grpo`` before.
 
     Args:
         cell_mean: ``[H·W of the region]`` mean of each cell over the training span, in units.
@@ -66,7 +67,7 @@ class GRPOStage(Stage):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyModel,
         train: CityWindows,
         validation: CityWindows,
         cell_mean: Float[np.ndarray, "cells"],
@@ -152,7 +153,7 @@ class GRPOStage(Stage):
         rewards = self._reward(batch, completions).view(-1, config.num_generations)
         tree = candidate_tree(policy, batch, completions)
         sizes = self.micro_batches.sizes(tree)
-        with policy.reference():
+        with as_reference(policy):
             reference_log_probs = completion_log_probs(policy, tree, completions, config.temperature, sizes)
         return Rollout(
             completions,
@@ -197,7 +198,7 @@ class GRPOStage(Stage):
         }
 
 
-def candidate_tree(policy: Policy, batch: PolicyBatch, completions: Completions) -> Tree:
+def candidate_tree(policy: PolicyModel, batch: PolicyBatch, completions: Completions) -> Tree:
     """Windows, their cells' prompts, and what was written behind each: the last token is predicted, never read."""
     end = len(policy.vocabulary)
     ids = torch.where(completions.answer_ids == end, policy.end_id, completions.answer_ids + policy.first_numeral_id)
@@ -205,7 +206,7 @@ def candidate_tree(policy: Policy, batch: PolicyBatch, completions: Completions)
 
 
 def candidate_log_probs(
-    policy: Policy,
+    policy: PolicyModel,
     states: Float[Tensor, "candidates tokens d"],
     completions: Completions,
     rows: slice,
@@ -214,12 +215,12 @@ def candidate_log_probs(
     """Log-probability of the tokens of candidates ``rows`` under the distribution they were sampled from (without
     top-p's cut); 0 outside the mask. ``states`` predict them."""
     mask = completions.mask[rows]
-    losses = token_losses(states[mask], policy.answer_rows, completions.answer_ids[rows][mask], temperature)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses.log_probs)
+    log_probs = token_log_probs(states[mask], policy.answer_head, completions.answer_ids[rows][mask], temperature)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 
 def completion_log_probs(
-    policy: Policy, tree: Tree, completions: Completions, temperature: float, sizes: list[int]
+    policy: PolicyModel, tree: Tree, completions: Completions, temperature: float, sizes: list[int]
 ) -> Float[Tensor, "candidates tokens"]:
     """Log-probability of every written token, without gradients."""
     log_probs = torch.empty_like(completions.log_probs)

@@ -13,9 +13,9 @@ from torch import Tensor
 from stdist.training.loop import Stage
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import SFTConfig
-from stdist.vision_llm.kernels.token_losses import token_losses
+from stdist.vision_llm.kernels.token_losses import token_log_probs
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
-from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
 from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.stages.batches import StepBatches
@@ -33,7 +33,7 @@ class SFTStage(Stage):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyModel,
         train: CityWindows,
         validation: CityWindows,
         config: SFTConfig,
@@ -65,21 +65,21 @@ class SFTStage(Stage):
         )
 
 
-def sft_tree(policy: Policy, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Tree:
+def sft_tree(policy: PolicyModel, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Tree:
     """Windows, and below them each cell's prompt and answer. Where ``blank`` is True the sequence reads blanks in
     place of its previous values y_<i."""
     previous = batch.answers[:, :-1].masked_fill(blank[:, None], policy.blank_id)
     return Tree(batch.shared, batch.grids, (Level(torch.cat([batch.prompts, previous], dim=1)),))
 
 
-def sft_loss(policy: Policy, batch: PolicyBatch) -> Visit:
+def sft_loss(policy: PolicyModel, batch: PolicyBatch) -> Visit:
     """Eq. 16: mean of −log P(y_i) over the target positions of all cells of all windows in the batch; of some cells,
     their share of it."""
     prompt = batch.prompts.shape[1]
 
     def loss(rows: slice, states: Float[Tensor, "cells tokens d"]) -> Float[Tensor, ""]:
         # A state predicts the token behind it: the prompt's last one the first answer.
-        losses = token_losses(states[:, prompt:].flatten(0, 1), policy.vocabulary_rows, batch.answers[rows].flatten())
-        return -losses.log_probs.sum() / batch.answers.numel()
+        log_probs = token_log_probs(states[:, prompt:].flatten(0, 1), policy.full_head, batch.answers[rows].flatten())
+        return -log_probs.sum() / batch.answers.numel()
 
     return loss

@@ -1,15 +1,11 @@
 """How many sequences of each depth of a prefix tree are in memory at once: what a budget for activations allows."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from stdist.vision_llm.kernels.prefix import Prefix
+from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.tree.prefix_tree import Tree
-
-if TYPE_CHECKING:
-    from stdist.vision_llm.policy.model import Policy
 
 
 class MicroBatches:
@@ -20,7 +16,7 @@ class MicroBatches:
         memory: bytes for the activations of a path through the tree, shared out evenly to its depths.
     """
 
-    def __init__(self, policy: "Policy", memory: int):
+    def __init__(self, policy: PolicyModel, memory: int):
         self.policy, self.memory = policy, memory
         self._bytes: dict[tuple[torch.Size, ...], list[int]] = {}
 
@@ -33,7 +29,7 @@ class MicroBatches:
         return [max(1, share // each) for each in self._bytes[shapes]]
 
 
-def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
+def activation_bytes(policy: PolicyModel, tree: Tree) -> list[int]:
     """Bytes kept for one window and for one sequence of each level, by autograd and for their children to read,
     parameters not counted. With gradient checkpointing, also one layer's worth of what it recomputes."""
     kept = _kept(policy, tree)
@@ -47,7 +43,7 @@ def activation_bytes(policy: "Policy", tree: Tree) -> list[int]:
     return [a + b // layers for a, b in zip(kept, whole, strict=True)]
 
 
-def _kept(policy: "Policy", tree: Tree) -> list[int]:
+def _kept(policy: PolicyModel, tree: Tree) -> list[int]:
     seen: set[int] = set()
     total = 0
 

@@ -9,27 +9,20 @@ per candidate. A node's memory is freed before its sibling is encoded.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from stdist.vision_llm.kernels.prefix import Prefix, parents_of
-
-if TYPE_CHECKING:
-    from stdist.vision_llm.policy.model import Policy
+from stdist.vision_llm.policy.model import PolicyModel
 
 
 @dataclass(frozen=True)
 class Level:
-    """All sequences of one depth; consecutive ones continue the same sequence of the level above.
-
-    ``lengths``: tokens of each that are real, where they are padded on the right.
-    """
+    """All sequences of one depth; consecutive ones continue the same sequence of the level above."""
 
     ids: Int[Tensor, "sequences tokens"]
-    lengths: Int[Tensor, "sequences"] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,17 +48,17 @@ class Tree:
         return len(self.levels[-1]) * path
 
 
-# What is asked of the leaves start … stop: the states that predict their tokens, from their parents' last one on.
+# A function of the leaves start … stop and the states that predict their tokens, from their parents' last one on.
 Visit = Callable[[slice, Float[Tensor, "leaves tokens+1 d"]], Tensor]
 
 
 def backward(
-    policy: "Policy", tree: Tree, loss: Visit, engine_backward: Callable[[Tensor], None], sizes: Sequence[int]
+    policy: PolicyModel, tree: Tree, loss: Visit, engine_backward: Callable[[Tensor], None], sizes: Sequence[int]
 ) -> float:
     """Adds the gradient of Σ loss over all leaves to the parameters. Returns that sum.
 
     Args:
-        loss: of some leaves, as a scalar that adds up over leaves; called once for each micro-batch.
+        loss: a scalar of some leaves that adds up over leaves; called once for each micro-batch.
         engine_backward: accumulates gradients of a scalar (``Engine.backward``); called several times.
         sizes: most sequences in a micro-batch, for the windows and for each level; see :mod:`micro_batches`.
     """
@@ -73,31 +66,33 @@ def backward(
 
 
 @torch.no_grad()
-def forward(policy: "Policy", tree: Tree, visit: Visit, sizes: Sequence[int]) -> None:
+def forward(policy: PolicyModel, tree: Tree, visit: Visit, sizes: Sequence[int]) -> None:
     """Calls ``visit`` for every micro-batch of leaves, without gradients."""
     _Walk(policy, tree, visit, sizes, None).run()
 
 
-def slices(count: int, size: int, family: int) -> list[tuple[int, int]]:
+def slices(count: int, size: int, *families: int) -> list[tuple[int, int]]:
     """Micro-batches of at most ``size`` of ``count`` sequences, as even as they can be.
 
-    Each holds whole families of ``family`` siblings, or lies inside one of them where a family is larger than ``size``.
+    ``families``: children of each parent, parents of each grandparent, and so on. At every generation a micro-batch
+    holds complete families or lies inside one of them.
     """
-    if size >= family:
-        families = count // family
-        parts = -(-families // (size // family))
-        edges = [round(i * families / parts) * family for i in range(parts + 1)]
-    else:
-        parts = -(-family // size)
-        inside = [round(i * family / parts) for i in range(parts)]
-        edges = [first + edge for first in range(0, count, family) for edge in inside] + [count]
-    return list(pairwise(edges))
+    unit, block = 1, count
+    for family in families:
+        if unit * family > size:
+            block = unit * family
+            break
+        unit *= family
+    units = block // unit
+    parts = -(-units // (size // unit))
+    edges = [round(i * units / parts) * unit for i in range(parts)]
+    return list(pairwise([*(first + edge for first in range(0, count, block) for edge in edges), count]))
 
 
 class _Walk:
     def __init__(
         self,
-        policy: "Policy",
+        policy: PolicyModel,
         tree: Tree,
         visit: Visit,
         sizes: Sequence[int],
@@ -119,20 +114,19 @@ class _Walk:
         level = self.tree.levels[depth]
         family = len(level) // (len(self.tree.levels[depth - 1]) if depth else len(self.tree.shared))
         cut = _leaves(node, node.parent) if self.backward else node
-        for start, stop in slices(node.sequences * family, self.sizes[depth + 1], family):
+        for start, stop in slices(node.sequences * family, self.sizes[depth + 1], family, *node.families):
             parents = parents_of(start, stop, family)
             above = cut.part(*parents)
             above = _all_leaves(above) if self.backward else above
-            rows = slice(first * family + start, first * family + stop)
-            lengths = None if level.lengths is None else level.lengths[rows]
-            hidden, child = self.policy.branch(above, level.ids[rows], lengths)
+            span = slice(first * family + start, first * family + stop)
+            hidden, child = self.policy.branch(above, level.ids[span])
             if depth + 1 < len(self.tree.levels):
                 del hidden  # its last states are in the child
-                self._below(child, depth + 1, rows.start)
+                self._below(child, depth + 1, span.start)
             else:
                 del child
                 before = above.last.repeat_interleave((stop - start) // above.sequences, 0)
-                self._visit(rows, torch.cat([before[:, None], hidden], dim=1))
+                self._visit(span, torch.cat([before[:, None], hidden], dim=1))
             if self.backward:
                 _collect(above, cut, *parents)
         if self.backward:
@@ -141,29 +135,29 @@ class _Walk:
             if terms:
                 self.backward(torch.stack(terms).sum())
 
-    def _visit(self, rows: slice, states: Float[Tensor, "leaves tokens d"]) -> None:
-        loss = self.visit(rows, states)
+    def _visit(self, leaves: slice, states: Float[Tensor, "leaves tokens d"]) -> None:
+        loss = self.visit(leaves, states)
         if self.backward:
             self.backward(loss)
             self.total += loss.item()
 
 
 def _leaves(node: Prefix, parent: Prefix | None) -> Prefix:
-    """The node cut from its graph: tensors of the same memory that collect gradients of their own."""
+    """The node cut from its graph: tensors of the same memory that collect gradients."""
     return node.with_tensors([tensor.detach().requires_grad_() for tensor in node.tensors], parent)
 
 
 def _all_leaves(node: Prefix) -> Prefix:
-    """The node and its ancestors as leaves: a part's gradients then have the part's size, not the whole's."""
+    """The node and its ancestors as leaves: a part's gradients then have the part's size, not that of all."""
     return _leaves(node, node.parent and _all_leaves(node.parent))
 
 
-def _collect(part: Prefix, whole: Prefix, start: int, stop: int) -> None:
-    """Adds the gradients of sequences ``start`` to ``stop``, and of what they continue, to those of the whole."""
-    for mine, all_of in zip(part.tensors, whole.tensors, strict=True):
-        if mine.grad is not None:
-            if all_of.grad is None:
-                all_of.grad = torch.zeros_like(all_of)
-            all_of.grad[start:stop] += mine.grad
-    if part.parent and whole.parent:
-        _collect(part.parent, whole.parent, *parents_of(start, stop, whole.sequences // whole.parent.sequences))
+def _collect(part: Prefix, node: Prefix, start: int, stop: int) -> None:
+    """Adds the gradients of sequences ``start`` to ``stop``, and of what they continue, to those of their node."""
+    for tensor, target in zip(part.tensors, node.tensors, strict=True):
+        if tensor.grad is not None:
+            if target.grad is None:
+                target.grad = torch.zeros_like(target)
+            target.grad[start:stop] += tensor.grad
+    if part.parent and node.parent:
+        _collect(part.parent, node.parent, *parents_of(start, stop, node.families[0]))

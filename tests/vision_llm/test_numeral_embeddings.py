@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from stdist.numerals import Vocabulary
-from stdist.vision_llm.policy.model import Policy
-from stdist.vision_llm.policy.numeral_rows import NumeralRows, initial_rows
+from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings, initial_embeddings
 
 
 def test_embed_mixes_text_and_numeral_rows_and_trains_only_numerals_that_occur() -> None:
     text = nn.Embedding(5, 3)
     before = text.weight.detach().clone()
-    rows = NumeralRows(torch.randn(4, 3), torch.randn(4, 3))
+    rows = NumeralEmbeddings(torch.randn(4, 3), torch.randn(4, 3))
     text.weight.requires_grad_(False)
     ids = torch.tensor([[0, 5, 4], [8, 8, 2]])
     embedded = rows.embed(ids, text, first_id=5)
@@ -27,12 +27,12 @@ def test_embed_mixes_text_and_numeral_rows_and_trains_only_numerals_that_occur()
 
 def test_a_trained_text_row_gets_nothing_from_numerals() -> None:
     """Numeral positions look row 0 up and throw it away: its gradient must not count them."""
-    text, rows = nn.Embedding(5, 3), NumeralRows(torch.randn(4, 3), torch.randn(4, 3))
+    text, rows = nn.Embedding(5, 3), NumeralEmbeddings(torch.randn(4, 3), torch.randn(4, 3))
     rows.embed(torch.tensor([5, 6, 7, 2]), text, first_id=5).sum().backward()
     assert text.weight.grad.sum(1).tolist() == [0.0, 0.0, 3.0, 0.0, 0.0]
 
 
-def test_the_base_is_never_resized(policy: Policy) -> None:
+def test_the_base_is_never_resized(policy: PolicyModel) -> None:
     text_tokens = policy.first_numeral_id
     assert policy.base_model.get_input_embeddings().weight.shape[0] == text_tokens
     assert policy.base_model.lm_head.weight.shape[0] == text_tokens
@@ -44,7 +44,7 @@ def test_the_base_is_never_resized(policy: Policy) -> None:
 def three_digits() -> tuple[Vocabulary, torch.Tensor]:
     vocabulary = Vocabulary(mantissa_digits=3)
     digits = torch.randn(10, 128, generator=torch.Generator().manual_seed(0)) * 0.09
-    return vocabulary, initial_rows(vocabulary, digits, seed=0)
+    return vocabulary, initial_embeddings(vocabulary, digits, seed=0)
 
 
 def test_initial_rows_order_values(three_digits: tuple[Vocabulary, torch.Tensor]) -> None:
@@ -78,8 +78,8 @@ def test_initial_rows_are_reproducible_finite_distinct_and_sized_like_digits(
 ) -> None:
     vocabulary, rows = three_digits
     digits = torch.randn(10, 128, generator=torch.Generator().manual_seed(0)) * 0.09
-    assert torch.equal(rows, initial_rows(vocabulary, digits, seed=0))
-    assert not torch.equal(rows, initial_rows(vocabulary, digits, seed=1))
+    assert torch.equal(rows, initial_embeddings(vocabulary, digits, seed=0))
+    assert not torch.equal(rows, initial_embeddings(vocabulary, digits, seed=1))
     assert rows.isfinite().all()
     assert len(rows.unique(dim=0)) == len(vocabulary)
     assert rows.pow(2).mean().sqrt().item() == pytest.approx(digits.pow(2).mean().sqrt().item(), rel=0.1)
