@@ -32,9 +32,9 @@ from stdist.vision_llm.model_counts import (
 from stdist.vision_llm.policy.presets import build_tokenizer
 from stdist.vision_llm.policy.prompts import END
 from stdist.vision_llm.rollout.decode_batch import CACHE_BYTES, MOST_SEQUENCES
+from stdist.vision_llm.rollout.rollouts import EXTRA_TOKENS
 from stdist.vision_llm.rollout.sampler import LOGIT_BYTES
 from stdist.vision_llm.stages.alignment import BATCHES
-from stdist.vision_llm.stages.grpo import EXTRA_TOKENS
 from stdist.vision_llm.tree.prefix_tree import slices
 
 
