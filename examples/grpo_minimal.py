@@ -2,9 +2,8 @@
 
     python examples/grpo_minimal.py
 
-Plain and slow: every candidate is a sequence of its own and every token a pass over all before it; no prefix tree, no
-adapter, no workers. ``stdist.vision_llm.stages.grpo`` computes the same, and a test holds it against this file. Stdist
-lends what is around the algorithm: a synthetic city, a small Qwen2.5-VL, prompts and numerals.
+Plain and slow: every candidate is a sequence of its own, every token a pass over all before it; no tree, no adapter, no
+workers. A test holds ``stdist.vision_llm.stages.grpo`` against it. Stdist lends city, model, prompts and numerals.
 """
 
 import copy
@@ -29,14 +28,12 @@ from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 HISTORY, HORIZON, GENERATIONS = 4, 3, 4
 SFT_STEPS, GRPO_STEPS = 24, 12
 TEMPERATURE, EPSILON, BETA, HALF_SCORE = 1.0, 0.2, 0.04, 0.5
-# A candidate may write four tokens more than K, so that the length term of Eq. 17 can tell it off.
-MAX_TOKENS = HORIZON + 4
+MAX_TOKENS = HORIZON + 4  # beyond K, so that the length term of Eq. 17 can tell a candidate off
 
 
 @dataclass
 class Prompts:
-    """One row a candidate: frames, what all cells share, the cell's own history. ``sayable``: ids of all numerals, then
-    of the end; an answer id is a place in it."""
+    """One row a candidate. ``sayable``: ids of all numerals, then of the end; an answer id is a place in it."""
 
     ids: Int[Tensor, "candidates tokens"]
     patches: Float[Tensor, "patches features"]
@@ -195,7 +192,7 @@ def main() -> None:
             history.append(rewards.mean().item())
             print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}")
         print(
-            f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} in the last"
+            f"mean reward of the first four steps {np.mean(history[:4]):.3f}, of the last {np.mean(history[-4:]):.3f}"
         )
 
 
