@@ -169,9 +169,8 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
         for _ in range(SFT_STEPS):
             batch = draw(4)
-            prompts = Prompts.of(policy, batch, 1)
             answers = torch.nn.functional.pad(batch.answers[:, :-1] - policy.first_numeral_id, (0, 1), value=end)
-            loss = -log_probs(model, prompts, answers).mean()
+            loss = -log_probs(model, Prompts.of(policy, batch, 1), answers).mean()
             update(optimizer, model, loss)
         print(f"SFT: loss {loss.item():.2f} after {SFT_STEPS} steps")
 
@@ -185,8 +184,7 @@ def main() -> None:
             answer_ids = sample(model, prompts)
             d = np.tile(np.maximum(cell_mean[batch.cells], 0.05 * cell_mean[city.cells].mean()), len(batch.shared))
             rewards = rewards_of(policy, answer_ids, batch.truth.reshape(-1, HORIZON), d)
-            mask = written(answer_ids, end)
-            new = log_probs(model, prompts, answer_ids)
+            mask, new = written(answer_ids, end), log_probs(model, prompts, answer_ids)
             of_reference = log_probs(reference, prompts, answer_ids)
             update(optimizer, model, grpo_loss(new, new.detach(), of_reference, rewards, mask))
             history.append(rewards.mean().item())
