@@ -15,10 +15,10 @@ from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.learning import parameter_groups
 from stdist.vision_llm.policy.adapters import active_adapter, adapter_names, add_lora, as_reference, begin_grpo
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.rollout.rollouts import Candidates, Rollouts, Weights
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import GRPOStage, candidate_tree, completion_log_probs
