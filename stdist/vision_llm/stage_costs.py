@@ -272,11 +272,11 @@ class _TwoTokens:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
-    def decode(self, *inputs: Tensor, tree: TreeContext) -> Tensor:
+    def decode(self, ids: Tensor, positions: Tensor, tree: TreeContext) -> Tensor:
         self._left -= 1
         if not self._left:
             raise self.Enough
-        return self._policy.decode(*inputs, tree=tree)
+        return self._policy.decode(ids, positions, tree)
 
 
 @cache
@@ -318,6 +318,6 @@ def _batch(policy: PolicyModel, windows: int, cells: int) -> PolicyBatch:
         torch.zeros(count, setting.horizon + 1, dtype=torch.long),
         truth,
         truth == 0,
-        np.zeros(windows, np.int64),
         np.arange(cells),
+        np.zeros(windows, np.int64),
     )
