@@ -29,7 +29,7 @@ from stdist.vision_llm.kernels.token_losses import token_log_probs
 
 class Size(NamedTuple):
     positions: int
-    text_head: int
+    text_rows: int
     numeral_rows: int
     d: int
 
@@ -55,9 +55,9 @@ def prepare(loss: Callable[..., Tensor], size: Size) -> Callable[[], tuple[float
         return torch.randn(*shape, generator=generator)
 
     hidden = normal(size.positions, size.d).requires_grad_()
-    text, numerals = normal(size.text_head, size.d) / size.d**0.5, normal(size.numeral_rows, size.d) / size.d**0.5
+    text, numerals = normal(size.text_rows, size.d) / size.d**0.5, normal(size.numeral_rows, size.d) / size.d**0.5
     numerals.requires_grad_()
-    targets = torch.randint(size.text_head + size.numeral_rows, (size.positions,), generator=generator)
+    targets = torch.randint(size.text_rows + size.numeral_rows, (size.positions,), generator=generator)
     few = hidden[:2].detach().requires_grad_(), text[:2], numerals[:2].detach().requires_grad_()
     loss(*few, torch.tensor([0, 3])).backward()
 
@@ -87,7 +87,7 @@ def measure(runs: int, size: Size) -> dict[str, Any]:
         peer="cross_entropy of all logits at once",
         peer_values=[cost.peak_bytes for cost in peer],
         setting=(
-            f"{size.positions} target positions, {size.text_head} frozen text rows, {size.numeral_rows} trainable "
+            f"{size.positions} target positions, {size.text_rows} frozen text rows, {size.numeral_rows} trainable "
             f"numeral rows, d = {size.d}, float32, torch {torch.__version__}"
         ),
         better="less",
@@ -108,7 +108,7 @@ def main() -> None:
     arguments.add_argument("--numeral-rows", type=int, default=200_000)
     arguments.add_argument("--width", type=int, default=256, help="d")
     given = arguments.parse_args()
-    publish(measure(given.runs, Size(given.positions, given.text_head, given.numeral_rows, given.width)), given.json)
+    publish(measure(given.runs, Size(given.positions, given.text_rows, given.numeral_rows, given.width)), given.json)
 
 
 if __name__ == "__main__":

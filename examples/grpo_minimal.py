@@ -49,7 +49,6 @@ class Prompts:
         """``generations`` rows a cell, cell by cell and window by window."""
         cells = len(batch.prompts) // len(batch.shared)
         ids = torch.cat([batch.shared.repeat_interleave(cells, 0), batch.prompts], dim=1)
-        assert policy.encoder, "the example's policy sees frames"
         patches, grid_thw = policy.encoder(batch.grids.repeat_interleave(cells * generations, 0))
         numerals = policy.first_numeral_id + torch.arange(len(policy.vocabulary))
         sayable = torch.cat([numerals, torch.tensor([policy.end_id])])
@@ -84,8 +83,7 @@ def answer_logits(
 @torch.no_grad()
 def sample(model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts) -> Int[Tensor, "candidates tokens"]:
     """Answer ids, token by token; behind its end a candidate is filled up with ends."""
-    end = len(prompts.sayable) - 1
-    answer_ids = prompts.ids.new_zeros(len(prompts.ids), 0)
+    end, answer_ids = len(prompts.sayable) - 1, prompts.ids[:, :0]
     ended = torch.zeros(len(prompts.ids), dtype=torch.bool)
     while answer_ids.shape[1] < MAX_TOKENS and not ended.all():
         probabilities = (answer_logits(model, prompts, answer_ids)[:, -1] / TEMPERATURE).softmax(-1)
@@ -109,8 +107,7 @@ def written(answer_ids: Int[Tensor, "candidates tokens"], end: int) -> Bool[Tens
 
 def reward(values: list[float], truth: list[float], d: float) -> float:
     """Eq. 17: accuracy (Eq. 18 of Eq. 19's error over the common prefix), the length term, and 0.5 for nothing."""
-    common = min(len(values), len(truth))
-    accuracy = 0.0
+    common, accuracy = min(len(values), len(truth)), 0.0
     if common:
         squared = sum((a - b) ** 2 for a, b in zip(values[:common], truth[:common], strict=True))
         accuracy = 0.5 ** (math.sqrt(squared / common) / d / HALF_SCORE)
@@ -125,8 +122,8 @@ def rewards_of(
     rewards = []
     for row, answer in enumerate(answer_ids.tolist()):
         numerals = answer[: answer.index(end)] if end in answer else answer
-        values = policy.vocabulary.decode(np.array(numerals, dtype=np.int64)).tolist()
-        rewards.append(reward(values, truth[row // generations].tolist(), float(d[row // generations])))
+        values, group = policy.vocabulary.decode(np.array(numerals, dtype=np.int64)).tolist(), row // generations
+        rewards.append(reward(values, truth[group].tolist(), float(d[group])))
     return torch.tensor(rewards).view(-1, generations)
 
 
@@ -145,6 +142,13 @@ def grpo_loss(
     return (((BETA * kl - objective) * mask).sum(1) / mask.sum(1)).mean()
 
 
+def update(optimizer: torch.optim.Optimizer, model: torch.nn.Module, loss: Tensor) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def main() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -152,6 +156,7 @@ def main() -> None:
     frames = FrameSpec(height=4, width=4, pixels_per_cell=14, power=0.5, t_max=2000.0)
     spec = PolicySpec(base="tiny", mantissa_digits=2, setting=setting, frames=frames, base_is_trained=True)
     policy = build_policy(spec, seed=0)
+    end = len(policy.vocabulary)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "toy.zarr"
         READERS["synthetic"].prepare([], path, city="toy", height=4, width=4, days=6, cadence=60, seed=3)
@@ -168,12 +173,9 @@ def main() -> None:
         for _ in range(SFT_STEPS):
             batch = draw(4)
             prompts = Prompts.of(policy, batch, 1)
-            end = torch.full((len(batch.answers), 1), len(policy.vocabulary))
-            answers = torch.cat([batch.answers[:, :-1] - policy.first_numeral_id, end], dim=1)
+            answers = torch.nn.functional.pad(batch.answers[:, :-1] - policy.first_numeral_id, (0, 1), value=end)
             loss = -log_probs(model, prompts, answers).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            update(optimizer, model, loss)
         print(f"SFT: loss {loss.item():.2f} after {SFT_STEPS} steps")
 
         # The old policy is the one that sampled: with one update a rollout it is the current one, and the ratio is 1.
@@ -186,17 +188,12 @@ def main() -> None:
             answer_ids = sample(model, prompts)
             d = np.tile(np.maximum(cell_mean[batch.cells], 0.05 * cell_mean[city.cells].mean()), len(batch.shared))
             rewards = rewards_of(policy, answer_ids, batch.truth.reshape(-1, HORIZON), d)
-            mask = written(answer_ids, len(policy.vocabulary))
+            mask = written(answer_ids, end)
             new = log_probs(model, prompts, answer_ids)
-            with torch.no_grad():
-                of_reference = log_probs(reference, prompts, answer_ids)
-            loss = grpo_loss(new, new.detach(), of_reference, rewards, mask)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            of_reference = log_probs(reference, prompts, answer_ids)
+            update(optimizer, model, grpo_loss(new, new.detach(), of_reference, rewards, mask))
             history.append(rewards.mean().item())
-            print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}, tokens {mask.sum(1).float().mean():.2f}")
+            print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}")
         print(
             f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} in the last"
         )

@@ -69,11 +69,11 @@ class WindowSampler:
         """All windows' numbers in the order of an epoch, int64 [n]."""
         if not self.shuffle:
             return np.arange(len(self.windows))
-        key = _uniform(len(self.windows), self.seed, epoch, WINDOWS)
+        key = uniform(len(self.windows), self.seed, epoch, WINDOWS)
         if self.days_at_once is None:
             return np.argsort(key, kind="stable")
         days, of_day = np.unique(self.windows.origins // self.windows.store.slots_per_day, return_inverse=True)
-        place = np.argsort(np.argsort(_uniform(len(days), self.seed, epoch, DAYS), kind="stable"))
+        place = np.argsort(np.argsort(uniform(len(days), self.seed, epoch, DAYS), kind="stable"))
         # A day's windows spread over the places of the days after it, so that days come and go one by one: groups
         # that change all at once would make the reader wait for all of their chunks at once.
         return np.argsort(place[of_day] + self.days_at_once * key, kind="stable")
@@ -84,7 +84,7 @@ class WindowSampler:
         count = self.cells_per_window
         if count is None:
             return None
-        keys = [_uniform(len(self._inside), self.seed, epoch, CELLS, index) for index in indices.tolist()]
+        keys = [uniform(len(self._inside), self.seed, epoch, CELLS, index) for index in indices.tolist()]
         return np.stack([np.sort(self._inside[np.argpartition(key, count - 1)[:count]]) for key in keys])
 
     def batches(self, epoch: int, consumed: int = 0) -> Iterator[tuple[np.ndarray, int]]:
@@ -114,7 +114,7 @@ class WindowSampler:
         return full + (not self.shuffle and rest > self.rank)
 
 
-def _uniform(size: int, *key: int) -> np.ndarray:
+def uniform(size: int, *key: int) -> np.ndarray:
     """Float64 in [0, 1), [size], a function of ``key`` alone.
 
     Made of the generator's raw bits, which numpy promises to keep; ``permutation`` and ``choice`` may change with

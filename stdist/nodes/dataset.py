@@ -1,30 +1,26 @@
 """The data side of a run on nodes: its store, the windows of the three splits, and statistics of the training days."""
 
 from dataclasses import dataclass
-from datetime import date
 
 import numpy as np
 
 from stdist.config import DataConfig
-from stdist.data import GridStore, NodeRange, Split, Statistics, Windows, open_store
+from stdist.config.base import SplitConfig
+from stdist.data import GridStore, NodeRange, Split, open_store
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.nodes.config import PeriodConfig
 from stdist.nodes.node_set import NodeSet
+from stdist.runs.dataset import Dataset, open_windows, split_of, training_days
 
 DAYS_PER_WEEK = 7
 
 
 @dataclass(frozen=True, eq=False)
-class NodeDataset:
+class NodeDataset(Dataset):
     """Windows of ``nodes``; ``statistics`` of their region in the training span."""
 
-    store: GridStore
     nodes: NodeSet
-    train: Windows
-    validation: Windows
-    test: Windows
-    statistics: Statistics
 
     @property
     def cadence(self) -> int:
@@ -46,7 +42,7 @@ def open_dataset(data: DataConfig) -> NodeDataset:
     """The data of one training. Raises InputError for a channel, region, split or window that cannot be, nodes without
     a value, and data that is the same all over."""
     store = open_store(data.store)
-    split = Split.parse(**data.split.model_dump(mode="json")) if data.split else store.default_split
+    split = split_of(data.split, store)
     return _open(
         store, data, split, store.region(data.region), "leave them out with data.region", ", or use recipe continual"
     )
@@ -56,12 +52,9 @@ def open_period(data: DataConfig, period: PeriodConfig) -> NodeDataset:
     """The data of one period: the nodes that are there by then. Raises InputError as ``open_dataset``, and for a grid,
     whose cells do not join one after the other."""
 
-    def days(span: tuple[date, date]) -> list[str]:
-        return [day.isoformat() for day in span]
-
-    split = Split.parse(days(period.train), days(period.validation), days(period.test))
-    nodes = NodeRange(0, period.nodes)
-    return _open(open_store(data.store), data, split, nodes, "give the period fewer nodes")
+    store = open_store(data.store)
+    split = split_of(SplitConfig(train=period.train, validation=period.validation, test=period.test), store)
+    return _open(store, data, split, NodeRange(0, period.nodes), "give the period fewer nodes")
 
 
 def _open(
@@ -69,24 +62,15 @@ def _open(
 ) -> NodeDataset:
     """``without_them``: how this recipe leaves nodes out; ``or_else``: what else serves where nodes join later."""
     region = region.within(store.shape)
-    fitted_on = split.named("train").fraction(data.fraction)
+    fitted_on = training_days(data, split)
     if isinstance(region, NodeRange):
         _require_there(store, region, fitted_on.first_day, without_them, or_else)
 
-    def windows(name: str) -> Windows:
-        span = fitted_on if name == "train" else split.named(name)
-        everything = store.windows(
-            span, data.history, data.horizon, channel=data.channel, history_inside=name == "train", name=name
-        )
-        return everything.of_region(region)
-
     dataset = NodeDataset(
         store,
-        NodeSet.of(store, region),
-        windows("train"),
-        windows("validation"),
-        windows("test"),
+        *open_windows(data, store, split, region, region),
         store.statistics(data.channel, fitted_on, region),
+        NodeSet.of(store, region),
     )
     if not dataset.statistics.std > 0:
         raise InputError(

@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from stdist.config import RunConfig
-from stdist.data import DaySpan, GridStore, Split, Windows, open_store
+from stdist.data import DaySpan, GridStore, Windows, open_store
 from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
 from stdist.progress import progress_bar
+from stdist.runs.dataset import split_of
 from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
@@ -183,5 +184,4 @@ def forecast_store(
 
 def _days(config: RunConfig, store: GridStore, part: str) -> DaySpan:
     split = config.last_split if config.data.store.resolve() == store.path.resolve() else None
-    days = Split.parse(**split.model_dump(mode="json")) if split else store.default_split
-    return days.named(part)
+    return split_of(split, store).named(part)

@@ -21,7 +21,7 @@ from stdist.urbanpg.checkpoints import stage_names
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.continual import expanded
 from stdist.urbanpg.model import UrbanPG
-from stdist.urbanpg.recipe import open_run
+from stdist.urbanpg.opening import open_run
 
 MIB = 2**20
 FLOAT = 4

@@ -17,12 +17,12 @@ from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import stage_config
 from stdist.vision_llm.policy.adapters import LORA_TARGETS
 from stdist.vision_llm.policy.frames import MERGE, FrameGeometry, pixels_per_cell
 from stdist.vision_llm.policy.presets import SHAPES, build_model, build_tokenizer
 from stdist.vision_llm.policy.prompts import PromptEncoder
 from stdist.vision_llm.policy.spec import Setting
-from stdist.vision_llm.task import stage_config
 
 NF4_BYTES = 4.127 / 8
 """Of a weight with its doubly quantised scale (QLoRA, arXiv 2305.14314, Section 3)."""

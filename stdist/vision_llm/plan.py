@@ -13,11 +13,11 @@ from stdist.runs import memory_plan
 from stdist.runs.memory_plan import Ranks, StateBytes, Weights
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastStageConfig, VisionLLMConfig
+from stdist.vision_llm.dataset import stage_config
 from stdist.vision_llm.model_counts import read_base, read_shape, stage_weights
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.recipe import check_learners
 from stdist.vision_llm.step_counts import Work, ranks_of, stage_work
-from stdist.vision_llm.task import stage_config
 
 GIB = 2**30
 

@@ -10,12 +10,12 @@ from stdist.data.spans import AnyRegion
 from stdist.evaluation import Chunk, ChunkGrid
 from stdist.runs.forecasting import ForecastRequest, Predictor
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import cadence_minutes, first_cell
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.frames import clipped, pixels_per_cell
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import candidates_per_cell, forecast_pieces, plan_pieces, summarise
-from stdist.vision_llm.task import cadence_minutes, first_cell
 
 
 class PolicyPredictor(Predictor):

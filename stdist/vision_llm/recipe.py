@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stdist.errors import InputError
+from stdist.runs.dataset import Dataset
 from stdist.runs.forecasting import Predictor
 from stdist.runs.recipes import Recipe
 from stdist.runs.run import Run
@@ -19,6 +20,7 @@ from stdist.training.engine import Engine, ParameterGroup
 from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec, stage_config
 from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
@@ -29,7 +31,6 @@ from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
-from stdist.vision_llm.task import Task, open_task, policy_spec, stage_config
 
 
 class VisionLLMRecipe(Recipe[VisionLLMConfig]):
@@ -40,12 +41,12 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
     def stages(self, config: VisionLLMConfig) -> tuple[str, ...]:
         return config.stages
 
-    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Task:
+    def check(self, config: VisionLLMConfig, group: ProcessGroup) -> Dataset:
         """The run's data. Raises InputError where ``group`` cannot train on it, or the folder is another run's."""
         check_learners(config, group)
-        task = open_task(config)
-        refuse_foreign_folder(config, task.store.digest)
-        return task
+        dataset = open_dataset(config)
+        refuse_foreign_folder(config, dataset.store.digest)
+        return dataset
 
     def open(self, config: VisionLLMConfig, group: ProcessGroup) -> "VisionLLMRun":
         return VisionLLMRun(config, self.check(config, group))
@@ -65,15 +66,15 @@ class VisionLLMRun(Run):
     metric = "nrmse"
     config: VisionLLMConfig
 
-    def __init__(self, config: VisionLLMConfig, task: Task):
-        self.config, self.task = config, task
-        self.store, self.train, self.test = task.store, task.train, task.test
-        self.policy = _on_device(build_policy(policy_spec(config, task), config.seed))
+    def __init__(self, config: VisionLLMConfig, dataset: Dataset):
+        self.config, self.dataset = config, dataset
+        self.store, self.train, self.test = dataset.store, dataset.train, dataset.test
+        self.policy = _on_device(build_policy(policy_spec(config, dataset), config.seed))
         clamp = config.numerals.out_of_range == "clamp"
-        clamped = find_unwritable((task.train, task.validation, task.test), self.policy.vocabulary, clamp)
+        clamped = find_unwritable((dataset.train, dataset.validation, dataset.test), self.policy.vocabulary, clamp)
         self.notes = [clamped] if clamped else []
         self._train, self._validation = (
-            CityWindows(self.policy, windows, clamp) for windows in (task.train, task.validation)
+            CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
         )
 
     @property
@@ -107,7 +108,7 @@ class VisionLLMRun(Run):
         config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
         if name == "grpo":
             begin_grpo(policy, config.seed)
-            cell_mean = self.task.statistics.cell_mean[self.task.train.region.slices].ravel()
+            cell_mean = self.dataset.statistics.cell_mean[self.dataset.train.region.slices].ravel()
             return GRPOStage(
                 policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group
             )

@@ -15,6 +15,7 @@ from stdist.numerals.alignment_tasks import Piece
 from stdist.runs.memory_plan import Ranks, Weights, gathered_bytes
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, GRPOConfig, VisionLLMConfig
+from stdist.vision_llm.dataset import stage_config
 from stdist.vision_llm.kernels.token_losses import TILE_BYTES, TILE_POSITIONS
 from stdist.vision_llm.model_counts import (
     DECODER,
@@ -31,10 +32,9 @@ from stdist.vision_llm.model_counts import (
 from stdist.vision_llm.policy.presets import build_tokenizer
 from stdist.vision_llm.policy.prompts import END
 from stdist.vision_llm.rollout.decode_batch import CACHE_BYTES, MOST_SEQUENCES
+from stdist.vision_llm.rollout.rollouts import EXTRA_TOKENS
 from stdist.vision_llm.rollout.sampler import LOGIT_BYTES
 from stdist.vision_llm.stages.alignment import BATCHES
-from stdist.vision_llm.stages.grpo import EXTRA_TOKENS
-from stdist.vision_llm.task import stage_config
 from stdist.vision_llm.tree.prefix_tree import slices
 
 

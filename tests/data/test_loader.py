@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdist.data.loader import WindowLoader
+from stdist.data.loader import StepLoader, WindowLoader
 from stdist.data.sampler import WindowSampler
 from stdist.errors import InputError
 
@@ -21,8 +21,17 @@ def windows(make_store):
     return make_store(values).windows("train", 6, 3, channel="internet")
 
 
+OTHERS: list[threading.Thread] = []
+
+
+@pytest.fixture(autouse=True)
+def others():
+    """Threads of loaders that earlier tests have not let go of."""
+    OTHERS[:] = threading.enumerate()
+
+
 def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("window-loader")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("window-loader") and t not in OTHERS]
 
 
 def _before_reading(windows, monkeypatch, call) -> None:
@@ -142,3 +151,32 @@ def test_batches_are_pinned_where_cuda_is(windows):
     batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
     assert batch.history.is_pinned() and batch.target.is_pinned() and batch.target_observed.is_pinned()
     torch.testing.assert_close(batch.to("cuda").history.cpu(), batch.history)
+
+
+def test_a_step_has_its_windows_whatever_came_before(windows, monkeypatch):
+    """In order and read ahead, out of order, and over the end of an epoch; on one rank or shared by two."""
+    loader = StepLoader(windows, 8, seed=2, rank=0, world=1)
+    steps = loader.steps_per_epoch
+    order = [WindowSampler(windows, 8, seed=2).order(epoch) for epoch in range(2)]
+    assert steps == len(windows) // 8
+    for step in (0, 1, 2, steps - 1, steps, steps + 1, 1, steps + 1):
+        epoch, number = divmod(step, steps)
+        expected = order[epoch][8 * number : 8 * number + 8]
+        batch = loader.batch(step)
+        assert batch.indices.tolist() == loader.indices(step).tolist() == expected.tolist()
+        assert np.array_equal(batch.target.numpy(), windows.read(expected).target)
+    halves = [StepLoader(windows, 4, seed=2, rank=rank, world=2).batch(1).indices.tolist() for rank in range(2)]
+    assert halves == [order[0][8:16:2].tolist(), order[0][9:16:2].tolist()]
+
+
+def test_days_come_one_by_one_where_the_cache_holds_few(make_store):
+    """Half of the cache is for days that are mixed; a span that fits is mixed as a whole."""
+    windows = make_store(np.zeros((144 * 8, 2, 2), np.float32)).windows("train", 6, 3, channel="internet")
+    assert len(windows.span) > 3
+    for days, expected in ((3, 3), (len(windows.span), None)):
+        windows.store.chunk_cache.limit = 2 * days * 144 * 4 * 5  # a float32 and a bool of each cell
+        order = WindowSampler(windows, 8, seed=2, days_at_once=expected).order(0)
+        assert StepLoader(windows, 8, seed=2, rank=0, world=1).indices(0).tolist() == order[:8].tolist()
+    windows.store.chunk_cache.limit = 0
+    order = WindowSampler(windows, 8, seed=2, days_at_once=2).order(0)
+    assert StepLoader(windows, 8, seed=2, rank=0, world=1).indices(0).tolist() == order[:8].tolist()

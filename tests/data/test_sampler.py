@@ -47,6 +47,8 @@ def _epoch(sampler: WindowSampler, epoch: int = 0, consumed: int = 0) -> list[np
 def test_order_is_the_recorded_one():
     """A resumed epoch must go on with this very order, whatever version of numpy resumes it."""
     assert _sampler(8, 1, seed=3).order(2).tolist() == [4, 0, 5, 3, 7, 6, 1, 2]
+    by_day = _sampler(16, 1, seed=3, days_at_once=1).order(2)
+    assert by_day.tolist() == [4, 5, 7, 6, 15, 12, 13, 14, 0, 3, 1, 2, 10, 8, 9, 11]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -91,6 +93,25 @@ def test_resumed_anywhere_at_any_world_size_goes_on_with_the_remaining_samples(d
     for sampler in second:
         sampler.consumed = consumed
         assert sampler.begin() == ((1, 0) if made and full == 0 else (0, consumed))
+
+
+@pytest.mark.parametrize(
+    ("settings", "consumed", "goes_on_at"),
+    [
+        # Seven windows, two a batch: the seventh is no batch of training, and one of evaluation.
+        ({}, 5, (3, 5)),
+        ({}, 6, (4, 0)),
+        ({"world": 2}, 3, (3, 3)),
+        ({"world": 2}, 4, (4, 0)),
+        ({"shuffle": False}, 6, (3, 6)),
+        ({"shuffle": False}, 7, (4, 0)),
+        ({}, 0, (3, 0)),
+    ],
+)
+def test_an_epoch_with_no_batch_left_is_over(settings, consumed, goes_on_at):
+    sampler = _sampler(7, 2, **settings)
+    sampler.epoch, sampler.consumed = 3, consumed
+    assert sampler.begin() == goes_on_at == (sampler.epoch, sampler.consumed)
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 5))

@@ -18,7 +18,7 @@ def test_span_counts_both_ends(value):
     assert len(span) == 20 and str(span) == "2013-11-01:2013-11-20"
 
 
-@pytest.mark.parametrize(("share", "days"), [(0.1, 2), (0.01, 1), (0.3, 6), (1, 20)])
+@pytest.mark.parametrize(("share", "days"), [(0.1, 2), (0.01, 1), (0.29999, 5), (0.3, 6), (1, 20)])
 def test_few_shot_is_the_first_days(share, days):
     few = DaySpan.parse("2013-11-01:2013-11-20").fraction(share)
     assert few.first_day == np.datetime64("2013-11-01") and len(few) == days
@@ -51,8 +51,9 @@ def test_overlapping_splits_are_refused():
         Split.parse("2013-11-01:2013-11-20", None, "2013-11-20:2013-11-30")
 
 
-def test_paper_spans_where_the_data_covers_them():
-    split = default_split(_days("2013-11-01", "2014-01-01"))
+@pytest.mark.parametrize(("first", "last"), [("2013-11-01", "2014-01-01"), ("2013-10-30", "2014-01-03")])
+def test_paper_spans_where_the_data_covers_them(first, last):
+    split = default_split(_days(first, last))
     assert [str(split.train), str(split.validation), str(split.test)] == [
         "2013-11-01:2013-12-18",
         "2013-12-19:2013-12-25",
@@ -81,6 +82,14 @@ def test_default_split_is_four_to_one_to_one_but_for_the_papers_days(first, last
 def test_default_split_counts_days_that_hold_data():
     days = np.delete(_days("2020-01-01", "2020-01-09"), [1, 4, 7])
     assert default_split(days) == Split.parse("2020-01-01:2020-01-06", "2020-01-07:2020-01-07", "2020-01-09:2020-01-09")
+
+
+def test_default_split_counts_the_days_that_are_there():
+    """Thirteen days in two stretches: nine, two and two of them, whatever lies between."""
+    days = np.concatenate([_days("2013-11-01", "2013-11-08"), _days("2013-11-20", "2013-11-24")])
+    assert default_split(days) == Split.parse("2013-11-01:2013-11-20", "2013-11-21:2013-11-22", "2013-11-23:2013-11-24")
+    one = np.array(["2013-11-05"], "datetime64[D]")
+    assert default_split(one) == Split.parse("2013-11-05:2013-11-05") and len(DaySpan(one[0], one[0])) == 1
 
 
 def test_few_days_leave_no_validation_or_test():

@@ -26,7 +26,8 @@ OPERATORS = {"add": operator.add, "subtract": operator.sub, "multiply": operator
 
 
 def ids(*tokens: str) -> np.ndarray:
-    return np.array([PAPER.id(f"<|FP{token}|>") for token in tokens])
+    mantissas, exponents = np.array([token.split("/") for token in tokens], np.int64).T
+    return PAPER.indices(mantissas, exponents)
 
 
 def quoted(text: str) -> list[str]:

@@ -50,7 +50,7 @@ def test_sizes(vocabulary: Vocabulary) -> None:
     ],
 )
 def test_equations_6_and_7_by_hand(paper: Vocabulary, token: str, value: float) -> None:
-    index = paper.id(token)
+    index = index_of(paper, token)
     assert paper.token(index) == token
     assert paper.decode(index) == value
 

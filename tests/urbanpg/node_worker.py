@@ -185,7 +185,7 @@ def sent_in_a_step(learners: NodeLearners) -> int:
 class Stage(LoopStage):
     """See stdist.training.loop.Stage: the masked mean absolute error of random windows."""
 
-    name, monitor = "toy", None
+    name, monitor, headline = "toy", None, ("mae",)
 
     def __init__(self, model: NodeParallel, case: dict) -> None:
         self.model, self.case, self.learners = model, case, model.learners

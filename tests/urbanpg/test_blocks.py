@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from stdist.errors import InputError
 from stdist.training.process_group import ProcessGroup
+from stdist.urbanpg.opening import open_run
 from stdist.urbanpg.plan import plan_run
 from stdist.urbanpg.prompts import _replacements
-from stdist.urbanpg.recipe import open_run
 
 
 def in_blocks(model, *inputs, block_nodes, noise_seed=None) -> Tensor:

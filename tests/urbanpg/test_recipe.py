@@ -18,8 +18,8 @@ from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.runs import recipes
 from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import train
-from stdist.urbanpg import UrbanPG, recipe
-from stdist.urbanpg.checkpoints import result_of
+from stdist.urbanpg import UrbanPG
+from stdist.urbanpg.checkpoints import load_backbone, result_of
 from stdist.urbanpg.config import UrbanConfig
 
 KINDS = ("urbanpg", "stid", "graph_wavenet", "stgcn")
@@ -204,7 +204,7 @@ def test_few_shot_fits_prompts_on_a_frozen_backbone(few_shot, finished, small_ci
     (cost,) = metrics["efficiency"]
     assert cost["parameters"] - cost["trained_parameters"] == size // 4
     assert metrics["stages"]["prompts"]["after"]["mae"] < metrics["stages"]["prompts"]["before"]["mae"]
-    days = {each.first_day + ":" + each.last_day for each in recipe.load_backbone(config.run_dir)[1]}
+    days = {each.first_day + ":" + each.last_day for each in load_backbone(config.run_dir)[1]}
     assert days == {"2024-03-04:2024-03-11", "2024-03-04:2024-03-05"}, "the backbone's days and the quarter's"
 
 

@@ -16,7 +16,7 @@ from stdist.nodes.dataset import open_period
 from stdist.nodes.learners import nodes_of
 from stdist.runs import recipes, training
 from stdist.training.process_group import ProcessGroup
-from stdist.urbanpg import UrbanPG, recipe
+from stdist.urbanpg import UrbanPG, opening
 from stdist.urbanpg.checkpoints import result_of, stage_names
 from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.continual import expanded, require_gradients
@@ -58,7 +58,7 @@ def test_test_days_that_an_earlier_period_trained_on(make_config, city, tmp_path
 
 def test_a_period_may_train_on_days_that_an_earlier_one_was_tested_on(make_config, city, tmp_path):
     periods = [period(4, 2, 4), period(6, 4, 6)]
-    tasks, _, fitted, _ = recipe.open_run(
+    tasks, _, fitted, _ = opening.open_run(
         make_config(city, tmp_path, recipe="continual", continual={"periods": periods}), ALONE
     )
     data = data_digest(city, "flow")
@@ -68,7 +68,7 @@ def test_a_period_may_train_on_days_that_an_earlier_one_was_tested_on(make_confi
 
 def test_test_days_that_the_backbone_saw(make_config, city, tmp_path, refused):
     base = make_config(city, tmp_path)
-    (task,), model, fitted, _ = recipe.open_run(base, ALONE)
+    (task,), model, fitted, _ = opening.open_run(base, ALONE)
     (tmp_path / "saved").mkdir()
     ForecasterFiles(model, fitted[0]).snapshot()(tmp_path / "saved")
     days = {"train": ["2024-03-12", "2024-03-13"], "validation": ["2024-03-14"] * 2, "test": ["2024-03-11"] * 2}
@@ -77,7 +77,7 @@ def test_test_days_that_the_backbone_saw(make_config, city, tmp_path, refused):
     refused(lambda: train(config), "leak", f"{task.train.span}", "2024-03-11:2024-03-11", "data.split")
     assert not config.run_dir.exists()
     elsewhere = make_config(city, tmp_path / "runs", **few, data={"split": days | {"test": ["2024-03-15"] * 2}})
-    assert len(recipe.open_run(elsewhere, ALONE)[2][0]) == 2
+    assert len(opening.open_run(elsewhere, ALONE)[2][0]) == 2
 
 
 # --- stages in which nothing trains --------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_stages_without_anything_to_train_are_refused(make_config, city, tmp_pat
     shared = {"nodes": {"ranks": 2}, "learners": {"num_workers": 2, "engine": "deepspeed"}}
     two = make_config(city, tmp_path, recipe="continual", continual={"periods": PERIODS}, model=lone, **shared)
     refused(
-        lambda: recipe.check(two, ProcessGroup(0, 2)),
+        lambda: opening.check(two, ProcessGroup(0, 2)),
         "stage period-2",
         "on the first of nodes.ranks 2",
         "no node there",
@@ -161,12 +161,12 @@ def test_learners_do_not_share_batch_normalisation(make_config, city, tmp_path, 
     shared = {"learners": {"num_workers": 2, "engine": "deepspeed"}, "data": {"history": 12}}
     config = make_config(city, tmp_path, model={"kind": "graph_wavenet"}, **shared)
     refused(
-        lambda: recipe.check(config, ProcessGroup(0, 2)), "graph_wavenet has batch norm", "learners.num_workers to 1"
+        lambda: opening.check(config, ProcessGroup(0, 2)), "graph_wavenet has batch norm", "learners.num_workers to 1"
     )
     others = [make_config(city, tmp_path, model={"kind": kind}, **shared) for kind in ("stid", "stgcn")]
     for each in others:
-        recipe.check(each, ProcessGroup(0, 2))
-        model = recipe.open_run(each, ALONE)[1]
+        opening.check(each, ProcessGroup(0, 2))
+        model = opening.open_run(each, ALONE)[1]
         assert not any(isinstance(module, torch.nn.modules.batchnorm._NormBase) for module in model.modules())
 
 
@@ -184,7 +184,7 @@ def test_a_backbone_that_was_trained_again(make_config, city, small_city, tmp_pa
     kept = base.run_dir.rename(tmp_path / "kept")
     assert recipes.train(prompted, said.append) == first
     assert any(f"{base.run_dir} is not there any more" in line for line in said)
-    assert recipe.open_run(prompted, ALONE)[2] == [fitted]
+    assert opening.open_run(prompted, ALONE)[2] == [fitted]
     train(make_config(city, tmp_path, training=SHORT, seed=1))
     refused(lambda: train(prompted), "began with other frozen weights", str(base.run_dir), "choose another name=")
     shutil.rmtree(base.run_dir)
@@ -199,7 +199,7 @@ def test_weekdays_begin_alike_in_the_period_that_first_holds_weeks(make_config, 
     city = make_city(tmp_path / "longer.zarr", days=24)
     periods = [period(4, 3, 9), period(7, 15, 9)]
     config = make_config(city, tmp_path, recipe="continual", continual={"periods": periods})
-    tasks, before, _, notes = recipe.open_run(config, ALONE)
+    tasks, before, _, notes = opening.open_run(config, ALONE)
     assert (
         "2024-03-04:2024-03-06 does not hold every weekday twice: to the model all days are one until period 2" in notes
     )

@@ -19,6 +19,7 @@ from stdist.runs.memory_size import parse_memory
 from stdist.runs.recipes import parse_config
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.model_counts import LORA, REFERENCE_LORA, REFERENCE_ROWS, ROWS, VISION
 from stdist.vision_llm.plan import StagePlan, plan_run, plan_stage
 from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
@@ -29,7 +30,6 @@ from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.stages.alignment import BATCHES, tokenise
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.step_counts import decoder_calls
-from stdist.vision_llm.task import open_task, policy_spec
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches, activation_bytes
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
@@ -85,7 +85,7 @@ def seven_b(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def policy_at(config: VisionLLMConfig, stage: str) -> PolicyModel:
     """As :mod:`recipe` has it when ``stage`` begins."""
-    policy = build_policy(policy_spec(config, open_task(config)), seed=0)
+    policy = build_policy(policy_spec(config, open_dataset(config)), seed=0)
     for name in config.stages:
         if name == "grpo":
             begin_grpo(policy)
@@ -163,7 +163,7 @@ def test_optimizer_and_gradients_are_those_of_adamw(config, trainable, dtype):
 def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
     run = config(stages=["sft"], sft={"trainable": "full"})
     policy, plan = policy_at(run, "sft"), plan_stage(run, "sft")
-    city = CityWindows(policy, open_task(run).train)
+    city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(3), city.cells[:7])
     tree = sft_tree(policy, batch, torch.zeros(21, dtype=torch.bool))
     assert plan.work.tokens == tree.tokens
@@ -194,7 +194,7 @@ def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
 def test_tokens_of_grpo_are_those_of_its_tree(config):
     run = config(stages=["grpo"])
     policy, plan = policy_at(run, "grpo"), plan_stage(run, "grpo")
-    city = CityWindows(policy, open_task(run).train)
+    city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(2), city.cells[:5])
     written = torch.zeros(2 * 5 * 4, HORIZON, dtype=torch.long)
     assert plan.work.tokens == Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(written))).tokens
@@ -228,7 +228,7 @@ def test_activations_are_what_autograd_keeps(config, trainable, dtype, checkpoin
     policy_keys = {"dtype": dtype, "gradient_checkpointing": checkpointing}
     run = config(stages=["sft"], sft={"trainable": trainable, "activation_memory": 1e-6}, policy=policy_keys)
     policy, plan = policy_at(run, "sft"), plan_stage(run, "sft")
-    city = CityWindows(policy, open_task(run).train)
+    city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(1), city.cells[:1])
     window, child = activation_bytes(policy, sft_tree(policy, batch, torch.zeros(1, dtype=torch.bool)))
     held = plan.work.phases["training"]["activations"]

@@ -16,11 +16,11 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs.recipes import parse_config
 from stdist.vision_llm import Policy as PublicPolicy
+from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import adapter_names, as_reference, begin_grpo, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.task import open_task, policy_spec
 
 MakePolicy = Callable[..., PolicyModel]
 PROJECTIONS = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
@@ -234,7 +234,7 @@ def spec_of(store: GridStore, *, trainable: str = "lora", **policy: object):
         "sft": {"trainable": trainable},
     }
     config = parse_config(tree, where="toy.yaml")
-    return policy_spec(config, open_task(config))
+    return policy_spec(config, open_dataset(config))
 
 
 def refusal(action: Callable[[], object]) -> str:

@@ -18,11 +18,11 @@ from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import parse_config, train
 from stdist.vision_llm import Policy
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.policy.checkpoints import load_policy
 from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
-from stdist.vision_llm.task import open_task, policy_spec
 
 STAGES = {"alignment": 2, "arithmetic": 2, "sft": 4, "grpo": 4}
 
@@ -320,20 +320,20 @@ def test_spec_says_what_the_task_and_the_config_say(
     store: GridStore, tmp_path: Path, changes: dict[str, Any], base_is_trained: bool
 ) -> None:
     config = config_of(store, tmp_path, **changes)
-    spec = policy_spec(config, open_task(config))
+    spec = policy_spec(config, open_dataset(config))
     assert spec.base_is_trained == base_is_trained
     assert (spec.setting.city, spec.setting.cadence, spec.setting.history) == ("toy", 60, 4)
     statistics = store.statistics("internet", store.default_split.train)
     assert spec.frames is not None and spec.frames.t_max == statistics.maximum
-    blind = policy_spec(config_of(store, tmp_path, frames={"enabled": False}), open_task(config))
+    blind = policy_spec(config_of(store, tmp_path, frames={"enabled": False}), open_dataset(config))
     assert blind.frames is None
 
 
 def test_few_shot_fits_on_the_first_days_alone(store: GridStore, tmp_path: Path) -> None:
     """docs/decisions.md, splits: windows, t_max and cell means come from the fraction; validation and test stay."""
     data = {"store": str(store.path), "history": 4, "horizon": 3}
-    task = open_task(config_of(store, tmp_path, data=data | {"fraction": 0.25}))
-    whole = open_task(config_of(store, tmp_path, data=data))
+    task = open_dataset(config_of(store, tmp_path, data=data | {"fraction": 0.25}))
+    whole = open_dataset(config_of(store, tmp_path, data=data))
     assert len(task.train.span) == 1 and len(whole.train.span) == 4
     assert task.statistics.count == task.store.observed("internet", 0, 24).sum()
     assert task.statistics.maximum <= whole.statistics.maximum

@@ -252,7 +252,7 @@ def test_only_what_trains_is_computed(trains: str) -> None:
     part=st.integers(1, 8),
     seed=st.integers(0, 99),
 )
-def test_best_rows_are_the_argmax_and_the_first_of_equals(
+def test_argmax_tokens_are_the_argmax_and_the_first_of_equals(
     positions: int, lengths: list[int], tile: int, part: int, seed: int
 ) -> None:
     """Small whole numbers: logits are exact, and many are equal."""

@@ -1,0 +1,82 @@
+"""The data of a run, and the policy that it calls for."""
+
+import numpy as np
+
+from stdist.data import GridStore, Region, open_store
+from stdist.data.audit import Fitted, data_digest
+from stdist.errors import InputError
+from stdist.runs.dataset import Dataset, open_windows, split_of, training_days
+from stdist.vision_llm.config import StageConfig, VisionLLMConfig
+from stdist.vision_llm.policy.frames import pixels_per_cell
+from stdist.vision_llm.policy.presets import SHAPES
+from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
+
+
+def open_dataset(config: VisionLLMConfig) -> Dataset:
+    """Opens the store and its windows. Raises InputError for a region, channel, split or window that cannot be."""
+    data, store = config.data, open_store(config.data.store)
+    split = split_of(data.split, store)
+    region = Region.parse(data.region) if data.region else Region(0, store.shape[0], 0, store.shape[1])
+    windows = open_windows(data, store, split, region.within(store.shape), store.region())
+    return Dataset(store, *windows, store.statistics(data.channel, training_days(data, split)))
+
+
+def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
+    height, width = dataset.store.shape
+    if dataset.statistics.maximum <= 0:
+        raise InputError(
+            f"{dataset.store.path}: {config.data.channel} is zero all over {dataset.statistics.span}; "
+            "train on other days"
+        )
+    scale = config.frames.pixels_per_cell
+    frames = FrameSpec(
+        height=height,
+        width=width,
+        pixels_per_cell=pixels_per_cell(height, width) if scale == "auto" else scale,
+        power=config.frames.power,
+        t_max=dataset.statistics.maximum,
+    )
+    return PolicySpec(
+        base=config.policy.base,
+        dtype=config.policy.dtype,
+        load_in_4bit=config.policy.load_in_4bit,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
+        mantissa_digits=config.numerals.mantissa_digits,
+        setting=Setting(
+            city=dataset.store.city,
+            channel=config.data.channel,
+            cadence=cadence_minutes(dataset.store),
+            history=config.data.history,
+            horizon=config.data.horizon,
+            first_cell=first_cell(dataset.store),
+        ),
+        frames=frames if config.frames.enabled else None,
+        # A preset's base is nowhere to be downloaded from: its checkpoints carry it, trained or not.
+        base_is_trained=config.policy.base in SHAPES
+        or any(stage_config(config, name).trainable == "full" for name in config.stages),
+        lora_r=config.policy.lora_r,
+        lora_alpha=config.policy.lora_alpha,
+        fitted=fitted_on_data(config, dataset),
+    )
+
+
+def fitted_on_data(config: VisionLLMConfig, dataset: Dataset) -> tuple[Fitted, ...]:
+    """The leak audit's record of what a run fits on its training days; the alignment stages read no traffic."""
+    of_stage = {"sft": {"weights"}, "grpo": {"weights", "reward normalizer"}}
+    whats = {"t_max of the frames"} if config.frames.enabled else set()
+    whats = whats.union(*(of_stage.get(name, set()) for name in config.stages))
+    data = data_digest(dataset.store, config.data.channel)
+    return tuple(Fitted.on(what, dataset.statistics.span, data) for what in sorted(whats))
+
+
+def cadence_minutes(store: GridStore) -> int:
+    return int(store.cadence / np.timedelta64(1, "m"))
+
+
+def first_cell(store: GridStore) -> tuple[int, int]:
+    """The data's own row and column id of the grid's first cell."""
+    return int(store.dataset["row"][0]), int(store.dataset["col"][0])
+
+
+def stage_config(config: VisionLLMConfig, name: str) -> StageConfig:
+    return getattr(config, name)
