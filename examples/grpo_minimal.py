@@ -2,8 +2,9 @@
 
     python examples/grpo_minimal.py
 
-Plain and slow: every candidate is a sequence of its own, every token a pass over all before it; no tree, no adapter, no
-workers. A test holds ``stdist.vision_llm.stages.grpo`` against it. Stdist lends city, model, prompts and numerals.
+Plain and slow: every candidate is a sequence of its own and every token a pass over all before it; no prefix tree, no
+adapter, no workers. ``stdist.vision_llm.stages.grpo`` computes the same, and a test holds it against this file. Stdist
+lends what is around the algorithm: a synthetic city, a small Qwen2.5-VL, prompts and numerals.
 """
 
 import copy
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
 from data_prep import READERS
 from stdist.data import open_store
@@ -33,7 +34,8 @@ MAX_TOKENS = HORIZON + 4  # beyond K, so that the length term of Eq. 17 can tell
 
 @dataclass
 class Prompts:
-    """One row a candidate. ``sayable``: ids of all numerals, then of the end; an answer id is a place in it."""
+    """One row a candidate: frames, what all cells share, the cell's own history. ``sayable``: ids of all numerals, then
+    of the end; an answer id is a place in it."""
 
     ids: Int[Tensor, "candidates tokens"]
     patches: Float[Tensor, "patches features"]
@@ -47,15 +49,14 @@ class Prompts:
         cells = len(batch.prompts) // len(batch.shared)
         ids = torch.cat([batch.shared.repeat_interleave(cells, 0), batch.prompts], dim=1)
         patches, grid_thw = policy.encoder(batch.grids.repeat_interleave(cells * generations, 0))
-        numerals = policy.first_numeral_id + torch.arange(len(policy.vocabulary))
-        sayable = torch.cat([numerals, torch.tensor([policy.end_id])])
+        first = policy.first_numeral_id
+        sayable = torch.tensor([*range(first, first + len(policy.vocabulary)), policy.end_id])
         return cls(ids.repeat_interleave(generations, 0), patches, grid_thw, policy.image_id, sayable)
 
 
-def plain_model(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
+def plain_model(policy: PolicyModel) -> Model:
     """The policy as transformers knows it: one embedding and one head of text rows, then the numerals' rows."""
-    model = copy.deepcopy(policy.base_model)
-    first = policy.first_numeral_id
+    model, first = copy.deepcopy(policy.base_model), policy.first_numeral_id
     model.resize_token_embeddings(first + len(policy.vocabulary), mean_resizing=False)
     model.get_input_embeddings().weight.data[first:] = policy.rows.input.data
     model.lm_head.weight.data[first:] = policy.rows.output.data
@@ -63,7 +64,7 @@ def plain_model(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def answer_logits(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, answer_ids: Int[Tensor, "candidates written"]
+    model: Model, prompts: Prompts, answer_ids: Int[Tensor, "candidates written"]
 ) -> Float[Tensor, "candidates written+1 answers"]:
     """What may be said behind the prompt and behind each token written so far."""
     ids = torch.cat([prompts.ids, prompts.sayable[answer_ids]], dim=1)
@@ -78,7 +79,7 @@ def answer_logits(
 
 
 @torch.no_grad()
-def sample(model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts) -> Int[Tensor, "candidates tokens"]:
+def sample(model: Model, prompts: Prompts) -> Int[Tensor, "candidates tokens"]:
     """Answer ids, token by token; behind its end a candidate is filled up with ends."""
     end, answer_ids = len(prompts.sayable) - 1, prompts.ids[:, :0]
     ended = torch.zeros(len(prompts.ids), dtype=torch.bool)
@@ -91,7 +92,7 @@ def sample(model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts) -> Int[T
 
 
 def log_probs(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, answer_ids: Int[Tensor, "candidates tokens"]
+    model: Model, prompts: Prompts, answer_ids: Int[Tensor, "candidates tokens"]
 ) -> Float[Tensor, "candidates tokens"]:
     logits = answer_logits(model, prompts, answer_ids[:, :-1]) / TEMPERATURE
     return logits.log_softmax(-1).gather(-1, answer_ids[..., None])[..., 0]
@@ -147,31 +148,31 @@ def update(optimizer: torch.optim.Optimizer, model: torch.nn.Module, loss: Tenso
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    rng, _ = np.random.default_rng(0), torch.manual_seed(0)
     setting = Setting(city="toy", channel="internet", cadence=60, history=HISTORY, horizon=HORIZON)
     frames = FrameSpec(height=4, width=4, pixels_per_cell=14, power=0.5, t_max=2000.0)
     spec = PolicySpec(base="tiny", mantissa_digits=2, setting=setting, frames=frames, base_is_trained=True)
     policy = build_policy(spec, seed=0)
     end = len(policy.vocabulary)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "toy.zarr"
-        READERS["synthetic"].prepare([], path, city="toy", height=4, width=4, days=6, cadence=60, seed=3)
+        READERS["synthetic"].prepare(
+            [], path := Path(folder) / "toy.zarr", city="toy", height=4, width=4, days=6, cadence=60, seed=3
+        )
         store = open_store(path)
         city = CityWindows(policy, store.windows("train", HISTORY, HORIZON, channel="internet"))
         cell_mean = store.statistics("internet", store.default_split.train).cell_mean.ravel()
         model = plain_model(policy)
 
         def draw(windows: int) -> PolicyBatch:
-            return city.batch(rng.choice(len(city), windows, replace=False), rng.choice(city.cells, 4, replace=False))
+            return city.batch(rng.choice(len(city), windows), rng.choice(city.cells, 4, replace=False))
 
         # Supervised fine-tuning (Eq. 16): without it no candidate is near enough to be told from another.
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
         for _ in range(SFT_STEPS):
             batch = draw(4)
+            prompts = Prompts.of(policy, batch, 1)
             answers = torch.nn.functional.pad(batch.answers[:, :-1] - policy.first_numeral_id, (0, 1), value=end)
-            loss = -log_probs(model, Prompts.of(policy, batch, 1), answers).mean()
-            update(optimizer, model, loss)
+            update(optimizer, model, loss := -log_probs(model, prompts, answers).mean())
         print(f"SFT: loss {loss.item():.2f} after {SFT_STEPS} steps")
 
         # The old policy is the one that sampled: with one update a rollout it is the current one, and the ratio is 1.
@@ -184,14 +185,13 @@ def main() -> None:
             answer_ids = sample(model, prompts)
             d = np.tile(np.maximum(cell_mean[batch.cells], 0.05 * cell_mean[city.cells].mean()), len(batch.shared))
             rewards = rewards_of(policy, answer_ids, batch.truth.reshape(-1, HORIZON), d)
-            mask, new = written(answer_ids, end), log_probs(model, prompts, answer_ids)
+            mask = written(answer_ids, end)
+            new = log_probs(model, prompts, answer_ids)
             of_reference = log_probs(reference, prompts, answer_ids)
             update(optimizer, model, grpo_loss(new, new.detach(), of_reference, rewards, mask))
             history.append(rewards.mean().item())
             print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}")
-        print(
-            f"mean reward of the first four steps {np.mean(history[:4]):.3f}, of the last {np.mean(history[-4:]):.3f}"
-        )
+        print(f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} last")
 
 
 if __name__ == "__main__":

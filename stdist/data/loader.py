@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
@@ -31,8 +31,7 @@ class TensorBatch:
     """``WindowBatch`` as tensors.
 
     history: float32 [B, S, H, W]. target: float32 [B, K, h, w]; target_observed: bool, same shape. Of nodes:
-    [B, S, N] and [B, K, n]. origin_index: int64 [B]. indices: numbers of the windows, int64 [B]. cells:
-    ``WindowSampler.cells``, int64 [B, C] or None.
+    [B, S, N] and [B, K, n]. origin_index: int64 [B]. indices: numbers of the windows, int64 [B].
     """
 
     history: Tensor
@@ -40,12 +39,10 @@ class TensorBatch:
     target_observed: Tensor
     origin_index: Tensor
     indices: Tensor
-    cells: Tensor | None
 
     def to(self, device: torch.device | str) -> "TensorBatch":
         """On ``device``; from pinned memory the copy runs beside what the device computes."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in moved.items() if t is not None})
+        return TensorBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 class WindowLoader:
@@ -74,7 +71,7 @@ class WindowLoader:
 
         def read_one_more() -> None:
             for indices, after in islice(batches, 1):
-                ahead.append((pool.submit(self._read, epoch, indices), after))
+                ahead.append((pool.submit(self._read, indices), after))
 
         try:
             for _ in range(self.prefetch):
@@ -94,15 +91,14 @@ class WindowLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, epoch: int, indices: np.ndarray) -> TensorBatch:
-        batch, cells = self.sampler.windows.read(indices, self._empty), self.sampler.cells(epoch, indices)
+    def _read(self, indices: np.ndarray) -> TensorBatch:
+        batch = self.sampler.windows.read(indices, self._empty)
         return TensorBatch(
             history=torch.from_numpy(batch.history),
             target=torch.from_numpy(batch.target),
             target_observed=torch.from_numpy(batch.target_observed),
             origin_index=torch.from_numpy(batch.origin_index),
             indices=torch.from_numpy(indices),
-            cells=None if cells is None else torch.from_numpy(cells),
         )
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -42,16 +42,15 @@ def _before_reading(windows, monkeypatch, call) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_batches_are_those_of_the_sampler_in_its_order(windows, monkeypatch, threads):
-    sampler = WindowSampler(windows, 8, seed=2, cells_per_window=3)
+    sampler = WindowSampler(windows, 8, seed=2)
     expected = [(indices, windows.read(indices)) for indices, _ in sampler.batches(0)]
     late = random.Random(0)
     _before_reading(windows, monkeypatch, lambda _: time.sleep(late.random() / 100))
-    loader = WindowLoader(WindowSampler(windows, 8, seed=2, cells_per_window=3), threads=threads)
+    loader = WindowLoader(WindowSampler(windows, 8, seed=2), threads=threads)
     batches = list(loader)
     assert len(batches) == len(expected) == 17
     for batch, (indices, read) in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch.indices, indices)
-        np.testing.assert_array_equal(batch.cells, sampler.cells(0, indices))
         for name in ("history", "target", "target_observed", "origin_index"):
             np.testing.assert_array_equal(getattr(batch, name), getattr(read, name))
     assert batches[0].history.dtype == torch.float32 and batches[0].target_observed.dtype == torch.bool
@@ -142,7 +141,7 @@ def test_settings_below_one_are_refused(windows):
 def test_a_batch_moves_to_a_device(windows):
     batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
     moved = batch.to("meta")
-    assert moved.history.device.type == "meta" and moved.history.shape == (8, 6, 6, 5) and moved.cells is None
+    assert moved.history.device.type == "meta" and moved.history.shape == (8, 6, 6, 5)
 
 
 @pytest.mark.gpu
