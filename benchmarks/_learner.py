@@ -27,10 +27,10 @@ from stdist.training.engine import MOMENTS, Engine
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
+from stdist.vision_llm.learning import make_engine
 from stdist.vision_llm.policy.adapters import add_lora, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.learning import make_engine
 from stdist.vision_llm.recipe import PolicyFiles
 from stdist.vision_llm.stages.sft import SFTStage
 
