@@ -15,9 +15,9 @@ from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
 from stdist.vision_llm.dataset import ASSUMED_GRID, stage_config, unfitted_spec
+from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
-from stdist.vision_llm.recipe import check_learners, parameter_groups
 from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
 
 

@@ -21,6 +21,7 @@ from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, GRPOConfig
 from stdist.vision_llm.kernels.prefix import Prefix
+from stdist.vision_llm.learning import begin_stage
 from stdist.vision_llm.policy.adapters import active_adapter, add_lora
 from stdist.vision_llm.policy.checkpoints import assemble
 from stdist.vision_llm.policy.city_windows import PolicyBatch
@@ -28,10 +29,10 @@ from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings
 from stdist.vision_llm.policy.presets import SHAPES, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.spec import PolicySpec
-from stdist.vision_llm.recipe import begin_stage
+from stdist.vision_llm.rollout.rollouts import max_tokens
 from stdist.vision_llm.rollout.sampler import Completions, Sampler
 from stdist.vision_llm.stages.alignment import AlignmentStage
-from stdist.vision_llm.stages.grpo import EXTRA_TOKENS, candidate_log_probs, candidate_tree
+from stdist.vision_llm.stages.grpo import candidate_log_probs, candidate_tree
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import activation_bytes, sizes_within
@@ -266,7 +267,7 @@ class _EnoughError(Exception):
 def _sampling(spec: PolicySpec, stages: Stages, windows: int, cells: int, generations: int) -> dict[str, float]:
     """Bytes held up to the candidates' first token: room for all later ones is made before."""
     policy = shape_policy(spec, stages)
-    batch, most = _batch(policy, windows, cells), spec.setting.horizon + EXTRA_TOKENS
+    batch, most = _batch(policy, windows, cells), max_tokens(policy)
     sampler = Sampler(policy, "sample", generations, allow_eos=True)
     uniforms = torch.rand(windows * cells * generations, most, device=META)
     with (
@@ -308,4 +309,5 @@ def _batch(policy: PolicyModel, windows: int, cells: int) -> PolicyBatch:
         truth,
         truth == 0,
         np.arange(cells),
+        np.zeros(windows, np.int64),
     )

@@ -23,13 +23,13 @@ from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.kernels.attention import MATH, Choice
+from stdist.vision_llm.learning import begin_stage, parameter_groups
 from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_model
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
-from stdist.vision_llm.recipe import begin_stage, parameter_groups
 from stdist.vision_llm.stage_costs import (
     LORA,
     REFERENCE_LORA,
