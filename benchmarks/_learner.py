@@ -26,12 +26,13 @@ from stdist.training.checkpoint import StageCheckpoints
 from stdist.training.engine import MOMENTS, Engine
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec
+from stdist.vision_llm.learning import make_engine
 from stdist.vision_llm.policy.adapters import add_lora, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.recipe import PolicyFiles, make_engine
+from stdist.vision_llm.recipe import PolicyFiles
 from stdist.vision_llm.stages.sft import SFTStage
-from stdist.vision_llm.task import open_task, policy_spec
 
 ENGINES = {"torch": LearnersConfig()} | {
     f"zero{stage}": LearnersConfig(engine="deepspeed", zero_stage=stage) for stage in (1, 2, 3)
@@ -78,12 +79,12 @@ class Trainer:
 
     def __init__(self, kind: str, config: VisionLLMConfig, group: ProcessGroup, folder: Path):
         self._group = group
-        task = open_task(config)
-        self._policy = build_policy(policy_spec(config, task), config.seed)
+        dataset = open_dataset(config)
+        self._policy = build_policy(policy_spec(config, dataset), config.seed)
         if config.sft.trainable == "lora":
             add_lora(self._policy, seed=config.seed)
         train_only(self._policy, config.sft.trainable, frames=True)
-        city = CityWindows(self._policy, task.train, clamp=True)
+        city = CityWindows(self._policy, dataset.train, clamp=True)
         self._stage = SFTStage(self._policy, city, city, config.sft, config.seed, "direct", group)
         config = config.model_copy(update={"learners": ENGINES[kind]})
         self._engine: Engine = make_engine(config, config.sft, self._policy, group)

@@ -31,12 +31,12 @@ from data_prep import READERS
 from stdist.data import open_store
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.learning import parameter_groups
 from stdist.vision_llm.policy.adapters import begin_grpo
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
-from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.stages.grpo import GRPOStage
 
 PRESET, GROUP = "tiny", 8

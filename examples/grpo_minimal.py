@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
 from data_prep import READERS
 from stdist.data import open_store
@@ -29,8 +29,7 @@ from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 HISTORY, HORIZON, GENERATIONS = 4, 3, 4
 SFT_STEPS, GRPO_STEPS = 24, 12
 TEMPERATURE, EPSILON, BETA, HALF_SCORE = 1.0, 0.2, 0.04, 0.5
-# A candidate may write four tokens more than K, so that the length term of Eq. 17 can tell it off.
-MAX_TOKENS = HORIZON + 4
+MAX_TOKENS = HORIZON + 4  # beyond K, so that the length term of Eq. 17 can tell a candidate off
 
 
 @dataclass
@@ -49,17 +48,15 @@ class Prompts:
         """``generations`` rows a cell, cell by cell and window by window."""
         cells = len(batch.prompts) // len(batch.shared)
         ids = torch.cat([batch.shared.repeat_interleave(cells, 0), batch.prompts], dim=1)
-        assert policy.encoder, "the example's policy sees frames"
         patches, grid_thw = policy.encoder(batch.grids.repeat_interleave(cells * generations, 0))
-        numerals = policy.first_numeral_id + torch.arange(len(policy.vocabulary))
-        sayable = torch.cat([numerals, torch.tensor([policy.end_id])])
+        first = policy.first_numeral_id
+        sayable = torch.tensor([*range(first, first + len(policy.vocabulary)), policy.end_id])
         return cls(ids.repeat_interleave(generations, 0), patches, grid_thw, policy.image_id, sayable)
 
 
-def plain_model(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
+def plain_model(policy: PolicyModel) -> Model:
     """The policy as transformers knows it: one embedding and one head of text rows, then the numerals' rows."""
-    model = copy.deepcopy(policy.base_model)
-    first = policy.first_numeral_id
+    model, first = copy.deepcopy(policy.base_model), policy.first_numeral_id
     model.resize_token_embeddings(first + len(policy.vocabulary), mean_resizing=False)
     model.get_input_embeddings().weight.data[first:] = policy.rows.input.data
     model.lm_head.weight.data[first:] = policy.rows.output.data
@@ -67,7 +64,7 @@ def plain_model(policy: PolicyModel) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def answer_logits(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, answer_ids: Int[Tensor, "candidates written"]
+    model: Model, prompts: Prompts, answer_ids: Int[Tensor, "candidates written"]
 ) -> Float[Tensor, "candidates written+1 answers"]:
     """What may be said behind the prompt and behind each token written so far."""
     ids = torch.cat([prompts.ids, prompts.sayable[answer_ids]], dim=1)
@@ -82,10 +79,9 @@ def answer_logits(
 
 
 @torch.no_grad()
-def sample(model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts) -> Int[Tensor, "candidates tokens"]:
+def sample(model: Model, prompts: Prompts) -> Int[Tensor, "candidates tokens"]:
     """Answer ids, token by token; behind its end a candidate is filled up with ends."""
-    end = len(prompts.sayable) - 1
-    answer_ids = prompts.ids.new_zeros(len(prompts.ids), 0)
+    end, answer_ids = len(prompts.sayable) - 1, prompts.ids[:, :0]
     ended = torch.zeros(len(prompts.ids), dtype=torch.bool)
     while answer_ids.shape[1] < MAX_TOKENS and not ended.all():
         probabilities = (answer_logits(model, prompts, answer_ids)[:, -1] / TEMPERATURE).softmax(-1)
@@ -96,7 +92,7 @@ def sample(model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts) -> Int[T
 
 
 def log_probs(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Prompts, answer_ids: Int[Tensor, "candidates tokens"]
+    model: Model, prompts: Prompts, answer_ids: Int[Tensor, "candidates tokens"]
 ) -> Float[Tensor, "candidates tokens"]:
     logits = answer_logits(model, prompts, answer_ids[:, :-1]) / TEMPERATURE
     return logits.log_softmax(-1).gather(-1, answer_ids[..., None])[..., 0]
@@ -109,8 +105,7 @@ def written(answer_ids: Int[Tensor, "candidates tokens"], end: int) -> Bool[Tens
 
 def reward(values: list[float], truth: list[float], d: float) -> float:
     """Eq. 17: accuracy (Eq. 18 of Eq. 19's error over the common prefix), the length term, and 0.5 for nothing."""
-    common = min(len(values), len(truth))
-    accuracy = 0.0
+    common, accuracy = min(len(values), len(truth)), 0.0
     if common:
         squared = sum((a - b) ** 2 for a, b in zip(values[:common], truth[:common], strict=True))
         accuracy = 0.5 ** (math.sqrt(squared / common) / d / HALF_SCORE)
@@ -125,8 +120,8 @@ def rewards_of(
     rewards = []
     for row, answer in enumerate(answer_ids.tolist()):
         numerals = answer[: answer.index(end)] if end in answer else answer
-        values = policy.vocabulary.decode(np.array(numerals, dtype=np.int64)).tolist()
-        rewards.append(reward(values, truth[row // generations].tolist(), float(d[row // generations])))
+        values, group = policy.vocabulary.decode(np.array(numerals, dtype=np.int64)).tolist(), row // generations
+        rewards.append(reward(values, truth[group].tolist(), float(d[group])))
     return torch.tensor(rewards).view(-1, generations)
 
 
@@ -145,35 +140,39 @@ def grpo_loss(
     return (((BETA * kl - objective) * mask).sum(1) / mask.sum(1)).mean()
 
 
+def update(optimizer: torch.optim.Optimizer, model: torch.nn.Module, loss: Tensor) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def main() -> None:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    rng, _ = np.random.default_rng(0), torch.manual_seed(0)
     setting = Setting(city="toy", channel="internet", cadence=60, history=HISTORY, horizon=HORIZON)
     frames = FrameSpec(height=4, width=4, pixels_per_cell=14, power=0.5, t_max=2000.0)
     spec = PolicySpec(base="tiny", mantissa_digits=2, setting=setting, frames=frames, base_is_trained=True)
     policy = build_policy(spec, seed=0)
+    end = len(policy.vocabulary)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "toy.zarr"
-        READERS["synthetic"].prepare([], path, city="toy", height=4, width=4, days=6, cadence=60, seed=3)
+        READERS["synthetic"].prepare(
+            [], path := Path(folder) / "toy.zarr", city="toy", height=4, width=4, days=6, cadence=60, seed=3
+        )
         store = open_store(path)
         city = CityWindows(policy, store.windows("train", HISTORY, HORIZON, channel="internet"))
         cell_mean = store.statistics("internet", store.default_split.train).cell_mean.ravel()
         model = plain_model(policy)
 
         def draw(windows: int) -> PolicyBatch:
-            return city.batch(rng.choice(len(city), windows, replace=False), rng.choice(city.cells, 4, replace=False))
+            return city.batch(rng.choice(len(city), windows), rng.choice(city.cells, 4, replace=False))
 
         # Supervised fine-tuning (Eq. 16): without it no candidate is near enough to be told from another.
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
         for _ in range(SFT_STEPS):
             batch = draw(4)
             prompts = Prompts.of(policy, batch, 1)
-            end = torch.full((len(batch.answers), 1), len(policy.vocabulary))
-            answers = torch.cat([batch.answers[:, :-1] - policy.first_numeral_id, end], dim=1)
-            loss = -log_probs(model, prompts, answers).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            answers = torch.nn.functional.pad(batch.answers[:, :-1] - policy.first_numeral_id, (0, 1), value=end)
+            update(optimizer, model, loss := -log_probs(model, prompts, answers).mean())
         print(f"SFT: loss {loss.item():.2f} after {SFT_STEPS} steps")
 
         # The old policy is the one that sampled: with one update a rollout it is the current one, and the ratio is 1.
@@ -186,20 +185,13 @@ def main() -> None:
             answer_ids = sample(model, prompts)
             d = np.tile(np.maximum(cell_mean[batch.cells], 0.05 * cell_mean[city.cells].mean()), len(batch.shared))
             rewards = rewards_of(policy, answer_ids, batch.truth.reshape(-1, HORIZON), d)
-            mask = written(answer_ids, len(policy.vocabulary))
+            mask = written(answer_ids, end)
             new = log_probs(model, prompts, answer_ids)
-            with torch.no_grad():
-                of_reference = log_probs(reference, prompts, answer_ids)
-            loss = grpo_loss(new, new.detach(), of_reference, rewards, mask)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            of_reference = log_probs(reference, prompts, answer_ids)
+            update(optimizer, model, grpo_loss(new, new.detach(), of_reference, rewards, mask))
             history.append(rewards.mean().item())
-            print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}, tokens {mask.sum(1).float().mean():.2f}")
-        print(
-            f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} in the last"
-        )
+            print(f"GRPO step {step + 1:2}: reward {history[-1]:.3f}")
+        print(f"mean reward {np.mean(history[:4]):.3f} in the first four steps, {np.mean(history[-4:]):.3f} last")
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what every stage of a run will hold, compute and send, before anything starts."""
-    from stdist.runs.memory_size import parse_memory
+    from stdist.runs.memory_plan import parse_memory
     from stdist.runs.recipes import load_config, recipe_of
 
     memory = None if device_memory is None else parse_memory(device_memory)

@@ -1,4 +1,4 @@
-"""Which windows, and which of their cells, a rank reads next: a function of seed, epoch and position alone.
+"""Which windows a rank reads next: a function of seed, epoch and position alone.
 
 An epoch is one permutation of all windows, the same on every rank; rank r of w takes every w-th of it. So neither
 the number of ranks nor that of the loader's threads changes what is learnt from, and an epoch that was left after so
@@ -12,7 +12,7 @@ import numpy as np
 from stdist.data.windows import Windows
 from stdist.errors import InputError
 
-WINDOWS, DAYS, CELLS = range(3)
+WINDOWS, DAYS = range(2)
 """Purposes of random numbers, each a stream of its own."""
 
 
@@ -21,8 +21,7 @@ class WindowSampler:
 
     batch_size: windows of one rank's batch. days_at_once: take the local days in random order, and mix windows of
     about as many days at a time, so that a chunk is decoded about once an epoch where the span does not fit the store's
-    ``chunk_cache``. All windows of the span are mixed by default. cells_per_window: draw this many cells of each window
-    inside the city, all alike, anew in every epoch, without repetition.
+    ``chunk_cache``. All windows of the span are mixed by default.
 
     Training (``shuffle``) ends an epoch before an incomplete global batch of ``world * batch_size`` windows: every
     rank has the same number of full batches. Evaluation hands out each window exactly once at any ``world``: none
@@ -40,11 +39,9 @@ class WindowSampler:
         rank: int = 0,
         world: int = 1,
         days_at_once: int | None = None,
-        cells_per_window: int | None = None,
     ) -> None:
         self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
         self.rank, self.world, self.days_at_once = rank, world, days_at_once
-        self.cells_per_window = cells_per_window
         self.epoch, self.consumed = 0, 0
         """The epoch, and how many of its windows all ranks together have been handed; set both to go on from there."""
         if batch_size < 1 or (days_at_once is not None and days_at_once < 1):
@@ -58,34 +55,19 @@ class WindowSampler:
                 f"{len(windows)} windows make no global batch of {world} ranks x {batch_size}; "
                 "choose a smaller batch or a longer span"
             )
-        if cells_per_window is not None:
-            self._inside = np.flatnonzero(windows.store.inside[windows.region.slices])
-            if not 1 <= cells_per_window <= len(self._inside):
-                raise InputError(
-                    f"cannot draw {cells_per_window} cells a window of the {len(self._inside)} inside the city"
-                )
 
     def order(self, epoch: int) -> np.ndarray:
         """All windows' numbers in the order of an epoch, int64 [n]."""
         if not self.shuffle:
             return np.arange(len(self.windows))
-        key = _uniform(len(self.windows), self.seed, epoch, WINDOWS)
+        key = uniform(len(self.windows), self.seed, epoch, WINDOWS)
         if self.days_at_once is None:
             return np.argsort(key, kind="stable")
         days, of_day = np.unique(self.windows.origins // self.windows.store.slots_per_day, return_inverse=True)
-        place = np.argsort(np.argsort(_uniform(len(days), self.seed, epoch, DAYS), kind="stable"))
+        place = np.argsort(np.argsort(uniform(len(days), self.seed, epoch, DAYS), kind="stable"))
         # A day's windows spread over the places of the days after it, so that days come and go one by one: groups
         # that change all at once would make the reader wait for all of their chunks at once.
         return np.argsort(place[of_day] + self.days_at_once * key, kind="stable")
-
-    def cells(self, epoch: int, indices: np.ndarray) -> np.ndarray | None:
-        """The cells drawn of windows in an epoch, int64 [B, C], counted row by row inside the windows' region,
-        ascending; None where no number of them was set."""
-        count = self.cells_per_window
-        if count is None:
-            return None
-        keys = [_uniform(len(self._inside), self.seed, epoch, CELLS, index) for index in indices.tolist()]
-        return np.stack([np.sort(self._inside[np.argpartition(key, count - 1)[:count]]) for key in keys])
 
     def batches(self, epoch: int, consumed: int = 0) -> Iterator[tuple[np.ndarray, int]]:
         """This rank's batches of an epoch after ``consumed`` windows of all ranks: indices, and the count after."""
@@ -114,7 +96,7 @@ class WindowSampler:
         return full + (not self.shuffle and rest > self.rank)
 
 
-def _uniform(size: int, *key: int) -> np.ndarray:
+def uniform(size: int, *key: int) -> np.ndarray:
     """Float64 in [0, 1), [size], a function of ``key`` alone.
 
     Made of the generator's raw bits, which numpy promises to keep; ``permutation`` and ``choice`` may change with

@@ -1,6 +1,5 @@
 """Training a forecaster of nodes by epochs on the masked MAE in the data's units, as BasicTS and LargeST do."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stdist.data import Windows
-from stdist.data.loader import TensorBatch, WindowLoader
+from stdist.data.loader import StepLoader, TensorBatch, WindowLoader
 from stdist.data.sampler import WindowSampler
 from stdist.evaluation import ErrorState
 from stdist.nodes.config import EpochsConfig
@@ -79,15 +78,14 @@ class ForecastStage(Stage):
     ) -> None:
         self.name, self.config = name, config
         self._train, self._validation, self._seed = train, validation, seed
-        self._sampler = train.sampler(config.train_batch_size, seed=seed, days_at_once=_days_at_once(train.windows))
-        self._loader = WindowLoader(self._sampler)
-        self._batches: Iterator[TensorBatch] = iter(())
+        share, ranks = train.learners.share(config.train_batch_size), train.learners.data_ranks
+        self._loader = StepLoader(train.windows, share, seed=seed, rank=train.learners.data_rank, world=ranks)
         self._began: float | None = None
         self._seconds: list[float] = []
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._sampler)
+        return self._loader.steps_per_epoch
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -97,7 +95,7 @@ class ForecastStage(Stage):
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         self._end_step()
         self._began = time.perf_counter()
-        made, batch = self._train(self._batch(step), noise_seed=step ^ self._seed << 32)
+        made, batch = self._train(self._loader.batch(step), noise_seed=step ^ self._seed << 32)
         learners = self._train.learners
         points = learners.total(batch.target_observed.sum())
         error = (made - batch.target).abs().where(batch.target_observed, 0.0).sum() / points.clamp(min=1)
@@ -111,25 +109,8 @@ class ForecastStage(Stage):
             self._seconds.append(time.perf_counter() - self._began)
             self._began = None
 
-    def _batch(self, step: int) -> TensorBatch:
-        """The batch of a step; read ahead as long as steps follow each other."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        if (self._sampler.epoch, self._sampler.consumed) != (epoch, number * self._windows_per_step):
-            self._batches = iter(())
-            self._sampler.epoch, self._sampler.consumed = epoch, number * self._windows_per_step
-        batch = next(self._batches, None)
-        if batch is None:
-            self._batches = iter(self._loader)
-            batch = next(self._batches)
-        return batch
-
-    @property
-    def _windows_per_step(self) -> int:
-        return self._sampler.world * self._sampler.batch_size
-
     def describe_batch(self, step: int) -> str:
-        epoch, number = divmod(step, self.steps_per_epoch)
-        indices, _ = next(self._sampler.batches(epoch, number * self._windows_per_step))
+        indices = self._loader.indices(step)
         first = self._train.windows.origin_times[indices].min()
         return f"{len(indices)} windows of {self._train.windows.store.path}, the first with origin {first}"
 
@@ -137,11 +118,3 @@ class ForecastStage(Stage):
         self._end_step()
         pooled = self._validation.errors(self.config.train_batch_size).pooled()
         return {name: pooled[name] for name in ("mae", "rmse", "mape", "nrmse")}
-
-
-def _days_at_once(windows: Windows) -> int | None:
-    """For the sampler: as many days as half of the cache holds, None where it holds the whole span."""
-    store, nodes = windows.store, math.prod(windows.region.shape)
-    day = store.slots_per_day * nodes * 5  # a float32 and a bool
-    days = store.chunk_cache.limit // (2 * day)
-    return None if days >= len(windows.span) else max(2, days)

@@ -1,11 +1,15 @@
-"""Memory and communication of one training step on paper: what each rank holds and sends, from counts alone.
+"""Memory and communication of one training step on paper: bytes that each rank holds and sends, from counts alone.
 
-ZeRO (Rajbhandari et al., arXiv 1910.02054): what a rank holds is Section 3 and Figure 1, what it sends Section 7. Knows
+ZeRO (Rajbhandari et al., arXiv 1910.02054): Section 3 and Figure 1 for what is held, Section 7 for what is sent. Knows
 no model: whoever has one counts its weights and how often a step walks over them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from stdist.errors import InputError
 
 GPUS_PER_NODE = 8
 NVLINK = 450e9
@@ -70,7 +74,7 @@ class StateBytes:
 
 
 def state_bytes(weights: Weights, ranks: Ranks) -> StateBytes:
-    """What a rank holds of ``weights`` between two steps, with their gradients (ZeRO, Figure 1)."""
+    """Bytes of ``weights`` on a rank between two steps, with their gradients (ZeRO, Figure 1)."""
     held = weights.bytes if weights.whole else ranks.shard(weights.bytes, 3)
     if not weights.trainable:
         return StateBytes(held)
@@ -91,8 +95,8 @@ def bucket_bytes(weights: Sequence[Weights], ranks: Ranks) -> float:
 
 
 def gathered_bytes(weights: Sequence[Weights], ranks: Ranks) -> tuple[float, float]:
-    """Beside its shards, what a rank of ZeRO-3 holds gathered while it trains, and where all weights are whole at
-    once, as for generation. ``(0, 0)`` where nothing is sharded."""
+    """Bytes gathered on a rank of ZeRO-3 beside its shards: while it trains, and where all weights are whole at once,
+    as for generation. ``(0, 0)`` where nothing is sharded."""
     sharded = [w for w in weights if not w.whole]
     if ranks.zero_stage < 3 or ranks.world_size == 1 or not sharded:
         return 0, 0
@@ -139,3 +143,14 @@ def communication_seconds(sent: Mapping[str, float], world_size: int) -> float:
 
 def compute_seconds(flops: float, device_flops: float = PEAK_FLOPS) -> float:
     return flops / (device_flops * MFU)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of ``32GiB``, ``80 GB`` or a plain number. Raises InputError for anything else."""
+    try:
+        memory = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        memory = 0
+    if memory <= 0:
+        raise InputError(f"--device-memory {text!r} is no size; write it as 32GiB or 80GB")
+    return memory

@@ -10,6 +10,7 @@ from stdist.errors import InputError
 from stdist.registry import Registry
 from stdist.runs import training
 from stdist.runs.forecasting import ForecastRequest, Predictor, forecast_store
+from stdist.runs.plan import RunPlan
 from stdist.runs.run import Run
 from stdist.runs.run_folder import CONFIG
 from stdist.training.process_group import ProcessGroup
@@ -43,7 +44,7 @@ class Recipe(ABC, Generic[ConfigT]):
         """The forecaster in a finished run's checkpoint."""
 
     @abstractmethod
-    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> Any:
+    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> RunPlan:
         """Memory, operations and communication of every stage, before anything starts."""
 
     def train(

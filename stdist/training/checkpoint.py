@@ -136,21 +136,17 @@ class StageCheckpoints:
         pending.thread.join()
         problem = " ".join(f"{type(pending.error).__name__}: {pending.error}".split()) if pending.error else None
         results = self.group.all_gather_object((pending.files, problem))
-        if any(error for _, error in results):
-            self._give_up(pending.step, [error for _, error in results])
+        if (failed := next((rank for rank, (_, error) in enumerate(results) if error), None)) is not None:
+            if self.group.is_main:
+                shutil.rmtree(self._partial(pending.step), ignore_errors=True)
+            raise ResourceError(
+                f"{self.step_dir(pending.step)} could not be written (learner {failed}: {results[failed][1]}); "
+                "make room and run the same command to go on from the checkpoint before"
+            )
         if self.group.is_main:
             files = {name: crc for part, _ in results for name, crc in part.items()}
             self._publish(pending, files)
         self.group.all_gather_object(None)  # nobody goes on before it is there
-
-    def _give_up(self, step: int, errors: list[str | None]) -> None:
-        if self.group.is_main:
-            shutil.rmtree(self._partial(step), ignore_errors=True)
-        rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
-        raise ResourceError(
-            f"{self.step_dir(step)} could not be written (learner {rank}: {error}); "
-            "make room and run the same command to go on from the checkpoint before"
-        )
 
     def _publish(self, pending: _Pending, files: dict[str, int]) -> None:
         partial, final = self._partial(pending.step), self.step_dir(pending.step)

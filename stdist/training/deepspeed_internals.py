@@ -54,9 +54,6 @@ warnings.filterwarnings("ignore", message=".torch.distributed", category=FutureW
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-# --- all stages of ZeRO --------------------------------------------------------------------------------------------
-
-
 def set_world_group_timeout() -> None:
     """Has DeepSpeed's own world group wait for a silent learner as long as the launcher's.
 

@@ -66,7 +66,5 @@ def resource_errors(stage: str, phase: str, step: int, group: ProcessGroup) -> I
 def _in_use() -> str:
     if not torch.cuda.is_available():
         return ""
-    free, total = torch.cuda.mem_get_info()
-    return (
-        f"; {torch.cuda.memory_allocated() / 2**30:.1f} GiB held here, {free / 2**30:.1f} of {total / 2**30:.1f} free"
-    )
+    allocated, free, total = (size / 2**30 for size in (torch.cuda.memory_allocated(), *torch.cuda.mem_get_info()))
+    return f"; {allocated:.1f} GiB held here, {free:.1f} of {total:.1f} free"

@@ -26,9 +26,9 @@ SUMMED = ("tokens", "tokens_saved")
 
 
 class Stage(Protocol):
-    """One stage of a run. ``step`` must depend on nothing but the weights and the step's number, so that
-    a resumed run repeats the steps an uninterrupted one would have made; and learners must share a step's work
-    equally, so that it does not depend on their number either."""
+    """One stage of a run. ``step`` must depend on nothing but the weights and the step's number, so that a resumed run
+    repeats the steps of an uninterrupted one; and learners must share a step's work equally, so that it does not depend
+    on their number either."""
 
     name: str
     monitor: str | None
@@ -260,14 +260,8 @@ class _StageRun:
         with resource_errors(stage.name, "forward and backward", number, group):
             local_scalars = stage.step(self.step, self.engine.backward)
             scalars_of = group.all_gather_object(local_scalars)
-        check_losses(
-            [scalars["loss"] for scalars in scalars_of],
-            self.progress.ceiling,
-            stage.name,
-            number,
-            group,
-            lambda: stage.describe_batch(self.step),
-        )
+        losses, ceiling = [scalars["loss"] for scalars in scalars_of], self.progress.ceiling
+        check_losses(losses, ceiling, stage.name, number, group, lambda: stage.describe_batch(self.step))
         scalars = {key: _reduced(key, [s[key] for s in scalars_of]) for key in local_scalars}
         scalars["learning_rate"] = self.engine.learning_rate
         with resource_errors(stage.name, "update", number, group):

@@ -11,6 +11,8 @@ from stdist.vision_llm.policy.frames import pixels_per_cell
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
+ASSUMED_GRID = (100, 100)
+
 
 def open_dataset(config: VisionLLMConfig) -> Dataset:
     """Opens the store and its windows. Raises InputError for a region, channel, split or window that cannot be."""
@@ -22,19 +24,28 @@ def open_dataset(config: VisionLLMConfig) -> Dataset:
 
 
 def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
-    height, width = dataset.store.shape
-    if dataset.statistics.maximum <= 0:
+    maximum = dataset.statistics.maximum
+    if maximum <= 0:
         raise InputError(
             f"{dataset.store.path}: {config.data.channel} is zero all over {dataset.statistics.span}; "
             "train on other days"
         )
+    spec = unfitted_spec(config, dataset.store)
+    frames = spec.frames and spec.frames.model_copy(update={"t_max": maximum})
+    return spec.model_copy(update={"frames": frames, "fitted": fitted_on_data(config, dataset)})
+
+
+def unfitted_spec(config: VisionLLMConfig, store: GridStore | None) -> PolicySpec:
+    """The policy of a run on a store, or on a grid of the size that is assumed where there is none yet, without what is
+    fitted on its values."""
+    height, width = store.shape if store else ASSUMED_GRID
     scale = config.frames.pixels_per_cell
     frames = FrameSpec(
         height=height,
         width=width,
         pixels_per_cell=pixels_per_cell(height, width) if scale == "auto" else scale,
         power=config.frames.power,
-        t_max=dataset.statistics.maximum,
+        t_max=1,
     )
     return PolicySpec(
         base=config.policy.base,
@@ -43,12 +54,12 @@ def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
         gradient_checkpointing=config.policy.gradient_checkpointing,
         mantissa_digits=config.numerals.mantissa_digits,
         setting=Setting(
-            city=dataset.store.city,
+            city=store.city if store else "city",
             channel=config.data.channel,
-            cadence=cadence_minutes(dataset.store),
+            cadence=cadence_minutes(store) if store else 10,
             history=config.data.history,
             horizon=config.data.horizon,
-            first_cell=first_cell(dataset.store),
+            first_cell=first_cell(store) if store else (0, 0),
         ),
         frames=frames if config.frames.enabled else None,
         # A preset's base is nowhere to be downloaded from: its checkpoints carry it, trained or not.
@@ -56,7 +67,6 @@ def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
         or any(stage_config(config, name).trainable == "full" for name in config.stages),
         lora_r=config.policy.lora_r,
         lora_alpha=config.policy.lora_alpha,
-        fitted=fitted_on_data(config, dataset),
     )
 
 

@@ -1,115 +1,24 @@
-"""The plan of a run: memory, operations and communication of every stage, and what to change where it does not fit."""
+"""The plan of a run of ST-Vision-LLM: what each stage holds, computes and sends, and which settings make it smaller."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 from pydantic import ValidationError
-from rich.console import Group as Lines
-from rich.table import Table
 
+from stdist.data import Region, open_store
 from stdist.errors import InputError
 from stdist.runs import memory_plan
-from stdist.runs.memory_plan import Ranks, StateBytes, Weights
+from stdist.runs.memory_plan import Ranks, gathered_bytes
+from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
-from stdist.vision_llm.config import ForecastStageConfig, VisionLLMConfig
-from stdist.vision_llm.dataset import stage_config
-from stdist.vision_llm.model_counts import read_base, read_shape, stage_weights
+from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
+from stdist.vision_llm.dataset import ASSUMED_GRID, stage_config, unfitted_spec
+from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
-from stdist.vision_llm.recipe import check_learners
-from stdist.vision_llm.step_counts import Work, ranks_of, stage_work
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A step of one stage on one learner: bytes by kind, operations, and what it sends."""
-
-    stage: str
-    trainable: str
-    ranks: Ranks
-    weights: list[Weights]
-    states: dict[str, StateBytes]
-    bucket: float
-    work: Work
-    traffic: dict[str, float]
-    compute_seconds: float
-
-    @property
-    def peak(self) -> tuple[str, dict[str, float]]:
-        """The larger phase: its name, and what it holds besides weights and their states."""
-        return max(self.work.phases.items(), key=lambda phase: sum(phase[1].values()))
-
-    @property
-    def device_bytes(self) -> float:
-        return sum(state.device for state in self.states.values()) + self.bucket + sum(self.peak[1].values())
-
-    @property
-    def host_bytes(self) -> float:
-        return sum(state.host for state in self.states.values())
-
-    @property
-    def communication_seconds(self) -> float:
-        return memory_plan.communication_seconds(self.traffic, self.ranks.world_size)
-
-    def as_dict(self) -> dict[str, Any]:
-        phase, held = self.peak
-        return {
-            "stage": self.stage,
-            "trainable": self.trainable,
-            "parameters": sum(w.count for w in self.weights),
-            "trainable_parameters": sum(w.count for w in self.weights if w.trainable),
-            "bytes": {kind: vars(state) for kind, state in self.states.items()}
-            | {"gradient bucket": self.bucket}
-            | {f"{phase}: {what}": size for what, size in held.items()},
-            "device_bytes": self.device_bytes,
-            "host_bytes": self.host_bytes,
-            "micro_batches": self.work.micro_batches,
-            "tokens_per_learner": self.work.tokens,
-            "flops_per_learner": self.work.flops,
-            "bytes_sent": self.traffic,
-            "compute_seconds": self.compute_seconds,
-            "communication_seconds": self.communication_seconds,
-        }
-
-
-def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
-    """One stage of a run, from its configuration alone.
-
-    Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
-    """
-    base, ranks = read_base(config.policy.base), ranks_of(config)
-    weights = stage_weights(config, stage, base)
-    work = stage_work(config, stage, base, weights, read_shape(config))
-    return StagePlan(
-        stage,
-        stage_config(config, stage).trainable,
-        ranks,
-        weights,
-        {w.kind: memory_plan.state_bytes(w, ranks) for w in weights},
-        memory_plan.bucket_bytes(weights, ranks),
-        work,
-        memory_plan.traffic(weights, ranks, work.walks, work.backwards),
-        memory_plan.compute_seconds(work.flops, device_flops),
-    )
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """Every stage of a run; ``verdicts`` say whether each fits, where a device's memory was given."""
-
-    stages: list[StagePlan]
-    verdicts: list[str]
-    notes: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        verdicts = self.verdicts or [""] * len(self.stages)
-        stages = [stage.as_dict() | {"verdict": v} for stage, v in zip(self.stages, verdicts, strict=True)]
-        return {"learners": vars(self.stages[0].ranks), "stages": stages, "notes": self.notes}
-
-    def as_tables(self) -> Lines:
-        return Lines(*map(_memory_table, self.stages), _step_table(self.stages))
+from stdist.vision_llm.policy.spec import PolicySpec
+from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
 
 
 def plan_run(
@@ -121,9 +30,14 @@ def plan_run(
     """
     check_learners(config, ProcessGroup(0, config.learners.num_workers))
     stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
-    verdicts = [] if device_memory is None else [_verdict(config, stage, device_memory) for stage in stages]
+    otherwise = "take a larger device or a smaller base"
+    verdicts = [
+        verdict(stage, device_memory, _changes(config, stage.stage), partial(_replan, config, stage.stage), otherwise)
+        for stage in stages
+        if device_memory is not None
+    ]
     notes = [
-        *read_shape(config).notes,
+        *read_city(config)[2],
         f"seconds are on paper: {device_flops / 1e12:.0f} TFLOP/s at an assumed MFU of {memory_plan.MFU:.0%}, "
         f"{memory_plan.bandwidth(config.learners.num_workers) / 1e9:.0f} GB/s between learners, nothing overlapped",
     ]
@@ -134,45 +48,82 @@ def plan_run(
     return RunPlan(stages, verdicts, notes)
 
 
-def _verdict(config: VisionLLMConfig, plan: StagePlan, device_memory: int) -> str:
-    of = f"{plan.stage}: {plan.device_bytes / GIB:.1f} GiB of {device_memory / GIB:.1f}"
-    if plan.device_bytes <= device_memory:
-        return f"{of}, fits"
-    changes, smaller = _smaller(config, plan, device_memory)
-    advice = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-    if smaller.device_bytes <= device_memory:
-        return f"{of}, does not fit: try {advice}, {smaller.device_bytes / GIB:.1f} GiB"
-    tried = f" {smaller.device_bytes / GIB:.1f} GiB with {advice};" if advice else ""
-    return f"{of}, does not fit:{tried} take a larger device or a smaller base"
+def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
+    """One stage of a run, from its configuration alone.
+
+    Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
+    """
+    settings, ranks = stage_config(config, stage), ranks_of(config)
+    policy, costs = shape_policy(*starting_point(config, stage)), costs_of(config, stage)
+    weights = policy_weights(policy, config.policy.load_in_4bit)
+    if ranks.zero_stage and settings.trainable == "full":  # DeepSpeed casts all of it
+        weights = [replace(w, bytes_each=policy.text_head.element_size()) for w in weights]
+    phases = costs.phases | {"update": {"temporaries": update_bytes(parameter_groups(policy, settings), ranks)}}
+    live, everything = gathered_bytes(weights, ranks)
+    if everything:
+        # ZeRO-3 makes the policy whole for every validation; a stage that samples is refused it.
+        phases["training"] = phases["training"] | {"gathered weights": live}
+        phases["validation"] = {"gathered weights": everything}
+    return StagePlan(
+        stage,
+        settings.trainable,
+        ranks,
+        weights,
+        phases,
+        costs.flops,
+        memory_plan.traffic(weights, ranks, *costs.passes(weights)),
+        {"tokens_per_learner": costs.tokens, "micro_batches": costs.micro_batches},
+        device_flops,
+    )
 
 
-def _smaller(config: VisionLLMConfig, plan: StagePlan, device_memory: int) -> tuple[dict[str, Any], StagePlan]:
-    """The first changes, in the order of what they cost, under which the stage fits; none of them needless."""
-    kept: list[dict[str, Any]] = []
-    best = plan
-    for change in _changes(config, plan.stage):
-        changed = _changed(config, [*kept, change])
-        if changed is None:
-            continue
-        candidate = plan_stage(changed, plan.stage)
-        if candidate.device_bytes < best.device_bytes:
-            kept, best = [*kept, change], candidate
-        if best.device_bytes <= device_memory:
-            break
-    for change in list(kept[:-1]):
-        fewer = [other for other in kept if other is not change]
-        changed = _changed(config, fewer)
-        if changed and (candidate := plan_stage(changed, plan.stage)).device_bytes <= device_memory:
-            kept, best = fewer, candidate
-    return {key: value for change in kept for key, value in change.items()}, best
+def costs_of(config: VisionLLMConfig, stage: str) -> Costs:
+    """One learner's of a step."""
+    settings, group = stage_config(config, stage), ProcessGroup(0, config.learners.num_workers)
+    if isinstance(settings, AlignmentConfig):
+        examples = len(group.local_items(range(settings.train_batch_size)))
+        return alignment_costs(*starting_point(config, stage), settings, examples)
+    assert isinstance(settings, ForecastStageConfig)
+    windows = len(group.local_items(range(settings.windows_per_step)))
+    cells = min(settings.cells_per_window, read_city(config)[1])
+    return window_costs(*starting_point(config, stage), settings, windows, cells)
 
 
-def _changes(config: VisionLLMConfig, stage: str) -> Iterator[dict[str, Any]]:
+def starting_point(config: VisionLLMConfig, stage: str) -> tuple[PolicySpec, Stages]:
+    """The policy that the run trains, and the stages that it has begun when ``stage`` trains it."""
+    spec = read_city(config)[0].model_copy(update={"load_in_4bit": False})  # which has no shapes of its own
+    names = config.stages[: config.stages.index(stage) + 1]
+    return spec, tuple((name, stage_config(config, name).trainable) for name in names)
+
+
+def ranks_of(config: VisionLLMConfig) -> Ranks:
+    learners = config.learners
+    stage = learners.zero_stage if learners.engine == "deepspeed" else 0
+    return Ranks(learners.num_workers, stage, learners.offload_optimizer)
+
+
+def read_city(config: VisionLLMConfig) -> tuple[PolicySpec, int, list[str]]:
+    """The policy of the run's store, how many cells there are to draw from, and notes: on a store that is yet to be
+    prepared."""
+    path, store, inside, notes = config.data.store, None, np.ones(ASSUMED_GRID, bool), []
+    if path.exists():
+        store = open_store(path)
+        if len(store.shape) != 2:
+            raise InputError(f"{path} holds nodes, the vision-LLM reads grids; choose a store of a grid")
+        inside = store.inside
+    else:
+        notes.append(f"{path} does not exist yet: a grid of {inside.shape[0]} x {inside.shape[1]} cells is assumed")
+    if config.data.region:
+        inside = inside[Region.parse(config.data.region).within(inside.shape).slices]
+    return unfitted_spec(config, store), int(inside.sum()), notes
+
+
+def _changes(config: VisionLLMConfig, stage: str) -> Iterator[Changes]:
     settings, learners = stage_config(config, stage), config.learners
     if isinstance(settings, ForecastStageConfig):
         yield {f"{stage}.activation_memory": min(1.0, settings.activation_memory)}
-    else:
-        yield {f"{stage}.gradient_accumulation_steps": getattr(config, stage).train_batch_size // learners.num_workers}
+    elif isinstance(settings, AlignmentConfig):
+        yield {f"{stage}.gradient_accumulation_steps": settings.train_batch_size // learners.num_workers}
     yield {"policy.gradient_checkpointing": True}
     if learners.num_workers > 1:
         yield {"learners.zero_stage": 2}
@@ -183,57 +134,15 @@ def _changes(config: VisionLLMConfig, stage: str) -> Iterator[dict[str, Any]]:
     yield {"numerals.mantissa_digits": 3}
 
 
-def _changed(config: VisionLLMConfig, changes: list[dict[str, Any]]) -> VisionLLMConfig | None:
+def _replan(config: VisionLLMConfig, stage: str, changes: Changes) -> StagePlan | None:
     """None where such a configuration could not be trained."""
     tree = config.model_dump(mode="json")
-    for change in changes:
-        for path, value in change.items():
-            section, key = path.split(".")
-            tree[section][key] = value
+    for path, value in changes.items():
+        section, key = path.split(".")
+        tree[section][key] = value
     try:
         changed = VisionLLMConfig.model_validate(tree)
         check_learners(changed, ProcessGroup(0, changed.learners.num_workers))
     except (ValidationError, InputError):
         return None
-    return changed
-
-
-def _memory_table(plan: StagePlan) -> Table:
-    ranks, (phase, held) = plan.ranks, plan.peak
-    how = f"ZeRO-{ranks.zero_stage}" if ranks.zero_stage else "plain torch"
-    title = f"{plan.stage}: trains {plan.trainable}, {ranks.world_size} x {how}; GiB of one learner"
-    table = Table("", title=title, title_justify="left")
-    for column in ("million", "weights", "gradients", "optimizer", "CPU", "all"):
-        table.add_column(column, justify="right")
-    for weights in plan.weights:
-        state = plan.states[weights.kind]
-        sizes = (state.weights, state.gradients, state.optimizer, state.host, state.device)
-        table.add_row(weights.kind, f"{weights.count / 1e6:,.1f}", *map(_gib, sizes))
-    others = {"gradient bucket": plan.bucket} | {f"{phase}: {what}": size for what, size in held.items()}
-    for what, size in others.items():
-        if size:
-            table.add_row(what, *[""] * 5, _gib(size))
-    table.add_row("all", *[""] * 4, _gib(plan.host_bytes), _gib(plan.device_bytes), style="bold")
-    return table
-
-
-def _step_table(stages: list[StagePlan]) -> Table:
-    table = Table("", title="One learner's share of a step", title_justify="left")
-    for column in ("tokens", "at once", "TFLOP", "seconds", "GB sent", "seconds"):
-        table.add_column(column, justify="right")
-    for plan in stages:
-        work, sent = plan.work, sum(plan.traffic.values())
-        table.add_row(
-            plan.stage,
-            f"{work.tokens:,}",
-            " / ".join(map(str, work.micro_batches)),
-            f"{work.flops / 1e12:,.3g}",
-            f"{plan.compute_seconds:.3g}",
-            f"{sent / 1e9:.3g}",
-            f"{plan.communication_seconds:.3g}",
-        )
-    return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size else ""
+    return plan_stage(changed, stage)

@@ -8,21 +8,20 @@ from typing import Any
 
 import torch
 
-from stdist.errors import InputError
 from stdist.runs.dataset import Dataset
 from stdist.runs.forecasting import Predictor
+from stdist.runs.plan import RunPlan
 from stdist.runs.recipes import Recipe
 from stdist.runs.run import Run
 from stdist.runs.run_folder import refuse_foreign_folder
 from stdist.training import engines
-from stdist.training.deepspeed_json import deepspeed_json
-from stdist.training.engine import Engine, ParameterGroup
 from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
-from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, StageConfig, VisionLLMConfig
+from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec, stage_config
+from stdist.vision_llm.learning import begin_stage, check_learners, make_engine
 from stdist.vision_llm.numeral_range import find_unwritable
-from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
+from stdist.vision_llm.plan import plan_run
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
@@ -54,9 +53,7 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
     def load(self, config: VisionLLMConfig, checkpoint: Path) -> Predictor:
         return PolicyPredictor(_on_device(load_policy(checkpoint)), config)
 
-    def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> Any:
-        from stdist.vision_llm.plan import plan_run
-
+    def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> RunPlan:
         return plan_run(config, device_memory, device_flops)
 
 
@@ -106,16 +103,12 @@ class VisionLLMRun(Run):
 
     def _stage(self, name: str, group: ProcessGroup) -> Stage:
         config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
+        begin_stage(policy, name, stage_config(config, name).trainable, config.seed)
         if name == "grpo":
-            begin_grpo(policy, config.seed)
             cell_mean = self.dataset.statistics.cell_mean[self.dataset.train.region.slices].ravel()
             return GRPOStage(
                 policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group
             )
-        settings = stage_config(config, name)
-        if settings.trainable == "lora" and not adapter_names(policy):
-            add_lora(policy, seed=config.seed)
-        train_only(policy, settings.trainable, frames=name == "sft")
         if name == "sft":
             return SFTStage(policy, self._train, self._validation, config.sft, config.seed, decoding, group)
         return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
@@ -123,28 +116,6 @@ class VisionLLMRun(Run):
 
 def _on_device(policy: PolicyModel) -> PolicyModel:
     return policy.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
-    """Raises InputError where ``group`` cannot share a stage's batch evenly, or its engine cannot train this policy."""
-    learners = config.learners
-    for name in config.stages:
-        stage = stage_config(config, name)
-        if isinstance(stage, AlignmentConfig):
-            group.local_slice(stage.train_batch_size, f"{name}.train_batch_size")
-        elif isinstance(stage, ForecastStageConfig):
-            group.local_slice(stage.windows_per_step, f"{name}.windows_per_step")
-        if learners.engine == "deepspeed":
-            bf16 = config.policy.dtype == "bfloat16" and stage.trainable == "full"
-            deepspeed_json(learners, stage.max_grad_norm, bf16, group.size)
-    if learners.engine == "deepspeed" and learners.zero_stage == 3:
-        reason = None
-        if config.policy.load_in_4bit:
-            reason = "policy.load_in_4bit packs, DeepSpeed cannot do both"
-        elif "grpo" in config.stages:
-            reason = "the stage grpo samples with, each learner as many tokens as its candidates are long"
-        if reason:
-            raise InputError(f"learners.zero_stage 3 shards the weights that {reason}; set zero_stage to 1 or 2")
 
 
 @dataclass(frozen=True)
@@ -160,29 +131,6 @@ class PolicyFiles:
         load_weights(self.policy, path)
 
 
-def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: PolicyModel, group: ProcessGroup) -> Engine:
-    """The configured engine on what trains in the stage."""
-    groups = parameter_groups(policy, settings)
-    return engines.make_engine(
-        config.learners, settings, settings.max_steps, policy, groups, group.size, policy.read_in_place
-    )
-
-
 def _validation_decoding(config: VisionLLMConfig) -> Decoding:
-    """What validation decodes with: the run's own decoding, the median where that one samples."""
+    """The run's own decoding; the median where that one samples."""
     return "median" if config.forecast.decoding == "sample" else config.forecast.decoding
-
-
-def parameter_groups(policy: PolicyModel, settings: StageConfig) -> list[ParameterGroup]:
-    """Backbone or adapter matrices, their vectors (never decayed), and the numeral rows at their own rate."""
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    backbone = {name: p for name, p in trained.items() if name.startswith("backbone.")}
-    rows = {name: p for name, p in trained.items() if name.startswith("rows.")}
-    rows_rate = settings.numeral_learning_rate or settings.learning_rate
-    return [
-        ParameterGroup(
-            {n: p for n, p in backbone.items() if p.ndim > 1}, settings.learning_rate, settings.weight_decay
-        ),
-        ParameterGroup({n: p for n, p in backbone.items() if p.ndim <= 1}, settings.learning_rate, 0.0),
-        ParameterGroup(rows, rows_rate, 0.0),
-    ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdist.data.loader import WindowLoader
+from stdist.data.loader import StepLoader, WindowLoader
 from stdist.data.sampler import WindowSampler
 from stdist.errors import InputError
 
@@ -21,8 +21,17 @@ def windows(make_store):
     return make_store(values).windows("train", 6, 3, channel="internet")
 
 
+OTHERS: list[threading.Thread] = []
+
+
+@pytest.fixture(autouse=True)
+def others():
+    """Threads of loaders that earlier tests have not let go of."""
+    OTHERS[:] = threading.enumerate()
+
+
 def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("window-loader")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("window-loader") and t not in OTHERS]
 
 
 def _before_reading(windows, monkeypatch, call) -> None:
@@ -33,16 +42,15 @@ def _before_reading(windows, monkeypatch, call) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_batches_are_those_of_the_sampler_in_its_order(windows, monkeypatch, threads):
-    sampler = WindowSampler(windows, 8, seed=2, cells_per_window=3)
+    sampler = WindowSampler(windows, 8, seed=2)
     expected = [(indices, windows.read(indices)) for indices, _ in sampler.batches(0)]
     late = random.Random(0)
     _before_reading(windows, monkeypatch, lambda _: time.sleep(late.random() / 100))
-    loader = WindowLoader(WindowSampler(windows, 8, seed=2, cells_per_window=3), threads=threads)
+    loader = WindowLoader(WindowSampler(windows, 8, seed=2), threads=threads)
     batches = list(loader)
     assert len(batches) == len(expected) == 17
     for batch, (indices, read) in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch.indices, indices)
-        np.testing.assert_array_equal(batch.cells, sampler.cells(0, indices))
         for name in ("history", "target", "target_observed", "origin_index"):
             np.testing.assert_array_equal(getattr(batch, name), getattr(read, name))
     assert batches[0].history.dtype == torch.float32 and batches[0].target_observed.dtype == torch.bool
@@ -133,7 +141,7 @@ def test_settings_below_one_are_refused(windows):
 def test_a_batch_moves_to_a_device(windows):
     batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
     moved = batch.to("meta")
-    assert moved.history.device.type == "meta" and moved.history.shape == (8, 6, 6, 5) and moved.cells is None
+    assert moved.history.device.type == "meta" and moved.history.shape == (8, 6, 6, 5)
 
 
 @pytest.mark.gpu
@@ -142,3 +150,32 @@ def test_batches_are_pinned_where_cuda_is(windows):
     batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
     assert batch.history.is_pinned() and batch.target.is_pinned() and batch.target_observed.is_pinned()
     torch.testing.assert_close(batch.to("cuda").history.cpu(), batch.history)
+
+
+def test_a_step_has_its_windows_whatever_came_before(windows, monkeypatch):
+    """In order and read ahead, out of order, and over the end of an epoch; on one rank or shared by two."""
+    loader = StepLoader(windows, 8, seed=2, rank=0, world=1)
+    steps = loader.steps_per_epoch
+    order = [WindowSampler(windows, 8, seed=2).order(epoch) for epoch in range(2)]
+    assert steps == len(windows) // 8
+    for step in (0, 1, 2, steps - 1, steps, steps + 1, 1, steps + 1):
+        epoch, number = divmod(step, steps)
+        expected = order[epoch][8 * number : 8 * number + 8]
+        batch = loader.batch(step)
+        assert batch.indices.tolist() == loader.indices(step).tolist() == expected.tolist()
+        assert np.array_equal(batch.target.numpy(), windows.read(expected).target)
+    halves = [StepLoader(windows, 4, seed=2, rank=rank, world=2).batch(1).indices.tolist() for rank in range(2)]
+    assert halves == [order[0][8:16:2].tolist(), order[0][9:16:2].tolist()]
+
+
+def test_days_come_one_by_one_where_the_cache_holds_few(make_store):
+    """Half of the cache is for days that are mixed; a span that fits is mixed as a whole."""
+    windows = make_store(np.zeros((144 * 8, 2, 2), np.float32)).windows("train", 6, 3, channel="internet")
+    assert len(windows.span) > 3
+    for days, expected in ((3, 3), (len(windows.span), None)):
+        windows.store.chunk_cache.limit = 2 * days * 144 * 4 * 5  # a float32 and a bool of each cell
+        order = WindowSampler(windows, 8, seed=2, days_at_once=expected).order(0)
+        assert StepLoader(windows, 8, seed=2, rank=0, world=1).indices(0).tolist() == order[:8].tolist()
+    windows.store.chunk_cache.limit = 0
+    order = WindowSampler(windows, 8, seed=2, days_at_once=2).order(0)
+    assert StepLoader(windows, 8, seed=2, rank=0, world=1).indices(0).tolist() == order[:8].tolist()

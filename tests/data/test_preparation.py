@@ -310,7 +310,7 @@ def test_a_file_system_without_locks_serves(tmp_path, digest, monkeypatch):
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(notes.fcntl, "flock", unsupported)
+    monkeypatch.setattr(journal.fcntl, "flock", unsupported)
     assert prepare(_plan(), tmp_path / "toy.zarr").digest == digest
 
 

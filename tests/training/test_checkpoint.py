@@ -331,7 +331,7 @@ def test_a_file_that_may_not_grow_is_one_line_in_a_process_of_its_own(toy, tmp_p
     script = (
         "import resource, sys; sys.path.insert(0, sys.argv[1]); import toy; from pathlib import Path\n"
         "limit = lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)) if step == 10 else None\n"
-        "toy.RunLog.write = lambda *rest: None\n"
+        "from stdist.training.run_log import RunLog; RunLog.write = lambda *rest: None\n"
         "toy.run(Path(sys.argv[2]), toy.ToyStage(on_step=limit))\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY

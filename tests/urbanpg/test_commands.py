@@ -39,11 +39,11 @@ def test_a_plan_says_what_training_then_holds(city, make_config, tmp_path):
     (stage,) = json.loads(invoke("plan", path, "--device-memory", "1MiB", "--json").splitlines()[-1])["stages"]
     backbone = (6 * 8 + 8) + (8 * 24 + 24) + 2 * (8 * 8 + 8) + (8 * 4 + 4)
     prompts, rows = (24 + 7 + 1) * 8, 9 * 8
-    assert stage["parameters"] == stage["trained_parameters"] == backbone + prompts + rows
+    assert stage["parameters"] == stage["trainable_parameters"] == backbone + prompts + 4 * 8, "four of the nine rows"
     assert (stage["nodes"], stage["windows"], stage["steps_per_epoch"]) == (9, 183, 5)
     sums = 32 * (8 + 1) * (6 + 1)
-    assert stage["bytes_sent"] == 4 * (2 * sums + backbone + prompts)
-    assert stage["activation_bytes"] > 32 * 5 * 8 * 4, "more than one layer of five nodes' activations"
+    assert sum(stage["bytes_sent"].values()) == 4 * (2 * sums + backbone + prompts)
+    assert stage["phases"]["training"]["activations"] > 32 * 5 * 8 * 4, "more than one layer of five nodes' activations"
     said = invoke("plan", path, "--device-memory", "1MiB")
     assert "does not fit: set nodes.block_nodes" in said
     assert f"every learner also holds the whole city's rows: {4 * rows} bytes" in said
@@ -58,7 +58,9 @@ def test_a_plan_counts_the_hidden_layer_that_blocks_keep(city, make_config, tmp_
         path = tmp_path / f"{nodes}.yaml"
         blocks = {"nodes": {"block_nodes": 2}, "model": {"d": d}, "data": {"region": f"0:{nodes}"}}
         path.write_text(yaml.safe_dump(make_config(city, tmp_path, **blocks).model_dump(mode="json")))
-        kept[nodes] = json.loads(invoke("plan", path, "--json").splitlines()[-1])["stages"][0]["activation_bytes"]
+        kept[nodes] = json.loads(invoke("plan", path, "--json").splitlines()[-1])["stages"][0]["bytes"][
+            "training: activations"
+        ]
     assert kept[8] - kept[4] >= 32 * 4 * d * 4
 
 
@@ -73,7 +75,7 @@ def test_what_a_plan_counts_grows_with_the_batch(city, make_config, tmp_path, ki
         )
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         stages += json.loads(invoke("plan", path, "--json").splitlines()[-1])["stages"]
-    for what in ("activation_bytes", "flops"):
-        small, middle, large = (stage[what] for stage in stages)
-        assert large - middle == 2 * (middle - small) > 0 and middle <= 2 * small, what
-    assert stages[0]["bytes_sent"] == 0
+    kept = [stage["phases"]["training"]["activations"] for stage in stages]
+    for small, middle, large in (kept, [stage["flops_per_learner"] for stage in stages]):
+        assert large - middle == 2 * (middle - small) > 0 and middle <= 2 * small
+    assert sum(stages[0]["bytes_sent"].values()) == 0

@@ -15,10 +15,11 @@ from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.kernels.token_losses import head_logits
+from stdist.vision_llm.learning import parameter_groups
 from stdist.vision_llm.policy.adapters import active_adapter, adapter_names, add_lora, as_reference, begin_grpo
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.recipe import parameter_groups
+from stdist.vision_llm.rollout.rollouts import Candidates, Rollouts, Weights
 from stdist.vision_llm.rollout.sampler import Completions
 from stdist.vision_llm.stages.grpo import GRPOStage, candidate_tree, completion_log_probs
 
@@ -47,11 +48,18 @@ def logits_of(policy: PolicyModel, batch: PolicyBatch) -> Tensor:
         return head_logits(hidden[:, -1], policy.answer_head)
 
 
-def stage_of(policy: PolicyModel, store: GridStore, **changes: object) -> GRPOStage:
+def stage_of(
+    policy: PolicyModel,
+    store: GridStore,
+    rollouts: Rollouts | None = None,
+    group: ProcessGroup = ProcessGroup(),
+    **changes: object,
+) -> GRPOStage:
     cities = [CityWindows(policy, store.windows(name, 4, 3, channel="internet")) for name in ("train", "validation")]
     settings = {"windows_per_step": 2, "cells_per_window": 2, "eval_windows": 2, "num_generations": 4} | changes
     cell_mean = np.linspace(0.0, 190.0, 20)
-    return GRPOStage(policy, *cities, cell_mean, GRPOConfig(**settings), seed=5, decoding="median")
+    config = GRPOConfig(**settings)
+    return GRPOStage(policy, *cities, cell_mean, config, seed=5, decoding="median", group=group, rollouts=rollouts)
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
@@ -140,19 +148,19 @@ def test_first_step_has_no_kl_and_clips_nothing(
     assert scalars["right_length"] == 0 and scalars["tokens_per_candidate"] == 7
 
 
+@torch.no_grad()
 def sequence_log_probs(policy: PolicyModel, batch: PolicyBatch, completions: Completions, temperature: float) -> Tensor:
     """The definition: log-softmax over what can be said, of every candidate as a sequence of its own."""
     answer_ids = completions.answer_ids
     ids = torch.where(answer_ids == len(policy.vocabulary), policy.end_id, answer_ids + policy.first_numeral_id)
     prompts = batch.prompts.repeat_interleave(len(ids) // len(batch.prompts), 0)
-    with torch.no_grad():
-        hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), torch.cat([prompts, ids[:, :-1]], dim=1))
+    hidden, _ = policy.branch(policy.prefix(batch.shared, batch.grids), torch.cat([prompts, ids[:, :-1]], dim=1))
     logits = head_logits(hidden[:, prompts.shape[1] - 1 :].flatten(0, 1), policy.answer_head) / temperature
     return logits.log_softmax(-1).gather(1, completions.answer_ids.reshape(-1, 1)).view(ids.shape)
 
 
 def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
-    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
+    make_policy: MakePolicy, store: GridStore
 ) -> None:
     """Two updates on one rollout, of a policy that is not its reference, and that moves in between: every figure by its
     definition from three sets of log-probabilities. Then the next rollout comes."""
@@ -160,21 +168,15 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
     begin_grpo(policy)
     disturb(policy, seed=1, adapter="grpo")
     settings = {"num_iterations": 2, "beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.25, "temperature": 0.7}
-    stage = stage_of(policy, store, **settings)
-    rollouts: list[tuple[PolicyBatch, Completions]] = []
-
-    def generate(batch: PolicyBatch, *_: object) -> Completions:
-        completions = fixed_candidates(policy, batch)
-        completions.log_probs = sequence_log_probs(policy, batch, completions, 0.7) * completions.mask
-        rollouts.append((batch, completions))
-        return completions
-
-    monkeypatch.setattr(stage, "_generate", generate)
+    rollouts = FixedRollouts(
+        policy, lambda batch, written: sequence_log_probs(policy, batch, written, 0.7) * written.mask
+    )
+    stage = stage_of(policy, store, rollouts, **settings)
     first = stage.step(0, lambda loss: None)
     disturb(policy, seed=2, adapter="grpo")
     second = stage.step(1, lambda loss: None)
 
-    ((batch, completions),) = rollouts
+    ((batch, completions),) = rollouts.generated
     old, mask = completions.log_probs, completions.mask
     new = sequence_log_probs(policy, batch, completions, 0.7)
     with as_reference(policy):
@@ -195,7 +197,7 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
             assert (share > 0.02) == (scalars is second), "both sides clip once the policy has moved"
 
     stage.step(2, lambda loss: None)
-    assert len(rollouts) == 2 and not np.array_equal(rollouts[1][0].truth, batch.truth)
+    assert len(rollouts.generated) == 2 and not np.array_equal(rollouts.generated[1][0].truth, batch.truth)
 
 
 class Learner(ProcessGroup):
@@ -212,49 +214,42 @@ class Learner(ProcessGroup):
         return gathered
 
 
-def test_two_learners_have_the_gradient_of_one(
-    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: GridStore) -> None:
     """The mean of their gradients, whatever their micro-batches; one's candidates are shorter than the other's."""
+    windows: list[int] = []
+
+    def cut(window: int) -> int:
+        windows.append(window)
+        return 0 if window == windows[0] else 2
 
     def stage_in(group: ProcessGroup, memory: float) -> GRPOStage:
         policy = sft_model(make_policy, with_adapter=True)
         begin_grpo(policy)
         disturb(policy, seed=1, adapter="grpo")
-        stage = stage_of(policy, store, loss_type="dapo", beta=0.2, activation_memory=memory)
-        stage.group = group
-
-        def generate(batch: PolicyBatch, *_: object) -> Completions:
-            completions = fixed_candidates(policy, batch)
-            if group.size == 1 or group.rank == 1:  # the second window's have no end
-                completions.mask[-8:, 3] = False
-            return completions
-
-        monkeypatch.setattr(stage, "_generate", generate)
-        return stage
+        rollouts = FixedRollouts(policy, cut=cut)
+        return stage_of(policy, store, rollouts, group, loss_type="dapo", beta=0.2, activation_memory=memory)
 
     def step(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
         scalars = stage.step(0, torch.Tensor.backward)
         return scalars, torch.cat([p.grad.flatten() for p in stage.policy.parameters() if p.grad is not None])
 
     alone, gradient = step(stage_in(ProcessGroup(), 1.0))
+    stages = [stage_in(Learner(0, 2), 1.0), stage_in(Learner(1, 2), 1e-9)]
     with ThreadPoolExecutor(2) as threads:
-        (first, one), (second, two) = threads.map(step, [stage_in(Learner(0, 2), 1.0), stage_in(Learner(1, 2), 1e-9)])
+        (first, one), (second, two) = threads.map(step, stages)
+    assert len({stage.rollouts.generated[0][1].mask.sum().item() for stage in stages}) == 2
     assert ((one + two) / 2 - gradient).norm() / gradient.norm() < 1e-5
     for name in ("loss", "kl", "clip_ratio"):
         assert (first[name] + second[name]) / 2 == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
 
 
-def test_micro_batches_add_up_to_the_whole_step(
-    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_add_up_to_the_whole_step(make_policy: MakePolicy, store: GridStore) -> None:
     """All activations in memory, or no more than one sequence's at a time: the same scalars and the same gradient."""
     runs, gradients, calls = [], [], []
     for memory in (1.0, 1e-9):
         policy = sft_model(make_policy, with_adapter=True)
         begin_grpo(policy)
-        stage = stage_of(policy, store, windows_per_step=3, activation_memory=memory, beta=0.1)
-        monkeypatch.setattr(stage, "_generate", lambda batch, *_, policy=policy: fixed_candidates(policy, batch))
+        stage = stage_of(policy, store, FixedRollouts(policy), windows_per_step=3, activation_memory=memory, beta=0.1)
         backwards: list[Tensor] = []
 
         def backward(loss: Tensor, backwards: list[Tensor] = backwards) -> None:
@@ -269,35 +264,59 @@ def test_micro_batches_add_up_to_the_whole_step(
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
 
 
-def test_a_step_reports_its_tokens_and_those_it_saved(
-    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_reports_its_tokens_and_those_it_saved(make_policy: MakePolicy, store: GridStore) -> None:
     """V + C·(T + G·K) a window where one sequence per candidate computes C·G·(V + T + K)."""
     policy = sft_model(make_policy, with_adapter=True)
     begin_grpo(policy)
-    stage = stage_of(policy, store)
-    monkeypatch.setattr(stage, "_generate", lambda batch, *_: fixed_candidates(policy, batch))
-    scalars = stage.step(0, torch.Tensor.backward)
-    batch = stage.train.batch(np.array([0]), np.array([0]))
+    scalars = stage_of(policy, store, rollouts := FixedRollouts(policy)).step(0, torch.Tensor.backward)
+    batch, _ = rollouts.generated[0]
     v, t, k = batch.shared.shape[1], batch.prompts.shape[1], 3
     assert scalars["tokens"] == 2 * (v + 2 * (t + 4 * k))
     assert scalars["tokens_saved"] == 2 * (2 * 4 * (v + t + k)) - scalars["tokens"]
 
 
-def fixed_candidates(policy: PolicyModel, batch: PolicyBatch) -> Completions:
-    """Four candidates a cell: the truth, it times 1.1, it times 1.5, and it cut after two values."""
+def fixed_candidates(
+    policy: PolicyModel, batch: PolicyBatch, cut: Callable[[int], int] = lambda window: 2
+) -> Completions:
+    """Four candidates a cell: the truth, it times 1.1, it times 1.5, and it cut after ``cut`` of its window values."""
     n, end = len(batch.answers), len(policy.vocabulary)
     truth = batch.truth.reshape(n, 3)
-    answer_ids, lengths = torch.full((n, 4, 4), end), torch.tensor([3, 3, 3, 2]).repeat(n)
-    for candidate, scale in enumerate((1.0, 1.1, 1.5, 1.0)):
-        encoded = torch.from_numpy(policy.vocabulary.encode(truth * scale))
-        length = int(lengths[candidate])
-        answer_ids[:, candidate, :length] = encoded[:, :length]
-    answer_ids = answer_ids.view(-1, 4)
+    last = torch.tensor([cut(window) for window in batch.origins.tolist()]).repeat_interleave(len(batch.cells))
+    lengths = torch.cat([torch.full((n, 3), 3), last[:, None]], 1)
+    encoded = torch.stack([torch.from_numpy(policy.vocabulary.encode(truth * x)) for x in (1.0, 1.1, 1.5, 1.0)], 1)
+    written = torch.arange(4) < lengths[..., None]
+    answer_ids = torch.nn.functional.pad(encoded, (0, 1)).masked_fill(~written, end).view(-1, 4)
+    lengths = lengths.flatten()
     mask = torch.arange(4) <= lengths[:, None]
     decoded = torch.from_numpy(policy.vocabulary.decode(answer_ids.clamp(max=end - 1).numpy())).float()
     values = decoded * (answer_ids < end)
     return Completions(answer_ids, mask, torch.full(mask.shape, -6.0) * mask, values, lengths)
+
+
+class FixedRollouts:
+    """``fixed_candidates`` of every batch, with the log-probabilities that they are given, and a list of them."""
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        log_probs: Callable[[PolicyBatch, Completions], Tensor] | None = None,
+        cut: Callable[[int], int] = lambda window: 2,
+    ) -> None:
+        self.policy, self.log_probs, self.cut = policy, log_probs, cut
+        self.generated: list[tuple[PolicyBatch, Completions]] = []
+
+    def update_weights(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
+        completions = fixed_candidates(self.policy, batch, self.cut)
+        if self.log_probs:
+            completions.log_probs = self.log_probs(batch, completions)
+        self.generated.append((batch, completions))
+        keys = [(step, window, cell, self.weights.digest) for window in batch.origins for cell in batch.cells]
+        arrays = (completions.answer_ids, completions.log_probs, completions.lengths)
+        groups = zip(*(x.view(-1, 4, *x.shape[1:]).numpy() for x in arrays), strict=True)
+        return [Candidates(*key, *group) for key, group in zip(keys, groups, strict=True)]
 
 
 def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: GridStore) -> None:
@@ -334,33 +353,39 @@ def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: Grid
     assert stage.evaluate() == stage.evaluate()
 
 
-def test_learning_raises_the_likelihood_of_the_better_candidate(
-    make_policy: MakePolicy, store: GridStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: MakePolicy, store: GridStore) -> None:
     """The gradient step goes the right way: truth up, the candidate 50 % off down."""
     policy = sft_model(make_policy, with_adapter=False)
     begin_grpo(policy)
-    stage = stage_of(policy, store)
-    batches: list[PolicyBatch] = []
 
     def log_probs(batch: PolicyBatch, completions: Completions) -> Tensor:
         tree = candidate_tree(policy, batch, completions)
         return completion_log_probs(policy, tree, completions, 1.0, sizes=[2, 4, 16])
 
-    def generate(batch: PolicyBatch, *_: object) -> Completions:
-        batches.append(batch)
-        completions = fixed_candidates(policy, batch)
-        completions.log_probs = log_probs(batch, completions)
-        return completions
-
-    monkeypatch.setattr(stage, "_generate", generate)
+    stage = stage_of(policy, store, rollouts := FixedRollouts(policy, log_probs))
     engine = TorchEngine(parameter_groups(policy, GRPOConfig(learning_rate=1e-3)), cosine_schedule(0, 10), 1.0)
     before = None
-    for _ in range(4):
-        stage.step(0, engine.backward)
+    for step in range(4):
+        stage.step(step, engine.backward)
         engine.step()
-        now = log_probs(batches[0], fixed_candidates(policy, batches[0]))
-        totals = now.sum(1).view(-1, 4).mean(0)
+        stage.on_weights_changed(step + 1)
+        totals = log_probs(*rollouts.generated[0]).sum(1).view(-1, 4).mean(0)
         before = totals if before is None else before
     assert (totals - before)[0] > (totals - before)[2]
     assert totals[0] > before[0] and totals[2] < before[2]
+
+
+def test_candidates_of_other_weights_are_refused(make_policy: MakePolicy, store: GridStore) -> None:
+    """Whoever samples must have the weights of this moment: the ratio and the clip stand on it."""
+    policy = sft_model(make_policy, with_adapter=False)
+    begin_grpo(policy)
+    stage = stage_of(policy, store, rollouts := FixedRollouts(policy))
+    stage.step(0, lambda loss: None)
+    policy.rows.output.data[3, 5] += 1
+    stage.on_weights_changed(1)
+    stage.step(1, lambda loss: None)
+    rollouts.update_weights = lambda weights: None
+    policy.rows.output.data[3, 5] += 1
+    stage.on_weights_changed(2)
+    with pytest.raises(RuntimeError, match=r"step 2 needs candidates of window \d+, cell \d+ by weights"):
+        stage.step(2, lambda loss: None)

@@ -9,32 +9,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
 from data_prep import READERS
 from stdist import cli
 from stdist.data import GridStore
 from stdist.errors import InputError
-from stdist.runs.memory_size import parse_memory
+from stdist.runs.memory_plan import Weights, parse_memory
+from stdist.runs.plan import StagePlan
 from stdist.runs.recipes import parse_config
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
-from stdist.vision_llm.model_counts import LORA, REFERENCE_LORA, REFERENCE_ROWS, ROWS, VISION
-from stdist.vision_llm.plan import StagePlan, plan_run, plan_stage
-from stdist.vision_llm.policy.adapters import adapter_names, add_lora, begin_grpo, train_only
+from stdist.vision_llm.kernels.attention import MATH, Choice
+from stdist.vision_llm.learning import begin_stage, parameter_groups
+from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.recipe import parameter_groups
-from stdist.vision_llm.stages.alignment import BATCHES, tokenise
+from stdist.vision_llm.policy.presets import build_model
+from stdist.vision_llm.policy.spec import PolicySpec, Setting
+from stdist.vision_llm.stage_costs import (
+    LORA,
+    REFERENCE_LORA,
+    REFERENCE_ROWS,
+    ROWS,
+    VISION,
+    micro_batches,
+    policy_weights,
+    shape_policy,
+)
+from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
-from stdist.vision_llm.step_counts import decoder_calls
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches, activation_bytes
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
-HISTORY, HORIZON, GIB = 4, 3, 2**30
+HISTORY, HORIZON, MIB, GIB = 4, 3, 2**20, 2**30
+MEMORY = "40MiB"
 DEEPSPEED = {"engine": "deepspeed", "num_workers": 8}
 
 
@@ -83,19 +96,41 @@ def seven_b(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The preset tiny as a pre-trained base: a folder with its configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    with torch.device("meta"):
+        build_model("tiny", 0).config.save_pretrained(folder)
+    return str(folder)
+
+
+class Kept:
+    """What autograd keeps for a backward pass besides weights: counted on real tensors."""
+
+    def __init__(self, policy: PolicyModel):
+        self._weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        self._seen: dict[int, torch.Tensor] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in self._weights:
+            self._seen[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._hooks.__exit__()
+        self.bytes = sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
+        self._seen.clear()
+        loss.backward()
+
+
 def policy_at(config: VisionLLMConfig, stage: str) -> PolicyModel:
-    """As :mod:`recipe` has it when ``stage`` begins."""
+    """As it is in training when ``stage`` begins."""
     policy = build_policy(policy_spec(config, open_dataset(config)), seed=0)
-    for name in config.stages:
-        if name == "grpo":
-            begin_grpo(policy)
-        else:
-            part = getattr(config, name).trainable
-            if part == "lora" and not adapter_names(policy):
-                add_lora(policy)
-            train_only(policy, part, frames=name == "sft")
-        if name == stage:
-            break
+    for name in config.stages[: config.stages.index(stage) + 1]:
+        begin_stage(policy, name, getattr(config, name).trainable, seed=0)
     return policy
 
 
@@ -124,7 +159,7 @@ def kind_of(name: str) -> str:
 def test_parameters_by_kind_are_those_of_the_policy(config, stages, trainable, dtype):
     """Counts, bytes and what trains."""
     run = config(stages=stages, policy={"dtype": dtype}, **{stages[0]: {"trainable": trainable}})
-    policy, plan = policy_at(run, stages[-1]), plan_stage(run, stages[-1])
+    policy, planned_policy = policy_at(run, stages[-1]), shape_policy(*starting_point(run, stages[-1]))
     real: dict[tuple[str, bool], list[int]] = {}
     for name, parameter in policy.named_parameters():
         kind = kind_of(name)
@@ -134,11 +169,11 @@ def test_parameters_by_kind_are_those_of_the_policy(config, stages, trainable, d
         held[0] += parameter.numel()
         held[1] += parameter.nbytes
     planned: dict[tuple[str, bool], list[float]] = {}
-    for weights in plan.weights:
+    for weights in policy_weights(planned_policy, four_bit=False):
         kind = weights.kind if weights.kind in (LORA, ROWS, REFERENCE_LORA, REFERENCE_ROWS, VISION) else "base"
         held = planned.setdefault((kind, weights.trainable), [0, 0])
         held[0] += weights.count
-        held[1] += plan.states[weights.kind].weights
+        held[1] += weights.bytes
     assert planned == real
 
 
@@ -157,20 +192,22 @@ def test_optimizer_and_gradients_are_those_of_adamw(config, trainable, dtype):
     assert sum(s.optimizer for s in plan.states.values()) == moments
 
 
-# --- tokens, micro-batches, calls ----------------------------------------------------------------------------------
+# --- a step ---------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
-    run = config(stages=["sft"], sft={"trainable": "full"})
-    policy, plan = policy_at(run, "sft"), plan_stage(run, "sft")
+def test_a_step_of_sft_is_planned_as_it_runs(config, monkeypatch):
+    """Tokens, micro-batches, operations and passes, of a real policy's real step. Attention as plain products, which
+    are as many operations as the fused kernel's."""
+    run = config(stages=["sft"], sft={"trainable": "full"}, frames={"enabled": False})
+    plan, costs = plan_stage(run, "sft"), costs_of(run, "sft")
+    monkeypatch.setattr(PolicyModel, "attention_choice", Choice(MATH, "plain"))
+    policy = policy_at(run, "sft")
     city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(3), city.cells[:7])
     tree = sft_tree(policy, batch, torch.zeros(21, dtype=torch.bool))
-    assert plan.work.tokens == tree.tokens
     sizes = MicroBatches(policy, run.sft.activation_bytes).sizes(tree)
-    assert plan.work.micro_batches == [min(a, b) for a, b in zip(sizes, (3, 21), strict=True)] != [3, 21]
+    assert sizes[0] < 3 and sizes[1] < 7
     monitor = {
-        "vision tower": policy.base_model.model.visual.merger.mlp[0].weight,
         "embeddings": policy.base_model.get_input_embeddings().weight,
         "head": policy.base_model.lm_head.weight,
         "decoder": policy.base_model.model.language_model.layers[0].mlp.up_proj.weight,
@@ -178,78 +215,98 @@ def test_tokens_and_calls_of_sft_are_those_of_its_tree(config, monkeypatch):
         "input": policy.rows.input,
         "output": policy.rows.output,
     }
-    seen = dict.fromkeys([*monitor, ROWS], 0.0)
+    seen = dict.fromkeys([*monitor, ROWS, VISION], 0.0)
     for name, parameter in monitor.items():
         parameter.register_hook(lambda gradient, name=name: seen.__setitem__(name, seen[name] + 1))
-    calls = []
+    calls: list[int] = []
     decoder = policy._decoder
-    monkeypatch.setattr(policy, "_decoder", lambda **inputs: calls.append(1) or decoder(**inputs))
-    prefix_tree.backward(policy, tree, sft_loss(policy, batch), torch.Tensor.backward, sizes)
+    monkeypatch.setattr(
+        policy, "_decoder", lambda **inputs: calls.append(len(inputs["inputs_embeds"])) or decoder(**inputs)
+    )
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        prefix_tree.backward(policy, tree, sft_loss(policy, batch), torch.Tensor.backward, sizes)
+    assert plan.counts["tokens_per_learner"] == tree.tokens
+    assert plan.counts["micro_batches"] == [sizes[0], max(calls)]
+    assert plan.flops == counter.get_total_flops()
+    walks, backwards = costs.passes(list(plan.weights))
     # Each call goes forward and backward.
-    assert plan.work.walks["decoder"] == 2 * len(calls)
+    assert walks["decoder"] == 2 * len(calls)
     seen[ROWS] = (seen["input"] + seen["output"]) / 2
-    assert plan.work.backwards == {name: seen[name] for name in plan.work.backwards}
+    assert {**backwards, VISION: 0} == {name: seen[name] for name in backwards}
 
 
 def test_tokens_of_grpo_are_those_of_its_tree(config):
     run = config(stages=["grpo"])
-    policy, plan = policy_at(run, "grpo"), plan_stage(run, "grpo")
+    plan = plan_stage(run, "grpo")
+    policy = policy_at(run, "grpo")
     city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(2), city.cells[:5])
-    written = torch.zeros(2 * 5 * 4, HORIZON, dtype=torch.long)
-    assert plan.work.tokens == Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(written))).tokens
+    answers = torch.zeros(2 * 5 * 4, HORIZON, dtype=torch.long)
+    tree = Tree(batch.shared, batch.grids, (Level(batch.prompts), Level(answers)))
+    assert plan.counts["tokens_per_learner"] == tree.tokens
+    assert sum(plan.phases["sampling"].values()) > 0
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 2), (2, 100, 7), (9, 9, 100)])
-def test_calls_of_a_deeper_tree(sizes):
+def test_micro_batches_of_a_deeper_tree(sizes):
     """Three windows of four cells of five candidates, by hand: a call holds whole families, or lies inside of one."""
     by_hand = {
-        (1, 1, 1): [3, 12, 60],
-        (2, 3, 2): [2, 6, 12 * 3],
-        (2, 100, 7): [2, 2, 12],
-        (9, 9, 100): [1, 2, 2],
+        (1, 1, 1): ([3, 12, 60], [1, 1, 1]),
+        (2, 3, 2): ([2, 6, 12 * 3], [2, 2, 2]),
+        (2, 100, 7): ([2, 2, 12], [2, 8, 5]),
+        (9, 9, 100): ([1, 2, 2], [3, 8, 40]),
     }
-    assert decoder_calls(3, [4, 5], sizes) == by_hand[sizes]
+    assert micro_batches(3, [4, 5], sizes) == by_hand[sizes]
 
 
 @pytest.mark.parametrize("stage", ["alignment", "arithmetic"])
-def test_tokens_of_alignment_are_those_of_its_batch(config, stage):
+def test_a_step_of_alignment_is_planned_as_it_runs(config, stage):
     run = config(stages=["alignment", "arithmetic"], **{stage: {"train_batch_size": 18}})
-    policy, plan = policy_at(run, "alignment"), plan_stage(run, stage)
-    ids, _ = tokenise(policy, BATCHES[stage](policy.vocabulary, run.seed, 0, 18, 4))
-    assert plan.work.tokens == ids.numel()
+    plan = plan_stage(run, stage)
+    policy = policy_at(run, stage)
+    kept = Kept(policy)
+    tokens = AlignmentStage(stage, policy, getattr(run, stage), run.seed).step(0, kept.backward)["tokens"]
+    assert plan.counts["tokens_per_learner"] == tokens
+    assert plan.phases["training"]["activations"] == pytest.approx(kept.bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("trainable", ["rows", "lora", "full"])
 def test_activations_are_what_autograd_keeps(config, trainable, dtype, checkpointing):
-    """Of a child, within a tenth of what is measured; small things such as a layer's log-sum-exp are left out."""
     policy_keys = {"dtype": dtype, "gradient_checkpointing": checkpointing}
     run = config(stages=["sft"], sft={"trainable": trainable, "activation_memory": 1e-6}, policy=policy_keys)
     policy, plan = policy_at(run, "sft"), plan_stage(run, "sft")
     city = CityWindows(policy, open_dataset(run).train)
     batch = city.batch(np.arange(1), city.cells[:1])
-    window, child = activation_bytes(policy, sft_tree(policy, batch, torch.zeros(1, dtype=torch.bool)))
-    held = plan.work.phases["training"]["activations"]
-    if (trainable, checkpointing) == ("rows", True) or not checkpointing:
-        assert held == pytest.approx(window + child, rel=0.1)
-    else:
-        assert held < 1.1 * (window + child)
+    window_and_child = activation_bytes(policy, sft_tree(policy, batch, torch.zeros(1, dtype=torch.bool)))
+    assert plan.phases["training"]["activations"] == pytest.approx(sum(window_and_child), rel=0.02)
+
+
+def test_temporaries_are_those_of_the_head_and_of_look_ups(config):
+    """The dense gradients of the numerals' rows, as large as these, come beside the gradients that are there."""
+    plan = plan_stage(config(stages=["sft"], sft={"activation_memory": 1e-6}), "sft")
+    rows = next(w for w in plan.weights if w.kind == ROWS)
+    assert plan.phases["training"]["temporaries"] > rows.bytes / 2
+    assert plan.phases["update"]["temporaries"] == pytest.approx(rows.bytes, rel=1e-3)
 
 
 # --- the 7B ---------------------------------------------------------------------------------------------------------
 
 
-def seven_b_run(config, seven_b: str, **sections: Any) -> VisionLLMConfig:
-    policy = {"base": seven_b, "dtype": "bfloat16", "lora_r": 16} | sections.pop("policy", {})
-    return config(policy=policy, numerals={"mantissa_digits": 4}, stages=["sft"], **sections)
+@pytest.fixture(scope="session")
+def weights_of_7b(seven_b) -> dict[str, Weights]:
+    spec = PolicySpec(
+        base=seven_b, dtype="bfloat16", setting=Setting(city="", channel="", cadence=10, history=4, horizon=3)
+    )
+    policy = shape_policy(spec, (("sft", "lora"),))
+    return {w.kind: w for w in policy_weights(policy, four_bit=True)}
 
 
-def test_the_7b_is_counted_to_the_last_parameter(config, seven_b):
+def test_the_7b_is_counted_to_the_last_parameter(weights_of_7b):
     """8,292,166,656 is what its model card's files hold; LoRA and rows by hand."""
-    plan = plan_stage(seven_b_run(config, seven_b), "sft")
-    counts = {weights.kind: weights.count for weights in plan.weights}
+    counts = {kind: weights.count for kind, weights in weights_of_7b.items()}
     rows, lora = counts.pop(ROWS), counts.pop(LORA)
     assert sum(counts.values()) == 8_292_166_656
     assert counts["embeddings"] == counts["head"] == 152_064 * 3584
@@ -258,61 +315,40 @@ def test_the_7b_is_counted_to_the_last_parameter(config, seven_b):
     assert lora == 16 * 28 * in_and_out
 
 
-def test_four_bits_are_the_decoders_alone(config, seven_b):
-    half, four = (
-        plan_stage(seven_b_run(config, seven_b, policy={"load_in_4bit": bits}), "sft") for bits in (False, True)
-    )
-    assert four.states["decoder"].weights == pytest.approx(half.states["decoder"].weights * 4.127 / 16)
-    assert {k: v for k, v in four.states.items() if k != "decoder"} == {
-        k: v for k, v in half.states.items() if k != "decoder"
-    }
+def test_four_bits_are_the_decoders_alone(weights_of_7b):
+    decoder, *others = sorted(weights_of_7b.values(), key=lambda w: w.kind != "decoder")
+    assert decoder.bytes_each == 4.127 / 8
+    assert {w.bytes_each for w in others} == {2, 4}
 
 
-def test_full_fine_tuning_with_zero_3(config, seven_b):
+def test_full_fine_tuning_with_zero_3(config, base):
     """16 bytes a parameter over all learners, but for the matrices that stay whole: 2 bytes of each on every one."""
-    run = seven_b_run(
-        config, seven_b, sft={"trainable": "full", "windows_per_step": 8}, learners=DEEPSPEED | {"zero_stage": 3}
-    )
-    plan = plan_stage(run, "sft")
-    head, rows = 152_064 * 3584, 2 * 199_801 * 3584
-    whole = head + rows
-    everything = 8_292_166_656 + rows
+    learners = DEEPSPEED | {"zero_stage": 3}
+    policy = {"base": base, "dtype": "bfloat16"}
+    run = config(policy=policy, stages=["sft"], sft={"trainable": "full", "windows_per_step": 8}, learners=learners)
+    plan, costs = plan_stage(run, "sft"), costs_of(run, "sft")
+    count = {w.kind: w.count for w in plan.weights}
+    whole, everything = count["head"] + count[ROWS], sum(count.values())
     states = sum(state.device for state in plan.states.values())
     assert states == pytest.approx((16 * (everything - whole) + 14 * whole) / 8 + 2 * whole)
-    assert plan.work.phases["writing"]["gathered weights"] == 2 * (everything - whole)
-    gathers = plan.traffic["all-gather of sharded weights"] / (7 / 8)
-    vision = 2 * next(w.count for w in plan.weights if w.kind == VISION)
+    assert plan.phases["validation"]["gathered weights"] == 2 * (everything - whole)
+    gathers = plan.bytes_sent["all-gather of sharded weights"] / (7 / 8)
     # One window a learner: its prefix and the micro-batches of its cells, each forward and backward.
-    calls = plan.work.walks["decoder"]
-    assert calls >= 4
-    assert gathers == pytest.approx(2 * vision + calls * (2 * (everything - whole) - vision))
-
-
-def test_zero_3_gathers_frozen_embeddings_forward_alone(config, seven_b):
-    run = seven_b_run(config, seven_b, sft={"windows_per_step": 8}, learners=DEEPSPEED | {"zero_stage": 3})
-    walks = plan_stage(run, "sft").work.walks
+    assert len(costs.calls) == 2 and costs.prefixes == costs.calls[0] == 1
+    vision = 2 * count[VISION]
+    assert gathers == pytest.approx(2 * vision + sum(costs.calls) * 2 * (2 * (everything - whole) - vision))
+    walks, _ = costs.passes(policy_weights(shape_policy(*starting_point(config(stages=["sft"]), "sft")), False))
     assert walks["decoder"] == walks[LORA] == 2 * walks["embeddings"] and walks[VISION] == 1
 
 
-def test_a_tied_head_is_counted_once_and_computed_all_the_same(config, seven_b, tmp_path):
-    tied = json.loads((Path(seven_b) / "config.json").read_text())
+def test_a_tied_head_is_counted_once_and_computed_all_the_same(config, base, tmp_path):
+    tied = json.loads((Path(base) / "config.json").read_text())
     tied["tie_word_embeddings"] = tied["text_config"]["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(tied))
-    one, two = (plan_stage(seven_b_run(config, base), "sft") for base in (str(tmp_path), seven_b))
+    one, two = (plan_stage(config(policy={"base": b}, stages=["sft"]), "sft") for b in (str(tmp_path), base))
     assert [w.kind for w in two.weights if w.kind not in one.states] == ["head"]
-    assert (one.work.flops, one.work.phases) == (two.work.flops, two.work.phases)
+    assert (one.flops, one.phases) == (two.flops, two.phases)
     assert [w.kind for w in one.weights if w.whole] == ["embeddings", ROWS]
-
-
-def test_operations_by_hand(config, seven_b):
-    """2 a weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight; tiles twice."""
-    plan = plan_stage(seven_b_run(config, seven_b, sft={"windows_per_step": 1, "cells_per_window": 2}), "sft")
-    count = {weights.kind: weights.count for weights in plan.weights}
-    positions, patches = 2 * (HORIZON + 1), HISTORY * 10 * 8  # 5 x 4 cells of 28 pixels, cut into patches of 14
-    decoder = plan.work.tokens * (4 * count["decoder"] + 6 * count[LORA])
-    head = positions * (6 * count["head"] + 8 * count[ROWS] / 2)
-    assert plan.work.flops == decoder + 2 * patches * count[VISION] + head
-    assert plan.compute_seconds == plan.work.flops / (0.4 * 989e12)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -345,24 +381,19 @@ def test_every_stage_is_planned(stdist_plan):
         assert stage["verdict"].endswith(", fits") and stage["communication_seconds"] == 0
 
 
-def test_what_does_not_fit_is_told_what_to_try_and_that_fits(stdist_plan, seven_b):
-    sections: dict[str, Any] = {
-        "policy": {"base": seven_b, "dtype": "bfloat16"},
-        "numerals": {"mantissa_digits": 4},
-        "stages": ["sft"],
-    }
-    code, out, _ = stdist_plan("--json", "--device-memory", "32GiB", **sections)
+def test_what_does_not_fit_is_told_what_to_try_and_that_fits(stdist_plan, base):
+    sections: dict[str, Any] = {"policy": {"base": base}, "stages": ["sft"], "sft": {"activation_memory": 0.05}}
+    code, out, _ = stdist_plan("--json", "--device-memory", MEMORY, **sections)
     verdict = json.loads(out)["stages"][0]["verdict"]
-    assert code == 0 and "GiB of 32.0, does not fit: try " in verdict
+    assert code == 0 and "MiB, does not fit: try " in verdict
     changes = verdict.split("try ")[1].split(", ")[0].split()
-    _, again, _ = stdist_plan(*changes, "--json", "--device-memory", "32GiB", **sections)
+    _, again, _ = stdist_plan(*changes, "--json", "--device-memory", MEMORY, **sections)
     assert json.loads(again)["stages"][0]["verdict"].endswith("fits")
     for change in changes:  # none is needless
         others = [other for other in changes if other != change]
-        if not change.startswith("learners."):
-            _, fewer, _ = stdist_plan(*others, "--json", "--device-memory", "32GiB", **sections)
-            assert "does not fit" in json.loads(fewer)["stages"][0]["verdict"]
-    code, out, _ = stdist_plan("--device-memory", "1GiB", **sections)
+        _, fewer, _ = stdist_plan(*others, "--json", "--device-memory", MEMORY, **sections)
+        assert "does not fit" in json.loads(fewer)["stages"][0]["verdict"]
+    code, out, _ = stdist_plan("--device-memory", "1MiB", **sections)
     assert code == 0 and "take a larger device or a smaller base" in out
 
 
@@ -403,12 +434,12 @@ def test_what_training_refuses_the_plan_refuses(config, sections, reason):
         plan_run(config(learners=learners, **sections), None)
 
 
-def test_advice_can_be_trained(config, seven_b):
+def test_advice_can_be_trained(config, base):
     """ZeRO-3 alone would fit, but GRPO may not sample with it, nor with four bits of it."""
     learners = DEEPSPEED | {"num_workers": 2, "zero_stage": 1}
-    run = config(policy={"base": seven_b, "dtype": "bfloat16"}, stages=["grpo"], learners=learners)
-    verdict = plan_run(run, 16 * GIB).verdicts[0]
-    assert "try " in verdict and "zero_stage=3" not in verdict
+    run = config(policy={"base": base}, stages=["grpo"], learners=learners)
+    verdict = plan_run(run, 2 * MIB).verdicts[0]
+    assert "with " in verdict and "zero_stage=2" in verdict and "zero_stage=3" not in verdict
 
 
 def test_without_a_store_a_grid_is_assumed_and_said(config, tmp_path):

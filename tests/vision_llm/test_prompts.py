@@ -99,14 +99,12 @@ def test_values_out_of_range_are_clamped_and_counted_or_refused(policy: PolicyMo
         CityWindows(policy, windows).batch(np.array([0]), np.array([0]))
 
 
-def test_draws_are_of_the_region_without_repetition(policy: PolicyModel, store: GridStore) -> None:
+def test_cells_are_those_of_the_region(policy: PolicyModel, store: GridStore) -> None:
+    """Cell 3 of the region is row 2, column 2 of the grid."""
     windows = store.windows("train", 4, 3, channel="internet", region=Region(1, 4, 1, 3))
     city = CityWindows(policy, windows)
-    chosen, cells = city.draw(np.random.default_rng(0), 5, 4)
-    assert len(set(chosen)) == 5 and len(set(cells)) == 4 and set(cells) <= set(range(6))
-    every, all_cells = city.draw(np.random.default_rng(0), 10_000, 10_000)
-    assert sorted(every) == list(range(len(windows))) and sorted(all_cells) == list(range(6))
-    read = city.batch(np.array([2]), np.array([3]))  # cell 3 of the region is row 2, column 2 of the grid
+    assert city.cells.tolist() == list(range(6))
+    read = city.batch(np.array([2]), np.array([3]))
     numerals = read.prompts[0][read.prompts[0] >= policy.first_numeral_id] - policy.first_numeral_id
     assert policy.vocabulary.decode(numerals.numpy())[:2].tolist() == [2, 2]
     assert torch.equal(read.grids[0, :, 2, 2], torch.from_numpy(windows.read([2]).history[0, :, 2, 2]))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -130,7 +129,7 @@ def test_a_step_reports_its_tokens_and_those_it_saved(policy: PolicyModel, store
     """A window's V tokens are computed once and not once for each of its three cells."""
     stage = stage_of(policy, store)
     scalars = stage.step(0, lambda loss: None)
-    batch = stage.train.batch(np.array([0]), np.array([0]))
+    batch = stage.batches(0)
     v, own = batch.shared.shape[1], batch.prompts.shape[1] + batch.answers.shape[1] - 1
     assert scalars["tokens"] == 4 * (v + 3 * own) and scalars["tokens_saved"] == 4 * 2 * v
 

@@ -9,10 +9,10 @@ from stdist.data import GridStore
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.training.loop import Stage
 from stdist.vision_llm.config import AlignmentConfig, GRPOConfig, SFTConfig
+from stdist.vision_llm.learning import parameter_groups
 from stdist.vision_llm.policy.adapters import begin_grpo, train_only
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.recipe import parameter_groups
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage

@@ -177,6 +177,8 @@ class Choice:
 @cache
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The first of flash-attn, xformers (GPU), SDPA that passes :func:`probe` on the device; else plain products."""
+    if device.type == "meta":
+        return Choice(SDPAOnCUDA(), "sdpa: a plan for a GPU")
     on_gpu: list[type[Attention]] = [FlashAttention, XFormers, SDPAOnCUDA]
     candidates = on_gpu if device.type == "cuda" else [SDPAOnCPU]
     tried: list[str] = []

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Most bytes of a tile of logits, and of the weights behind it: cached on a CPU, worth its kernels' launches on a GPU.
-TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+TILE_BYTES = {"cpu": 2**22, "cuda": 2**28, "meta": 2**28}
+# Half-precision products with float32 sums exist on CUDA, and in a plan for it; elsewhere rounded factors are widened.
+MIXED_PRODUCTS = "cuda", "meta"
 TILE_POSITIONS = 1024
 
 
@@ -58,7 +60,7 @@ def head_logits(
     hidden: Float[Tensor, "positions d"], head: Sequence[Float[Tensor, "_ d"]]
 ) -> Float[Tensor, "positions tokens"]:
     """All logits at once, for those who need every one (to draw from). Rounded and summed as in the losses."""
-    operand = hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
+    operand = hidden.dtype if hidden.device.type in MIXED_PRODUCTS else torch.promote_types(hidden.dtype, torch.float32)
     factors = [block.to(hidden.dtype).to(operand).T for block in head]
     if operand in (torch.float16, torch.bfloat16):
         return torch.cat([torch.mm(hidden, factor, out_dtype=torch.float32) for factor in factors], dim=-1)
@@ -81,8 +83,7 @@ class _Head:
         self.blocks, self.temperature = blocks, temperature
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self._rounding = hidden.dtype
-        # Half-precision products with float32 sums exist on CUDA; elsewhere the rounded factors are widened.
-        self.operand = hidden.dtype if hidden.is_cuda else self.dtype
+        self.operand = hidden.dtype if hidden.device.type in MIXED_PRODUCTS else self.dtype
         self.hidden = hidden.to(self.operand)
         self._part = max(1, min(len(hidden), TILE_POSITIONS))
         tile_bytes = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cpu"])

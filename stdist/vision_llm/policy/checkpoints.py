@@ -68,7 +68,7 @@ def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
         initial_embeddings(vocabulary, model.get_input_embeddings().weight[digits].cpu(), seed),
         initial_embeddings(vocabulary, model.lm_head.weight[digits].cpu(), seed),
     )
-    policy = _assemble(model, tokenizer, processor, vocabulary, rows, spec)
+    policy = assemble(model, tokenizer, processor, vocabulary, rows, spec)
     if not spec.base_is_trained:
         add_lora(policy, seed=seed)
     return policy
@@ -152,10 +152,10 @@ def _empty_policy(spec: PolicySpec, path: Path) -> PolicyModel:
     shape = len(vocabulary), config.get_text_config().hidden_size
     rows = NumeralEmbeddings(torch.zeros(shape), torch.zeros(shape))
     processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    return _assemble(model, tokenizer, processor, vocabulary, rows, spec)
+    return assemble(model, tokenizer, processor, vocabulary, rows, spec)
 
 
-def _assemble(
+def assemble(
     model: Qwen2_5_VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     processor: Qwen2VLImageProcessorPil,

@@ -15,7 +15,8 @@ from stdist.vision_llm.policy.model import PolicyModel
 
 @dataclass
 class PolicyBatch:
-    """W windows × C cells; ``prompts`` and ``answers`` are sequences of all cells of a window, window by window."""
+    """W windows × C cells; ``prompts`` and ``answers`` are sequences of all cells of a window, window by window.
+    ``origins``: indices of the last history frames on the store's time axis."""
 
     shared: Int[Tensor, "windows tokens"]
     grids: Float[Tensor, "windows S rows cols"]
@@ -24,6 +25,7 @@ class PolicyBatch:
     truth: Float[np.ndarray, "windows cells K"]
     observed: np.ndarray
     cells: Int[np.ndarray, "cells"]
+    origins: Int[np.ndarray, "windows"]
 
 
 def encode_windows(
@@ -75,8 +77,14 @@ class CityWindows:
 
     def read(self, indices: np.ndarray) -> WindowBatch:
         """Windows number ``indices``, in the numerals' range if ``clamp``."""
-        read = self.windows.read(indices)
-        return replace(read, history=self._in_range(read.history), target=self._in_range(read.target))
+        return self.in_range(self.windows.read(indices))
+
+    def in_range(self, read: WindowBatch) -> WindowBatch:
+        """Windows that were read, in the numerals' range if ``clamp``."""
+        if not self._clamp:
+            return read
+        history, target = (self.policy.vocabulary.clamp(x)[0].astype(np.float32) for x in (read.history, read.target))
+        return replace(read, history=history, target=target)
 
     def batch_of(self, read: WindowBatch, cells: np.ndarray) -> PolicyBatch:
         """``cells`` of windows that were read."""
@@ -86,18 +94,7 @@ class CityWindows:
             x.reshape(*x.shape[:2], -1)[:, :, cells].transpose(0, 2, 1) for x in (read.target, read.target_observed)
         )
         answers = torch.from_numpy(self.policy.prompts.answers(truth.reshape(-1, truth.shape[-1])))
-        return PolicyBatch(*inputs, answers.to(self.policy.device), truth, observed, cells)
-
-    def _in_range(self, values: np.ndarray) -> np.ndarray:
-        if not self._clamp:
-            return values
-        clamped, _ = self.policy.vocabulary.clamp(values)
-        return clamped.astype(np.float32)
-
-    def draw(self, rng: np.random.Generator, windows: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Random windows and cells of a training step, without repetition inside the step."""
-        chosen = rng.choice(len(self.windows), min(windows, len(self.windows)), replace=False)
-        return chosen, np.sort(rng.choice(self.cells, min(cells, len(self.cells)), replace=False))
+        return PolicyBatch(*inputs, answers.to(self.policy.device), truth, observed, cells, read.origin_index)
 
     def describe(self, indices: np.ndarray) -> str:
         """Windows number ``indices`` by the local times of their last history frames."""

@@ -22,17 +22,19 @@ from stdist.vision_llm.policy.adapters import as_reference
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
-from stdist.vision_llm.rollout.sampler import Completions, Decoding, Sampler
+from stdist.vision_llm.rollout.rollouts import LocalRollouts, Rollouts, Weights, completions_of, max_tokens
+from stdist.vision_llm.rollout.sampler import Completions, Decoding
+from stdist.vision_llm.stages.batches import StepBatches
 from stdist.vision_llm.stages.loss import LOSSES, LossInputs
 from stdist.vision_llm.stages.reward import group_advantages, reward
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
-# A candidate may run past K so that the length term of Eq. 17 can tell it off; it is cut this far behind.
-EXTRA_TOKENS = 4
 # d of Eq. 19 never falls below this share of the city's mean: a cell at rest would make any error enormous.
 NORMALIZER_FLOOR = 0.05
+# The step that candidates of evaluations are drawn for, the same ones every time.
+EVALUATION = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class GRPOStage(Stage):
 
     Args:
         cell_mean: ``[H·W of the region]`` mean of each cell over the training span, in units.
+        rollouts: samples the candidates; by default this process does.
     """
 
     name = "grpo"
@@ -72,17 +75,21 @@ class GRPOStage(Stage):
         seed: int,
         decoding: Decoding,
         group: ProcessGroup = ProcessGroup(),
+        rollouts: Rollouts | None = None,
     ):
-        self.policy, self.train, self.validation = policy, train, validation
-        self.cell_mean, self.config, self.seed, self.decoding = cell_mean, config, seed, decoding
-        self.group = group
-        self.sampler = Sampler(
-            policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
-        )
-        self.max_tokens = policy.spec.setting.horizon + EXTRA_TOKENS
+        self.policy, self.validation, self.config = policy, validation, config
+        self.decoding, self.group = decoding, group
+        self.cell_mean, self._city_mean = cell_mean, float(cell_mean[train.cells].mean())
+        self.batches = StepBatches(train, config, "grpo", seed, group)
+        self.rollouts = rollouts or LocalRollouts(policy, config, seed)
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
         self.resumable_every = config.num_iterations
         self._rollout: Rollout | None = None
+        self.on_weights_changed(0)
+
+    def on_weights_changed(self, step: int) -> None:
+        self._weights = Weights.of(self.policy)
+        self.rollouts.update_weights(self._weights)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         if step % self.config.num_iterations == 0:
@@ -101,7 +108,7 @@ class GRPOStage(Stage):
                 mask=completions.mask[rows],
                 tokens=rollout.tokens,
                 sequences=len(rollout.advantages) * learners,
-                max_tokens=self.max_tokens,
+                max_tokens=max_tokens(policy),
             )
             part, details = LOSSES[config.loss_type](inputs, config)
             # The engine and the log take means over learners, but a learner's parts are some of a sum over all of them.
@@ -124,26 +131,20 @@ class GRPOStage(Stage):
         rewards = [torch.zeros(0)]
         for first in self.group.local_items(range(0, len(indices), config.windows_per_step)):
             batch = self.validation.batch(indices[first : first + config.windows_per_step], self.validation.cells)
-            completions = self._generate(batch, self._generator(2**31 + first))  # the same draws at every evaluation
+            completions = self._generate(EVALUATION, batch)
             rewards.append(self._reward(batch, completions).cpu())
         return errors | {"reward": float(torch.cat(self.group.all_gather_object(torch.cat(rewards))).mean())}
 
-    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows of this learner, and cells of all, in the rollout that a step learns from."""
-        rng = np.random.default_rng([self.seed, 4, step - step % self.config.num_iterations])
-        windows, cells = self.train.draw(rng, self.config.windows_per_step, self.config.cells_per_window)
-        return windows[self.group.local_slice(len(windows), "grpo.windows_per_step")], cells
-
     def describe_batch(self, step: int) -> str:
-        return self.train.describe(self._draw(step)[0])
+        return self.batches.describe(step // self.config.num_iterations)
 
     # --- rollouts ----------------------------------------------------------------------------------------------
 
     def _new_rollout(self, step: int) -> "Rollout":
         """Candidates of the policy as it is at ``step``, and what the updates on them need."""
         config, policy = self.config, self.policy
-        batch = self.train.batch(*self._draw(step))
-        completions = self._generate(batch, self._generator(step), self.group)
+        batch = self.batches(step // config.num_iterations)
+        completions = self._generate(step, batch)
         longest, tokens = zip(
             *self.group.all_gather_object((completions.mask.shape[1], int(completions.mask.sum()))), strict=True
         )
@@ -164,30 +165,20 @@ class GRPOStage(Stage):
             self._statistics(rewards, completions),
         )
 
-    @torch.no_grad()
-    def _generate(
-        self, batch: PolicyBatch, generator: torch.Generator, among: ProcessGroup = ProcessGroup()
-    ) -> Completions:
-        """Candidates of this learner's batch, drawn as they would be were all learners' batches one."""
-        sequences = len(batch.prompts) * self.config.num_generations
-        drawn = torch.rand(among.size * sequences, self.max_tokens, generator=generator, device=self.policy.device)
-        return self.sampler.generate(
-            self.policy.prefix(batch.shared, batch.grids),
-            batch.prompts,
-            self.max_tokens,
-            uniforms=drawn[among.rank * sequences : (among.rank + 1) * sequences],
-        )
+    def _generate(self, step: int, batch: PolicyBatch) -> Completions:
+        """Candidates of this learner's batch by the weights of this moment, whoever samples them."""
+        records = self.rollouts.generate(step, batch)
+        return completions_of(records, step, batch, self._weights.digest, self.policy)
 
     def _reward(self, batch: PolicyBatch, completions: Completions) -> Float[Tensor, "candidates"]:
         g, device = self.config.num_generations, completions.values.device
         truth = torch.from_numpy(batch.truth).flatten(0, 1).float().to(device)
         cell_mean = np.tile(self.cell_mean[batch.cells], len(batch.shared))
-        city_mean = float(self.cell_mean[self.train.cells].mean())
         normalizer = {
             "cell_mean": torch.from_numpy(cell_mean).float().to(device),
             "window_mean": truth.mean(1),
-            "city_mean": torch.full((len(truth),), city_mean, device=device),
-        }[self.config.normalizer].clamp(min=NORMALIZER_FLOOR * city_mean)
+            "city_mean": torch.full((len(truth),), self._city_mean, device=device),
+        }[self.config.normalizer].clamp(min=NORMALIZER_FLOOR * self._city_mean)
         return reward(
             completions.values,
             completions.lengths,
@@ -205,9 +196,6 @@ class GRPOStage(Stage):
             "right_length": float((completions.lengths == self.policy.spec.setting.horizon).float().mean()),
             "tokens_per_candidate": float(completions.mask.sum(1).float().mean()),
         }
-
-    def _generator(self, step: int) -> torch.Generator:
-        return torch.Generator(device=self.policy.device).manual_seed(self.seed * 1_000_003 + step)
 
 
 def candidate_tree(policy: PolicyModel, batch: PolicyBatch, completions: Completions) -> Tree:

@@ -6,7 +6,6 @@ mean of −log P over target positions (K numerals and the end token), never ove
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,6 +18,7 @@ from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
 from stdist.vision_llm.rollout.sampler import Decoding
+from stdist.vision_llm.stages.batches import StepBatches
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree, Visit
@@ -41,32 +41,22 @@ class SFTStage(Stage):
         decoding: Decoding,
         group: ProcessGroup = ProcessGroup(),
     ):
-        self.policy, self.train, self.validation = policy, train, validation
-        self.config, self.seed, self.decoding = config, seed, decoding
-        self.group = group
+        self.policy, self.validation, self.config = policy, validation, config
+        self.decoding, self.group = decoding, group
+        self.batches = StepBatches(train, config, "sft", seed, group)
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        config = self.config
-        windows, cells, rng = self._draw(step)
-        mine = self.group.local_slice(len(windows), "sft.windows_per_step")
-        batch = self.train.batch(windows[mine], cells)
-        drawn = rng.random((len(windows), len(cells)))[mine].ravel() < config.blank_share
-        blank = torch.from_numpy(drawn).to(batch.answers.device)
+        batch = self.batches(step)
+        blank = torch.from_numpy(self.batches.blanks(step, batch, self.config.blank_share)).to(batch.answers.device)
         tree = sft_tree(self.policy, batch, blank)
         loss = prefix_tree.backward(
             self.policy, tree, sft_loss(self.policy, batch), backward, self.micro_batches.sizes(tree)
         )
         return {"loss": loss, "tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
 
-    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
-        """Windows and cells of a step of all learners, and what drew them."""
-        rng = np.random.default_rng([self.seed, 3, step])
-        return *self.train.draw(rng, self.config.windows_per_step, self.config.cells_per_window), rng
-
     def describe_batch(self, step: int) -> str:
-        windows, _, _ = self._draw(step)
-        return self.train.describe(windows[self.group.local_slice(len(windows), "sft.windows_per_step")])
+        return self.batches.describe(step)
 
     def evaluate(self) -> dict[str, float]:
         indices = self.validation.evenly(self.config.eval_windows)

@@ -25,8 +25,13 @@ class MicroBatches:
         shapes = tuple(x.shape[1:] for x in (tree.shared, tree.grids, *(level.ids for level in tree.levels)))
         if shapes not in self._bytes:
             self._bytes[shapes] = activation_bytes(self.policy, tree)
-        share = self.memory // (1 + len(tree.levels))
-        return [max(1, share // each) for each in self._bytes[shapes]]
+        return sizes_within(self.memory, self._bytes[shapes])
+
+
+def sizes_within(memory: int, sequence_bytes: list[int]) -> list[int]:
+    """Sequences of each depth at once, where every depth may fill the same share of ``memory``; at least 1."""
+    share = memory // len(sequence_bytes)
+    return [max(1, share // size) for size in sequence_bytes]
 
 
 def activation_bytes(policy: PolicyModel, tree: Tree) -> list[int]:
@@ -47,17 +52,22 @@ def _kept(policy: PolicyModel, tree: Tree) -> list[int]:
     seen: set[int] = set()
     total = 0
 
+    # Sharded weights have their storage only while their module is at work: they are asked when one is met.
+    held, sharded = set(), []
+    for parameter in policy.parameters():
+        storage = parameter.untyped_storage()
+        held.add(storage._cdata) if storage.nbytes() else sharded.append(parameter)
+
     def is_weight(storage: torch.UntypedStorage) -> bool:
-        """Asked now: sharded weights have their storage only while their module is at work."""
-        return any(parameter.untyped_storage().data_ptr() == storage.data_ptr() for parameter in policy.parameters())
+        return storage._cdata in held or any(p.untyped_storage()._cdata == storage._cdata for p in sharded)
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen and not is_weight(storage):
-            seen.add(storage.data_ptr())
+        if storage._cdata not in seen and not is_weight(storage):
+            seen.add(storage._cdata)
             total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output of its own operation would keep itself alive
 
     sums: list[int] = []
     nodes: list[Prefix] = []  # kept, since freed memory could be counted as seen
