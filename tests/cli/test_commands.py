@@ -149,7 +149,7 @@ def test_train(finished_run):
     assert list(result["stages"]) == ["alignment", "arithmetic", "sft", "grpo"]
     assert result["stages"]["sft"]["steps"] == 10 and result["test"]["nrmse"] > 0
     assert (finished_run.folder / result["report"]).is_file()
-    for milestone in (
+    for milestone in ("run runs/tiny: synthetic, ", "alignment: exact_match", "grpo: nrmse", "test MAE", "NRMSE of pers"):
         "run runs/tiny: synthetic, ",
         "alignment: exact_match",
         "grpo: nrmse",
