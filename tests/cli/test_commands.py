@@ -149,13 +149,8 @@ def test_train(finished_run):
     assert list(result["stages"]) == ["alignment", "arithmetic", "sft", "grpo"]
     assert result["stages"]["sft"]["steps"] == 10 and result["test"]["nrmse"] > 0
     assert (finished_run.folder / result["report"]).is_file()
-    for milestone in ("run runs/tiny: synthetic, ", "alignment: exact_match", "grpo: nrmse", "test MAE", "NRMSE of pers"):
-        "run runs/tiny: synthetic, ",
-        "alignment: exact_match",
-        "grpo: nrmse",
-        "test MAE",
-        "NRMSE of persistence",
-    ):
+    milestones = ("run runs/tiny: synthetic, ", "alignment: exact_match", "grpo: nrmse", "test MAE", "NRMSE of pers")
+    for milestone in milestones:
         assert milestone in finished_run.result.err
 
 
