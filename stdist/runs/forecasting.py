@@ -183,5 +183,7 @@ def forecast_store(
 
 
 def _days(config: RunConfig, store: GridStore, part: str) -> DaySpan:
+    if part not in ("train", "validation", "test"):
+        raise InputError(f"{store.path} has no {part} days; choose train, validation or test, or give local days A:B")
     split = config.last_split if config.data.store.resolve() == store.path.resolve() else None
     return split_of(split, store).named(part)

@@ -7,8 +7,6 @@ no model: whoever has one counts its weights and how often a step walks over the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
 from stdist.errors import InputError
 
 GPUS_PER_NODE = 8
@@ -147,6 +145,9 @@ def compute_seconds(flops: float, device_flops: float = PEAK_FLOPS) -> float:
 
 def parse_memory(text: str) -> int:
     """Bytes of ``32GiB``, ``80 GB`` or a plain number. Raises InputError for anything else."""
+    # The command line imports this file before any command needs pydantic.
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
         memory = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:

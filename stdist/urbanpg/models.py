@@ -44,14 +44,9 @@ class UrbanPGModelConfig(ModelConfig):
 
     def build(self, dataset: NodeDataset, seed: int) -> UrbanPG:
         torch.manual_seed(seed)
-        spec = BackboneSpec(
-            history=dataset.train.S,
-            horizon=dataset.train.K,
-            d=self.d or BackboneSpec.model_fields["d"].default,
-            stca=self.stca,
-            stca_normalizer=self.stca_normalizer,
-            residual=self.residual,
-        )
+        d = self.d or BackboneSpec.model_fields["d"].default
+        attention = self.model_dump(include={"stca", "stca_normalizer", "residual"})
+        spec = BackboneSpec(history=dataset.train.S, horizon=dataset.train.K, d=d, **attention)
         return UrbanPG(Backbone(spec), self._prompts(dataset, spec.d))
 
     def prompts_on(self, backbone: Backbone, dataset: NodeDataset, seed: int) -> UrbanPG:
@@ -82,10 +77,7 @@ class UrbanPGModelConfig(ModelConfig):
             cadence=dataset.cadence,
             d=d,
             weekdays=dataset.holds_weeks,
-            temporal=self.temporal,
-            spatial=self.spatial,
-            p=self.p,
-            q=self.q,
+            **self.model_dump(include={"temporal", "spatial", "p", "q"}),
         )
         return ContextPrompts(spec, dataset.statistics.mean, dataset.statistics.std)
 

@@ -87,7 +87,8 @@ def test_a_cluster_that_is_not_there(refused, tmp_path):
 
 def test_ray_is_needed_for_a_cluster_alone(refused, stdist, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "stdist.orchestration.cluster", raising=False)
+    for name in ("cluster", "preparation"):
+        monkeypatch.delitem(sys.modules, f"stdist.orchestration.{name}", raising=False)
     line = refused("prepare", "synthetic", "--out", tmp_path / "a.zarr", "--days", "2", "--ray", "auto")
     assert line == "Ray is not installed; pip install 'stdist[cluster]', or leave out --ray"
     size = ["--days", "2", "--height", "2", "--width", "2", "--cadence", "60"]

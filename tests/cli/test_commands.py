@@ -145,11 +145,12 @@ def test_train(finished_run):
     """One JSON object is all of standard output; progress and milestones go to standard error."""
     result = finished_run.result.json
     assert len(finished_run.result.out.splitlines()) == 1
-    assert list(result) == ["run", "stages", "test", "baselines", "report"]
+    assert list(result) == ["run", "stages", "test", "mean_of_horizons", "baselines", "report"]
     assert list(result["stages"]) == ["alignment", "arithmetic", "sft", "grpo"]
     assert result["stages"]["sft"]["steps"] == 10 and result["test"]["nrmse"] > 0
     assert (finished_run.folder / result["report"]).is_file()
-    for milestone in ("run runs/tiny: synthetic, ", "alignment: exact_match", "grpo: nrmse", "test NRMSE"):
+    milestones = ("run runs/tiny: synthetic, ", "alignment: exact_match", "grpo: nrmse", "test MAE", "NRMSE of pers")
+    for milestone in milestones:
         assert milestone in finished_run.result.err
 
 

@@ -1,5 +1,6 @@
 """A forecast killed for real and started again writes the bytes of an undisturbed one, and computes the rest only."""
 
+import json
 import os
 import shutil
 import signal
@@ -97,8 +98,10 @@ def test_a_run_killed_while_it_forecasts(stdist, finished_run, city, tmp_path, m
     monkeypatch.chdir(folder)
     result = stdist("train", "tiny.yaml", "--json")
     assert result.json["test"] == finished_run.result.json["test"] and pieces_written == [7 * 4]
-    made = folder / "runs" / "tiny" / "forecasts"
-    assert files_below(made) == files_below(finished_run.run_dir / "forecasts")
+    made, undisturbed = folder / "runs" / "tiny" / "forecasts", finished_run.run_dir / "forecasts"
+    assert files_below(made / "test.zarr") == files_below(undisturbed / "test.zarr")
+    notes = [json.loads((forecasts / "written.json").read_text())["notes"] for forecasts in (made, undisturbed)]
+    assert notes[0] == notes[1] and not list(made.glob("*.partial"))
 
 
 def test_another_checkpoints_pieces_are_not_mixed_in(stdist, run, city, tmp_path, monkeypatch, pieces_written):

@@ -18,6 +18,7 @@ from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.runs import recipes
 from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import train
+from stdist.runs.run_folder import refuse_foreign_folder
 from stdist.urbanpg import UrbanPG
 from stdist.urbanpg.checkpoints import load_backbone, result_of
 from stdist.urbanpg.config import UrbanConfig
@@ -123,6 +124,9 @@ def test_baselines_train_in_the_same_harness(make_config, city, tmp_path, kind):
     result = train_quietly(config)
     stage = result["stages"]["train"]
     assert stage["after"]["mae"] < stage["before"]["mae"]
+    noted = config.run_dir / "config.yaml"  # as runs of a kind used to note it, with UrbanPG's options
+    noted.write_text(noted.read_text().replace(f"kind: {kind}\n", f"kind: {kind}\n  p: 0.1\n  stca: true\n"))
+    refuse_foreign_folder(config, city.digest)
     again = tmp_path / "again.zarr"
     forecast_to(config.run_dir, city.path, None, "test", again, lambda line: None)
     assert evaluate(again, city).to_json()["pooled"] == result["test"]
