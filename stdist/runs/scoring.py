@@ -37,9 +37,8 @@ def score_test(run: Run, summaries: dict[str, dict[str, Any]], log: Callable[[st
     page = build_report(run_dir)
     pooled = {name: errors["pooled"] for name, errors in baselines.items()}
     own, mean = scores["pooled"], scores["mean_of_horizons"]
-    log("test " + ", ".join(f"{name.upper()} {own[name]:.4f}" for name in ("mae", "rmse", "mape", "nrmse")))
     others = ", ".join(f"{name} {errors[run.metric]:.4f}" for name, errors in pooled.items())
-    log(f"{run.metric.upper()} of {others}")
+    log(f"test {run.metric.upper()} {own[run.metric]:.4f}; {others}")
     return {"test": own, "mean_of_horizons": mean, "baselines": pooled, "report": str(page)}
 
 
