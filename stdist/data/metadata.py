@@ -1,4 +1,4 @@
-"""What a grid store says of itself in its attributes, without any of its arrays."""
+"""The attributes of a grid store, read without any of its arrays."""
 
 import json
 from dataclasses import dataclass

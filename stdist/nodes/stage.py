@@ -89,7 +89,7 @@ class ForecastStage(Stage):
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Of training alone: the median step of this process, times their number; None where it made none."""
+        """Seconds of training alone: this process's median step times the number of steps; None where it made none."""
         return median(self._seconds) * self.steps_per_epoch if self._seconds else None
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:

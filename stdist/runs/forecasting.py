@@ -64,7 +64,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " cells"]]:
-        """How the forecasts are cut into chunks, and which positions of the region are forecast, row by row."""
+        """Returns the chunks of the forecasts, and the positions of the region that are forecast, row by row."""
 
     @abstractmethod
     def predict(
