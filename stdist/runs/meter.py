@@ -143,7 +143,7 @@ def _as_meta(x: Any) -> Any:
 
 
 def _dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype:
-    """A mark for the names that a factory function makes."""
+    """Returns the dtype of the tensor that a factory function makes."""
     if kwargs.get("dtype"):
         return kwargs["dtype"]
     tensor = next(_tensors(args), None)

@@ -103,7 +103,7 @@ class Backbone(nn.Module):
     def attention_sums(
         self, x: Float[Tensor, "B n S"], spatial: Float[Tensor, "n d"] | None, qkv: QKVMaps
     ) -> Float[Tensor, "B d+1 S+1"]:
-        """Returns these nodes' part of the sums of Eq. 6. Rows 0…d-1: (φ(K) + φ(P_s))ᵀX̃, row d: ΣX̃, where X̃ is x and a one.
+        """Returns these nodes' part of Eq. 6's sums. Rows 0…d-1: (φ(K) + φ(P_s))ᵀX̃, row d: ΣX̃; X̃ is x and a one.
 
         V is linear in X̃, V = X̃U with U = ``qkv.value``, and so is φ(·)ᵀV = φ(·)ᵀX̃U: no row of V is ever made, and the
         sums have S + 1 columns and not d.
