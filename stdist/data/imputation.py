@@ -27,7 +27,7 @@ class Nearest:
         return cls(np.full(shape, -1, np.int64), np.zeros(shape, np.float32))
 
     def at(self, cells: np.ndarray) -> "Nearest":
-        """Those of some cells, by their numbers; arrays are [n]."""
+        """Returns the nearest values of some cells, by their numbers; arrays are [n]."""
         return Nearest(self.time[cells], self.value[cells])
 
     def updated(self, other: "Nearest") -> "Nearest":

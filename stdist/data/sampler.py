@@ -1,4 +1,4 @@
-"""Which windows a rank reads next: a function of seed, epoch and position alone.
+"""The order in which ranks read windows: a function of seed, epoch and position alone.
 
 An epoch is one permutation of all windows, the same on every rank; rank r of w takes every w-th of it. So neither
 the number of ranks nor that of the loader's threads changes what is learnt from, and an epoch that was left after so

@@ -1,4 +1,4 @@
-"""What a training costs, to stand beside what it reaches: time, memory and parameters, on named hardware."""
+"""The cost of a training, to stand beside its errors: time, memory and parameters, on named hardware."""
 
 import platform
 import resource

@@ -34,7 +34,7 @@ def grid_graph(inside: Bool[np.ndarray, "h w"]) -> Float[Tensor, "N N"]:
 
 
 def matrix(edges: Tensor, weights: Tensor, nodes: int) -> Float[Tensor, "N N"]:
-    """From edges int64 [2, E], sorted by row and column and each there once, and their weights [E]."""
+    """A sparse matrix of edges int64 [2, E], sorted by row and column and each there once, and their weights [E]."""
     return torch.sparse_coo_tensor(edges, weights, (nodes, nodes), is_coalesced=True, check_invariants=False)
 
 

@@ -14,7 +14,7 @@ from stdist.training.process_group import ProcessGroup, collective_timeout
 
 
 def nodes_of(rank: int, ranks: int, nodes: int) -> slice:
-    """Which of ``nodes`` nodes a rank along ``nodes`` holds: in order, as many as the others or one less."""
+    """Returns the nodes that a rank along ``nodes`` holds: in order, as many as the others or one less."""
     return slice(nodes * rank // ranks, nodes * (rank + 1) // ranks)
 
 
@@ -86,7 +86,7 @@ class NodeLearners:
         return nodes_of(self.node_rank, self.node_ranks, self.nodes)
 
     def share(self, batch_size: int, what: str = "training.train_batch_size") -> int:
-        """How many of ``batch_size`` windows this learner takes. Raises InputError, naming ``what``, where they cannot
+        """Returns this learner's part of ``batch_size`` windows. Raises InputError, naming ``what``, where they cannot
         be shared evenly."""
         mine = ProcessGroup(self.data_rank, self.data_ranks).local_slice(batch_size, what)
         return mine.stop - mine.start
@@ -105,7 +105,8 @@ class NodeLearners:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks, under the names that Megatron-LM gave it: ``nodes`` is the model-parallel axis, over which
+    """Answers to DeepSpeed's questions, under the names that Megatron-LM gave them:
+    ``nodes`` is the model-parallel axis, over which
     gradient norms are summed, ``data`` the one over which gradients are averaged and ZeRO shares."""
 
     def __init__(self, learners: NodeLearners) -> None:

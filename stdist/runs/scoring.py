@@ -11,7 +11,7 @@ from stdist.runs.forecasting import TEST_FORECASTS, Written, write_forecasts
 from stdist.runs.run import Run, stage_sentence
 
 WRITTEN = "written.json"
-"""Beside a run's test forecasts."""
+"""A file beside a run's test forecasts: notes, and windows forecast a second."""
 
 
 def score_test(run: Run, summaries: dict[str, dict[str, Any]], log: Callable[[str], None]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 SUPPORTED = ("0.19.8", "0.20")
-"""From the first version on, below the second: elsewhere what is fixed here may go wrong in silence."""
+"""Supported versions, from the first on and below the second: elsewhere what is fixed here may go wrong in silence."""
 
 
 def check_version(version: str) -> None:
@@ -83,7 +83,7 @@ _MARKS = {
     *("_external_params", "_original_parameters", "all_parameters"),
     *("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_zero_optimizer"),
 }
-"""Beside ``ds_...``, as 0.19.8 names them."""
+"""Marks left on parameters and modules beside ``ds_...``, as 0.19.8 names them."""
 
 
 def remove_marks(module: nn.Module) -> None:

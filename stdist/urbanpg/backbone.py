@@ -121,7 +121,7 @@ class Backbone(nn.Module):
         temporal: Float[Tensor, "B d"] | None,
         qkv: QKVMaps | None,
     ) -> NodeMaps:
-        """From the ``sums`` over all nodes of the city and P_t; without STCA there are neither sums nor ``qkv``.
+        """Returns the maps that all nodes share, from the whole city's ``sums`` and P_t; both absent without STCA.
 
         With C = (φ(K) + φ(P_t) + φ(P_s))ᵀX̃, H_st = φ(Q)CU, where every row of φ(Q)C has S + 1 elements. Before and
         behind the MLP all is linear in φ(Q)C, P_s and x, and P_t has one row. With H = xE and the gate

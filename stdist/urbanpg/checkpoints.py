@@ -17,7 +17,7 @@ from stdist.urbanpg.config import UrbanConfig
 from stdist.urbanpg.model import BACKBONE
 
 FROZEN = "frozen_sha256"
-"""Beside a stage's checkpoints: of the frozen weights that it began with."""
+"""A file beside a stage's checkpoints: the digest of the frozen weights that it began with."""
 
 
 def stage_names(config: UrbanConfig) -> tuple[str, ...]:

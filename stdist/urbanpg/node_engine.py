@@ -77,7 +77,7 @@ class NodeEngine(DeepSpeedEngine):
 
 
 class _Parts(Mapping[str, Tensor]):
-    """Of the whole city's tensors what belongs to this learner's parameters."""
+    """The parts of the whole city's tensors that belong to this learner's parameters."""
 
     def __init__(self, tensors: Mapping[str, Tensor], first: dict[str, int], parameters: dict[str, nn.Parameter]):
         self._tensors, self._first, self._parameters = tensors, first, parameters

@@ -62,18 +62,18 @@ class NodeParallel(UrbanPG):
         return self.learners.nodes
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Those that every learner has."""
+        """Returns the parameters that every learner has."""
         own = {id(rows) for rows in self.node_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in own]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What is not frozen, by its name in the whole city's model, of which rows may be a part: for one
+        """Returns what is not frozen, by its name in the whole city's model, of which rows may be a part: for one
         ``ParameterGroup``, since every learner must have the same groups and not all have rows that train."""
         names = {f"{ROWS}.{number}": f"{ROWS}.{period}" for number, (period, _) in enumerate(self._pieces())}
         return {names.get(name, name): p for name, p in self.named_parameters() if p.requires_grad}
 
     def first_elements(self) -> dict[str, int]:
-        """Where in the whole city's tensors of rows this learner's begin, by :meth:`trained_parameters`' names."""
+        """Returns the element of the whole city's at which this learner's rows begin, by their trained names."""
         return {f"{ROWS}.{period}": rows.start * self.prompts.spec.d for period, rows in self._pieces()}
 
     def _pieces(self, rank: int | None = None) -> Iterator[tuple[int, slice]]:
@@ -105,7 +105,7 @@ class NodeParallel(UrbanPG):
         return int(agreed)
 
     def sum_gradients(self) -> list[RemovableHandle]:
-        """From now on the backward pass of a loss that is this learner's share of the whole one, times ``data_ranks``,
+        """Registers hooks: from now on the backward pass of a loss that is this learner's share, times ``data_ranks``,
         is a collective and leaves gradients of which the mean over ``data`` is the whole loss's gradient.
 
         The shared weights' are summed over all learners, so that not even a rounding differs between them. Autograd

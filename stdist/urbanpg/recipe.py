@@ -30,7 +30,7 @@ from stdist.urbanpg.opening import check, open_run
 from stdist.urbanpg.plan import plan_run
 
 EFFICIENCY = "efficiency.json"
-"""Beside a stage's checkpoints: the cost of its training."""
+"""A file beside a stage's checkpoints: the cost of its training."""
 
 
 class UrbanPGRecipe(Recipe[UrbanConfig]):

@@ -44,7 +44,7 @@ class PolicyConfig(Strict):
 
 
 class StageConfig(OptimizerConfig):
-    """What every stage has. ``trainable``: numeral rows only, LoRA and rows, or everything."""
+    """Keys of every stage. ``trainable``: numeral rows only, LoRA and rows, or everything."""
 
     trainable: Trainable = "lora"
     max_steps: int = Field(1000, ge=1)
@@ -116,7 +116,7 @@ class GRPOConfig(ForecastStageConfig):
 
 
 class ForecastConfig(Strict):
-    """How forecasts are decoded: step by step by each step's most likely numeral (``greedy``) or the ``median`` of its
+    """Decoding of forecasts: step by step by each step's most likely numeral (``greedy``) or the ``median`` of its
     distribution; as the median of ``num_generations`` candidates (``sample``, also gives quantiles); or all steps at
     once behind blanks, each the mean of its distribution (``direct``, for a policy trained with ``blank_share``)."""
 

@@ -1,4 +1,4 @@
-"""How a stage learns: which learners can share it, which parameters train, and the engine that updates them."""
+"""A stage's learning: the learners that can share it, the parameters that train, and the engine that updates them."""
 
 from stdist.errors import InputError
 from stdist.training import engines

@@ -39,7 +39,7 @@ from stdist.vision_llm.tree.micro_batches import activation_bytes, sizes_within
 from stdist.vision_llm.tree.prefix_tree import Level, Tree, Visit
 
 NF4_BYTES = 4.127 / 8
-"""Of a weight with its doubly quantised scale (QLoRA, arXiv 2305.14314, Section 3); bitsandbytes knows no shapes."""
+"""Bytes of a weight and its doubly quantised scale (QLoRA, arXiv 2305.14314, Section 3); no real run counts them."""
 VISION, EMBEDDINGS, HEAD, DECODER, NORMS = "vision tower", "embeddings", "head", "decoder", "decoder's vectors"
 LORA, ROWS, REFERENCE_LORA, REFERENCE_ROWS = "LoRA", "numeral rows", "reference LoRA", "reference rows"
 Stages = tuple[tuple[str, str], ...]
@@ -138,7 +138,7 @@ def _kind(policy: PolicyModel, name: str, parameter: Tensor) -> str:
 
 
 def alignment_costs(spec: PolicySpec, stages: Stages, config: AlignmentConfig, examples: int) -> Costs:
-    """Of the stage's own step on the first micro-batch of ``examples``."""
+    """Measures the stage's own step on its first micro-batch, for ``examples`` of them in all."""
     at_once = -(-examples // config.gradient_accumulation_steps)
     tokens, flops, training = _alignment(spec, stages, at_once, config.values_per_example)
     calls = config.gradient_accumulation_steps
@@ -156,8 +156,8 @@ def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> t
 
 
 def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
-    """Of a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over the tree that trains, once for
-    all updates on the same candidates."""
+    """Measures a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over its tree, once
+    for all updates on the same candidates."""
     grpo = config if isinstance(config, GRPOConfig) else None
     families = [cells, grpo.num_generations] if grpo else [cells]
     sequences = list(accumulate([windows, *families], mul))
@@ -196,7 +196,7 @@ def micro_batches(windows: int, families: list[int], sizes: Sequence[int]) -> tu
 
 
 def depth_of(parent: Prefix | None) -> int:
-    """Of a parent's children; 0 where there is none."""
+    """Returns the depth of a parent's children; 0 where there is no parent."""
     return 1 + depth_of(parent.parent) if parent else 0
 
 

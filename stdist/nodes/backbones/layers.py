@@ -1,4 +1,5 @@
-"""What Graph WaveNet and STGCN share. Hidden features are [N, B, T, C]: with nodes first a product with a graph is one
+"""Layers that Graph WaveNet and STGCN share. Hidden features are [N, B, T, C]:
+with nodes first a product with a graph is one
 of [N, N] with [N, B·T·C], and with channels last a convolution over time is a linear layer."""
 
 import torch

@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 class TreeContext(Protocol):
-    """What a decoder call passes down to its layers as ``tree``."""
+    """The attention that a decoder call passes down to its layers as ``tree``."""
 
     def attend(
         self,

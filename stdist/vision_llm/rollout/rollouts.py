@@ -28,7 +28,7 @@ EXTRA_TOKENS = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """What trains in a policy, by the names of ``PolicyModel.state_dict``: the adapter's and the numerals' rows."""
+    """The trained tensors of a policy, by the names of ``PolicyModel.state_dict``: adapter and numeral rows."""
 
     tensors: Mapping[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""What a step of fine-tuning or GRPO learns from: windows in the sampler's order, read ahead, and cells of each.
+"""Batches of fine-tuning and GRPO: windows in the sampler's order, read ahead, and cells of each.
 
 Draws are functions of the run's seed, the stage, the step and what they are drawn for, whatever the number of learners.
 """
@@ -16,7 +16,7 @@ from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 
 STAGES = ("sft", "grpo")
 CELLS, BLANKS = range(2)
-"""What a stream of uniform numbers is drawn for."""
+"""Purposes of a stream of uniform numbers, in its key."""
 
 
 class StepBatches:

@@ -1,4 +1,4 @@
-"""How many sequences of each depth of a prefix tree are in memory at once: what a budget for activations allows."""
+"""Sizes of micro-batches: the sequences of each depth of a prefix tree that a budget for activations allows."""
 
 import torch
 from torch import Tensor
