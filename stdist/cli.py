@@ -126,7 +126,7 @@ def train(
     from stdist.runs import recipes
 
     loaded = recipes.load_config(config, overrides)
-    if loaded.learners.num_workers > 1:
+    if loaded.learners.num_workers > 1 or recipes.recipe_of(loaded).workers(loaded):
         from stdist.orchestration import learners
 
         result = learners.train(loaded, log)

@@ -83,6 +83,20 @@ class LearnersConfig(Strict):
         return self
 
 
+class WorkersConfig(Strict):
+    """Actors of a Ray cluster that hold a model and do what they are asked; none if 0, then the run does it itself.
+
+    ``resources_per_worker``: as {GPU: 0.5, CPU: 2}, a share of a GPU puts it beside a learner; a GPU each where the
+    cluster has any, if absent. ``lease_timeout``: seconds after which another worker does what one has not done.
+    ``timeout``: seconds without any progress before the run gives up.
+    """
+
+    num_workers: int = Field(0, ge=0)
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    lease_timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(1800.0, gt=0)
+
+
 class RunConfig(Strict):
     """A run of any recipe."""
 

@@ -9,15 +9,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from stdist.config import RunConfig
+from stdist.config.base import WorkersConfig
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.orchestration.cluster import connected
+from stdist.orchestration.policy_workers.coordinator import Coordinator, RemotePool
+from stdist.orchestration.policy_workers.ledger import LEDGER
 from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
+from stdist.runs.workers import WorkerProgram
 from stdist.training.process_group import ProcessGroup
 
 try:
@@ -27,6 +32,7 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
     from ray.train.v2._internal.execution import context as train_context
     from ray.train.v2.api.config import LoggingConfig
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:  # also where Ray is there without what its training needs
     raise InputError("Ray Train is not installed; pip install 'stdist[cluster]', or set num_workers: 1") from error
 
@@ -47,12 +53,17 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    workers = recipe_of(config).workers(config)
     with connected(os.environ.get("RAY_ADDRESS"), log_to_driver=True):
-        resources = _resources_per_worker(config)
+        resources, of_worker = require_room(config, workers)
         log(f"{learners.num_workers} learners with {resources} each")
+        coordinator = None
+        if workers:
+            log(f"{workers.num_workers} workers with {of_worker} each sample for them")
+            coordinator = _coordinator(config, workers, of_worker)
         trainer = TorchTrainer(
             _learn,  # type: ignore[arg-type]
-            train_loop_config=config.model_dump(mode="json"),
+            train_loop_config={"config": config.model_dump(mode="json"), "coordinator": coordinator},
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if resources.get("GPU") else "gloo", timeout_s=int(learners.timeout)
             ),
@@ -86,15 +97,30 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
             ) from error
 
 
-def _learn(tree: dict[str, Any]) -> dict[str, Any]:
-    """One learner: see ``runs.recipes.train``."""
+def _coordinator(config: RunConfig, workers: WorkersConfig, resources: dict[str, float]) -> Any:
+    """The pool's own actor, beside this driver: its workers begin when a learner first asks for them."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    program = partial(_worker_program, config.model_dump(mode="json"))
+    return Coordinator.options(scheduling_strategy=here).remote(program, workers, resources, config.run_dir / LEDGER)
+
+
+def _worker_program(tree: dict[str, Any]) -> WorkerProgram:
+    config = parse_config(tree, where="the submitted config")
+    return recipe_of(config).worker_program(config)
+
+
+def _learn(arguments: dict[str, Any]) -> dict[str, Any]:
+    """One learner: see ``runs.recipes.train``. ``arguments``: the config's tree, and the coordinator of its workers."""
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
-    config = parse_config(tree, where="the submitted config")
+    config = parse_config(arguments["config"], where="the submitted config")
+    pool = None
+    if (workers := recipe_of(config).workers(config)) is not None:
+        pool = RemotePool(arguments["coordinator"], workers.timeout)
     # Ray Train would show what is printed twice.
-    return recipes.train(config, _log, ray.train.report)
+    return recipes.train(config, _log, ray.train.report, pool)
 
 
 def _log(line: str) -> None:
@@ -112,20 +138,26 @@ class _Failures(ray.train.UserCallback):
         _log(f"lost {_first_lost(worker_exceptions)}")
 
 
-def _resources_per_worker(config: RunConfig) -> dict[str, float]:
-    """Returns the resources that a learner takes. Raises InputError, naming what is missing, where the cluster does not
-    have them for all: Ray itself would wait for ever."""
+def require_room(config: RunConfig, workers: WorkersConfig | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the resources that a learner takes, and a worker. Raises InputError, naming what is missing, where the
+    cluster does not have them for all: Ray itself would wait for ever."""
     learners, cluster = config.learners, ray.cluster_resources()
-    resources = learners.resources_per_worker or ({"CPU": 1, "GPU": 1} if cluster.get("GPU") else {"CPU": 1})
-    for kind, amount in resources.items():
-        needed = amount * learners.num_workers
+    default = {"CPU": 1.0, "GPU": 1.0} if cluster.get("GPU") else {"CPU": 1.0}
+    of_learner = learners.resources_per_worker or default
+    of_worker = (workers and workers.resources_per_worker) or default
+    count = workers.num_workers if workers else 0
+    for kind in of_learner.keys() | of_worker.keys():
+        needed = of_learner.get(kind, 0) * learners.num_workers + of_worker.get(kind, 0) * count
         if cluster.get(kind, 0) < needed:
             nodes = sum(1 for node in ray.nodes() if node["Alive"])
+            who, keys = f"learners.num_workers {learners.num_workers}", "num_workers or learners.resources_per_worker"
+            if count:
+                who, keys = f"{who} and rollouts.num_workers {count}", "num_workers or resources_per_worker of either"
             raise InputError(
-                f"learners.num_workers {learners.num_workers} need {needed:g} {kind} and the cluster ({nodes} nodes) "
-                f"has {cluster.get(kind, 0):g}; start more nodes, or lower num_workers or learners.resources_per_worker"
+                f"{who} need {needed:g} {kind} and the cluster ({nodes} nodes) has {cluster.get(kind, 0):g}; "
+                f"start more nodes, or lower {keys}"
             )
-    return resources
+    return of_learner, of_worker
 
 
 def _first_lost(failures: Mapping[int, Exception]) -> str:

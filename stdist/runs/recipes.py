@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from stdist.config import RunConfig, read_tree, validated
+from stdist.config.base import WorkersConfig
 from stdist.errors import InputError
 from stdist.registry import Registry
 from stdist.runs import training
@@ -13,6 +14,7 @@ from stdist.runs.forecasting import ForecastRequest, Predictor, forecast_store
 from stdist.runs.plan import RunPlan
 from stdist.runs.run import Run
 from stdist.runs.run_folder import CONFIG
+from stdist.runs.workers import WorkerProgram, WorkPool
 from stdist.training.process_group import ProcessGroup
 
 DEFAULT_RECIPE = "vision-llm"
@@ -47,14 +49,29 @@ class Recipe(ABC, Generic[ConfigT]):
     def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> RunPlan:
         """Memory, operations and communication of every stage, before anything starts."""
 
+    def workers(self, config: ConfigT) -> WorkersConfig | None:
+        """The workers that the run's learners ask for samples; None where there are none."""
+        return None
+
+    def worker_program(self, config: ConfigT) -> WorkerProgram:
+        """What such a worker runs, made in its process when the first stage that needs it begins."""
+        raise NotImplementedError(f"{config.recipe} has no workers")
+
     def train(
         self,
         config: ConfigT,
         log: Callable[[str], None],
         on_metrics: Callable[[dict[str, float]], None],
+        pool: WorkPool | None = None,
     ) -> dict[str, Any]:
         """See :func:`stdist.runs.training.train`."""
-        return training.train(config, self.stages(config), lambda group: self.open(config, group), log, on_metrics)
+
+        def open_run(group: ProcessGroup) -> Run:
+            run = self.open(config, group)
+            run.pool = pool
+            return run
+
+        return training.train(config, self.stages(config), open_run, log, on_metrics)
 
     def forecast(self, config: ConfigT, request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
         """See :func:`stdist.runs.forecasting.forecast_store`."""
@@ -72,9 +89,11 @@ def train(
     config: RunConfig,
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
+    pool: WorkPool | None = None,
 ) -> dict[str, Any]:
-    """``stdist train`` on this learner; see :func:`stdist.runs.training.train`."""
-    return recipe_of(config).train(config, log, on_metrics)
+    """``stdist train`` on this learner, with workers in ``pool`` if it has any; see
+    :func:`stdist.runs.training.train`."""
+    return recipe_of(config).train(config, log, on_metrics, pool)
 
 
 def forecast(request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:

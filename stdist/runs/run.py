@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from stdist.config import RunConfig
 from stdist.data import GridStore, Windows
 from stdist.runs.forecasting import Predictor, Written
+from stdist.runs.workers import WorkPool
 from stdist.training.loop import Trainer
 
 
@@ -17,6 +18,7 @@ class Run(ABC):
         train, test: windows of the last stage's training and test days.
         metric: what the closing line says of the test, as ``nrmse``.
         notes: lines for people, in the log and the report.
+        pool: workers that sample for the learners; None where they do it themselves.
     """
 
     metric: ClassVar[str]
@@ -25,6 +27,7 @@ class Run(ABC):
     train: Windows
     test: Windows
     notes: list[str]
+    pool: WorkPool | None = None
 
     @property
     @abstractmethod

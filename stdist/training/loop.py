@@ -54,8 +54,12 @@ class Stage(Protocol):
         ...
 
     def on_weights_changed(self, step: int) -> None:
-        """Called on every learner when the weights are those after ``step`` updates: before the first step of this
-        process, resumed or not, and after every update."""
+        """Called on every learner when the weights are those after ``step`` updates, with all of them at hand: before
+        the first step of this process, resumed or not, and after every update."""
+        return
+
+    def close(self) -> None:
+        """Called on every learner behind the last step."""
         return
 
 
@@ -200,7 +204,7 @@ class _StageRun:
                 self.run_log.rewind(self.stage.name, self.step if self.resumed else -1)
                 if run_info:
                     self.run_log.start(self.stage.name, self.step, run_info)
-            self.stage.on_weights_changed(self.step)
+            self._weights_changed()
 
     def train(self) -> None:
         """Makes the steps that are left, logs, evaluates and saves."""
@@ -236,6 +240,7 @@ class _StageRun:
         """Leaves the stage's result in the plain model. Returns the closing summary."""
         progress = self.progress
         with self._resource_errors("end"):
+            self.stage.close()
             self.engine.close()
             step = progress.best_step if self.stage.monitor else self.step
             result = self.checkpoints.step_dir(step)
@@ -276,8 +281,12 @@ class _StageRun:
             self.progress.first_losses.append(scalars["loss"])
         self.step += 1
         with self._resource_errors("weights changed"):
-            stage.on_weights_changed(self.step)
+            self._weights_changed()
         return scalars
+
+    def _weights_changed(self) -> None:
+        with self.engine.gather_full_params():
+            self.stage.on_weights_changed(self.step)
 
     def _log(self, scalars: dict[str, float]) -> None:
         with self._resource_errors("log"):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stdist.config.base import OptimizerConfig, RunConfig, Strict
+from stdist.config.base import OptimizerConfig, RunConfig, Strict, WorkersConfig
 
 StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
 Trainable = Literal["rows", "lora", "full"]
@@ -90,7 +90,7 @@ class GRPOConfig(ForecastStageConfig):
     candidates of one rollout, and checkpoints fall between rollouts."""
 
     trainable: Literal["lora"] = "lora"
-    num_generations: int = Field(8, ge=2, description="G")
+    num_generations: int = Field(8, ge=1, description="G")
     num_iterations: int = Field(1, ge=1)
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
     epsilon: float = Field(0.2, gt=0)
@@ -104,6 +104,13 @@ class GRPOConfig(ForecastStageConfig):
     normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"
     patience: int = Field(3, ge=1)
 
+    @field_validator("num_generations")
+    @classmethod
+    def _a_group(cls, num_generations: int) -> int:
+        if num_generations < 2:
+            raise ValueError("a group of 1 has no baseline: its advantage is always 0; use at least 2")
+        return num_generations
+
     @model_validator(mode="after")
     def _checkpoints_between_rollouts(self) -> "GRPOConfig":
         for name in ("save_steps", "eval_steps"):
@@ -113,6 +120,13 @@ class GRPOConfig(ForecastStageConfig):
                     "updates of one rollout cannot be parted by a checkpoint"
                 )
         return self
+
+
+class RolloutsConfig(WorkersConfig):
+    """Workers that sample GRPO's candidates. ``max_staleness``: rollouts that they may be ahead of the weights; with 0
+    they wait for every update, from 1 on workers and learners work at the same time."""
+
+    max_staleness: int = Field(0, ge=0)
 
 
 class ForecastConfig(Strict):
@@ -137,11 +151,22 @@ class VisionLLMConfig(RunConfig):
     arithmetic: AlignmentConfig = AlignmentConfig()
     sft: SFTConfig = SFTConfig()
     grpo: GRPOConfig = GRPOConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
     forecast: ForecastConfig = ForecastConfig()
 
     def shared_paths(self, root: Path) -> dict[str, Path]:
         base = root / self.policy.base
         return super().shared_paths(root) | ({"policy.base": base} if (base / "config.json").is_file() else {})
+
+    @model_validator(mode="after")
+    def _work_for_every_worker(self) -> "VisionLLMConfig":
+        windows = self.grpo.windows_per_step * (1 + self.rollouts.max_staleness)
+        if self.rollouts.num_workers > windows:
+            raise ValueError(
+                f"rollouts.num_workers is {self.rollouts.num_workers} and only {windows} windows can be in flight "
+                "(grpo.windows_per_step × (1 + rollouts.max_staleness)): the others would never have work"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "VisionLLMConfig":

@@ -27,8 +27,11 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
         reason = None
         if config.policy.load_in_4bit:
             reason = "policy.load_in_4bit packs, DeepSpeed cannot do both"
-        elif "grpo" in config.stages:
-            reason = "the stage grpo samples with, each learner as many tokens as its candidates are long"
+        elif "grpo" in config.stages and not config.rollouts.num_workers:
+            reason = (
+                "the stage grpo samples with, each learner as many tokens as its candidates are long (or let workers "
+                "sample: rollouts.num_workers)"
+            )
         if reason:
             raise InputError(f"learners.zero_stage 3 shards the weights that {reason}; set zero_stage to 1 or 2")
 

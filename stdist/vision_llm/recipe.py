@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from stdist.config.base import WorkersConfig
 from stdist.runs.dataset import Dataset
-from stdist.runs.forecasting import Predictor
+from stdist.runs.forecasting import Predictor, finished_stage
 from stdist.runs.plan import RunPlan
 from stdist.runs.recipes import Recipe
 from stdist.runs.run import Run
 from stdist.runs.run_folder import refuse_foreign_folder
+from stdist.runs.workers import WorkerProgram
 from stdist.training import engines
 from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
@@ -26,6 +28,7 @@ from stdist.vision_llm.policy.checkpoints import build_policy, load_policy, load
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
+from stdist.vision_llm.rollout.pool import PoolRollouts, RolloutProgram
 from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
@@ -52,6 +55,20 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
 
     def load(self, config: VisionLLMConfig, checkpoint: Path) -> Predictor:
         return PolicyPredictor(_on_device(load_policy(checkpoint)), config)
+
+    def workers(self, config: VisionLLMConfig) -> WorkersConfig | None:
+        return config.rollouts if config.rollouts.num_workers and "grpo" in config.stages else None
+
+    def worker_program(self, config: VisionLLMConfig) -> WorkerProgram:
+        """The policy as GRPO's learners begin with it: the stages before are finished."""
+        policy = _on_device(build_policy(policy_spec(config, open_dataset(config)), config.seed))
+        for stage in config.stages:
+            begin_stage(policy, stage, stage_config(config, stage).trainable, config.seed)
+            if stage == "grpo":
+                break
+            checkpoint, _ = finished_stage(config.run_dir, stage)
+            load_weights(policy, checkpoint)
+        return RolloutProgram(policy.eval(), config.grpo, config.seed)
 
     def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> RunPlan:
         return plan_run(config, device_memory, device_flops)
@@ -106,8 +123,11 @@ class VisionLLMRun(Run):
         begin_stage(policy, name, stage_config(config, name).trainable, config.seed)
         if name == "grpo":
             cell_mean = self.dataset.statistics.cell_mean[self.dataset.train.region.slices].ravel()
+            rollouts = None
+            if self.pool is not None:
+                rollouts = PoolRollouts(policy, config.grpo, config.rollouts.max_staleness, self.pool, group)
             return GRPOStage(
-                policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group
+                policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group, rollouts
             )
         if name == "sft":
             return SFTStage(policy, self._train, self._validation, config.sft, config.seed, decoding, group)

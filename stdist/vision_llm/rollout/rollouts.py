@@ -5,7 +5,8 @@ cell and candidate alone: whoever samples any part of a step, once or again, wri
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -71,30 +72,68 @@ class Candidates:
 
 
 class Rollouts(Protocol):
-    """Samples candidates with the newest weights it was given."""
+    """Samples candidates with the weights it was given.
 
-    def update_weights(self, weights: Weights) -> None: ...
+    Attributes:
+        versions: weights that may write, by the names that candidates carry, with the updates they had seen.
+        max_staleness: rollouts that may be asked for before the weights that learn from them are there.
+        metrics: of the last ``generate``, for the log.
+    """
+
+    versions: dict[str, int]
+    max_staleness: int
+    metrics: dict[str, float]
+
+    def update_weights(self, step: int, weights: Weights) -> None:
+        """The weights after ``step`` updates write what is requested from now on; what was generated before has been
+        learnt from."""
+        ...
+
+    def request(self, step: int, batch: PolicyBatch) -> None:
+        """Lets the candidates of a step begin; ``generate`` is called for it in its turn."""
+        ...
 
     def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
         """The candidates of every window and cell of ``batch``, in any order."""
+        ...
+
+    def close(self) -> None:
+        """The training has ended; nothing more will be learnt from."""
         ...
 
 
 class LocalRollouts:
     """Samples in the learner's own process, with the policy that it trains."""
 
+    max_staleness = 0
+
     def __init__(self, policy: PolicyModel, config: GRPOConfig, seed: int):
         self.policy, self.seed, self.num_generations = policy, seed, config.num_generations
         self._sampler = Sampler(
             policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
         )
-        self._weights = Weights({})
+        self.versions: dict[str, int] = {}
+        self.metrics: dict[str, float] = {}
 
-    def update_weights(self, weights: Weights) -> None:
-        self._weights = weights
+    def update_weights(self, step: int, weights: Weights) -> None:
+        self.versions = {weights.digest: step}
+
+    def request(self, step: int, batch: PolicyBatch) -> None:
+        """Nothing: this process samples when it is asked, or it does not train."""
+
+    def close(self) -> None:
+        """Nothing is in flight."""
+
+    def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
+        (name,) = self.versions
+        began = time.perf_counter()
+        candidates = self.sample(step, batch, name)
+        self.metrics = {"seconds/sample": time.perf_counter() - began}
+        return candidates
 
     @torch.no_grad()
-    def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
+    def sample(self, step: int, batch: PolicyBatch, weights: str) -> list[Candidates]:
+        """Candidates that say ``weights`` wrote them."""
         policy, g = self.policy, self.num_generations
         keys = [(window, cell) for window in batch.origins.tolist() for cell in batch.cells.tolist()]
         tokens = max_tokens(policy)
@@ -108,9 +147,8 @@ class LocalRollouts:
             x.cpu().numpy().reshape(len(keys), g, *x.shape[1:])
             for x in (completions.answer_ids, completions.log_probs, completions.lengths)
         )
-        digest = self._weights.digest
         return [
-            Candidates(step, *key, digest, *arrays)
+            Candidates(step, *key, weights, *arrays)
             for key, *arrays in zip(keys, answer_ids, log_probs, lengths, strict=True)
         ]
 
@@ -127,21 +165,22 @@ def uniforms(keys: Iterable[tuple[int, ...]], count: int) -> Float[Tensor, "keys
 
 
 def completions_of(
-    records: Iterable[Candidates], step: int, batch: PolicyBatch, weights: str, policy: PolicyModel
+    records: Iterable[Candidates], step: int, batch: PolicyBatch, weights: Collection[str], policy: PolicyModel
 ) -> Completions:
     """The candidates of a batch in its order, on the policy's device, as wide as the longest.
 
-    Raises RuntimeError where those of a cell are missing, of another step, or of other weights than ``weights``.
+    Raises RuntimeError where those of a cell are missing, of another step, or of weights that are none of ``weights``.
     """
     by_key = {(record.step, record.window, record.cell): record for record in records}
     ordered = []
     for window in batch.origins.tolist():
         for cell in batch.cells.tolist():
             record = by_key.get((step, window, cell))
-            if record is None or record.weights != weights:
+            if record is None or record.weights not in weights:
                 reason = "none" if record is None else f"some of weights {record.weights[:12]}…"
+                names = ", ".join(f"{name[:12]}…" for name in weights)
                 raise RuntimeError(
-                    f"step {step} needs candidates of window {window}, cell {cell} by weights {weights[:12]}…; "
+                    f"step {step} needs candidates of window {window}, cell {cell} by weights {names}; "
                     f"there are {reason}"
                 )
             ordered.append(record)

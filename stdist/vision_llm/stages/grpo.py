@@ -35,18 +35,21 @@ from stdist.vision_llm.tree.prefix_tree import Level, Tree
 NORMALIZER_FLOOR = 0.05
 # The step that candidates of evaluations are drawn for, the same ones every time.
 EVALUATION = 2**32 - 1
+EVALUATED = "the weights that are evaluated"
 
 
 @dataclass(frozen=True)
 class Rollout:
     """This learner's candidates of a step, one tree of them, and what all updates on them share.
 
-    ``tokens``: written by the candidates of all learners. ``sizes``: the tree's micro-batches.
+    ``old_log_probs``: of the weights that begin to learn from them, where older ones wrote them; filled in by the first
+    update. ``tokens``: written by the candidates of all learners. ``sizes``: the tree's micro-batches.
     """
 
     completions: Completions
     reference_log_probs: Float[Tensor, "candidates tokens"]
     advantages: Float[Tensor, "candidates"]
+    old_log_probs: Float[Tensor, "candidates tokens"] | None
     tokens: int
     tree: Tree
     sizes: list[int]
@@ -82,14 +85,18 @@ class GRPOStage(Stage):
         self.cell_mean, self._city_mean = cell_mean, float(cell_mean[train.cells].mean())
         self.batches = StepBatches(train, config, "grpo", seed, group)
         self.rollouts = rollouts or LocalRollouts(policy, config, seed)
+        self._evaluator = LocalRollouts(policy, config, seed)
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
         self.resumable_every = config.num_iterations
         self._rollout: Rollout | None = None
-        self.on_weights_changed(0)
+        self._requested: dict[int, PolicyBatch] = {}
 
     def on_weights_changed(self, step: int) -> None:
-        self._weights = Weights.of(self.policy)
-        self.rollouts.update_weights(self._weights)
+        if step % self.config.num_iterations == 0:
+            self.rollouts.update_weights(step, Weights.of(self.policy))
+
+    def close(self) -> None:
+        self.rollouts.close()
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         if step % self.config.num_iterations == 0:
@@ -97,12 +104,17 @@ class GRPOStage(Stage):
         assert self._rollout, "steps begin where a rollout does"
         policy, config, rollout, learners = self.policy, self.config, self._rollout, self.group.size
         sums: dict[str, float] = defaultdict(float)
+        first = step % config.num_iterations == 0
 
         def loss(rows: slice, states: Float[Tensor, "candidates tokens d"]) -> Float[Tensor, ""]:
             completions = rollout.completions
+            trainer_log_probs = candidate_log_probs(policy, states, completions, rows, config.temperature)
+            if first and rollout.old_log_probs is not None:
+                rollout.old_log_probs[rows] = trainer_log_probs.detach()
             inputs = LossInputs(
-                trainer_log_probs=candidate_log_probs(policy, states, completions, rows, config.temperature),
+                trainer_log_probs=trainer_log_probs,
                 rollout_log_probs=completions.log_probs[rows],
+                old_log_probs=None if rollout.old_log_probs is None else rollout.old_log_probs[rows],
                 reference_log_probs=rollout.reference_log_probs[rows],
                 advantages=rollout.advantages[rows],
                 mask=completions.mask[rows],
@@ -131,7 +143,8 @@ class GRPOStage(Stage):
         rewards = [torch.zeros(0)]
         for first in self.group.local_items(range(0, len(indices), config.windows_per_step)):
             batch = self.validation.batch(indices[first : first + config.windows_per_step], self.validation.cells)
-            completions = self._generate(EVALUATION, batch)
+            records = self._evaluator.sample(EVALUATION, batch, EVALUATED)
+            completions = completions_of(records, EVALUATION, batch, (EVALUATED,), self.policy)
             rewards.append(self._reward(batch, completions).cpu())
         return errors | {"reward": float(torch.cat(self.group.all_gather_object(torch.cat(rewards))).mean())}
 
@@ -143,7 +156,7 @@ class GRPOStage(Stage):
     def _new_rollout(self, step: int) -> "Rollout":
         """Candidates of the policy as it is at ``step``, and what the updates on them need."""
         config, policy = self.config, self.policy
-        batch = self.batches(step // config.num_iterations)
+        batch = self._request(step)
         completions = self._generate(step, batch)
         longest, tokens = zip(
             *self.group.all_gather_object((completions.mask.shape[1], int(completions.mask.sum()))), strict=True
@@ -159,16 +172,29 @@ class GRPOStage(Stage):
             completions,
             reference_log_probs,
             group_advantages(rewards, config.scale_rewards).flatten(),
+            torch.empty_like(completions.log_probs) if self.rollouts.max_staleness else None,
             sum(tokens),
             tree,
             sizes,
-            self._statistics(rewards, completions),
+            self._statistics(rewards, completions) | self.rollouts.metrics,
         )
 
+    def _request(self, step: int) -> PolicyBatch:
+        """Requests the candidates of this step, and of as many later ones as the rollouts may run ahead. Returns this
+        learner's batch of ``step``."""
+        n = self.config.num_iterations
+        for ahead in range(step, min(step + n * self.rollouts.max_staleness + 1, self.config.max_steps), n):
+            if ahead not in self._requested:
+                self._requested[ahead] = self.batches(ahead // n)
+                self.rollouts.request(ahead, self._requested[ahead])
+        return self._requested.pop(step)
+
     def _generate(self, step: int, batch: PolicyBatch) -> Completions:
-        """Candidates of this learner's batch by the weights of this moment, whoever samples them."""
+        """Candidates of this learner's batch, whoever samples them, by weights that are new enough."""
         records = self.rollouts.generate(step, batch)
-        return completions_of(records, step, batch, self._weights.digest, self.policy)
+        oldest = step - self.config.num_iterations * self.rollouts.max_staleness
+        allowed = [name for name, at in self.rollouts.versions.items() if oldest <= at <= step]
+        return completions_of(records, step, batch, allowed, self.policy)
 
     def _reward(self, batch: PolicyBatch, completions: Completions) -> Float[Tensor, "candidates"]:
         g, device = self.config.num_generations, completions.values.device

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from stdist.vision_llm.config import GRPOConfig
 
+IMPORTANCE_CAP = 3.0
+"""C of TRL's ``vllm_importance_sampling_clip_max``, mode ``token_truncate``."""
 LossOutput = tuple[Float[Tensor, ""], dict[str, float]]
 """A share of the loss, to be minimised, and of the step's ``kl`` and ``clip_ratio`` (``/low``, ``/high``)."""
 
@@ -24,6 +26,8 @@ class LossInputs:
     """Some candidates of a step. ``rollout_log_probs`` are those of the weights that wrote them.
 
     Attributes:
+        old_log_probs: of the weights that began to learn from them, where those are newer than what wrote them; then
+            the ratio is to these, and truncated importance weights make up for the difference (Yao et al. 2025).
         tokens: written in the whole step, by all learners' candidates.
         sequences: candidates of the whole step, of all learners.
         max_tokens: the most a candidate may write, the end token included.
@@ -37,6 +41,14 @@ class LossInputs:
     tokens: int
     sequences: int
     max_tokens: int
+    old_log_probs: Float[Tensor, "candidates tokens"] | None = None
+
+    @property
+    def importance_weights(self) -> Float[Tensor, "candidates tokens"] | None:
+        """π_old / π_rollout at each token, at most IMPORTANCE_CAP; None where the two are the same."""
+        if self.old_log_probs is None:
+            return None
+        return ((self.old_log_probs - self.rollout_log_probs) * self.mask).exp().clamp(max=IMPORTANCE_CAP)
 
 
 def grpo(inputs: LossInputs, config: GRPOConfig) -> LossOutput:
@@ -79,7 +91,8 @@ def kl(inputs: LossInputs, estimator: str) -> Float[Tensor, "candidates tokens"]
 
 
 def _log_ratio(inputs: LossInputs) -> Float[Tensor, "candidates tokens"]:
-    return (inputs.trainer_log_probs - inputs.rollout_log_probs) * inputs.mask
+    before = inputs.rollout_log_probs if inputs.old_log_probs is None else inputs.old_log_probs
+    return (inputs.trainer_log_probs - before) * inputs.mask
 
 
 def _clipped(
@@ -90,6 +103,8 @@ def _clipped(
     advantages = inputs.advantages[:, None]
     low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if (weights := inputs.importance_weights) is not None:
+        objective = objective * weights
     divergence = kl(inputs, config.kl_estimator)
 
     def share(per_token: Tensor) -> float:

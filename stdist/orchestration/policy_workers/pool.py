@@ -1,0 +1,239 @@
+"""A pool of workers on a Ray cluster: starts them, brings them weights, hands them leases, and replaces the lost.
+
+One coroutine a worker; all of them ask one scheduler. Ray owns processes and tensors, and decides nothing.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, OutOfMemoryError, OwnerDiedError, RayError, ReferenceCountingAssertionError
+
+from stdist.config.base import WorkersConfig
+from stdist.errors import ResourceError
+from stdist.orchestration.policy_workers.actor import Failed, WorkerActor
+from stdist.orchestration.policy_workers.leases import Lease, Load, Note, Scheduler
+from stdist.orchestration.policy_workers.members import State, Worker
+from stdist.runs.workers import Result, Unit, Version, WorkerProgram, WorkKey
+
+START_FAILURES = 3
+"""Workers in a row that may fail to start before the run ends."""
+LOST_OBJECT = (ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError)
+POLL_SECONDS = 5.0
+"""A call that waits for results answers at least so often, so that its caller can tell waiting from hanging."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version without its tensors, the reference by which workers fetch these, and their size."""
+
+    version: Version
+    reference: Any
+    nbytes: int
+
+
+class Pool:
+    """Runs inside one event loop; every method but ``run`` is called in it.
+
+    Args:
+        make_program: called in every worker's process.
+        settings: how many workers, with what, and how long a lease is.
+        log: takes a line for people when a worker is lost.
+    """
+
+    def __init__(
+        self,
+        make_program: Callable[[], WorkerProgram],
+        settings: WorkersConfig,
+        resources: dict[str, float],
+        note: Note = lambda event, key, **details: None,
+        log: Callable[[str], None] = lambda line: None,
+    ):
+        self.scheduler = Scheduler(settings.lease_timeout, note)
+        self.settings, self._resources, self._log = settings, resources, log
+        self._program = ray.put(make_program)
+        self._versions: dict[str, Published] = {}
+        self._newest = ""
+        self._changed = asyncio.Condition()
+        self._start_failures = 0
+        self._began = time.monotonic()
+        self.bytes_sent = 0
+        self.load_seconds: list[float] = []
+
+    async def run(self) -> None:
+        """Serves until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self.settings.num_workers):
+                tasks.create_task(self._keep_one())
+
+    # --- what the pool's user calls ---------------------------------------------------------------------------
+
+    async def publish(self, published: Published) -> None:
+        version = published.version
+        self._versions[version.name], self._newest = published, version.name
+        self.scheduler.publish(version.name, version.step)
+        self._drop_versions()
+        await self._notify()
+
+    async def resume(self, step: int) -> dict[str, int]:
+        self._versions.clear()
+        history = self.scheduler.resume(step)
+        await self._notify()
+        return history
+
+    async def submit(self, units: Sequence[Unit], oldest_step: int) -> None:
+        self.scheduler.submit(units, oldest_step)
+        await self._notify()
+
+    async def collect(self, keys: Sequence[WorkKey]) -> list[Result] | None:
+        """None where they are not all there after POLL_SECONDS. Raises what ended the run."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while (results := self.scheduler.collect(keys)) is None:
+            if not await self._wait(deadline - time.monotonic()):
+                return None
+        return results
+
+    def status(self) -> dict[str, Any]:
+        now, workers = time.monotonic(), list(self.scheduler.workers.values())
+        states = {state.value: sum(w.state is state for w in workers) for state in State}
+        seconds = sum(now - worker.since for worker in workers)
+        return {
+            "workers": {w.name: f"{w.state.value} on {w.where}" if w.where else w.state.value for w in workers},
+            "states": states,
+            "utilisation": sum(worker.busy for worker in workers) / seconds if seconds else 0.0,
+            "lost_leases": dict(self.scheduler.lost_leases),
+            "waiting": self.scheduler.waiting,
+            "bytes_sent": self.bytes_sent,
+            "load_seconds": sum(self.load_seconds[-len(workers) :]) / max(1, len(workers)),
+        }
+
+    # --- one worker after the other at one place --------------------------------------------------------------
+
+    async def _keep_one(self) -> None:
+        while self.scheduler.error is None:
+            name = self.scheduler.join(time.monotonic())
+            actor = WorkerActor.options(
+                num_cpus=self._resources.get("CPU", 0),
+                num_gpus=self._resources.get("GPU", 0),
+                resources={k: v for k, v in self._resources.items() if k not in ("CPU", "GPU")},
+            ).remote()
+            try:
+                reason, message = await self._serve(name, actor)
+            except RayError as error:
+                memory = isinstance(error, OutOfMemoryError) or "memory" in str(error)
+                reason, message = "out of memory" if memory else "died", in_one_line(error)
+            where = self.scheduler.workers[name].where or "a host that did not take it"
+            self._log(f"lost {name} on {where}: {message}")
+            self.scheduler.lose(name, reason, f"on {where}: {message}")
+            ray.kill(actor, no_restart=True)
+            await self._notify()
+
+    async def _serve(self, name: str, actor: Any) -> tuple[str, str]:
+        """Gives one worker work until it has to be replaced. Returns the reason in a word, and in words."""
+        worker = self.scheduler.workers[name]
+        # No limit: where the cluster is full, a worker joins when there is room.
+        where = await actor.start.remote(self._program)
+        if isinstance(where, Failed):
+            return self._did_not_start(where)
+        self._start_failures = 0
+        worker.started(where)
+        worker.since = time.monotonic()
+        while True:
+            order = self.scheduler.order_for(name, time.monotonic())
+            if order is None:
+                await self._wait(POLL_SECONDS)
+            elif isinstance(order, Load):
+                worker.outdated()
+                if order.version == "":
+                    worker.verified(
+                        ""
+                    )  # its program read them itself, from files that it compared with their checksums
+                elif (problem := await self._load(worker, actor, self._versions[order.version])) is not None:
+                    return problem
+            elif (problem := await self._work(worker, actor, order)) is not None:
+                return problem
+
+    async def _load(self, worker: Worker, actor: Any, published: Published) -> tuple[str, str] | None:
+        limit, name = self.settings.lease_timeout, published.version.name
+        try:
+            answer = await asyncio.wait_for(
+                _future(actor.load.remote(published.version, published.reference)), timeout=limit
+            )
+        except TimeoutError:
+            return "hung", f"did not load weights {name[:12]} within {limit:g} s"
+        except LOST_OBJECT as error:
+            # Who published them is gone, and publishes again when it is back.
+            self._versions.pop(name, None)
+            self.scheduler.withdraw(name)
+            self._log(f"weights {name[:12]} were lost on their way to {worker.name}: {in_one_line(error)}")
+            return None
+        if isinstance(answer, Failed):
+            return "out of memory" if answer.memory else "wrong weights", answer.reason
+        self.bytes_sent += published.nbytes
+        self.load_seconds.append(answer)
+        worker.verified(name)
+        return None
+
+    async def _work(self, worker: Worker, actor: Any, lease: Lease) -> tuple[str, str] | None:
+        answer = _future(actor.run.remote(lease.unit.version, lease.unit.payload))
+        late = False
+        while True:
+            done, _ = await asyncio.wait([answer], timeout=self.settings.lease_timeout)
+            if done:
+                break
+            if late:
+                return "hung", f"has not answered for {2 * self.settings.lease_timeout:g} s"
+            late = True
+            worker.outdated()  # it gets nothing more before its weights were verified again
+            if self.scheduler.expire(lease):
+                self._log(f"{worker.name} on {worker.where} is late with {lease.unit.key}; somebody else does it")
+            await self._notify()
+        result = answer.result()
+        if isinstance(result, Failed) and result.memory:
+            return "out of memory", result.reason
+        if isinstance(result, Failed):
+            self.scheduler.fail(lease, result.reason)
+        else:
+            self.scheduler.complete(lease, *result)
+        self._drop_versions()
+        await self._notify()
+        return None
+
+    def _did_not_start(self, failed: Failed) -> tuple[str, str]:
+        self._start_failures += 1
+        if self._start_failures >= START_FAILURES:
+            self.scheduler.error = ResourceError(
+                f"{self._start_failures} workers in a row did not start, the last one: {failed.reason}"
+            )
+        return "did not start", failed.reason
+
+    def _drop_versions(self) -> None:
+        """Lets go of weights that no unit names."""
+        for name in [n for n in self._versions if n != self._newest and not self.scheduler.needs(n)]:
+            del self._versions[name]
+            self.scheduler.withdraw(name)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, seconds: float) -> bool:
+        """Until something changes. Returns False where nothing did."""
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait(), max(0.0, seconds))
+            except TimeoutError:
+                return False
+        return True
+
+
+def _future(reference: Any) -> "asyncio.Future[Any]":
+    return asyncio.wrap_future(reference.future())
+
+
+def in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text.partition("The actor is dead because ")[2] or text)[:300]
