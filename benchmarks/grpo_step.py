@@ -99,7 +99,9 @@ class Ours:
         """Seconds of one step."""
 
         def work() -> None:
-            details = self._stage.step(len(self.tokens_per_candidate), self._engine.backward)
+            number = len(self.tokens_per_candidate)
+            self._stage.on_weights_changed(number)
+            details = self._stage.step(number, self._engine.backward)
             self._engine.step()
             self.tokens_per_candidate.append(details["tokens_per_candidate"])
 

@@ -37,6 +37,9 @@ class ForecastRequest:
     out: Path
 
 
+Prediction = tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]
+
+
 class Predictor(ABC):
     """A trained model that forecasts windows chunk by chunk.
 
@@ -67,9 +70,7 @@ class Predictor(ABC):
         """Returns the chunks of the forecasts, and the positions of the region that are forecast, row by row."""
 
     @abstractmethod
-    def predict(
-        self, windows: Windows, chunks: Iterable[Chunk]
-    ) -> Iterator[tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
+    def predict(self, windows: Windows, chunks: Iterable[Chunk]) -> Iterator[Prediction]:
         """Each chunk's point forecasts, then quantiles, and counts to add up over chunks."""
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
@@ -85,6 +86,10 @@ class Written:
     windows_per_second: float | None
 
 
+Predict = Callable[[Windows, Iterable[Chunk]], Iterator[Prediction]]
+"""As :meth:`Predictor.predict`: a chunk's forecasts depend on the chunk alone, whoever makes them and beside which."""
+
+
 def write_forecasts(
     config: RunConfig,
     predictor: Predictor,
@@ -92,11 +97,12 @@ def write_forecasts(
     summary: dict[str, Any],
     out: Path,
     log: Callable[[str], None],
+    predict: Predict | None = None,
 ) -> Written:
     """Forecasts every window into ``out``; goes on where a killed one was.
 
     ``summary``: of the stage whose result forecasts. It names the checkpoint, and as a whole it tells two trainings
-    apart that left checkpoints of the same name.
+    apart that left checkpoints of the same name. ``predict``: the predictor's own, in this process, if absent.
     """
     grid, cells = predictor.grid(windows)
     header = ForecastHeader(
@@ -119,7 +125,7 @@ def write_forecasts(
         size = sum(chunk.size for chunk in chunks)
         done = grid.size - size
         progress(done, grid.size)
-        for chunk, values, counts in predictor.predict(windows, chunks):
+        for chunk, values, counts in (predict or predictor.predict)(windows, chunks):
             writer.write(chunk, values, counts)
             done += chunk.size
             progress(done, grid.size)
@@ -143,19 +149,25 @@ def finished_stage(run_dir: Path, stage: str) -> tuple[Path, dict[str, Any]]:
     return checkpoints.folder / summary["checkpoint"], summary
 
 
-def forecast_store(
+@dataclass(frozen=True)
+class Sweep:
+    """A finished run's model, opened for the windows that a request asks for; ``notes`` for people."""
+
+    predictor: Predictor
+    windows: Windows
+    checkpoint: Path
+    summary: dict[str, Any]
+    notes: list[str]
+
+
+def open_sweep(
     config: RunConfig,
     last_stage: str,
     load: Callable[[Path], Predictor],
     request: ForecastRequest,
     log: Callable[[str], None],
-) -> dict[str, Any]:
-    """``stdist forecast``: a finished run's model on a store.
-
-    A split's name means the run's own days on the store it was trained on, else the store's default split. The same
-    command run again goes on where a killed one was. Raises InputError for an unfinished run, a region, days or a store
-    that the model cannot forecast.
-    """
+) -> Sweep:
+    """Raises InputError for an unfinished run, a region, days or a store that the model cannot forecast."""
     checkpoint, summary = finished_stage(request.run_dir, last_stage)
     with damage_as_input_error(checkpoint):
         predictor = load(checkpoint)
@@ -172,14 +184,31 @@ def forecast_store(
         history_inside=request.split == "train",
         name=request.split if named else "span",
     )
-    notes = predictor.check(windows)
+    return Sweep(predictor, windows, checkpoint, summary, predictor.check(windows))
+
+
+def forecast_store(
+    config: RunConfig,
+    last_stage: str,
+    load: Callable[[Path], Predictor],
+    request: ForecastRequest,
+    log: Callable[[str], None],
+    predict: Predict | None = None,
+) -> dict[str, Any]:
+    """``stdist forecast``: a finished run's model on a store.
+
+    A split's name means the run's own days on the store it was trained on, else the store's default split. The same
+    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises.
+    """
+    sweep = open_sweep(config, last_stage, load, request, log)
+    predictor, windows = sweep.predictor, sweep.windows
     log(windows.contract)
-    if found := leaks(predictor.fitted, windows.span, data_digest(store, windows.channel)):
+    if found := leaks(predictor.fitted, windows.span, data_digest(windows.store, windows.channel)):
         log(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
-    written = write_forecasts(config, predictor, windows, summary, request.out, log)
-    for note in notes + written.notes:
+    written = write_forecasts(config, predictor, windows, sweep.summary, request.out, log, predict)
+    for note in sweep.notes + written.notes:
         log(note)
-    return {"out": str(request.out), "windows": len(windows), "checkpoint": f"{last_stage}/{checkpoint.name}"}
+    return {"out": str(request.out), "windows": len(windows), "checkpoint": f"{last_stage}/{sweep.checkpoint.name}"}
 
 
 def _days(config: RunConfig, store: GridStore, part: str) -> DaySpan:

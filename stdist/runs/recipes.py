@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -10,7 +11,7 @@ from stdist.config.base import WorkersConfig
 from stdist.errors import InputError
 from stdist.registry import Registry
 from stdist.runs import training
-from stdist.runs.forecasting import ForecastRequest, Predictor, forecast_store
+from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep, forecast_store, open_sweep
 from stdist.runs.plan import RunPlan
 from stdist.runs.run import Run
 from stdist.runs.run_folder import CONFIG
@@ -73,9 +74,19 @@ class Recipe(ABC, Generic[ConfigT]):
 
         return training.train(config, self.stages(config), open_run, log, on_metrics)
 
-    def forecast(self, config: ConfigT, request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
+    def forecast(
+        self,
+        config: ConfigT,
+        request: ForecastRequest,
+        log: Callable[[str], None],
+        predict: Predict | None = None,
+    ) -> dict[str, Any]:
         """See :func:`stdist.runs.forecasting.forecast_store`."""
-        return forecast_store(config, self.stages(config)[-1], lambda path: self.load(config, path), request, log)
+        return forecast_store(config, self.stages(config)[-1], partial(self.load, config), request, log, predict)
+
+    def open_sweep(self, config: ConfigT, request: ForecastRequest) -> Sweep:
+        """The same model and windows in a worker's process; see :func:`stdist.runs.forecasting.open_sweep`."""
+        return open_sweep(config, self.stages(config)[-1], partial(self.load, config), request, lambda line: None)
 
 
 RECIPES: Registry[type[Recipe]] = Registry("recipe", "stdist.recipes")
@@ -96,10 +107,10 @@ def train(
     return recipe_of(config).train(config, log, on_metrics, pool)
 
 
-def forecast(request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
+def forecast(request: ForecastRequest, log: Callable[[str], None], predict: Predict | None = None) -> dict[str, Any]:
     """``stdist forecast``; see :func:`stdist.runs.forecasting.forecast_store`."""
     config = read_run_config(request.run_dir)
-    return recipe_of(config).forecast(config, request, log)
+    return recipe_of(config).forecast(config, request, log, predict)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:

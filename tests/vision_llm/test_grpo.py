@@ -62,6 +62,12 @@ def stage_of(
     return GRPOStage(policy, *cities, cell_mean, config, seed=5, decoding="median", group=group, rollouts=rollouts)
 
 
+def step(stage: GRPOStage, number: int, backward: Callable[[Tensor], None] = lambda loss: None) -> dict[str, float]:
+    """A step as the loop makes it; without seconds, which differ every time."""
+    stage.on_weights_changed(number)
+    return {name: value for name, value in stage.step(number, backward).items() if not name.startswith("seconds")}
+
+
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_the_reference_is_the_sft_model_and_stays_it(
     make_policy: MakePolicy, store: GridStore, batch: PolicyBatch, with_adapter: bool
@@ -84,8 +90,8 @@ def test_the_reference_is_the_sft_model_and_stays_it(
     stage = stage_of(policy, store)
     engine = TorchEngine(parameter_groups(policy, GRPOConfig(learning_rate=0.01)), cosine_schedule(0, 3), 1.0)
     frozen = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
-    for step in range(3):
-        stage.step(step, engine.backward)
+    for number in range(3):
+        step(stage, number, engine.backward)
         engine.step()
     with as_reference(policy):
         assert torch.equal(logits_of(policy, batch), sft)
@@ -142,7 +148,7 @@ def test_first_step_has_no_kl_and_clips_nothing(
     policy = sft_model(make_policy, with_adapter=True)
     lean_towards_end(policy, batch, -1e4)
     begin_grpo(policy)
-    scalars = stage_of(policy, store).step(0, torch.Tensor.backward)
+    scalars = step(stage_of(policy, store), 0, torch.Tensor.backward)
     assert scalars["kl"] == pytest.approx(0, abs=1e-6) and scalars["clip_ratio"] == 0
     assert policy.rows.output.grad.abs().max() > 0
     assert scalars["right_length"] == 0 and scalars["tokens_per_candidate"] == 7
@@ -172,9 +178,9 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
         policy, lambda batch, written: sequence_log_probs(policy, batch, written, 0.7) * written.mask
     )
     stage = stage_of(policy, store, rollouts, **settings)
-    first = stage.step(0, lambda loss: None)
+    first = step(stage, 0)
     disturb(policy, seed=2, adapter="grpo")
-    second = stage.step(1, lambda loss: None)
+    second = step(stage, 1)
 
     ((batch, completions),) = rollouts.generated
     old, mask = completions.log_probs, completions.mask
@@ -196,7 +202,7 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
             assert scalars[f"clip_ratio{name}"] == pytest.approx(share, abs=1e-6)
             assert (share > 0.02) == (scalars is second), "both sides clip once the policy has moved"
 
-    stage.step(2, lambda loss: None)
+    step(stage, 2)
     assert len(rollouts.generated) == 2 and not np.array_equal(rollouts.generated[1][0].truth, batch.truth)
 
 
@@ -230,7 +236,7 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
         return stage_of(policy, store, rollouts, group, loss_type="dapo", beta=0.2, activation_memory=memory)
 
     def step(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
-        scalars = stage.step(0, torch.Tensor.backward)
+        scalars = step(stage, 0, torch.Tensor.backward)
         return scalars, torch.cat([p.grad.flatten() for p in stage.policy.parameters() if p.grad is not None])
 
     alone, gradient = step(stage_in(ProcessGroup(), 1.0))
@@ -256,7 +262,7 @@ def test_micro_batches_add_up_to_the_whole_step(make_policy: MakePolicy, store: 
             backwards.append(loss.detach())
             loss.backward()
 
-        runs.append(stage.step(0, backward))
+        runs.append(step(stage, 0, backward))
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
         calls.append(len(backwards))
     assert calls == [3, 3 * 2 * 4 + 3 * 2 + 3], "candidates' backwards, then their cells', then the windows'"
@@ -268,7 +274,7 @@ def test_a_step_reports_its_tokens_and_those_it_saved(make_policy: MakePolicy, s
     """V + C·(T + G·K) a window where one sequence per candidate computes C·G·(V + T + K)."""
     policy = sft_model(make_policy, with_adapter=True)
     begin_grpo(policy)
-    scalars = stage_of(policy, store, rollouts := FixedRollouts(policy)).step(0, torch.Tensor.backward)
+    scalars = step(stage_of(policy, store, rollouts := FixedRollouts(policy)), 0, torch.Tensor.backward)
     batch, _ = rollouts.generated[0]
     v, t, k = batch.shared.shape[1], batch.prompts.shape[1], 3
     assert scalars["tokens"] == 2 * (v + 2 * (t + 4 * k))
@@ -304,16 +310,24 @@ class FixedRollouts:
     ) -> None:
         self.policy, self.log_probs, self.cut = policy, log_probs, cut
         self.generated: list[tuple[PolicyBatch, Completions]] = []
+        self.versions: dict[str, int] = {}
+        self.max_staleness, self.metrics = 0, {}
 
-    def update_weights(self, weights: Weights) -> None:
-        self.weights = weights
+    def update_weights(self, step: int, weights: Weights) -> None:
+        self.weights, self.versions = weights.digest, {weights.digest: step}
+
+    def request(self, step: int, batch: PolicyBatch) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
         completions = fixed_candidates(self.policy, batch, self.cut)
         if self.log_probs:
             completions.log_probs = self.log_probs(batch, completions)
         self.generated.append((batch, completions))
-        keys = [(step, window, cell, self.weights.digest) for window in batch.origins for cell in batch.cells]
+        keys = [(step, window, cell, self.weights) for window in batch.origins for cell in batch.cells]
         arrays = (completions.answer_ids, completions.log_probs, completions.lengths)
         groups = zip(*(x.view(-1, 4, *x.shape[1:]).numpy() for x in arrays), strict=True)
         return [Candidates(*key, *group) for key, group in zip(keys, groups, strict=True)]
@@ -348,7 +362,7 @@ def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: Grid
     policy = sft_model(make_policy, with_adapter=True)
     begin_grpo(policy)
     stage = stage_of(policy, store)
-    runs = [stage.step(step, lambda loss: None) for step in (3, 4, 3)]
+    runs = [step(stage, number) for number in (3, 4, 3)]
     assert runs[0] == runs[2] != runs[1]
     assert stage.evaluate() == stage.evaluate()
 
@@ -365,10 +379,9 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: Mak
     stage = stage_of(policy, store, rollouts := FixedRollouts(policy, log_probs))
     engine = TorchEngine(parameter_groups(policy, GRPOConfig(learning_rate=1e-3)), cosine_schedule(0, 10), 1.0)
     before = None
-    for step in range(4):
-        stage.step(step, engine.backward)
+    for number in range(4):
+        step(stage, number, engine.backward)
         engine.step()
-        stage.on_weights_changed(step + 1)
         totals = log_probs(*rollouts.generated[0]).sum(1).view(-1, 4).mean(0)
         before = totals if before is None else before
     assert (totals - before)[0] > (totals - before)[2]
@@ -380,12 +393,11 @@ def test_candidates_of_other_weights_are_refused(make_policy: MakePolicy, store:
     policy = sft_model(make_policy, with_adapter=False)
     begin_grpo(policy)
     stage = stage_of(policy, store, rollouts := FixedRollouts(policy))
-    stage.step(0, lambda loss: None)
+    step(stage, 0)
     policy.rows.output.data[3, 5] += 1
-    stage.on_weights_changed(1)
-    stage.step(1, lambda loss: None)
-    rollouts.update_weights = lambda weights: None
+    step(stage, 1)
+    rollouts.weights = "those of step 1"
+    rollouts.update_weights = lambda step, weights: rollouts.versions.update({weights.digest: step})
     policy.rows.output.data[3, 5] += 1
-    stage.on_weights_changed(2)
     with pytest.raises(RuntimeError, match=r"step 2 needs candidates of window \d+, cell \d+ by weights"):
-        stage.step(2, lambda loss: None)
+        step(stage, 2)

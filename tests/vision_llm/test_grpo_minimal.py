@@ -62,6 +62,7 @@ def test_the_stage_is_the_minimal_algorithm(
     cell_mean = np.linspace(10.0, 190.0, 20)
     rollouts = Recorded(policy, config, seed=5)
     stage = GRPOStage(policy, *cities, cell_mean, config, seed=5, decoding="median", rollouts=rollouts)
+    stage.on_weights_changed(0)
     scalars = stage.step(0, torch.Tensor.backward)
 
     batch, records = rollouts.batch, rollouts.records

@@ -26,7 +26,7 @@ CONFIG = GRPOConfig(num_generations=3)
 
 def rollouts_of(policy: PolicyModel, seed: int = 4) -> LocalRollouts:
     rollouts = LocalRollouts(policy, CONFIG, seed)
-    rollouts.update_weights(Weights.of(policy))
+    rollouts.update_weights(0, Weights.of(policy))
     return rollouts
 
 
@@ -108,7 +108,7 @@ def test_records_come_back_as_the_samplers_completions(ending: PolicyModel, make
     for record in records:
         assert record.answer_ids.shape[0] == record.log_probs.shape[0] == len(record.lengths) == 3
     shuffled = random.Random(0).sample(records, len(records))
-    made = completions_of(shuffled, 7, batch, records[0].weights, ending)
+    made = completions_of(shuffled, 7, batch, {records[0].weights}, ending)
     end = len(ending.vocabulary)
     assert torch.equal(made.answer_ids, torch.from_numpy(np.concatenate([r.answer_ids for r in records])))
     for row, length in enumerate(made.lengths.tolist()):
@@ -137,7 +137,7 @@ def test_records_of_other_work_are_refused(
     batch = make_batch(ending, windows=(0,), cells=(1,))
     records = rollouts_of(ending).generate(7, batch)
     with pytest.raises(RuntimeError, match=reason):
-        completions_of(change(records), 7, batch, records[0].weights, ending)
+        completions_of(change(records), 7, batch, {records[0].weights}, ending)
 
 
 def test_a_steps_batch_belongs_to_seed_stage_and_step(policy: PolicyModel, store: GridStore) -> None:

@@ -43,6 +43,7 @@ def losses(make_policy: Callable[..., PolicyModel], store: GridStore, name: str,
     engine = TorchEngine(parameter_groups(policy, settings), cosine_schedule(settings.warmup_steps, steps), 1.0)
     trajectory = []
     for step in range(steps):
+        stage.on_weights_changed(step)
         trajectory.append(stage.step(step, engine.backward)["loss"])
         engine.step()
     return trajectory
