@@ -18,7 +18,7 @@ from stdist.reader_commands import Command, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
 
 DAMAGED = 4
-"""Exit code of ``stdist check`` on a store that is not as it was written."""
+"""Exit code of ``stdist check`` on a store that is not as it was written, and of ``stdist ledger``."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,16 +155,44 @@ def forecast(
     out: Annotated[Path, typer.Option(help="NAME.zarr or NAME.parquet")] = ...,  # type: ignore[assignment]
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
     split: Annotated[str, typer.Option(help="train, validation, test, or local days A:B")] = "test",
+    workers: Annotated[int | None, typer.Option(help="Ray actors that forecast; as many as fit if --ray alone")] = None,
+    ray: Annotated[str | None, typer.Option(help="their cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
 ) -> None:
-    """Forecast a region of a store for every window of a split."""
+    """Forecast a region of a store for every window of a split, in this process or by workers."""
     from stdist.runs import recipes
     from stdist.runs.forecasting import ForecastRequest
 
     if out.suffix not in (".zarr", ".parquet"):
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
-    result = recipes.forecast(ForecastRequest(run, store, region, split, out), log)
+    request = ForecastRequest(run, store, region, split, out)
+    if workers is None and ray is None:
+        result = recipes.forecast(request, log)
+    else:
+        from stdist.orchestration.policy_workers.sweep import sweep
+
+        result = sweep(request, workers, ray, log)
     finish(result, as_json, str(out))
+
+
+@command()
+def ledger(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    as_json: Json = False,
+) -> None:
+    """Prove from a run's own record that every group of candidates was learnt from exactly once.
+
+    Exit code 4 where one was not, and its name.
+    """
+    from stdist.orchestration.policy_workers.ledger import prove_run
+
+    proof = prove_run(run)
+    if not as_json:
+        for problem in proof.problems[1:]:
+            log(problem)
+    finish(proof.as_dict(), as_json, proof.verdict)
+    if proof.problems:
+        raise typer.Exit(DAMAGED)
 
 
 @command()

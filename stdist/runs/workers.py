@@ -84,9 +84,10 @@ class WorkPool(Protocol):
     """A pool of workers, as its user sees it. Every wait has a limit; where it is passed ResourceError says what was
     waited for."""
 
-    def resume(self, step: int) -> dict[str, int]:
-        """Called before anything else: the user goes on from ``step`` updates. What was learnt from later steps counts
-        as void. Returns the versions that the pool remembers up to there, by name, with their steps."""
+    def resume(self, step: int, stage: str, every: int) -> dict[str, int]:
+        """Called before anything else: the user goes on from ``step`` updates of ``stage``, and makes ``every`` updates
+        on the answers of a step. What was learnt from this step on counts as void. Returns the versions that the pool
+        remembers up to there, by name, with their steps."""
         ...
 
     def publish(self, version: Version) -> None:

@@ -40,11 +40,11 @@ class Coordinator:
             cause = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
             self._pool.scheduler.error = ResourceError(f"the pool of workers stopped: {in_one_line(cause)}")
 
-    async def resume(self, step: int) -> dict[str, int]:
+    async def resume(self, step: int, stage: str, every: int) -> dict[str, int]:
         if self._serving is None:  # workers begin with the stage: what they load was trained by the ones before
             self._serving = asyncio.create_task(self._pool.run())
             self._serving.add_done_callback(self._ended)
-        self._ledger.resume(step)
+        self._ledger.resume(step, stage, every)
         return await self._pool.resume(step)
 
     async def publish(self, version: Version, nbytes: int, reference: list[Any]) -> None:
@@ -79,8 +79,8 @@ class RemotePool:
     def __init__(self, coordinator: Any, timeout: float):
         self._coordinator, self._timeout = coordinator, timeout
 
-    def resume(self, step: int) -> dict[str, int]:
-        return self._answer(self._coordinator.resume.remote(step), "the pool to resume")
+    def resume(self, step: int, stage: str, every: int) -> dict[str, int]:
+        return self._answer(self._coordinator.resume.remote(step, stage, every), "the pool to resume")
 
     def publish(self, version: Version) -> None:
         # The reference in a list: as an argument of its own Ray would bring the coordinator the tensors.

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stdist.errors import InputError
+from stdist.runs.recipes import read_run_config
 from stdist.runs.workers import WorkKey
+from stdist.training.checkpoint import StageCheckpoints
 
 LEDGER = Path("rollouts") / "ledger.jsonl"
 """In a run's folder."""
@@ -31,9 +33,9 @@ class Ledger:
         # Cells stand where the unit begins; until then a step's window has one unit (docs/decisions.md).
         self._write(line | ({"cells": key.cells} if event == "issued" else {"first": key.cells[0]}) | details)
 
-    def resume(self, step: int) -> None:
-        """All that was learnt from ``step`` on is void: the weights are older."""
-        self._write({"event": "resumed", "step": step})
+    def resume(self, step: int, stage: str, every: int) -> None:
+        """All that was learnt from ``step`` on is void: the weights of ``stage`` are older."""
+        self._write({"event": "resumed", "step": step, "stage": stage, "every": every})
         self.flush()
 
     def flush(self) -> None:
@@ -48,8 +50,11 @@ class Ledger:
 
 @dataclass
 class Proof:
-    """What the ledger says of a run: ``problems`` is empty where every group was learnt from exactly once."""
+    """What the ledger says of a run: ``problems`` is empty where every group was learnt from exactly once. ``every``:
+    updates of ``stage`` on the groups of a step."""
 
+    stage: str = ""
+    every: int = 1
     steps: int = 0
     groups: int = 0
     trained: int = 0
@@ -77,6 +82,17 @@ class _Unit:
     may_be_issued: bool = False
 
 
+def prove_run(run_dir: Path) -> Proof:
+    """Reads a run's ledger: of all its steps where the training has ended, else of those so far.
+
+    Raises InputError where there is none."""
+    read_run_config(run_dir)
+    path = run_dir / LEDGER
+    proof = prove(path)
+    finished = StageCheckpoints(run_dir / "checkpoints" / proof.stage).finished if proof.stage else None
+    return proof if finished is None else prove(path, range(0, finished["steps"], proof.every))
+
+
 def prove(path: Path, steps: Collection[int] | None = None) -> Proof:
     """Reads a ledger. ``steps``: numbers of the steps that the run's weights have learnt from, each of which must have
     groups; up to the last one that the ledger says was trained, if absent. Raises InputError where there is no ledger.
@@ -90,6 +106,7 @@ def prove(path: Path, steps: Collection[int] | None = None) -> Proof:
         event = line.pop("event")
         proof.events[event] = proof.events.get(event, 0) + 1
         if event == "resumed":
+            proof.stage, proof.every = line["stage"], line["every"]
             for (step, *_), unit in units.items():
                 if step >= line["step"]:
                     unit.trained, unit.may_be_issued = 0, True

@@ -5,7 +5,6 @@ began the sweep writes them, so a sweep that was killed goes on like any forecas
 """
 
 import asyncio
-import os
 import pickle
 import threading
 import time

@@ -40,8 +40,8 @@ class PoolRollouts:
     def update_weights(self, step: int, weights: Weights) -> None:
         began = time.perf_counter()
         if not self._begun:
-            self.versions = self.group.broadcast_object(self.pool.resume(step) if self.group.is_main else {})
-            self._begun = True
+            known = self.pool.resume(step, "grpo", self.config.num_iterations) if self.group.is_main else {}
+            self.versions, self._begun = self.group.broadcast_object(known), True
         self._note_learnt()
         name = ""
         if self.group.is_main:

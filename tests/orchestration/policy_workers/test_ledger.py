@@ -91,7 +91,7 @@ def test_groups_of_steps_that_the_weights_never_made_are_named(path: Path) -> No
 def test_after_a_resume_what_was_learnt_from_its_step_on_counts_anew(path: Path) -> None:
     """Once again with the answers that were kept, or issued again where they were not."""
     ledger = written(path)
-    ledger.resume(1)
+    ledger.resume(1, "grpo", 1)
     ledger.note("trained", KEYS[2])
     ledger.flush()
     assert prove(path, range(2)).problems == ["step 1, window 31, cells 4, 9, 11: learnt from never"]
@@ -99,6 +99,7 @@ def test_after_a_resume_what_was_learnt_from_its_step_on_counts_anew(path: Path)
     ledger.close()
     proof = prove(path, range(2))
     assert proof.problems == [] and proof.trained == 12 and proof.events["resumed"] == 1
+    assert (proof.stage, proof.every) == ("grpo", 1)
 
 
 def test_voided_work_may_be_issued_again(path: Path) -> None:
