@@ -184,7 +184,7 @@ def ledger(
 
     Exit code 4 where one was not, and its name.
     """
-    from stdist.orchestration.policy_workers.ledger import prove_run
+    from stdist.orchestration.policy_workers.proof import prove_run
 
     proof = prove_run(run)
     if not as_json:

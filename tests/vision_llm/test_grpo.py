@@ -235,14 +235,14 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
         rollouts = FixedRollouts(policy, cut=cut)
         return stage_of(policy, store, rollouts, group, loss_type="dapo", beta=0.2, activation_memory=memory)
 
-    def step(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
+    def gradients(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
         scalars = step(stage, 0, torch.Tensor.backward)
         return scalars, torch.cat([p.grad.flatten() for p in stage.policy.parameters() if p.grad is not None])
 
-    alone, gradient = step(stage_in(ProcessGroup(), 1.0))
+    alone, gradient = gradients(stage_in(ProcessGroup(), 1.0))
     stages = [stage_in(Learner(0, 2), 1.0), stage_in(Learner(1, 2), 1e-9)]
     with ThreadPoolExecutor(2) as threads:
-        (first, one), (second, two) = threads.map(step, stages)
+        (first, one), (second, two) = threads.map(gradients, stages)
     assert len({stage.rollouts.generated[0][1].mask.sum().item() for stage in stages}) == 2
     assert ((one + two) / 2 - gradient).norm() / gradient.norm() < 1e-5
     for name in ("loss", "kl", "clip_ratio"):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
 from stdist.runs.workers import Version, VersionError, WorkerProgram
 
@@ -33,7 +32,6 @@ class WorkerActor:
 
     def start(self, make_program: Callable[[], WorkerProgram]) -> str | Failed:
         """Makes the program. Returns where it is, as HOST (pid N)."""
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         try:
             self._program = make_program()
         except Exception as error:
@@ -63,5 +61,6 @@ class WorkerActor:
 def _failed(error: Exception) -> Failed:
     sys.stderr.write("".join(traceback.format_exception(error)))
     text = " ".join(str(error).split())[:300]
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+    # torch's own is a RuntimeError, and programs without torch need not import it.
+    memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in text
     return Failed(text if isinstance(error, VersionError) else f"{type(error).__name__}: {text}", memory)

@@ -19,8 +19,8 @@ from stdist.orchestration.policy_workers.leases import Lease, Load, Note, Schedu
 from stdist.orchestration.policy_workers.members import State, Worker
 from stdist.runs.workers import Result, Unit, Version, WorkerProgram, WorkKey
 
-START_FAILURES = 3
-"""Workers in a row that may fail to start before the run ends."""
+FAILED_STARTS = 3
+"""Workers in a row that may fail to start, or to load weights, before the run ends."""
 LOST_OBJECT = (ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError)
 POLL_SECONDS = 5.0
 """A call that waits for results answers at least so often, so that its caller can tell waiting from hanging."""
@@ -58,8 +58,7 @@ class Pool:
         self._versions: dict[str, Published] = {}
         self._newest = ""
         self._changed = asyncio.Condition()
-        self._start_failures = 0
-        self._began = time.monotonic()
+        self._failed_starts = 0
         self.bytes_sent = 0
         self.load_seconds: list[float] = []
 
@@ -123,8 +122,8 @@ class Pool:
             try:
                 reason, message = await self._serve(name, actor)
             except RayError as error:
-                memory = isinstance(error, OutOfMemoryError) or "memory" in str(error)
-                reason, message = "out of memory" if memory else "died", in_one_line(error)
+                reason = "out of memory" if isinstance(error, OutOfMemoryError) else "died"
+                message = in_one_line(error)
             where = self.scheduler.workers[name].where or "a host that did not take it"
             self._log(f"lost {name} on {where}: {message}")
             self.scheduler.lose(name, reason, f"on {where}: {message}")
@@ -137,8 +136,7 @@ class Pool:
         # No limit: where the cluster is full, a worker joins when there is room.
         where = await actor.start.remote(self._program)
         if isinstance(where, Failed):
-            return self._did_not_start(where)
-        self._start_failures = 0
+            return self._failed_start(where, "did not start")
         worker.started(where)
         worker.since = time.monotonic()
         while True:
@@ -171,7 +169,8 @@ class Pool:
             self._log(f"weights {name[:12]} were lost on their way to {worker.name}: {in_one_line(error)}")
             return None
         if isinstance(answer, Failed):
-            return "out of memory" if answer.memory else "wrong weights", answer.reason
+            return self._failed_start(answer, "wrong weights")
+        self._failed_starts = 0
         self.bytes_sent += published.nbytes
         self.load_seconds.append(answer)
         worker.verified(name)
@@ -202,13 +201,13 @@ class Pool:
         await self._notify()
         return None
 
-    def _did_not_start(self, failed: Failed) -> tuple[str, str]:
-        self._start_failures += 1
-        if self._start_failures >= START_FAILURES:
+    def _failed_start(self, failed: Failed, reason: str) -> tuple[str, str]:
+        self._failed_starts += 1
+        if self._failed_starts >= FAILED_STARTS:
             self.scheduler.error = ResourceError(
-                f"{self._start_failures} workers in a row did not start, the last one: {failed.reason}"
+                f"{self._failed_starts} workers in a row could not begin, the last one: {failed.reason}"
             )
-        return "did not start", failed.reason
+        return "out of memory" if failed.memory else reason, failed.reason
 
     def _drop_versions(self) -> None:
         """Lets go of weights that no unit names."""

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from stdist.errors import InputError
-from stdist.orchestration.policy_workers.ledger import Ledger, prove
+from stdist.orchestration.policy_workers.ledger import Ledger
+from stdist.orchestration.policy_workers.proof import prove
 from stdist.runs.workers import WorkKey
 
 KEYS = [WorkKey(step, window, (4, 9, 11)) for step in range(2) for window in (20, 31)]
