@@ -19,7 +19,8 @@ from stdist.errors import InputError
 from stdist.nodes.dataset import NodeDataset
 from stdist.nodes.folders import CONFIG, load_module, load_spec, save_module
 from stdist.nodes.graphs import matrix, sparse_graph
-from stdist.nodes.interface import BACKBONES, Forecaster, ModelConfig
+from stdist.nodes.interface import Forecaster
+from stdist.nodes.kinds import BACKBONES, ModelConfig
 from stdist.nodes.scaling import MINUTES_PER_DAY, CityScaling
 
 

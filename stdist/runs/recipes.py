@@ -1,19 +1,23 @@
-"""Recipes by the name a configuration gives: the commands ask a recipe and name no system."""
+"""Recipes by the name a configuration gives: the commands ask a recipe and name no system.
+
+Reading a configuration imports no torch: what trains and forecasts is imported by what calls it.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from stdist.config import RunConfig, read_tree, validated
 from stdist.errors import InputError
 from stdist.registry import Registry
-from stdist.runs import training
-from stdist.runs.forecasting import ForecastRequest, Predictor, forecast_store
-from stdist.runs.plan import RunPlan
-from stdist.runs.run import Run
 from stdist.runs.run_folder import CONFIG
-from stdist.training.process_group import ProcessGroup
+
+if TYPE_CHECKING:
+    from stdist.runs.forecasting import ForecastRequest, Predictor
+    from stdist.runs.plan import RunPlan
+    from stdist.runs.run import Run
+    from stdist.training.process_group import ProcessGroup
 
 DEFAULT_RECIPE = "vision-llm"
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -32,19 +36,19 @@ class Recipe(ABC, Generic[ConfigT]):
         """Names of the run's stages in order, as of the folders below ``checkpoints/``."""
 
     @abstractmethod
-    def check(self, config: ConfigT, group: ProcessGroup) -> object:
+    def check(self, config: ConfigT, group: "ProcessGroup") -> object:
         """Raises InputError for what would stop ``group``, one that may be yet to be started, in training."""
 
     @abstractmethod
-    def open(self, config: ConfigT, group: ProcessGroup) -> Run:
+    def open(self, config: ConfigT, group: "ProcessGroup") -> "Run":
         """The run's data and its model as it starts. Raises InputError as ``check`` does, or for what it read."""
 
     @abstractmethod
-    def load(self, config: ConfigT, checkpoint: Path) -> Predictor:
+    def load(self, config: ConfigT, checkpoint: Path) -> "Predictor":
         """The forecaster in a finished run's checkpoint."""
 
     @abstractmethod
-    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> RunPlan:
+    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> "RunPlan":
         """Memory, operations and communication of every stage, before anything starts."""
 
     def train(
@@ -54,10 +58,14 @@ class Recipe(ABC, Generic[ConfigT]):
         on_metrics: Callable[[dict[str, float]], None],
     ) -> dict[str, Any]:
         """See :func:`stdist.runs.training.train`."""
+        from stdist.runs import training
+
         return training.train(config, self.stages(config), lambda group: self.open(config, group), log, on_metrics)
 
-    def forecast(self, config: ConfigT, request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
+    def forecast(self, config: ConfigT, request: "ForecastRequest", log: Callable[[str], None]) -> dict[str, Any]:
         """See :func:`stdist.runs.forecasting.forecast_store`."""
+        from stdist.runs.forecasting import forecast_store
+
         return forecast_store(config, self.stages(config)[-1], lambda path: self.load(config, path), request, log)
 
 
@@ -77,7 +85,7 @@ def train(
     return recipe_of(config).train(config, log, on_metrics)
 
 
-def forecast(request: ForecastRequest, log: Callable[[str], None]) -> dict[str, Any]:
+def forecast(request: "ForecastRequest", log: Callable[[str], None]) -> dict[str, Any]:
     """``stdist forecast``; see :func:`stdist.runs.forecasting.forecast_store`."""
     config = read_run_config(request.run_dir)
     return recipe_of(config).forecast(config, request, log)

@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, create_model, field_validator, model
 from stdist.config.base import RunConfig, SplitConfig, Strict
 from stdist.errors import InputError
 from stdist.nodes.config import EpochsConfig, NodesConfig, PeriodConfig
-from stdist.nodes.interface import BACKBONES, ModelConfig
+from stdist.nodes.kinds import BACKBONES, ModelConfig
 from stdist.urbanpg.models import UrbanPGModelConfig
 
 

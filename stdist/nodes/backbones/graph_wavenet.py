@@ -18,7 +18,7 @@ from stdist.errors import InputError
 from stdist.nodes.backbones.layers import TemporalConvolution, propagate
 from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
 from stdist.nodes.graphs import transition
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 
 KERNEL = 2
 

@@ -19,7 +19,7 @@ from stdist.errors import InputError
 from stdist.nodes.backbones.layers import TemporalConvolution, propagate
 from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
 from stdist.nodes.graphs import scaled_laplacian
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 
 
 class STGCNSpec(ForecasterSpec):

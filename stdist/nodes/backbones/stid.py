@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 
 
 class STIDSpec(ForecasterSpec):
