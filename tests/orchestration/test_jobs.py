@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "name": "tiny",
     "data": {"store": "city.zarr", "history": 3, "horizon": 2, "region": "0:2,0:2"},
     "model": {"d": 4},
-    "training": {"max_epochs": 1, "train_batch_size": 40, "logging_steps": 1, "warmup_steps": 1},
+    "training": {"max_epochs": 1, "train_batch_size": 50, "logging_steps": 1, "warmup_steps": 1},
 }
 
 
