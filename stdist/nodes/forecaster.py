@@ -110,14 +110,7 @@ class NodeForecaster(CityScaling, Forecaster):
     def nodes(self) -> int | None:
         return self.spec.nodes or (self.spec.graph[0] if self.spec.graph else None)
 
-    def forward(
-        self,
-        history: Float[Tensor, "B S N"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
-        *,
-        noise_seed: int | None = None,
-    ) -> Float[Tensor, "B K N"]:
+    def forward(self, history: Tensor, slot: Tensor, weekday: Tensor, *, noise_seed: int | None = None) -> Tensor:
         self.check(history, slot, weekday)
         features = self.normalise(history).transpose(1, 2)[..., None]
         if self.backbone.time_of_day:
