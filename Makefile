@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 TORCH_INDEX ?=
 WORKERS ?= 2
 
-# An environment may forbid Python to write bytecode: then every process compiles torch and transformers again, which
-# takes twenty seconds instead of four.
+# An environment may forbid Python to write bytecode: then every process compiles torch and transformers again, and
+# takes three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check bench clean
