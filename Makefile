@@ -13,14 +13,19 @@ PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-che
 TORCH_INDEX ?=
 WORKERS ?= 2
 
+# An environment may forbid Python to write bytecode: then every process compiles torch and transformers again, and
+# takes three times as long to start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check bench clean
 
 demo: .venv/.installed
 	$(BIN)/stdist demo --out runs/demo
 
-# CI=true: hypothesis draws the same examples every time and has no deadlines, whatever the machine.
+# CI=true: hypothesis draws the same examples every time and has no deadlines, whatever the machine. loadfile: what
+# tests of one file share, a trained run or learners that wait, is made by one worker and not by all.
 test: check
-	CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from stdist.vision_llm.learning import make_engine
 from stdist.vision_llm.policy.adapters import add_lora, train_only
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
-from stdist.vision_llm.recipe import PolicyFiles
+from stdist.vision_llm.run import PolicyFiles
 from stdist.vision_llm.stages.sft import SFTStage
 
 ENGINES = {"torch": LearnersConfig()} | {

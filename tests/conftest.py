@@ -2,16 +2,19 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from stdist.config import RunConfig
 from stdist.data import GridStore, GridWriter, NodeSpec, Split, open_store
 from stdist.errors import InputError
+from stdist.evaluation import figures, report
 from stdist.runs.recipes import parse_config
 
 # A shell that starts the tests in the background makes them, and all that they start, deaf to the Ctrl-C some send.
@@ -26,6 +29,24 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set STDIST_TEST_DATA to its folder")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_people_see_them() -> Iterator[dict[str, Any]]:
+    """Every figure of a report is drawn, but coarse, and without the layout that takes most of its time. The value is
+    what that replaces: test_report.py draws with it."""
+    laid_out, dots = figures.page_figure, report.DOTS_PER_INCH
+
+    @contextmanager
+    def plain(*arguments: Any, **style: Any) -> Iterator[Figure]:
+        with laid_out(*arguments, **style) as figure:
+            figure.set_layout_engine(None)
+            yield figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "page_figure", plain)
+        patch.setattr(report, "DOTS_PER_INCH", 20)
+        yield {"page_figure": laid_out, "DOTS_PER_INCH": dots}
 
 
 # --- a city of nodes and runs on it -------------------------------------------------------------------------------

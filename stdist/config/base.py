@@ -4,9 +4,11 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Days = tuple[date, date]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""So that a run's config.yaml finds its files from any folder."""
 
 
 class Strict(BaseModel):
@@ -24,19 +26,13 @@ class SplitConfig(Strict):
 class DataConfig(Strict):
     """The windows of a store that a run reads. ``fraction`` takes the first part of the training days (few-shot)."""
 
-    store: Path
+    store: AbsolutePath
     channel: str = "internet"
     history: int = Field(12, ge=1, description="S, frames a window looks back")
     horizon: int = Field(12, ge=1, description="K, steps forecast")
     region: str | None = Field(None, description="r0:r1,c0:c1, cells to forecast; the whole grid if absent")
     split: SplitConfig | None = Field(None, description="the store's own split if absent")
     fraction: float = Field(1.0, gt=0, le=1)
-
-    @field_validator("store")
-    @classmethod
-    def _absolute(cls, store: Path) -> Path:
-        """So that a run's config.yaml finds its data from any folder."""
-        return store.expanduser().absolute()
 
 
 class OptimizerConfig(Strict):
@@ -65,16 +61,11 @@ class LearnersConfig(Strict):
     engine: Literal["torch", "deepspeed"] = "torch"
     zero_stage: Literal[1, 2, 3] = 1
     offload_optimizer: bool = False
-    deepspeed: Path | None = None
+    deepspeed: AbsolutePath | None = None
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: int = Field(3, ge=0)
     timeout: float = Field(1800.0, gt=0)
-
-    @field_validator("deepspeed")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return path and path.expanduser().absolute()
 
     @model_validator(mode="after")
     def _deepspeed_where_it_is_needed(self) -> "LearnersConfig":

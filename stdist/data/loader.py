@@ -48,19 +48,17 @@ class TensorBatch:
 class WindowLoader:
     """Iterates a sampler's batches in its order, whatever the number of threads.
 
-    threads: readers. prefetch: batches beyond the one handed out last that are being read or wait. pin_memory:
-    page-locked tensors, for copies that do not stop the device; by default where CUDA is there. One iteration is the
-    rest of an epoch. A thread's exception is raised where its batch would have been handed out. When an iteration
-    ends, breaks off or fails, its threads end too.
+    threads: readers. prefetch: batches beyond the one handed out last that are being read or wait. Where CUDA is there
+    tensors are page-locked, for copies that do not stop the device. One iteration is the rest of an epoch. A thread's
+    exception is raised where its batch would have been handed out. When an iteration ends, breaks off or fails, its
+    threads end too.
     """
 
-    def __init__(
-        self, sampler: WindowSampler, *, threads: int = 2, prefetch: int = 2, pin_memory: bool | None = None
-    ) -> None:
+    def __init__(self, sampler: WindowSampler, *, threads: int = 2, prefetch: int = 2) -> None:
         if threads < 1 or prefetch < 1:
             raise InputError(f"threads {threads}, prefetch {prefetch}: give at least 1 of each")
         self.sampler, self.threads, self.prefetch = sampler, threads, prefetch
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.pin_memory = torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[TensorBatch]:
         epoch, consumed = self.sampler.begin()

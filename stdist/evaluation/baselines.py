@@ -21,7 +21,7 @@ from stdist.data import DaySpan, GridStore, Windows
 from stdist.data.audit import Fitted, data_digest, refuse_leaks
 from stdist.data.spans import AnyRegion
 from stdist.evaluation import forecast_header
-from stdist.evaluation.blocks import cut, tiles
+from stdist.evaluation.forecast_header import cut, tiles
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import read_targets
 

@@ -11,13 +11,13 @@ from jaxtyping import Float
 
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
-from stdist.evaluation.blocks import cut
 from stdist.evaluation.forecast_header import (
     METADATA_KEY,
     QUANTILES,
     ForecastHeader,
     ReadBlock,
     ReadWindows,
+    cut,
     read_metadata,
 )
 

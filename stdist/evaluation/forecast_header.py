@@ -1,21 +1,24 @@
-"""The header of a file of forecasts, and the blocks in which the values are read and written."""
+"""The header of a file of forecasts, and the blocks in which the values are read and written: cuts of windows and of
+regions that bound what is in memory, however many there are."""
 
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from stdist.data.spans import AnyRegion, NodeRange, Region
 from stdist.errors import InputError
-from stdist.evaluation.blocks import cut, tile_shape, tiles
 from stdist.evaluation.contract import ForecastMetadata, parsed
 
 QUANTILES = (0.1, 0.5, 0.9)
 METADATA_KEY = "stdist"
+RegionKind = TypeVar("RegionKind", bound=AnyRegion)
 POINTS_IN_MEMORY = 2**20
 """Values (window, step, cell) that are read together, and written together unless one window has more."""
 
@@ -84,3 +87,32 @@ def read_metadata(text: str | None, path: Path) -> ForecastMetadata:
     if text is None:
         raise InputError(f"{path}: carries no contract, so it was not written by stdist; it cannot be scored")
     return parsed(ForecastMetadata, json.loads(text), f"{path}: its contract", "make the forecasts again")
+
+
+def cut(length: int, size: int) -> list[slice]:
+    """Consecutive stretches of ``size``; the last one may be shorter."""
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def tile_shape(shape: tuple[int, ...], cells: int) -> tuple[int, ...]:
+    """Sides of a tile of at most ``cells`` cells (at least one): of a grid about a square, all about alike."""
+    if len(shape) == 1:
+        return (_even(shape[0], cells),)
+    height, width = shape
+    rows = _even(height, max(math.isqrt(cells), cells // width))
+    return rows, _even(width, cells // rows)
+
+
+def tiles(region: RegionKind, cells: int) -> list[RegionKind]:
+    """``region`` in tiles of at most ``cells`` cells, row by row."""
+    sides = [
+        [(axis.start + side_cut.start, axis.start + side_cut.stop) for side_cut in cut(axis.stop - axis.start, side)]
+        for axis, side in zip(region.slices, tile_shape(region.shape, cells), strict=True)
+    ]
+    return [type(region)(*(edge for edges in tile for edge in edges)) for tile in product(*sides)]
+
+
+def _even(length: int, most: int) -> int:
+    """The size of as few parts of ``length`` as ``most`` allows, all about alike."""
+    parts = -(-length // max(1, most))
+    return -(-length // parts)

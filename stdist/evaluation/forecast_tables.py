@@ -12,8 +12,7 @@ from polars.io.plugins import register_io_source
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import forecast_header
-from stdist.evaluation.blocks import cut
-from stdist.evaluation.forecast_header import METADATA_KEY, ForecastHeader, ReadBlock, ReadWindows, read_metadata
+from stdist.evaluation.forecast_header import METADATA_KEY, ForecastHeader, ReadBlock, ReadWindows, cut, read_metadata
 
 QUANTILE_COLUMNS = ("q10", "q50", "q90")
 CELL_IDS_KEY = "stdist_cell_ids"

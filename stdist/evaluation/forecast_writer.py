@@ -22,8 +22,7 @@ import zarr
 from jaxtyping import Float, Int
 
 from stdist.errors import InputError
-from stdist.evaluation.blocks import cut
-from stdist.evaluation.forecast_header import ForecastHeader
+from stdist.evaluation.forecast_header import ForecastHeader, cut
 from stdist.evaluation.forecasts import FORMATS, require_suffix
 from stdist.files import write_atomically
 

@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from stdist.data import GridStore, Region, open_store
 from stdist.errors import InputError
 from stdist.evaluation import figures, forecast_header
-from stdist.evaluation.blocks import tiles
-from stdist.evaluation.forecast_header import ForecastHeader
+from stdist.evaluation.forecast_header import ForecastHeader, tiles
 from stdist.evaluation.forecasts import ForecastFile, open_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_windows, read_targets

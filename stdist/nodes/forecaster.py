@@ -19,7 +19,8 @@ from stdist.errors import InputError
 from stdist.nodes.dataset import NodeDataset
 from stdist.nodes.folders import CONFIG, load_module, load_spec, save_module
 from stdist.nodes.graphs import matrix, sparse_graph
-from stdist.nodes.interface import BACKBONES, Forecaster, ModelConfig
+from stdist.nodes.interface import Forecaster
+from stdist.nodes.kinds import BACKBONES, ModelConfig
 from stdist.nodes.scaling import MINUTES_PER_DAY, CityScaling
 
 
@@ -109,14 +110,7 @@ class NodeForecaster(CityScaling, Forecaster):
     def nodes(self) -> int | None:
         return self.spec.nodes or (self.spec.graph[0] if self.spec.graph else None)
 
-    def forward(
-        self,
-        history: Float[Tensor, "B S N"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
-        *,
-        noise_seed: int | None = None,
-    ) -> Float[Tensor, "B K N"]:
+    def forward(self, history: Tensor, slot: Tensor, weekday: Tensor, *, noise_seed: int | None = None) -> Tensor:
         self.check(history, slot, weekday)
         features = self.normalise(history).transpose(1, 2)[..., None]
         if self.backbone.time_of_day:

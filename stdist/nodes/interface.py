@@ -1,6 +1,5 @@
 """A forecaster of nodes as the rest of the house sees it: training, forecasting and scoring ask these things of it and
-know no model. A model is one file with a :class:`Forecaster` (or a network inside ``NodeForecaster``) and a
-:class:`ModelConfig`, registered in :data:`BACKBONES`."""
+know no model."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -12,15 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from stdist.config import LearnersConfig, Strict
 from stdist.evaluation import Embeddings
-from stdist.nodes.config import EpochsConfig
-from stdist.nodes.dataset import NodeDataset
-from stdist.nodes.learners import NodeLearners
 from stdist.nodes.scaling import CityScaling
-from stdist.registry import Registry
-from stdist.training.engine import Engine, ParameterGroup
-from stdist.training.engines import make_engine
 
 
 class Forecaster(nn.Module, ABC):
@@ -88,40 +80,3 @@ class Forecaster(nn.Module, ABC):
     def embeddings(self, node_means: Float[np.ndarray, " N"], seed: int) -> Embeddings | None:
         """Learnt embeddings in two dimensions for a report; None where it has none to show."""
         return None
-
-
-class ModelConfig(Strict, ABC):
-    """A run's section ``model:``: ``kind`` and the options of that model, and how it is made and trained.
-
-    ``shares_nodes``: its nodes may lie on several learners or pass in blocks. ``batch_normalisation``: it normalises
-    with the statistics of a batch, which several learners would not share.
-    """
-
-    shares_nodes: ClassVar[bool] = False
-    batch_normalisation: ClassVar[bool] = False
-
-    kind: str
-
-    @abstractmethod
-    def build(self, dataset: NodeDataset, seed: int) -> Forecaster:
-        """The untrained model of ``dataset``. Raises InputError where the two do not go together."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> Forecaster:
-        """A saved model of this kind, in evaluation mode. Raises InputError where the folder holds none."""
-
-    def on_learner(self, model: Forecaster, learners: NodeLearners) -> Forecaster:
-        """The model, or the part of it that this learner trains. Collective."""
-        return model
-
-    def make_engine(
-        self, model: Forecaster, settings: EpochsConfig, steps: int, config: LearnersConfig, data_ranks: int
-    ) -> Engine:
-        """The engine that trains what :meth:`on_learner` returned, on ``data_ranks`` learners that share the batch."""
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        weights = ParameterGroup(trained, settings.learning_rate, settings.weight_decay)
-        return make_engine(config, settings, steps, model, [weights], data_ranks)
-
-
-BACKBONES: Registry[type[ModelConfig]] = Registry("backbone", "stdist.backbones", package="stdist.nodes.backbones")
-"""By ``model.kind``."""

@@ -85,10 +85,10 @@ class NodeLearners:
         """The nodes that this learner holds."""
         return nodes_of(self.node_rank, self.node_ranks, self.nodes)
 
-    def share(self, batch_size: int, what: str = "training.train_batch_size") -> int:
-        """Returns this learner's part of ``batch_size`` windows. Raises InputError, naming ``what``, where they cannot
-        be shared evenly."""
-        mine = ProcessGroup(self.data_rank, self.data_ranks).local_slice(batch_size, what)
+    def share(self, batch_size: int) -> int:
+        """Returns this learner's part of ``batch_size`` windows. Raises InputError where they cannot be shared
+        evenly."""
+        mine = ProcessGroup(self.data_rank, self.data_ranks).local_slice(batch_size, "training.train_batch_size")
         return mine.stop - mine.start
 
     def total(self, count: Tensor) -> Tensor:
@@ -105,9 +105,8 @@ class NodeLearners:
 
 
 class ModelParallelUnit:
-    """Answers to DeepSpeed's questions, under the names that Megatron-LM gave them:
-    ``nodes`` is the model-parallel axis, over which
-    gradient norms are summed, ``data`` the one over which gradients are averaged and ZeRO shares."""
+    """Answers to DeepSpeed's questions, under the names that Megatron-LM gave them: ``nodes`` is the model-parallel
+    axis, over which gradient norms are summed, ``data`` the one over which gradients are averaged and ZeRO shares."""
 
     def __init__(self, learners: NodeLearners) -> None:
         self._learners = learners

@@ -26,13 +26,11 @@ class Vocabulary:
     """All numerals of up to ``mantissa_digits`` digits (4 is the paper: 199,801; 3: 19,801; 2: 1,801).
 
     ``values``: float64 [len], the value of each index, correctly rounded from the decimal.
-    ``canonical``: bool [len], the indices that ``encode`` ever writes (180,001 for 4 digits); the others are
-    aliases such as ``1140/0`` of ``114/0``.
+    ``encode`` writes 180,001 of them for 4 digits; the others are aliases such as ``1140/0`` of ``114/0``.
     ``limit``: magnitudes at or above it have no numeral (9.9995e5 for 4 digits).
     """
 
     values: npt.NDArray[np.float64]
-    canonical: npt.NDArray[np.bool_]
 
     def __init__(self, mantissa_digits: int = 4) -> None:
         if mantissa_digits not in (2, 3, 4):
@@ -46,9 +44,7 @@ class Vocabulary:
         mantissa, exponent = self.mantissa_exponent(np.arange(self._length))
         coefficient, power = decimal_parts(mantissa, exponent)
         self.values = decimal_value(coefficient, power)
-        self.canonical = (np.abs(mantissa) < 100) | (mantissa % 10 != 0)
         self.values.flags.writeable = False
-        self.canonical.flags.writeable = False
 
     def __len__(self) -> int:
         return self._length

@@ -1,22 +1,26 @@
-"""Recipes by the name a configuration gives: the commands ask a recipe and name no system."""
+"""Recipes by the name a configuration gives: the commands ask a recipe and name no system.
+
+Reading a configuration imports no torch: what trains and forecasts is imported by what calls it.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from stdist.config import RunConfig, read_tree, validated
-from stdist.config.base import WorkersConfig
 from stdist.errors import InputError
 from stdist.registry import Registry
-from stdist.runs import training
-from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep, forecast_store, open_sweep
-from stdist.runs.plan import RunPlan
-from stdist.runs.run import Run
 from stdist.runs.run_folder import CONFIG
-from stdist.runs.workers import WorkerProgram, WorkPool
-from stdist.training.process_group import ProcessGroup
+
+if TYPE_CHECKING:
+    from stdist.config.base import WorkersConfig
+    from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep
+    from stdist.runs.plan import RunPlan
+    from stdist.runs.run import Run
+    from stdist.runs.workers import WorkerProgram, WorkPool
+    from stdist.training.process_group import ProcessGroup
 
 DEFAULT_RECIPE = "vision-llm"
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -35,26 +39,26 @@ class Recipe(ABC, Generic[ConfigT]):
         """Names of the run's stages in order, as of the folders below ``checkpoints/``."""
 
     @abstractmethod
-    def check(self, config: ConfigT, group: ProcessGroup) -> object:
+    def check(self, config: ConfigT, group: "ProcessGroup") -> object:
         """Raises InputError for what would stop ``group``, one that may be yet to be started, in training."""
 
     @abstractmethod
-    def open(self, config: ConfigT, group: ProcessGroup) -> Run:
+    def open(self, config: ConfigT, group: "ProcessGroup") -> "Run":
         """The run's data and its model as it starts. Raises InputError as ``check`` does, or for what it read."""
 
     @abstractmethod
-    def load(self, config: ConfigT, checkpoint: Path) -> Predictor:
+    def load(self, config: ConfigT, checkpoint: Path) -> "Predictor":
         """The forecaster in a finished run's checkpoint."""
 
     @abstractmethod
-    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> RunPlan:
+    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> "RunPlan":
         """Memory, operations and communication of every stage, before anything starts."""
 
-    def workers(self, config: ConfigT) -> WorkersConfig | None:
+    def workers(self, config: ConfigT) -> "WorkersConfig | None":
         """The workers that the run's learners ask for samples; None where there are none."""
         return None
 
-    def worker_program(self, config: ConfigT) -> WorkerProgram:
+    def worker_program(self, config: ConfigT) -> "WorkerProgram":
         """What such a worker runs, made in its process when the first stage that needs it begins."""
         raise NotImplementedError(f"{config.recipe} has no workers")
 
@@ -63,11 +67,12 @@ class Recipe(ABC, Generic[ConfigT]):
         config: ConfigT,
         log: Callable[[str], None],
         on_metrics: Callable[[dict[str, float]], None],
-        pool: WorkPool | None = None,
+        pool: "WorkPool | None" = None,
     ) -> dict[str, Any]:
         """See :func:`stdist.runs.training.train`."""
+        from stdist.runs import training
 
-        def open_run(group: ProcessGroup) -> Run:
+        def open_run(group: "ProcessGroup") -> "Run":
             run = self.open(config, group)
             run.pool = pool
             return run
@@ -77,15 +82,19 @@ class Recipe(ABC, Generic[ConfigT]):
     def forecast(
         self,
         config: ConfigT,
-        request: ForecastRequest,
+        request: "ForecastRequest",
         log: Callable[[str], None],
-        predict: Predict | None = None,
+        predict: "Predict | None" = None,
     ) -> dict[str, Any]:
         """See :func:`stdist.runs.forecasting.forecast_store`."""
+        from stdist.runs.forecasting import forecast_store
+
         return forecast_store(config, self.stages(config)[-1], partial(self.load, config), request, log, predict)
 
-    def open_sweep(self, config: ConfigT, request: ForecastRequest) -> Sweep:
+    def open_sweep(self, config: ConfigT, request: "ForecastRequest") -> "Sweep":
         """The same model and windows in a worker's process; see :func:`stdist.runs.forecasting.open_sweep`."""
+        from stdist.runs.forecasting import open_sweep
+
         return open_sweep(config, self.stages(config)[-1], partial(self.load, config), request, lambda line: None)
 
 
@@ -100,14 +109,16 @@ def train(
     config: RunConfig,
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
-    pool: WorkPool | None = None,
+    pool: "WorkPool | None" = None,
 ) -> dict[str, Any]:
-    """``stdist train`` on this learner, with workers in ``pool`` if it has any; see
+    """``stdist train`` on this learner, with the workers of ``pool`` if it has any; see
     :func:`stdist.runs.training.train`."""
     return recipe_of(config).train(config, log, on_metrics, pool)
 
 
-def forecast(request: ForecastRequest, log: Callable[[str], None], predict: Predict | None = None) -> dict[str, Any]:
+def forecast(
+    request: "ForecastRequest", log: Callable[[str], None], predict: "Predict | None" = None
+) -> dict[str, Any]:
     """``stdist forecast``; see :func:`stdist.runs.forecasting.forecast_store`."""
     config = read_run_config(request.run_dir)
     return recipe_of(config).forecast(config, request, log, predict)

@@ -1,21 +1,23 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from stdist.config import RunConfig, dump_config
 from stdist.errors import InputError
 from stdist.files import write_atomically
-from stdist.training.process_group import ProcessGroup
+
+if TYPE_CHECKING:
+    from stdist.training.process_group import ProcessGroup
 
 CONFIG = "config.yaml"
 T = TypeVar("T")
 STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path may not hold for ever
 
 
-def open_together(group: ProcessGroup, open_input: Callable[[], T]) -> T:
+def open_together(group: "ProcessGroup", open_input: Callable[[], T]) -> T:
     """Calls ``open_input`` on every learner. Raises InputError on all where it does on one: nothing is written before
     all learners know that the input is good."""
     opened: list[T] = []

@@ -6,22 +6,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from stdist.config.base import RunConfig, SplitConfig, Strict
+from stdist.config.base import AbsolutePath, RunConfig, SplitConfig, Strict
 from stdist.errors import InputError
 from stdist.nodes.config import EpochsConfig, NodesConfig, PeriodConfig
-from stdist.nodes.interface import BACKBONES, ModelConfig
+from stdist.nodes.kinds import BACKBONES, ModelConfig
 from stdist.urbanpg.models import UrbanPGModelConfig
 
 
 class FewShotConfig(Strict):
     """``backbone``: the run that trained it, or a saved ``UrbanPG`` or ``Backbone``; it is frozen (Eq. 8)."""
 
-    backbone: Path
-
-    @field_validator("backbone")
-    @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    backbone: AbsolutePath
 
 
 class ContinualConfig(Strict):

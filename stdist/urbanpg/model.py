@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from stdist.errors import InputError
@@ -53,14 +53,7 @@ class UrbanPG(Forecaster):
     def nodes(self) -> int:
         return self.prompts.spec.nodes
 
-    def forward(
-        self,
-        history: Float[Tensor, "B S N"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
-        *,
-        noise_seed: int | None = None,
-    ) -> Float[Tensor, "B K N"]:
+    def forward(self, history: Tensor, slot: Tensor, weekday: Tensor, *, noise_seed: int | None = None) -> Tensor:
         """See :class:`Forecaster`; ``noise_seed`` is of the random perturbation (Eq. 4)."""
         self.check(history, slot, weekday)
         backbone, prompts, inputs = self.backbone, self.prompts, (history, slot, weekday)

@@ -1,24 +1,25 @@
-"""UrbanPG in a run's ``model:``: its options, the untrained model, and each learner's share of it."""
+"""UrbanPG in a run's ``model:``: its options, the untrained model, and each learner's share of it. Its network is
+imported when it is built: a configuration is read without torch."""
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 
 from stdist.config import LearnersConfig
 from stdist.errors import InputError
 from stdist.nodes.config import EpochsConfig
-from stdist.nodes.dataset import NodeDataset
-from stdist.nodes.interface import BACKBONES, Forecaster, ModelConfig
-from stdist.nodes.learners import NodeLearners
-from stdist.training.deepspeed_json import deepspeed_json
-from stdist.training.engine import Engine, ParameterGroup, cosine_schedule
-from stdist.urbanpg.backbone import Backbone, BackboneSpec
-from stdist.urbanpg.model import UrbanPG
-from stdist.urbanpg.node_parallel import NodeParallel
-from stdist.urbanpg.prompts import ContextPrompts, PromptSpec
+from stdist.nodes.kinds import BACKBONES, ModelConfig
+
+if TYPE_CHECKING:
+    from stdist.nodes.dataset import NodeDataset
+    from stdist.nodes.interface import Forecaster
+    from stdist.nodes.learners import NodeLearners
+    from stdist.training.engine import Engine
+    from stdist.urbanpg.backbone import Backbone
+    from stdist.urbanpg.model import UrbanPG
+    from stdist.urbanpg.prompts import ContextPrompts
 
 
 @BACKBONES.register("urbanpg")
@@ -42,16 +43,25 @@ class UrbanPGModelConfig(ModelConfig):
     stca_normalizer: Literal["none", "sum"] = "none"
     residual: bool = True
 
-    def build(self, dataset: NodeDataset, seed: int) -> UrbanPG:
+    def build(self, dataset: "NodeDataset", seed: int) -> "UrbanPG":
+        import torch
+
+        from stdist.urbanpg.backbone import Backbone, BackboneSpec
+        from stdist.urbanpg.model import UrbanPG
+
         torch.manual_seed(seed)
         d = self.d or BackboneSpec.model_fields["d"].default
         attention = self.model_dump(include={"stca", "stca_normalizer", "residual"})
         spec = BackboneSpec(history=dataset.train.S, horizon=dataset.train.K, d=d, **attention)
         return UrbanPG(Backbone(spec), self._prompts(dataset, spec.d))
 
-    def prompts_on(self, backbone: Backbone, dataset: NodeDataset, seed: int) -> UrbanPG:
+    def prompts_on(self, backbone: "Backbone", dataset: "NodeDataset", seed: int) -> "UrbanPG":
         """New prompts on ``backbone``, which this freezes (Eq. 8). Raises InputError where it is of another d, S or K,
         or has its attention otherwise than these options say."""
+        import torch
+
+        from stdist.urbanpg.model import UrbanPG
+
         torch.manual_seed(seed)
         spec, windows = backbone.spec, dataset.train
         settings = {
@@ -69,8 +79,10 @@ class UrbanPGModelConfig(ModelConfig):
                 )
         return UrbanPG(backbone.requires_grad_(False), self._prompts(dataset, spec.d))
 
-    def _prompts(self, dataset: NodeDataset, d: int) -> ContextPrompts:
+    def _prompts(self, dataset: "NodeDataset", d: int) -> "ContextPrompts":
         """For the nodes of ``dataset``, with the mean and standard deviation of its training span."""
+        from stdist.urbanpg.prompts import ContextPrompts, PromptSpec
+
         spec = PromptSpec(
             scenario=re.sub(r"[^\w.-]+", "-", dataset.store.city).strip("-.") or "city",
             periods=(len(dataset.nodes),),
@@ -81,20 +93,29 @@ class UrbanPGModelConfig(ModelConfig):
         )
         return ContextPrompts(spec, dataset.statistics.mean, dataset.statistics.std)
 
-    def load(self, folder: Path) -> UrbanPG:
+    def load(self, folder: Path) -> "UrbanPG":
+        from stdist.urbanpg.model import UrbanPG
+
         return UrbanPG.from_pretrained(folder)
 
-    def on_learner(self, model: Forecaster, learners: NodeLearners) -> Forecaster:
+    def on_learner(self, model: "Forecaster", learners: "NodeLearners") -> "Forecaster":
         if learners.node_ranks == 1:
             return model
+        from stdist.urbanpg.model import UrbanPG
+        from stdist.urbanpg.node_parallel import NodeParallel
+
         assert isinstance(model, UrbanPG)
         parallel = NodeParallel(model.backbone, model.prompts, learners)
         parallel.block_nodes = model.block_nodes
         return parallel
 
     def make_engine(
-        self, model: Forecaster, settings: EpochsConfig, steps: int, config: LearnersConfig, data_ranks: int
-    ) -> Engine:
+        self, model: "Forecaster", settings: EpochsConfig, steps: int, config: LearnersConfig, data_ranks: int
+    ) -> "Engine":
+        from stdist.training.deepspeed_json import deepspeed_json
+        from stdist.training.engine import ParameterGroup, cosine_schedule
+        from stdist.urbanpg.node_parallel import NodeParallel
+
         if not isinstance(model, NodeParallel):
             return super().make_engine(model, settings, steps, config, data_ranks)
         from stdist.urbanpg.node_engine import NodeEngine  # imports DeepSpeed, which is not installed everywhere

@@ -1,18 +1,20 @@
 """A command run in this process, small inputs for it, and one run trained from beginning to end."""
 
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from data_prep import READERS, prepare
 from stdist import cli
 
 DAYS, SLOTS = 8, 24
@@ -144,16 +146,48 @@ main()
 """
 
 
-def start_command(folder: Path, *arguments: str, program: str = MAIN) -> "subprocess.Popen[str]":
-    """The command as a process of its own in ``folder``, on one thread, without a network."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+FORKED = """
+import os, sys
+
+os.chdir({folder!r})
+sys.argv = ["stdist", *{arguments!r}]
+for number, path in enumerate({outputs!r}, 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+"""
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["stdist.cli", "stdist.vision_llm.run", "stdist.evaluation.report"])
+
+
+class Command:
+    """A command in a process of its own in ``folder``, on one thread, without a network. It is the fork of a process
+    that has only imported what commands import: torch and transformers alone take longer than a tiny training."""
+
+    def __init__(self, folder: Path, *arguments: str, program: str = MAIN):
+        self._outputs = tempfile.TemporaryDirectory()
+        self._paths = [Path(self._outputs.name, name) for name in ("stdout", "stderr")]
+        source = FORKED.format(folder=str(folder), arguments=arguments, outputs=[str(path) for path in self._paths])
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OMP_NUM_THREADS", "1")
+            environment.setenv("HF_HUB_OFFLINE", "1")
+            forkserver.ensure_running()
+        self._process = PROCESSES.Process(target=exec, args=(source + program, {}))  # type: ignore[attr-defined]
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Standard output and error of the command, which has ended."""
+        self._process.join(timeout)
+        assert self.returncode is not None, f"still running after {timeout} s"
+        out, err = (path.read_text() if path.exists() else "" for path in self._paths)
+        return out, err
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +195,7 @@ def finish_training() -> Callable[[Path], tuple[dict[str, Any], str]]:
     """``stdist train tiny.yaml --json`` in a folder, to its end: its result and standard error."""
 
     def finish(folder: Path) -> tuple[dict[str, Any], str]:
-        process = start_command(folder, "train", "tiny.yaml", "--json")
+        process = Command(folder, "train", "tiny.yaml", "--json")
         out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
         return json.loads(out.splitlines()[-1]), err
@@ -170,14 +204,14 @@ def finish_training() -> Callable[[Path], tuple[dict[str, Any], str]]:
 
 
 @pytest.fixture(scope="session")
-def hanging_training() -> Callable[[Path, str, int], "subprocess.Popen[str]"]:
+def hanging_training() -> Callable[[Path, str, int], Command]:
     """The same, hanging behind the log's line of a step when this returns; it goes on once FOLDER/go_on exists."""
 
-    def start(folder: Path, stage: str, step: int) -> "subprocess.Popen[str]":
-        process = start_command(folder, "train", "tiny.yaml", "--json", f"{stage} {step}", program=HANGING_MAIN)
+    def start(folder: Path, stage: str, step: int) -> Command:
+        process = Command(folder, "train", "tiny.yaml", "--json", f"{stage} {step}", program=HANGING_MAIN)
         deadline = time.monotonic() + PATIENCE
         while not (folder / "hanging").exists():
-            assert process.poll() is None, process.communicate()
+            assert process.returncode is None, process.communicate()
             assert time.monotonic() < deadline, f"no step {step} of {stage} in time"
             time.sleep(0.01)
         return process
@@ -188,15 +222,9 @@ def hanging_training() -> Callable[[Path, str, int], "subprocess.Popen[str]"]:
 @pytest.fixture(scope="session")
 def city(tmp_path_factory) -> Path:
     """A store of a generated city: 3 × 3 cells, eight days of hourly frames. Tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("city")
-    process = start_command(
-        folder,
-        *["prepare", "synthetic", "--out", "city.zarr", "--height", "3", "--width", "3"],
-        *["--days", str(DAYS), "--cadence", "60", "--seed", "1"],
-    )
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
-    return folder / "city.zarr"
+    path = tmp_path_factory.mktemp("city") / "city.zarr"
+    prepare(READERS["synthetic"].plan([], height=3, width=3, days=DAYS, cadence=60, seed=1), path)
+    return path
 
 
 @dataclass(frozen=True)
@@ -216,7 +244,7 @@ def finished_run(tmp_path_factory, city) -> FinishedRun:
     """All four stages, forecast and report, uninterrupted, by ``stdist train tiny.yaml --json``."""
     folder = tmp_path_factory.mktemp("finished")
     write_config(folder, city)
-    process = start_command(folder, "train", "tiny.yaml", "--json")
+    process = Command(folder, "train", "tiny.yaml", "--json")
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return FinishedRun(folder, Result(0, out, err))

@@ -13,7 +13,7 @@ import yaml
 
 from stdist.evaluation import Chunk, ForecastWriter
 
-from .conftest import PATIENCE, files_below, start_command
+from .conftest import PATIENCE, Command, files_below
 
 HANGING_MAIN = """
 import sys, time
@@ -58,10 +58,10 @@ def pieces_written(monkeypatch) -> list[int]:
 
 def kill_a_forecast(folder: Path, arguments: list[str], pieces: int) -> None:
     """Runs the command in ``folder`` until so many pieces are written, then sends SIGKILL."""
-    process = start_command(folder, *arguments, str(pieces), program=HANGING_MAIN)
+    process = Command(folder, *arguments, str(pieces), program=HANGING_MAIN)
     deadline = time.monotonic() + PATIENCE
     while not (folder / "hanging").exists():
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.communicate()
         assert time.monotonic() < deadline, f"no {pieces} pieces in time"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

@@ -97,7 +97,7 @@ def before_grpo(finished_run, tmp_path) -> Path:
 def test_ctrl_c_in_grpo(hanging_training, finish_training, stdist, before_grpo, finished_run, city):
     """SIGINT in step 3: that step is saved, though no save is due, the exit code is 130, and the run goes on there."""
     process = hanging_training(before_grpo, "grpo", 3)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     (before_grpo / "go_on").touch()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and out == "" and "Traceback" not in err

@@ -16,6 +16,8 @@ from stdist.evaluation import (
     Embeddings,
     Projection,
     build_report,
+    figures,
+    report,
     score_baselines,
     write_embeddings,
     write_metrics,
@@ -26,6 +28,12 @@ from stdist.evaluation.report import change, memory, percent, readable, represen
 from stdist.evaluation.run_files import RunMetrics, read_embeddings, read_log, read_metrics
 
 from .conftest import make_forecasts, score, write_forecasts, write_nodes
+
+
+@pytest.fixture
+def laid_out(as_people_see_them, monkeypatch):
+    monkeypatch.setattr(figures, "page_figure", as_people_see_them["page_figure"])
+    monkeypatch.setattr(report, "DOTS_PER_INCH", as_people_see_them["DOTS_PER_INCH"])
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ def test_the_page_holds_the_numbers(run_dir, metrics):
     assert "The model beats every baseline (5)" in text
 
 
-def test_the_page_is_self_contained_and_its_figures_are_files_too(run_dir):
+def test_the_page_is_self_contained_and_its_figures_are_files_too(laid_out, run_dir):
     page = build_report(run_dir)
     assert page == run_dir / "report" / "index.html"
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page.read_text())
@@ -129,7 +137,7 @@ def node_run(tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["places", "no places"])
-def test_a_run_on_nodes(node_run, known):
+def test_a_run_on_nodes(laid_out, node_run, known):
     rng = np.random.default_rng(0)
     places = {"latitude": rng.uniform(32, 33, 10), "longitude": rng.uniform(-118, -117, 10)} if known else {}
     run, metrics = node_run(**places)
@@ -155,7 +163,7 @@ def test_node_figure_draws_every_node_that_was_scored():
     np.testing.assert_array_equal(node_errors(nrmse, mae, mean, None, "cars").axes[0].lines[0].get_ydata(), [0.3, 0.1])
 
 
-def test_embeddings_are_drawn_where_there_are_any(run_dir):
+def test_embeddings_are_drawn_where_there_are_any(laid_out, run_dir):
     projections = [
         Projection(title="Nodes", points=[(0, 1), (2, 3)], values=[5, None], quantity="mean"),
         Projection(title="Days", points=[(0, 1), (2, 3)], values=[0, 1], quantity="day", names=["Mon", "Tue"]),

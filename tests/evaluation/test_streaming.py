@@ -12,7 +12,7 @@ from stdist.data import GridSpec, GridStore, GridWriter, Region, Split, open_sto
 from stdist.data.sampler import WindowSampler
 from stdist.errors import InputError
 from stdist.evaluation import ErrorState, evaluate, forecast_header, open_forecasts
-from stdist.evaluation.blocks import cut, tile_shape, tiles
+from stdist.evaluation.forecast_header import cut, tile_shape, tiles
 from stdist.evaluation.forecasts import ForecastFile
 
 from .conftest import make_forecasts, score, write_forecasts

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from stdist.cli import app
 from stdist.nodes.forecaster import NodeForecaster
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 from stdist.runs.recipes import load_config, parse_config
 
 TOY = """

@@ -67,7 +67,7 @@ def separate_sequences(policy: PolicyModel, tree: Tree) -> float:
 
 # Trees are small as they are drawn: shrinking one that fails would take minutes.
 @given(trees())
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=16, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 def test_value_and_gradient_equal_those_of_separate_sequences(
     blind: PolicyModel, drawn: tuple[Tree, list[int]]
 ) -> None:

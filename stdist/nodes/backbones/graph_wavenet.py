@@ -9,7 +9,7 @@ the last frame, and the last layer's graph convolution and normalisation.
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +18,7 @@ from stdist.errors import InputError
 from stdist.nodes.backbones.layers import TemporalConvolution, propagate
 from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
 from stdist.nodes.graphs import transition
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 
 KERNEL = 2
 
@@ -97,13 +97,7 @@ class GraphWaveNet(NodeBackbone):
         assert self.source is not None and self.target is not None
         return (self.source @ self.target.T).relu().softmax(1)
 
-    def forward(
-        self,
-        features: Float[Tensor, "B S N C"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
-        graph: Float[Tensor, "N N"] | None,
-    ) -> Float[Tensor, "B N K"]:
+    def forward(self, features: Tensor, slot: Tensor, weekday: Tensor, graph: Tensor | None) -> Tensor:
         # P_f and P_b: a walk along the edges and one against them.
         supports = [] if graph is None else [transition(graph), transition(graph.T.coalesce())]
         if self.source is not None:

@@ -10,7 +10,7 @@ alone. λ_max is 2 (:func:`stdist.nodes.graphs.scaled_laplacian`).
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ from stdist.errors import InputError
 from stdist.nodes.backbones.layers import TemporalConvolution, propagate
 from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
 from stdist.nodes.graphs import scaled_laplacian
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 
 
 class STGCNSpec(ForecasterSpec):
@@ -63,13 +63,7 @@ class STGCN(NodeBackbone):
         self.last = GatedConvolution(spec.channels, spec.channels, left)
         self.output = nn.Linear(spec.channels, spec.horizon)
 
-    def forward(
-        self,
-        features: Float[Tensor, "B S N C"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
-        graph: Float[Tensor, "N N"] | None,
-    ) -> Float[Tensor, "B N K"]:
+    def forward(self, features: Tensor, slot: Tensor, weekday: Tensor, graph: Tensor | None) -> Tensor:
         assert graph is not None
         laplacian = scaled_laplacian(graph)
         x = features.permute(2, 0, 1, 3)

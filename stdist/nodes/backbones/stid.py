@@ -7,12 +7,11 @@ Of the authors' three input channels the value alone is embedded: the calendar h
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
 from stdist.nodes.forecaster import BackboneConfig, ForecasterSpec, NodeBackbone
-from stdist.nodes.interface import BACKBONES
+from stdist.nodes.kinds import BACKBONES
 
 
 class STIDSpec(ForecasterSpec):
@@ -50,13 +49,7 @@ class STID(NodeBackbone):
         self.encoder = nn.Sequential(*(_ResidualMLP(width, spec.dropout) for _ in range(spec.layers)))
         self.regression = nn.Linear(width, spec.horizon)
 
-    def forward(
-        self,
-        features: Float[Tensor, "B S N C"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
-        graph: Float[Tensor, "N N"] | None = None,
-    ) -> Float[Tensor, "B N K"]:
+    def forward(self, features: Tensor, slot: Tensor, weekday: Tensor, graph: Tensor | None = None) -> Tensor:
         """Eq. 1 (H), 2 (Z = H ∥ E ∥ T_TiD ∥ T_DiW), 3 (the encoder) and the regression layer."""
         H = self.series(features[..., 0].transpose(1, 2))
         known: list[Tensor] = [] if self.node_rows is None else [self.node_rows]

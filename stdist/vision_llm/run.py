@@ -1,0 +1,123 @@
+"""A run of ST-Vision-LLM: one policy, its stages, and the files of a checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stdist.runs.dataset import Dataset
+from stdist.runs.forecasting import Predictor, finished_stage
+from stdist.runs.run import Run
+from stdist.training import engines
+from stdist.training.loop import LoopSettings, Stage, Trainer
+from stdist.training.process_group import ProcessGroup
+from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import open_dataset, policy_spec, stage_config
+from stdist.vision_llm.learning import begin_stage, make_engine
+from stdist.vision_llm.numeral_range import find_unwritable
+from stdist.vision_llm.policy.checkpoints import build_policy, load_weights, snapshot_policy
+from stdist.vision_llm.policy.city_windows import CityWindows
+from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.predictor import PolicyPredictor
+from stdist.vision_llm.rollout.pool import PoolRollouts, RolloutProgram
+from stdist.vision_llm.rollout.sampler import Decoding
+from stdist.vision_llm.stages.alignment import AlignmentStage
+from stdist.vision_llm.stages.grpo import GRPOStage
+from stdist.vision_llm.stages.sft import SFTStage
+
+
+class VisionLLMRun(Run):
+    """One policy that every stage trains further. Raises InputError for values that no numeral can write."""
+
+    metric = "nrmse"
+    config: VisionLLMConfig
+
+    def __init__(self, config: VisionLLMConfig, dataset: Dataset):
+        self.config, self.dataset = config, dataset
+        self.store, self.train, self.test = dataset.store, dataset.train, dataset.test
+        self.policy = on_device(build_policy(policy_spec(config, dataset), config.seed))
+        clamp = config.numerals.out_of_range == "clamp"
+        clamped = find_unwritable((dataset.train, dataset.validation, dataset.test), self.policy.vocabulary, clamp)
+        self.notes = [clamped] if clamped else []
+        self._train, self._validation = (
+            CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
+        )
+
+    @property
+    def summary(self) -> str:
+        return f"{len(self._train.cells)} cells"
+
+    def fit(self, stage: str, trainer: Trainer) -> dict[str, Any]:
+        policy, settings = self.policy, stage_config(self.config, stage)
+        return trainer.fit(
+            self._stage(stage, trainer.group),
+            PolicyFiles(policy),
+            partial(make_engine, self.config, settings, policy, trainer.group),
+            LoopSettings(
+                settings.max_steps,
+                settings.logging_steps,
+                settings.save_steps,
+                settings.eval_steps,
+                patience=getattr(settings, "patience", None),
+            ),
+            run_info={
+                "device": str(policy.device),
+                "attention": policy.attention_choice.reason,
+                "learners": f"{trainer.group.size}, {engines.engine_name(self.config.learners)}",
+            },
+        )
+
+    def predictor(self) -> Predictor:
+        return PolicyPredictor(self.policy, self.config)
+
+    def _stage(self, name: str, group: ProcessGroup) -> Stage:
+        config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
+        begin_stage(policy, name, stage_config(config, name).trainable, config.seed)
+        if name == "grpo":
+            cell_mean = self.dataset.statistics.cell_mean[self.dataset.train.region.slices].ravel()
+            rollouts = None
+            if self.pool is not None:
+                rollouts = PoolRollouts(policy, config.grpo, config.rollouts.max_staleness, self.pool, group)
+            return GRPOStage(
+                policy, self._train, self._validation, cell_mean, config.grpo, config.seed, decoding, group, rollouts
+            )
+        if name == "sft":
+            return SFTStage(policy, self._train, self._validation, config.sft, config.seed, decoding, group)
+        return AlignmentStage(name, policy, getattr(config, name), config.seed, group)
+
+
+def rollout_program(config: VisionLLMConfig) -> RolloutProgram:
+    """A worker with the policy as GRPO's learners begin with it; the stages before are finished."""
+    policy = on_device(build_policy(policy_spec(config, open_dataset(config)), config.seed))
+    for stage in config.stages:
+        begin_stage(policy, stage, stage_config(config, stage).trainable, config.seed)
+        if stage != "grpo":
+            checkpoint, _ = finished_stage(config.run_dir, stage)
+            load_weights(policy, checkpoint)
+    return RolloutProgram(policy.eval(), config.grpo, config.seed)
+
+
+def on_device(policy: PolicyModel) -> PolicyModel:
+    """The policy on this learner's GPU, where it has one."""
+    return policy.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class PolicyFiles:
+    """See :class:`stdist.training.loop.Model`."""
+
+    policy: PolicyModel
+
+    def snapshot(self) -> Callable[[Path], None]:
+        return snapshot_policy(self.policy)
+
+    def read(self, path: Path) -> None:
+        load_weights(self.policy, path)
+
+
+def _validation_decoding(config: VisionLLMConfig) -> Decoding:
+    """The run's own decoding; the median where that one samples."""
+    return "median" if config.forecast.decoding == "sample" else config.forecast.decoding
