@@ -187,7 +187,7 @@ def test_kl_is_to_the_reference_and_the_ratio_to_the_weights_that_wrote(
     new = sequence_log_probs(policy, batch, completions, 0.7)
     with as_reference(policy):
         reference = sequence_log_probs(policy, batch, completions, 0.7)
-    rewards = stage._reward(batch, completions).view(-1, 4)
+    rewards = stage._reward(batch, completions).reward.view(-1, 4)
     a = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)
     for scalars, now in ((first, old), (second, new)):
         ratio, r = (now - old).exp(), reference - now
@@ -349,7 +349,7 @@ def test_rewards_use_each_cells_own_normalizer(make_policy: MakePolicy, store: G
     }
     for name, normalizer in normalizers.items():
         stage = stage_of(policy, store, normalizer=name, half_score=0.3)
-        rewards = stage._reward(batch, completions).view(4, 4).numpy()
+        rewards = stage._reward(batch, completions).reward.view(4, 4).numpy()
         d = np.maximum(normalizer, 0.05 * 95.0)
         for candidate, length in enumerate((3, 3, 3, 2)):
             error = np.sqrt(((predicted[:, candidate] - truth) ** 2)[:, :length].mean(1)) / d

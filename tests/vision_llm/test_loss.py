@@ -74,9 +74,11 @@ def test_what_each_variant_averages_over_by_hand(loss_type: str, expected: float
     assert details["clip_ratio"] == details["clip_ratio/high"] == pytest.approx(clipped)
 
 
-def random_inputs(candidates: int = 30, tokens: int = 5) -> LossInputs:
-    """Lengths from 1 to all tokens; ratios on both sides of the clip, a reference elsewhere."""
+def random_inputs(candidates: int = 30, tokens: int = 5, stale: bool = False) -> LossInputs:
+    """Lengths from 1 to all tokens; ratios on both sides of the clip, a reference elsewhere. ``stale``: other weights
+    wrote the candidates than began to learn from them."""
     generator = torch.Generator().manual_seed(3)
+    old = torch.randn(candidates, tokens, generator=torch.Generator().manual_seed(4)) * 0.6 - 2
     trainer, rollout, reference = torch.randn(3, candidates, tokens, generator=generator) * 0.6 - 2
     mask = torch.arange(tokens) <= torch.arange(candidates)[:, None] % tokens
     return LossInputs(
@@ -88,19 +90,22 @@ def random_inputs(candidates: int = 30, tokens: int = 5) -> LossInputs:
         tokens=int(mask.sum()),
         sequences=candidates,
         max_tokens=tokens + 2,
+        old_log_probs=old if stale else None,
     )
 
 
+@pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_parts_add_up_however_a_step_is_cut(loss_type: str) -> None:
+def test_parts_add_up_however_a_step_is_cut(loss_type: str, stale: bool) -> None:
     """Micro-batches and learners: the counts are the whole step's, so any cut gives one loss and one gradient."""
-    inputs, config = random_inputs(), GRPOConfig(beta=0.1)
+    inputs, config = random_inputs(stale=stale), GRPOConfig(beta=0.1)
+    per_candidate = PER_CANDIDATE - (set() if stale else {"old_log_probs"})
     loss, details = LOSSES[loss_type](inputs, config)
     (gradient,) = torch.autograd.grad(loss, inputs.trainer_log_probs)
     for cut in ([15, 15], [1, 12, 17], [1] * 30):
         edges = torch.tensor([0, *cut]).cumsum(0).tolist()
         parts = [
-            LOSSES[loss_type](replace(inputs, **{n: getattr(inputs, n)[a:b] for n in PER_CANDIDATE}), config)
+            LOSSES[loss_type](replace(inputs, **{n: getattr(inputs, n)[a:b] for n in per_candidate}), config)
             for a, b in pairwise(edges)
         ]
         total = torch.stack([part for part, _ in parts]).sum()
@@ -109,6 +114,21 @@ def test_parts_add_up_however_a_step_is_cut(loss_type: str) -> None:
         assert torch.allclose(of_parts, gradient, rtol=1e-5, atol=1e-8)
         for name, value in details.items():
             assert sum(part[name] for _, part in parts) == pytest.approx(value, rel=1e-5), name
+
+
+def test_truncated_importance_weights_by_hand() -> None:
+    """Written at π_rollout = e^-1, learnt from at π_old: weights e^0.5, the cap of 3 and e^-0.7; the ratio is to
+    π_old, and the KL term is not weighted. What is masked counts nowhere."""
+    old = torch.tensor([[-0.5, 2.0, -1.7, 9.0]])
+    inputs = inputs_of([[1.0, 1.0, 1.0, 1.0]], [2.0], [[True, True, True, False]])
+    trainer = old + torch.tensor([[0.1, 0.0, -0.1, 0.0]])
+    inputs = replace(inputs, trainer_log_probs=trainer, old_log_probs=old, reference_log_probs=trainer - 0.3)
+    expected = [math.exp(0.5), 3.0, math.exp(-0.7)]
+    assert inputs.importance_weights[0, :3].tolist() == pytest.approx(expected, rel=1e-6)
+    loss, details = grpo(inputs, GRPOConfig(beta=0.5, kl_estimator="k1"))
+    objective = 2.0 * (expected[0] * math.exp(0.1) + expected[1] + expected[2] * math.exp(-0.1)) / 3
+    assert loss.item() == pytest.approx(0.5 * 0.3 - objective, rel=1e-5)
+    assert details["kl"] == pytest.approx(0.3, rel=1e-5) and details["clip_ratio"] == 0
 
 
 @pytest.mark.parametrize("shift", [-2.0, -0.1, 0.0, 0.1, 2.0])
@@ -168,7 +188,9 @@ def trl_loss(inputs: LossInputs, config: GRPOConfig) -> tuple[Tensor, dict[str, 
         epsilon_low=config.epsilon,
         epsilon_high=config.epsilon_high or config.epsilon,
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        use_vllm=False,
+        use_vllm=inputs.old_log_probs is not None,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode="token_truncate",
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
         max_completion_length=inputs.max_tokens,
@@ -183,7 +205,8 @@ def trl_loss(inputs: LossInputs, config: GRPOConfig) -> tuple[Tensor, dict[str, 
         "completion_ids": ids,
         "completion_mask": inputs.mask.long(),
         "advantages": inputs.advantages,
-        "old_per_token_logps": inputs.rollout_log_probs,
+        "old_per_token_logps": inputs.rollout_log_probs if inputs.old_log_probs is None else inputs.old_log_probs,
+        "importance_sampling_ratio": inputs.importance_weights,
         "ref_per_token_logps": inputs.reference_log_probs,
         "num_items_in_batch": inputs.mask.sum(),
     }
@@ -191,10 +214,11 @@ def trl_loss(inputs: LossInputs, config: GRPOConfig) -> tuple[Tensor, dict[str, 
     return loss, {name: values[0] for name, values in metrics["train"].items()}
 
 
+@pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("epsilon_high", [None, 0.28])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_loss_gradient_and_details_are_trls(loss_type: str, epsilon_high: float | None) -> None:
-    inputs, config = random_inputs(), GRPOConfig(loss_type=loss_type, epsilon_high=epsilon_high, beta=0.07)
+def test_loss_gradient_and_details_are_trls(loss_type: str, epsilon_high: float | None, stale: bool) -> None:
+    inputs, config = random_inputs(stale=stale), GRPOConfig(loss_type=loss_type, epsilon_high=epsilon_high, beta=0.07)
     ours, details = LOSSES[loss_type](inputs, config)
     theirs, metrics = trl_loss(inputs, config)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)

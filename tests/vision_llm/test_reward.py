@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stdist.vision_llm.stages.reward import group_advantages, nrmse, reward
+from stdist.vision_llm.stages.reward import group_advantages, nrmse, reward, reward_terms
 
 TRUTH = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
 
@@ -46,6 +46,14 @@ def test_eq_17_nothing_written_and_nothing_decodable() -> None:
     """Accuracy 0, the whole length term, δ_dec = −0.5; a failed decoding keeps what its prefix earned."""
     assert one_reward([]) == pytest.approx(0 - 0.5 - 0.5)
     assert one_reward([10.0, 20.0], decoded=False) == pytest.approx(1 - 0.25 - 0.5)
+
+
+def test_eq_17s_terms_are_told_apart() -> None:
+    """Half right over a prefix of two of four, undecodable behind it."""
+    values, d = torch.tensor([[12.0, 22.0]]), torch.tensor([10.0])
+    terms = reward_terms(values, torch.tensor([2]), TRUTH, d, 0.2, torch.tensor([False]))
+    assert [float(term) for term in terms] == pytest.approx([0.5, -0.25, -0.5])
+    assert float(terms.reward) == pytest.approx(-0.25)
 
 
 def test_reward_reads_only_what_was_written() -> None:

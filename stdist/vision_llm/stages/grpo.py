@@ -5,6 +5,7 @@ the better ones inside the clip, stay near the frozen SFT model; ``num_iteration
 stage ends when validation NRMSE stops falling.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stdist.errors import DivergenceError
 from stdist.training.loop import Stage
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
@@ -26,7 +28,7 @@ from stdist.vision_llm.rollout.rollouts import LocalRollouts, Rollouts, Weights,
 from stdist.vision_llm.rollout.sampler import Completions, Decoding
 from stdist.vision_llm.stages.batches import StepBatches
 from stdist.vision_llm.stages.loss import LOSSES, LossInputs
-from stdist.vision_llm.stages.reward import group_advantages, reward
+from stdist.vision_llm.stages.reward import RewardTerms, group_advantages, reward_terms
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
@@ -42,14 +44,14 @@ EVALUATED = "the weights that are evaluated"
 class Rollout:
     """This learner's candidates of a step, one tree of them, and what all updates on them share.
 
-    ``old_log_probs``: of the weights that begin to learn from them, where older ones wrote them; filled in by the first
-    update. ``tokens``: written by the candidates of all learners. ``sizes``: the tree's micro-batches.
+    ``old_log_probs``: of the weights that begin to learn from them, filled in by the first update. ``tokens``: written
+    by the candidates of all learners. ``sizes``: the tree's micro-batches.
     """
 
     completions: Completions
     reference_log_probs: Float[Tensor, "candidates tokens"]
     advantages: Float[Tensor, "candidates"]
-    old_log_probs: Float[Tensor, "candidates tokens"] | None
+    old_log_probs: Float[Tensor, "candidates tokens"]
     tokens: int
     tree: Tree
     sizes: list[int]
@@ -109,12 +111,12 @@ class GRPOStage(Stage):
         def loss(rows: slice, states: Float[Tensor, "candidates tokens d"]) -> Float[Tensor, ""]:
             completions = rollout.completions
             trainer_log_probs = candidate_log_probs(policy, states, completions, rows, config.temperature)
-            if first and rollout.old_log_probs is not None:
+            if first:
                 rollout.old_log_probs[rows] = trainer_log_probs.detach()
             inputs = LossInputs(
                 trainer_log_probs=trainer_log_probs,
                 rollout_log_probs=completions.log_probs[rows],
-                old_log_probs=None if rollout.old_log_probs is None else rollout.old_log_probs[rows],
+                old_log_probs=rollout.old_log_probs[rows] if self.rollouts.max_staleness else None,
                 reference_log_probs=rollout.reference_log_probs[rows],
                 advantages=rollout.advantages[rows],
                 mask=completions.mask[rows],
@@ -128,10 +130,13 @@ class GRPOStage(Stage):
                 sums[name] += value * learners
             return part * learners
 
-        tree = rollout.tree
+        tree, began = rollout.tree, time.perf_counter()
         total = prefix_tree.backward(policy, tree, loss, backward, rollout.sizes)
+        if first:
+            rollout.statistics.update(mismatch(rollout.completions, rollout.old_log_probs))
         tokens = {"tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
-        return {**sums, "loss": total, **tokens, **rollout.statistics}
+        seconds = {"seconds/update": time.perf_counter() - began}
+        return {**sums, "loss": total, **tokens, **rollout.statistics, **seconds}
 
     def evaluate(self) -> dict[str, float]:
         """Validation errors of the run's own decoding, and the mean reward of sampled candidates."""
@@ -145,7 +150,7 @@ class GRPOStage(Stage):
             batch = self.validation.batch(indices[first : first + config.windows_per_step], self.validation.cells)
             records = self._evaluator.sample(EVALUATION, batch, EVALUATED)
             completions = completions_of(records, EVALUATION, batch, (EVALUATED,), self.policy)
-            rewards.append(self._reward(batch, completions).cpu())
+            rewards.append(self._reward(batch, completions).reward.cpu())
         return errors | {"reward": float(torch.cat(self.group.all_gather_object(torch.cat(rewards))).mean())}
 
     def describe_batch(self, step: int) -> str:
@@ -163,7 +168,14 @@ class GRPOStage(Stage):
         )
         # All learners' trees have one shape, and so as many backward passes: each of them may be a collective.
         completions = completions.widened(max(longest))
-        rewards = self._reward(batch, completions).view(-1, config.num_generations)
+        began = time.perf_counter()
+        terms = self._reward(batch, completions)
+        rewards = terms.reward.view(-1, config.num_generations)
+        if not torch.isfinite(rewards).all():
+            raise DivergenceError(
+                f"grpo: a reward is {rewards[~torch.isfinite(rewards)][0]:g} on {self.describe_batch(step)}; "
+                "see that the values of its windows are finite (`stdist check`)"
+            )
         tree = candidate_tree(policy, batch, completions)
         sizes = self.micro_batches.sizes(tree)
         with as_reference(policy):
@@ -172,11 +184,15 @@ class GRPOStage(Stage):
             completions,
             reference_log_probs,
             group_advantages(rewards, config.scale_rewards).flatten(),
-            torch.empty_like(completions.log_probs) if self.rollouts.max_staleness else None,
+            torch.zeros_like(completions.log_probs),
             sum(tokens),
             tree,
             sizes,
-            self._statistics(rewards, completions) | self.rollouts.metrics,
+            {
+                **self._statistics(terms, completions),
+                **self.rollouts.metrics,
+                "seconds/score": time.perf_counter() - began,
+            },
         )
 
     def _request(self, step: int) -> PolicyBatch:
@@ -196,7 +212,7 @@ class GRPOStage(Stage):
         allowed = [name for name, at in self.rollouts.versions.items() if oldest <= at <= step]
         return completions_of(records, step, batch, allowed, self.policy)
 
-    def _reward(self, batch: PolicyBatch, completions: Completions) -> Float[Tensor, "candidates"]:
+    def _reward(self, batch: PolicyBatch, completions: Completions) -> RewardTerms:
         g, device = self.config.num_generations, completions.values.device
         truth = torch.from_numpy(batch.truth).flatten(0, 1).float().to(device)
         cell_mean = np.tile(self.cell_mean[batch.cells], len(batch.shared))
@@ -205,7 +221,7 @@ class GRPOStage(Stage):
             "window_mean": truth.mean(1),
             "city_mean": torch.full((len(truth),), self._city_mean, device=device),
         }[self.config.normalizer].clamp(min=NORMALIZER_FLOOR * self._city_mean)
-        return reward(
+        return reward_terms(
             completions.values,
             completions.lengths,
             truth.repeat_interleave(g, 0),
@@ -213,15 +229,28 @@ class GRPOStage(Stage):
             self.config.half_score,
         )
 
-    def _statistics(self, rewards: Float[Tensor, "groups G"], completions: Completions) -> dict[str, float]:
+    def _statistics(self, terms: RewardTerms, completions: Completions) -> dict[str, float]:
+        rewards = terms.reward.view(-1, self.config.num_generations)
         return {
             "reward": float(rewards.mean()),
+            **{f"reward/{name}": float(term.mean()) for name, term in terms._asdict().items()},
             "reward_std": float(rewards.std(1).mean()),
+            # Such a group has no advantages: nothing is learnt from it.
+            "equal_rewards": float((rewards.std(1) < 1e-6).float().mean()),
             # A reward that is always about zero teaches nothing: watch this share.
             "reward_under_0.05": float((rewards < 0.05).float().mean()),
             "right_length": float((completions.lengths == self.policy.spec.setting.horizon).float().mean()),
             "tokens_per_candidate": float(completions.mask.sum(1).float().mean()),
         }
+
+
+def mismatch(completions: Completions, trainer_log_probs: Float[Tensor, "candidates tokens"]) -> dict[str, float]:
+    """How far what wrote is from what learns: ``mismatch_kl``, mean of log π_rollout − log π_trainer over tokens, and
+    ``effective_samples``, (Σw)² / (n Σw²) of the importance weights w = π_trainer / π_rollout; 0 and 1 where equal."""
+    difference = (completions.log_probs - trainer_log_probs)[completions.mask].double()
+    weights = (-difference).exp()
+    effective = weights.sum().square() / (len(weights) * weights.square().sum())
+    return {"mismatch_kl": float(difference.mean()), "effective_samples": float(effective)}
 
 
 def candidate_tree(policy: PolicyModel, batch: PolicyBatch, completions: Completions) -> Tree:

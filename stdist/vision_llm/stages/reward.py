@@ -1,6 +1,7 @@
 """Rewards and advantages as pure functions (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,18 @@ def nrmse(
     return squared.sqrt() / normalizer
 
 
+class RewardTerms(NamedTuple):
+    """The three terms of Eq. 17; their sum is the reward."""
+
+    accuracy: Float[Tensor, "candidates"]
+    length: Float[Tensor, "candidates"]
+    decoding: Float[Tensor, "candidates"]
+
+    @property
+    def reward(self) -> Float[Tensor, "candidates"]:
+        return self.accuracy + self.length + self.decoding
+
+
 def reward(
     predicted: Float[Tensor, "candidates tokens"],
     lengths: Int[Tensor, "candidates"],
@@ -27,7 +40,19 @@ def reward(
     half_score: float,
     decoded: Bool[Tensor, "candidates"] | None = None,
 ) -> Float[Tensor, "candidates"]:
-    """Eq. 17 with Eq. 18 and 19: accuracy in [0, 1], minus half the relative length error, minus 0.5 if undecodable.
+    """Eq. 17 with Eq. 18 and 19, see :func:`reward_terms`."""
+    return reward_terms(predicted, lengths, truth, normalizer, half_score, decoded).reward
+
+
+def reward_terms(
+    predicted: Float[Tensor, "candidates tokens"],
+    lengths: Int[Tensor, "candidates"],
+    truth: Float[Tensor, "candidates K"],
+    normalizer: Float[Tensor, "candidates"],
+    half_score: float,
+    decoded: Bool[Tensor, "candidates"] | None = None,
+) -> RewardTerms:
+    """Accuracy in [0, 1], minus half the relative length error, minus 0.5 if undecodable.
 
     Args:
         predicted: decoded values in units; only the first ``lengths`` count.
@@ -44,9 +69,8 @@ def reward(
     common = lengths.clamp(max=k)
     error = nrmse(predicted[:, :k], truth, common, normalizer)
     accuracy = torch.exp(-math.log(2) / half_score * error) * (common > 0)
-    length_penalty = 0.5 * (lengths - k).abs() / k
     failed = lengths == 0 if decoded is None else (lengths == 0) | ~decoded
-    return accuracy - length_penalty - 0.5 * failed
+    return RewardTerms(accuracy, -0.5 * (lengths - k).abs() / k, -0.5 * failed.float())
 
 
 def group_advantages(rewards: Float[Tensor, "groups G"], scale_rewards: str) -> Float[Tensor, "groups G"]:
