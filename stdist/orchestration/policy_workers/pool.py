@@ -124,10 +124,11 @@ class Pool:
             except RayError as error:
                 reason = "out of memory" if isinstance(error, OutOfMemoryError) else "died"
                 message = in_one_line(error)
+            finally:
+                ray.kill(actor, no_restart=True)
             where = self.scheduler.workers[name].where or "a host that did not take it"
             self._log(f"lost {name} on {where}: {message}")
             self.scheduler.lose(name, reason, f"on {where}: {message}")
-            ray.kill(actor, no_restart=True)
             await self._notify()
 
     async def _serve(self, name: str, actor: Any) -> tuple[str, str]:

@@ -43,12 +43,14 @@ def undisturbed(local_ray: None, runs) -> str:
     return "pool-undisturbed"
 
 
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
 class Saboteur(Thread):
     """Kills the processes called ``name`` once the run has learnt from ``step``; ``victims`` are their pids."""
 
-    def __init__(
-        self, folder: Path, name: str, step: int, act: Callable[[int], None] = lambda pid: os.kill(pid, signal.SIGKILL)
-    ):
+    def __init__(self, folder: Path, name: str, step: int, act: Callable[[int], None] = kill):
         super().__init__(daemon=True)
         self.ledger, self.name_of_victim, self.at, self.act = folder / "rollouts" / "ledger.jsonl", name, step, act
         self.victims: list[int] = []
