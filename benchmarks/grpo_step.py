@@ -14,6 +14,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import logging
+import secrets
 import statistics
 import tempfile
 from collections import Counter
@@ -26,10 +28,13 @@ import transformers
 from _harness import Cost, comparison, figure, parser, peak_bytes, publish, reset_peak, seconds
 from _trl_peer import TRL_VERSION, Batches, Peer, Samples, check_same_model
 
-import stdist.vision_llm.stages.grpo
+import stdist.vision_llm.rollout.rollouts
 from data_prep import READERS
+from stdist.config.base import WorkersConfig
 from stdist.data import open_store
+from stdist.runs.workers import WorkPool
 from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.learning import parameter_groups
 from stdist.vision_llm.policy.adapters import begin_grpo
@@ -37,6 +42,7 @@ from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
+from stdist.vision_llm.rollout.pool import PoolRollouts, RolloutProgram
 from stdist.vision_llm.stages.grpo import GRPOStage
 
 PRESET, GROUP = "tiny", 8
@@ -46,7 +52,7 @@ FRAMES, TOKENS_PER_FRAME = 12, 16 + 2
 # More sequences in one backward pass of the peer take gigabytes; long before, it gets no faster.
 LARGEST_UPDATE = 128
 # Candidates of a run may go past K so that the reward can tell them off; here both sides write K tokens.
-stdist.vision_llm.stages.grpo.EXTRA_TOKENS = 0
+stdist.vision_llm.rollout.rollouts.EXTRA_TOKENS = 0
 
 
 class Task:
@@ -86,11 +92,17 @@ class Task:
 class Ours:
     """The stage and the engine of a run."""
 
-    def __init__(self, task: Task, config: GRPOConfig):
+    def __init__(self, task: Task, config: GRPOConfig, folder: Path | None):
+        """``folder``: where a pool's ledger is; None: the stage samples itself."""
         self.policy = task.policy()
         begin_grpo(self.policy)
         city = task.city(self.policy)
-        self._stage = GRPOStage(self.policy, city, city, task.cell_mean, config, seed=0, decoding="median")
+        rollouts = None
+        if folder is not None:
+            rollouts = PoolRollouts(self.policy, config, 0, pool_of(task, config, folder), ProcessGroup())
+        self._stage = GRPOStage(
+            self.policy, city, city, task.cell_mean, config, seed=0, decoding="median", rollouts=rollouts
+        )
         schedule = cosine_schedule(config.warmup_steps, config.max_steps)
         self._engine = TorchEngine(parameter_groups(self.policy, config), schedule, config.max_grad_norm)
         self.tokens_per_candidate: list[float] = []
@@ -106,6 +118,25 @@ class Ours:
             self.tokens_per_candidate.append(details["tokens_per_candidate"])
 
         return seconds(work)
+
+
+def pool_of(task: Task, config: GRPOConfig, folder: Path) -> WorkPool:
+    """One worker in a process of its own, on the machine's other core."""
+    import ray
+
+    from stdist.orchestration.policy_workers.coordinator import Coordinator, RemotePool
+
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+    def program() -> RolloutProgram:
+        stdist.vision_llm.rollout.rollouts.EXTRA_TOKENS = 0
+        policy = task.policy().eval()
+        begin_grpo(policy)
+        return RolloutProgram(policy, config, 0)
+
+    settings = WorkersConfig(num_workers=1)
+    return RemotePool(Coordinator.remote(program, settings, {"CPU": 1}, folder / "ledger.jsonl"), settings.timeout)
 
 
 class TokenCount:
@@ -163,7 +194,7 @@ def fastest_batches(task: Task, samples: Samples, config: GRPOConfig, folder: Pa
     return tried
 
 
-def measure(side: int, horizon: int, runs: int) -> dict[str, Any]:
+def measure(side: int, horizon: int, runs: int, workers: bool) -> dict[str, Any]:
     config = GRPOConfig(windows_per_step=1, cells_per_window=side * side, num_generations=GROUP)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -172,7 +203,10 @@ def measure(side: int, horizon: int, runs: int) -> dict[str, Any]:
         check_same_model(task.policy(), samples)
         tried = fastest_batches(task, samples, config, folder)
         batches = min(tried, key=tried.__getitem__)
-        ours, peer = Ours(task, config), Peer(task.policy(), samples, config, batches, folder)
+        ours, peer = (
+            Ours(task, config, folder if workers else None),
+            Peer(task.policy(), samples, config, batches, folder),
+        )
         counts = TokenCount(ours.policy.base_model), TokenCount(peer.model)
         turns = Turns(ours)
         peer.train(1 + runs, turns)
@@ -180,7 +214,7 @@ def measure(side: int, horizon: int, runs: int) -> dict[str, Any]:
     ours_costs, peer_costs = turns.ours[1:], turns.peer[1:]
     tokens, peer_tokens = (count.per_step(1 + runs) for count in counts)
     return comparison(
-        "grpo_step",
+        "grpo_step_workers" if workers else "grpo_step",
         "seconds per GRPO step",
         [cost.seconds for cost in ours_costs],
         f"GRPOTrainer of trl {TRL_VERSION}, {batches}",
@@ -211,8 +245,9 @@ def main() -> None:
     arguments = parser(__doc__, runs=7)
     arguments.add_argument("--side", type=int, default=5, help="cells along a side of the city (default: %(default)s)")
     arguments.add_argument("--horizon", type=int, choices=(12, 36), default=12, help="K (default: %(default)s)")
+    arguments.add_argument("--workers", action="store_true", help="sample in a worker's process, through the pool")
     chosen = arguments.parse_args()
-    publish(measure(chosen.side, chosen.horizon, chosen.runs), chosen.json)
+    publish(measure(chosen.side, chosen.horizon, chosen.runs, chosen.workers), chosen.json)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class Pool:
         self.learnt += [key.step for key in keys]
 
     def status(self) -> dict:
-        return {"states": {"ready": 1}, "utilisation": 0.5, "bytes_sent": 0, "lost_leases": {}}
+        return {"states": {"ready": 1}, "utilisation": 0.5, "bytes_sent": 0, "load_seconds": 0.1, "lost_leases": {}}
 
     def close(self) -> None:
         self.closed = True

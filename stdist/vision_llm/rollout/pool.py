@@ -100,6 +100,7 @@ class PoolRollouts:
             "workers/ready": float(status["states"]["ready"]),
             "workers/utilisation": float(status["utilisation"]),
             "workers/bytes_sent": float(status["bytes_sent"]),
+            "workers/load_seconds": float(status["load_seconds"]),
             "workers/lost_leases": float(sum(status["lost_leases"].values())),
         }
 
