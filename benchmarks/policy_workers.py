@@ -3,10 +3,11 @@
     pip install -c constraints.txt -e ".[cluster]"
     python benchmarks/policy_workers.py --json
 
-Steps: a GRPO stage with one worker in another process, on one core each. Off policy (``max_staleness`` 1) a step should
-cost what its longer phase costs alone, on policy the sum of both: the worker's seconds of sampling, and what a learner
-does while it does not wait, as the log of the run on policy has them. Sync: a LoRA of rank 16 and 199,801 numerals' rows
-of a narrow model, from the learner's tensors to verified ones in the worker. Sweep: a grid by 1 and by 2 workers.
+Steps: a GRPO stage with one worker in another process, on one core each. Off policy (``max_staleness`` 1) a step
+should cost what its longer phase costs alone, on policy the sum of both: the worker's seconds of sampling, and what a
+learner does while it does not wait, as the log of the run on policy has them. Sync: a LoRA of rank 16 and the rows of
+199,801 numerals of a narrow model, from the learner's tensors to verified ones in the worker. Sweep: a grid by 1 and by
+2 workers.
 """
 
 import os
@@ -135,8 +136,8 @@ def main() -> None:
             "name": "policy_workers",
             "value": result["steps"]["off_policy_ratio"],
             "unit": "a step with max_staleness 1 against its longer phase alone",
-            "setting": f"preset tiny, {WINDOWS} windows x {CELLS} cells, G {GROUP}, S 6, K 6; 1 learner, 1 worker; a sweep "
-            f"of {SIDE} x {SIDE} cells",
+            "setting": f"preset tiny, {WINDOWS} windows x {CELLS} cells, G {GROUP}, S 6, K 6; 1 learner, 1 worker; "
+            f"a sweep of {SIDE} x {SIDE} cells",
             **result,
         },
         chosen.json,

@@ -17,6 +17,7 @@ from stdist.errors import DivergenceError, InputError, Interrupted, ResourceErro
 from stdist.reader_commands import Command, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
 
+FORECAST_FORMATS = (".zarr", ".parquet")
 DAMAGED = 4
 """Exit code of ``stdist check`` on a store that is not as it was written, and of ``stdist ledger``."""
 
@@ -163,7 +164,7 @@ def forecast(
     from stdist.runs import recipes
     from stdist.runs.forecasting import ForecastRequest
 
-    if out.suffix not in (".zarr", ".parquet"):
+    if out.suffix not in FORECAST_FORMATS:
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
     request = ForecastRequest(run, store, region, split, out)
     if workers is None and ray is None:
@@ -229,16 +230,22 @@ def report(
 
 @command()
 def submit(
-    config: Annotated[Path | None, typer.Argument(help="YAML below the working directory")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML below the working directory, or a run folder")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     address: Annotated[str, typer.Option(help="the cluster's dashboard, http://HOST:8265")] = ...,  # type: ignore[assignment]
     working_dir: Annotated[Path, typer.Option(help="folder the job gets a copy of")] = Path("."),
     submission_id: Annotated[str | None, typer.Option(help="name of the job; Ray chooses one if absent")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="do not follow the job's log")] = False,
     stop: Annotated[str | None, typer.Option(metavar="ID", help="end a job instead; it saves its step first")] = None,
+    store: Annotated[Path | None, typer.Option("--forecast", metavar="STORE", help="forecast it with the run")] = None,
+    out: Annotated[Path | None, typer.Option(help="of --forecast, as of stdist forecast")] = None,
+    region: Annotated[str | None, typer.Option(help="of --forecast")] = None,
+    split: Annotated[str, typer.Option(help="of --forecast")] = "test",
+    workers: Annotated[int | None, typer.Option(help="of --forecast; as many as fit if absent")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run stdist train CONFIG on a Ray cluster and follow its log; the exit code is the job's.
+    """Run stdist train CONFIG, or with --forecast stdist forecast RUN STORE, on a Ray cluster and follow its log; the
+    exit code is the job's.
 
     Ctrl-C detaches: the job goes on. Relative paths in CONFIG are made absolute on this machine, so that store and run
     folder lie where the cluster finds them too (docs/cluster.md).
@@ -250,14 +257,23 @@ def submit(
         return finish(vars(end), as_json, f"{end.submission_id}: {end.status}")
     if stop is not None or config is None:
         raise InputError("submit takes the CONFIG of a job to run, or --stop ID of one to end")
-    job, parsed = jobs.submit(config, overrides or [], address, working_dir, submission_id)
-    started = {"submission_id": job.submission_id, "run": str(working_dir.absolute() / parsed.run_dir)}
+    if store is not None:
+        from stdist.runs.forecasting import ForecastRequest
+
+        if out is None or out.suffix not in FORECAST_FORMATS:
+            raise InputError("--forecast needs --out NAME.zarr or NAME.parquet, where the cluster can write it")
+        request = ForecastRequest(config, store, region, split, out)
+        job, result = jobs.submit_forecast(request, workers, address, working_dir, submission_id), out.absolute()
+    else:
+        job, parsed = jobs.submit(config, overrides or [], address, working_dir, submission_id)
+        result = working_dir.absolute() / parsed.run_dir
+    started = {"submission_id": job.submission_id, "out" if store else "run": str(result)}
     log(f"job {job.submission_id} was submitted; {job.how_to_go_on}")
     if detach:
         return finish(started, as_json, job.submission_id)
     end = job.follow(lambda text: print(text, end="", file=sys.stderr, flush=True))
     if end.exit_code == 0 or as_json:
-        finish(started | vars(end), as_json, f"{end.submission_id}: {end.status}, {started['run']}")
+        finish(started | vars(end), as_json, f"{end.submission_id}: {end.status}, {result}")
     if end.exit_code:
         log(f"error: job {end.submission_id} {end.status.lower()}" + (f": {end.error}" if end.error else ""))
         raise typer.Exit(end.exit_code)

@@ -1,4 +1,4 @@
-"""``stdist train`` as a job on a Ray cluster.
+"""``stdist train`` or ``stdist forecast`` as a job on a Ray cluster.
 
 The job runs in a copy of the working directory, which Ray uploads and later throws away. So what a run reads and writes
 beside its configuration is named to it by the absolute path it has on the submitting machine: the store, the output
@@ -17,13 +17,13 @@ from contextlib import chdir, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from stdist.config import LearnersConfig, RunConfig
 from stdist.errors import InputError, Interrupted
-from stdist.runs.recipes import load_config
+from stdist.runs.recipes import load_config, read_run_config, recipe_of
 
 try:
     from aiohttp import ClientError
@@ -33,6 +33,9 @@ try:
     from ray.job_submission import JobStatus, JobSubmissionClient
 except ModuleNotFoundError as error:
     raise InputError("Ray is not installed; pip install 'stdist[cluster]'") from error
+
+if TYPE_CHECKING:
+    from stdist.runs.forecasting import ForecastRequest
 
 ANSWER_TIMEOUT = 10.0
 """Seconds in which the dashboard has to answer."""
@@ -131,9 +134,7 @@ def submit(
     directory is larger than Ray takes, nobody answers at the address, the token is refused; and where the
     submission id is taken.
     """
-    root = Path(os.path.abspath(working_dir))
-    if not root.is_dir():
-        raise InputError(f"working directory {root} does not exist; correct --working-dir")
+    root = _root(working_dir)
     path = Path(os.path.abspath(root / config))
     if not path.is_relative_to(root):
         raise InputError(f"config {path} lies outside the working directory {root}, all that the job sees; move it")
@@ -142,20 +143,58 @@ def submit(
     shared = parsed.shared_paths(root)
     excludes = [*DATA, *(f"/{folder.relative_to(root)}" for folder in shared.values() if root in folder.parents)]
     _require_small(root, excludes, path)
-    client = _connect(address)
     command = ["stdist", "train", str(path.relative_to(root)), *overrides]
     # The last of two overrides counts; a JSON string is a YAML value, whatever characters a path has.
     command += [f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in shared.items()]
+    claims = {} if recipe_of(parsed).workers(parsed) else _claims(parsed.learners)
+    return _send(command, root, excludes, address, submission_id, claims), parsed
+
+
+def submit_forecast(
+    request: "ForecastRequest", workers: int | None, address: str, working_dir: Path, submission_id: str | None = None
+) -> Job:
+    """Submits ``stdist forecast`` by ``workers`` of the cluster, as many as it has room for if None.
+
+    Run, store and output are named by the absolute paths that they have on this machine. Raises InputError as
+    ``submit`` does, and where there is no such run here.
+    """
+    root = _root(working_dir)
+    read_run_config(request.run_dir)
+    run, store, out = (Path(os.path.abspath(path)) for path in (request.run_dir, request.store, request.out))
+    excludes = [*DATA, *(f"/{path.relative_to(root)}" for path in (run, store, out) if root in path.parents)]
+    _require_small(root, excludes)
+    command = ["stdist", "forecast", str(run), str(store), "--out", str(out), "--split", request.split, "--ray", "auto"]
+    command += ["--region", request.region] if request.region else []
+    command += ["--workers", str(workers)] if workers else []
+    return _send(command, root, excludes, address, submission_id, claims={})
+
+
+def _root(working_dir: Path) -> Path:
+    root = Path(os.path.abspath(working_dir))
+    if not root.is_dir():
+        raise InputError(f"working directory {root} does not exist; correct --working-dir")
+    return root
+
+
+def _send(
+    command: list[str],
+    root: Path,
+    excludes: list[str],
+    address: str,
+    submission_id: str | None,
+    claims: dict[str, Any],
+) -> Job:
+    client = _connect(address)
     try:
         submission_id = client.submit_job(
             entrypoint=shlex.join(command),
             runtime_env={"working_dir": str(root), "excludes": excludes, "env_vars": STOP},
             submission_id=submission_id,
-            **_claims(parsed.learners),
+            **claims,
         )
     except (RuntimeError, OSError) as error:
         raise _refusal(error, address, submission_id) from error
-    return Job(client, address, submission_id), parsed
+    return Job(client, address, submission_id)
 
 
 def find(address: str, submission_id: str) -> Job:
@@ -171,7 +210,7 @@ def _claims(learners: LearnersConfig) -> dict[str, Any]:
     return {names[key]: resources.pop(key) for key in names if key in resources} | {"entrypoint_resources": resources}
 
 
-def _require_small(root: Path, excludes: list[str], config: Path) -> None:
+def _require_small(root: Path, excludes: list[str], config: Path | None = None) -> None:
     """Walks as Ray will when it packs the directory. The dashboard takes less than Ray's own packages may have."""
     sizes: Counter[str] = Counter()
     uploaded: set[Path] = set()
@@ -190,7 +229,7 @@ def _require_small(root: Path, excludes: list[str], config: Path) -> None:
             f"{UPLOAD_LIMIT // 2**20} MiB; largest: {largest}; name what the job does not need in .rayignore or "
             ".gitignore, or give a smaller --working-dir"
         )
-    if config not in uploaded:
+    if config is not None and config not in uploaded:
         raise InputError(
             f"config {config} is kept from the job by .gitignore, .rayignore or the names of data; move it"
         )
