@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stdist.runs.dataset import Dataset
-from stdist.runs.forecasting import Predictor, finished_stage
+from stdist.runs.forecasting import Predictor, Written, finished_stage
 from stdist.runs.run import Run
 from stdist.training import engines
 from stdist.training.loop import LoopSettings, Stage, Trainer
@@ -24,6 +24,7 @@ from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
 from stdist.vision_llm.rollout.pool import PoolRollouts, RolloutProgram
 from stdist.vision_llm.rollout.sampler import Decoding
+from stdist.vision_llm.rollout_table import rollout_table
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
@@ -72,6 +73,10 @@ class VisionLLMRun(Run):
 
     def predictor(self) -> Predictor:
         return PolicyPredictor(self.policy, self.config)
+
+    def report_extras(self, written: Written) -> dict[str, Any]:
+        tables = [rollout_table(self.config.run_dir)] if "grpo" in self.config.stages else []
+        return {"tables": [table for table in tables if table]}
 
     def _stage(self, name: str, group: ProcessGroup) -> Stage:
         config, policy, decoding = self.config, self.policy, _validation_decoding(self.config)
