@@ -51,6 +51,8 @@ def local_ray() -> Iterator[None]:
         environment.setenv("RAY_AUTH_MODE", "")
         environment.delenv("RAY_AUTH_MODE")
         environment.setenv("RAY_AUTH_TOKEN", TOKEN)
+        # Ray's own workers are nice to others, and starve where other tests run beside them.
+        environment.setenv("RAY_worker_niceness", "0")
         ray.init(
             num_cpus=2,
             include_dashboard=False,
