@@ -243,6 +243,23 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
         assert (first[name] + second[name]) / 2 == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
 
 
+def test_dr_grpo_divides_by_what_candidates_may_write_and_not_by_what_they_did(
+    make_policy: MakePolicy, store: GridStore
+) -> None:
+    """Sixteen candidates may write K + 4 = 7 tokens each; these wrote 4 · (4 + 4 + 4 + 3) = 60, none more than four.
+    The sums of Dr. GRPO and of DAPO, and all of their log-probabilities, are the same."""
+
+    def loss_of(loss_type: str) -> float:
+        policy = sft_model(make_policy, with_adapter=True)
+        begin_grpo(policy)
+        disturb(policy, seed=1, adapter="grpo")
+        stage = stage_of(policy, store, FixedRollouts(policy), loss_type=loss_type, beta=0.2)
+        return stage.step(0, lambda loss: None)["loss"]
+
+    dapo = loss_of("dapo")
+    assert abs(dapo) > 0.01 and loss_of("dr_grpo") * (16 * 7) == pytest.approx(dapo * 60, rel=1e-4)
+
+
 def test_micro_batches_add_up_to_the_whole_step(make_policy: MakePolicy, store: GridStore) -> None:
     """All activations in memory, or no more than one sequence's at a time: the same scalars and the same gradient."""
     runs, gradients, calls = [], [], []
