@@ -214,8 +214,10 @@ class Learner(ProcessGroup):
         return gathered
 
 
-def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: GridStore) -> None:
-    """The mean of their gradients, whatever their micro-batches; one's candidates are shorter than the other's."""
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: GridStore, loss_type: str) -> None:
+    """The mean of their gradients, whatever their micro-batches; one's candidates are shorter than the other's. DAPO
+    divides by the tokens of both, GRPO and GSPO by their candidates."""
     windows: list[int] = []
 
     def cut(window: int) -> int:
@@ -227,7 +229,7 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
         begin_grpo(policy)
         disturb(policy, seed=1, adapter="grpo")
         rollouts = FixedRollouts(policy, cut=cut)
-        return stage_of(policy, store, rollouts, group, loss_type="dapo", beta=0.2, activation_memory=memory)
+        return stage_of(policy, store, rollouts, group, loss_type=loss_type, beta=0.2, activation_memory=memory)
 
     def step(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
         scalars = stage.step(0, torch.Tensor.backward)
