@@ -372,6 +372,21 @@ def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: Grid
     assert stage.evaluate() == stage.evaluate()
 
 
+def test_updates_on_one_rollout_are_on_one_batch(make_policy: MakePolicy, store: GridStore) -> None:
+    """Two updates a rollout: batches follow each other, none is left out, and people are told of the one that is
+    learned from; a run goes on where a rollout begins, as if it had not been stopped."""
+    policy = sft_model(make_policy, with_adapter=False)
+    begin_grpo(policy)
+    stage = stage_of(policy, store, rollouts := FixedRollouts(policy), num_iterations=2)
+    scalars = [stage.step(step, lambda loss: None) for step in range(4)]
+    first, second = (batch.origins.tolist() for batch, _ in rollouts.generated)
+    assert [first, second] == [stage.batches(number).origins.tolist() for number in (0, 1)] and first != second
+    described = [stage.batches.describe(number) for number in (0, 0, 1, 1)]
+    assert [stage.describe_batch(step) for step in range(4)] == described
+    assert stage.resumable_every == 2
+    assert stage_of(policy, store, FixedRollouts(policy), num_iterations=2).step(2, lambda loss: None) == scalars[2]
+
+
 def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: MakePolicy, store: GridStore) -> None:
     """The gradient step goes the right way: truth up, the candidate 50 % off down."""
     policy = sft_model(make_policy, with_adapter=False)
