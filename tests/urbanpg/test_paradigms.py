@@ -49,6 +49,21 @@ def test_equations_9_and_10_old_rows_are_kept_and_frozen(model, batch, train_old
     assert first.node_rows[0].requires_grad, "the prompts it was made of are untouched"
 
 
+def test_one_node_alone_may_join(model, batch):
+    """The fewest that Eq. 9 knows; it has a row of its own, and forecasts come for it too."""
+    grown = model().prompts.expand(1)
+    assert grown.spec.periods == (30, 1) and [len(rows) for rows in grown.node_rows] == [30, 1]
+    assert UrbanPG(model().backbone, grown).eval()(*batch(31)).shape[2] == 31
+
+
+def test_prompts_that_know_no_figures_of_their_city_change_no_value():
+    """Without a mean and a standard deviation the data's units are the backbone's z-scores, bit for bit."""
+    prompts = ContextPrompts(PromptSpec(scenario="a", periods=(3,), cadence=60, d=8))
+    values = torch.tensor([[[-2.5, 0.0, 7.25]]])
+    scores = prompts.normalise(values)
+    assert torch.equal(scores, values.mT) and torch.equal(prompts.restore(scores), values)
+
+
 def test_a_part_keeps_rows_and_what_is_frozen(model):
     grown = model().prompts.expand(10)
     part = grown.part(25, 33)

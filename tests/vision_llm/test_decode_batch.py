@@ -265,6 +265,17 @@ def test_the_batch_is_as_large_as_its_cache_may_be(
     assert [slots(n, 4) for n in (19, 11, 1)] == [16, 8, 4]
 
 
+def test_a_cache_of_a_large_model_stays_within_a_gibibyte(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it ships: where a token's keys and values take a mebibyte, 170 candidates of six tokens fit, not 171."""
+    cells = make_cells(1)
+    prefix = talkative.prefix(cells.shared, cells.grids)
+    monkeypatch.setattr(type(talkative), "cache_bytes_per_token", 2**20)
+    prompts = cells.prompts[:1, :1].expand(170 * 3, 1)
+    assert DecodeBatch(talkative, prefix, prompts, 1, max_tokens=6).slots == 170 == 2**30 // (6 * 2**20)
+
+
 def test_families_by_hand() -> None:
     """Five sequences of three parents, one of which has none; the table is filled up with sequence 0."""
     family = Family.of(torch.tensor([2, 0, 2, 2, 0]), parents=3)

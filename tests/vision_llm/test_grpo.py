@@ -220,8 +220,10 @@ class Learner(ProcessGroup):
         return gathered
 
 
-def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: GridStore) -> None:
-    """The mean of their gradients, whatever their micro-batches; one's candidates are shorter than the other's."""
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: GridStore, loss_type: str) -> None:
+    """The mean of their gradients, whatever their micro-batches; one's candidates are shorter than the other's. DAPO
+    divides by the tokens of both, GRPO and GSPO by their candidates."""
     windows: list[int] = []
 
     def cut(window: int) -> int:
@@ -233,7 +235,7 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
         begin_grpo(policy)
         disturb(policy, seed=1, adapter="grpo")
         rollouts = FixedRollouts(policy, cut=cut)
-        return stage_of(policy, store, rollouts, group, loss_type="dapo", beta=0.2, activation_memory=memory)
+        return stage_of(policy, store, rollouts, group, loss_type=loss_type, beta=0.2, activation_memory=memory)
 
     def gradients(stage: GRPOStage) -> tuple[dict[str, float], Tensor]:
         scalars = step(stage, 0, torch.Tensor.backward)
@@ -247,6 +249,23 @@ def test_two_learners_have_the_gradient_of_one(make_policy: MakePolicy, store: G
     assert ((one + two) / 2 - gradient).norm() / gradient.norm() < 1e-5
     for name in ("loss", "kl", "clip_ratio"):
         assert (first[name] + second[name]) / 2 == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
+
+
+def test_dr_grpo_divides_by_what_candidates_may_write_and_not_by_what_they_did(
+    make_policy: MakePolicy, store: GridStore
+) -> None:
+    """Sixteen candidates may write K + 4 = 7 tokens each; these wrote 4 · (4 + 4 + 4 + 3) = 60, none more than four.
+    The sums of Dr. GRPO and of DAPO, and all of their log-probabilities, are the same."""
+
+    def loss_of(loss_type: str) -> float:
+        policy = sft_model(make_policy, with_adapter=True)
+        begin_grpo(policy)
+        disturb(policy, seed=1, adapter="grpo")
+        stage = stage_of(policy, store, FixedRollouts(policy), loss_type=loss_type, beta=0.2)
+        return stage.step(0, lambda loss: None)["loss"]
+
+    dapo = loss_of("dapo")
+    assert abs(dapo) > 0.01 and loss_of("dr_grpo") * (16 * 7) == pytest.approx(dapo * 60, rel=1e-4)
 
 
 def test_micro_batches_add_up_to_the_whole_step(make_policy: MakePolicy, store: GridStore) -> None:
@@ -365,6 +384,21 @@ def test_a_step_depends_on_its_number_alone(make_policy: MakePolicy, store: Grid
     runs = [step(stage, number) for number in (3, 4, 3)]
     assert runs[0] == runs[2] != runs[1]
     assert stage.evaluate() == stage.evaluate()
+
+
+def test_updates_on_one_rollout_are_on_one_batch(make_policy: MakePolicy, store: GridStore) -> None:
+    """Two updates a rollout: batches follow each other, none is left out, and people are told of the one that is
+    learned from; a run goes on where a rollout begins, as if it had not been stopped."""
+    policy = sft_model(make_policy, with_adapter=False)
+    begin_grpo(policy)
+    stage = stage_of(policy, store, rollouts := FixedRollouts(policy), num_iterations=2)
+    scalars = [stage.step(step, lambda loss: None) for step in range(4)]
+    first, second = (batch.origins.tolist() for batch, _ in rollouts.generated)
+    assert [first, second] == [stage.batches(number).origins.tolist() for number in (0, 1)] and first != second
+    described = [stage.batches.describe(number) for number in (0, 0, 1, 1)]
+    assert [stage.describe_batch(step) for step in range(4)] == described
+    assert stage.resumable_every == 2
+    assert stage_of(policy, store, FixedRollouts(policy), num_iterations=2).step(2, lambda loss: None) == scalars[2]
 
 
 def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: MakePolicy, store: GridStore) -> None:

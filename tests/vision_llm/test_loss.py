@@ -54,6 +54,19 @@ def test_clipping_by_hand(ratio: float, advantage: float, objective: float, low:
     assert grpo(inputs_of([[ratio]], [advantage]), wider)[1]["clip_ratio"] == low
 
 
+@pytest.mark.parametrize(("ratio", "advantage"), [(0.5, -1.0), (2.0, 1.0)])
+def test_a_ratio_on_the_edge_of_the_clip_is_not_counted_as_clipped(ratio: float, advantage: float) -> None:
+    """Exact powers of two, so that no rounding decides: the clip leaves such a ratio as it is."""
+    log_ratio = torch.tensor([[ratio]]).log()
+    inputs = inputs_of(
+        [[ratio]], [advantage], trainer_log_probs=log_ratio, rollout_log_probs=torch.zeros_like(log_ratio)
+    )
+    assert log_ratio.exp().item() == ratio, "the edge itself"
+    loss, details = grpo(inputs, GRPOConfig(beta=0.0, epsilon=0.5, epsilon_high=1.0))
+    assert loss.item() == -ratio * advantage
+    assert details["clip_ratio/low"] == details["clip_ratio/high"] == details["clip_ratio"] == 0
+
+
 # Two candidates of two tokens and of one: objectives 1.0 and 1.1, 2.4 (clipped) per token.
 RATIO, ADVANTAGES, MASK = [[1.0, 1.1, 7.0], [1.5, 9.0, 9.0]], [1.0, 2.0], [[True, True, False], [True, False, False]]
 

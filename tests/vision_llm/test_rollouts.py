@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stdist.data import GridStore, Region
-from stdist.data.sampler import uniform
+from stdist.data.sampler import WindowSampler, uniform
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig, SFTConfig
 from stdist.vision_llm.policy.adapters import begin_grpo
@@ -165,3 +165,16 @@ def test_a_steps_batch_belongs_to_seed_stage_and_step(policy: PolicyModel, store
     )
     others = [batches("grpo"), batches("sft", seed=7)]
     assert all([other.cells(step).tolist() for step in range(20)] != draws for other in others)
+
+
+def test_a_steps_windows_are_those_that_the_seeds_order_deals_it(policy: PolicyModel, store: GridStore) -> None:
+    """Four windows a step of an epoch's 90, in that order; what is left of it, 2, is left out; and a batch is described
+    by the windows that are read for it."""
+    city = CityWindows(policy, store.windows("train", 4, 3, channel="internet"))
+    assert len(city) == 22 * 4 + 2
+    batches = StepBatches(city, GRPOConfig(windows_per_step=4), "grpo", 6, ProcessGroup())
+    sampler = WindowSampler(city.windows, 4, seed=6)
+    for step, epoch, first in ((2, 0, 8), (0, 0, 0), (21, 0, 84), (23, 1, 4)):
+        dealt = sampler.order(epoch)[first : first + 4]
+        assert batches(step).origins.tolist() == city.windows.origins[dealt].tolist()
+        assert batches.describe(step) == city.describe(dealt)

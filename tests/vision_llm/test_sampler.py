@@ -340,6 +340,19 @@ def test_logits_of_a_few_sequences_at_a_time_change_nothing(
     torch.testing.assert_close(direct, together[1], rtol=1e-4, atol=1e-2)
 
 
+def test_a_vocabulary_larger_than_the_budget_is_read_one_sequence_at_a_time(
+    policy: PolicyModel, batch: PolicyBatch, prefix: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least there can be, where even one sequence's logits are more than the budget."""
+    calls: list[int] = []
+    logits = sampler.head_logits
+    monkeypatch.setattr(sampler, "head_logits", lambda hidden, head: calls.append(len(hidden)) or logits(hidden, head))
+    monkeypatch.setattr(sampler, "LOGIT_BYTES", 1)
+    Sampler(policy, "greedy").generate(prefix, batch.prompts, 2)
+    Sampler(policy, "direct").forecast(prefix, batch.prompts)
+    assert calls == [1] * 6 * 2 + [3] * 6, "of one step, and one cell's three steps"
+
+
 def test_policy_forecast_is_the_samplers(policy: PolicyModel, batch: PolicyBatch, prefix: Prefix) -> None:
     """The notebook's call: frames [S, H, W] in units, positions of cells, local time of the last frame."""
     prompts, first = batch.prompts[:3], policy.first_numeral_id

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stdist.vision_llm.kernels import token_losses as module
-from stdist.vision_llm.kernels.token_losses import argmax_tokens, token_log_probs
+from stdist.vision_llm.kernels.token_losses import argmax_tokens, head_logits, token_log_probs
 
 
 @contextmanager
@@ -136,6 +136,15 @@ def test_bfloat16_sums_in_float32(device: str) -> None:
         assert error < relative
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_logits_at_once_are_one_row_a_position_in_float32(dtype: torch.dtype) -> None:
+    """Blocks one behind the other; of meta tensors too, which take the half-precision products of a GPU."""
+    hidden, head = torch.tensor([[1.0, 2.0]]), [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])]
+    assert head_logits(hidden.to(dtype), head).tolist() == [[1, 2, 3]]
+    planned = head_logits(hidden.to("meta", dtype), [block.to("meta") for block in head])
+    assert planned.shape == (1, 3) and planned.dtype == torch.float32
+
+
 def test_enormous_logits_neither_overflow_nor_vanish() -> None:
     """Logits of ±10,000: values are relative to the highest one; in gradients float32 tells apart thousandths."""
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
@@ -215,6 +224,19 @@ def test_nothing_of_positions_times_rows_is_ever_made() -> None:
     assert tiled.largest <= numerals.numel() < everything
     assert tiled.peak_bytes <= 4 * (gradients + tile + vectors)
     assert peer.largest >= everything and peer.peak_bytes >= 3 * 4 * everything, "the count itself works"
+
+
+@pytest.mark.parametrize(("positions", "d", "tokens"), [(5_000, 8, 256_000), (3, 2_048, 3_000)])
+def test_a_tile_of_a_cpu_and_the_weights_behind_it_are_four_mebibytes(positions: int, d: int, tokens: int) -> None:
+    """As it ships, with most of it used; all logits, or all of the head, would be more."""
+    head = module._Head(torch.empty(positions, d), [torch.empty(tokens, d)])
+    weights = max(tile.weights.nbytes for tile in head.tiles())
+    assert 2**21 < max(head._buffer.nbytes, weights) <= 2**22 < max(4 * positions * tokens, 4 * tokens * d)
+
+
+def test_a_plan_counts_the_tiles_that_a_gpu_will_hold() -> None:
+    """A plan of a GPU's memory runs on meta tensors."""
+    assert module.TILE_BYTES["meta"] == module.TILE_BYTES["cuda"] == 2**28
 
 
 @pytest.mark.parametrize("trains", ["hidden and numerals", "numerals", "hidden", "everything"])
