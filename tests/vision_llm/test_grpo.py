@@ -262,7 +262,7 @@ def test_dr_grpo_divides_by_what_candidates_may_write_and_not_by_what_they_did(
         begin_grpo(policy)
         disturb(policy, seed=1, adapter="grpo")
         stage = stage_of(policy, store, FixedRollouts(policy), loss_type=loss_type, beta=0.2)
-        return stage.step(0, lambda loss: None)["loss"]
+        return step(stage, 0)["loss"]
 
     dapo = loss_of("dapo")
     assert abs(dapo) > 0.01 and loss_of("dr_grpo") * (16 * 7) == pytest.approx(dapo * 60, rel=1e-4)
@@ -392,13 +392,13 @@ def test_updates_on_one_rollout_are_on_one_batch(make_policy: MakePolicy, store:
     policy = sft_model(make_policy, with_adapter=False)
     begin_grpo(policy)
     stage = stage_of(policy, store, rollouts := FixedRollouts(policy), num_iterations=2)
-    scalars = [stage.step(step, lambda loss: None) for step in range(4)]
+    scalars = [step(stage, number) for number in range(4)]
     first, second = (batch.origins.tolist() for batch, _ in rollouts.generated)
     assert [first, second] == [stage.batches(number).origins.tolist() for number in (0, 1)] and first != second
     described = [stage.batches.describe(number) for number in (0, 0, 1, 1)]
-    assert [stage.describe_batch(step) for step in range(4)] == described
+    assert [stage.describe_batch(number) for number in range(4)] == described
     assert stage.resumable_every == 2
-    assert stage_of(policy, store, FixedRollouts(policy), num_iterations=2).step(2, lambda loss: None) == scalars[2]
+    assert step(stage_of(policy, store, FixedRollouts(policy), num_iterations=2), 2) == scalars[2]
 
 
 def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: MakePolicy, store: GridStore) -> None:
