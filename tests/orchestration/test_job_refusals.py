@@ -200,3 +200,15 @@ def test_a_single_learner_claims_its_resources_and_several_claim_their_own():
     }
     several = LearnersConfig(num_workers=2, engine="deepspeed", resources_per_worker={"GPU": 1})
     assert jobs._claims(several) == {}
+
+
+def test_a_forecast_needs_a_run_and_a_file_to_write(tmp_path):
+    """Refused on this machine, before anybody is asked."""
+    main = [sys.executable, "-c", "from stdist.cli import main; main()", "submit", "runs/x", "--address", CLOSED]
+    for arguments, expected in (
+        (["--forecast", "city.zarr"], "--forecast needs --out NAME.zarr or NAME.parquet"),
+        (["--forecast", "city.zarr", "--out", "x.csv"], "--forecast needs --out NAME.zarr or NAME.parquet"),
+        (["--forecast", "city.zarr", "--out", "x.zarr"], "runs/x is no run folder"),
+    ):
+        end = subprocess.run([*main, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert end.returncode == 2 and expected in end.stderr and "Traceback" not in end.stderr

@@ -170,6 +170,22 @@ def test_a_training_as_a_job_leaves_its_run_where_it_was_submitted(cluster, proj
     require_artefacts(project / "runs" / "tiny")
 
 
+def test_a_forecast_as_a_job_is_the_file_of_one_process(cluster, project):
+    """By workers of the cluster, with the run of the test above, relative paths and all."""
+    request = ["runs/tiny", "--forecast", "city.zarr", "--out", "swept.zarr", "--workers", "1", "--region", "0:2,0:3"]
+    code, out, err = finished(submit(project, *request, "--address", cluster, "--json"))
+    assert code == 0, err
+    assert Path(json.loads(out.splitlines()[-1])["out"]) == project / "swept.zarr"
+    alone = [str(BIN / "stdist"), "forecast", "runs/tiny", "city.zarr", "--out", "alone.zarr", "--region", "0:2,0:3"]
+    code, _, err = finished(command(project, *alone))
+    assert code == 0, err
+    ours, theirs = (
+        {str(p.relative_to(project / name)): p.read_bytes() for p in (project / name).rglob("*") if p.is_file()}
+        for name in ("swept.zarr", "alone.zarr")
+    )
+    assert ours and ours == theirs
+
+
 def test_plain_ray_job_submit_runs_the_same_program(cluster, project):
     places = [f"data.store={project / 'city.zarr'}", f"output_dir={project / 'runs'}"]
     ray = [str(BIN / "ray"), "job", "submit", "--address", cluster, "--working-dir", "."]

@@ -147,9 +147,8 @@ class Pool:
             elif isinstance(order, Load):
                 worker.outdated()
                 if order.version == "":
-                    worker.verified(
-                        ""
-                    )  # its program read them itself, from files that it compared with their checksums
+                    # Its program read them itself, from files that it compared with their checksums.
+                    worker.verified("")
                 elif (problem := await self._load(worker, actor, self._versions[order.version])) is not None:
                     return problem
             elif (problem := await self._work(worker, actor, order)) is not None:
