@@ -30,10 +30,10 @@ class Coordinator:
         resources: dict[str, float],
         ledger: Path,
     ):
-        self._ledger = Ledger(ledger)
-        self._pool = Pool(make_program, settings, resources, self._ledger.note, _log)
-
+        self._path = ledger
+        self._ledger: Ledger | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._pool = Pool(make_program, settings, resources, self._note, _log)
 
     def _ended(self, serving: "asyncio.Task[None]") -> None:
         if not serving.cancelled() and (error := serving.exception()) is not None:
@@ -41,10 +41,13 @@ class Coordinator:
             self._pool.scheduler.error = ResourceError(f"the pool of workers stopped: {in_one_line(cause)}")
 
     async def resume(self, step: int, stage: str, every: int) -> dict[str, int]:
-        if self._serving is None:  # workers begin with the stage: what they load was trained by the ones before
+        # Ledger and workers begin with the stage: a refused run leaves nothing behind, and what workers load was
+        # trained by the stages before.
+        if self._serving is None:
+            self._ledger = Ledger(self._path)
             self._serving = asyncio.create_task(self._pool.run())
             self._serving.add_done_callback(self._ended)
-        self._ledger.resume(step, stage, every)
+        self._open_ledger.resume(step, stage, every)
         return await self._pool.resume(step)
 
     async def publish(self, version: Version, nbytes: int, reference: list[Any]) -> None:
@@ -58,15 +61,23 @@ class Coordinator:
 
     async def trained(self, keys: Sequence[WorkKey]) -> None:
         for key in keys:
-            self._ledger.note("trained", key)
-        self._ledger.flush()
+            self._open_ledger.note("trained", key)
+        self._open_ledger.flush()
 
     async def status(self) -> dict[str, Any]:
         return self._pool.status()
 
     async def close(self) -> None:
         self._pool.scheduler.close()
-        self._ledger.flush()
+        self._open_ledger.flush()
+
+    def _note(self, event: str, key: WorkKey, **details: Any) -> None:
+        self._open_ledger.note(event, key, **details)
+
+    @property
+    def _open_ledger(self) -> Ledger:
+        assert self._ledger is not None, "resume comes first"
+        return self._ledger
 
 
 class RemotePool:

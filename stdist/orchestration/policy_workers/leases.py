@@ -85,7 +85,7 @@ class Scheduler:
         """See :meth:`stdist.runs.workers.WorkPool.resume`."""
         self._steps = {name: at for name, at in self._steps.items() if at <= step}
         self._published = {""}  # their tensors died with the process that published them
-        return dict(self._steps)
+        return {name: at for name, at in self._steps.items() if name}
 
     def publish(self, version: str, step: int) -> None:
         """Units that name the version may be leased from now on."""

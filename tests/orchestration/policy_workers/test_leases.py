@@ -137,7 +137,7 @@ def test_a_learner_that_comes_back_finds_what_was_finished_and_nothing_of_other_
         scheduler.workers[worker].verified(version)
         scheduler.complete(lease(scheduler, worker), version.encode(), {})
         assert scheduler.collect([unit(step).key])
-    assert scheduler.resume(2) == {"": 0, "w0": 0, "w1": 1, "w2": 2}
+    assert scheduler.resume(2) == {"w0": 0, "w1": 1, "w2": 2}
     scheduler.publish("w2", 2)
     scheduler.submit([unit(2, version="w2")], oldest_step=2)
     assert scheduler.collect([unit(2).key])[0].answer == b"w2"

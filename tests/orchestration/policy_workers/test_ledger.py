@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from stdist.cli import app
 from stdist.errors import InputError
 from stdist.orchestration.policy_workers.ledger import Ledger
 from stdist.orchestration.policy_workers.proof import prove
@@ -125,3 +127,22 @@ def test_the_half_line_of_a_killed_process_is_cut(path: Path) -> None:
         prove(path, range(2))
     with pytest.raises(InputError, match="does not exist; runs whose learners sample themselves"):
         prove(path.with_name("none.jsonl"))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_command_says_what_is_proven_and_exits_with_4_where_it_is_not(tmp_path: Path, whole: bool) -> None:
+    """Of a finished stage every step needs its groups: the last one here has none where the ledger is not whole."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "grpo").mkdir(parents=True)
+    (run / "config.yaml").write_text("name: run\ndata: {store: city.zarr}\n")
+    (run / "checkpoints" / "grpo" / "finished.json").write_text(json.dumps({"steps": 2 if whole else 3}))
+    ledger = Ledger(run / "rollouts" / "ledger.jsonl")
+    ledger.resume(0, "grpo", 1)
+    for key in KEYS:
+        once(ledger, key)
+    ledger.close()
+    end = CliRunner().invoke(app, ["ledger", str(run), "--json"])
+    result = json.loads(end.stdout.splitlines()[-1])
+    assert result["trained"] == 12 and result["stage"] == "grpo"
+    assert end.exit_code == (0 if whole else 4)
+    assert result["problems"] == ([] if whole else ["step 2 has 0 groups, others have 6"])
