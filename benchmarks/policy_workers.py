@@ -83,7 +83,7 @@ def steps(config: Path) -> dict[str, Any]:
     """On policy a step against the sum of both phases, off policy against the longer one."""
     on = lines_of(config, "on-policy")
     off = lines_of(config, "off-policy", "rollouts.max_staleness=1")
-    sample = median(on, "worker_seconds/sample")
+    sample = median(on, "worker_seconds/prefill", "worker_seconds/decode")
     learn = statistics.median(line["step_seconds"] - line["seconds/wait"] for line in on)
     times = {name: [line["step_seconds"] for line in lines] for name, lines in (("on", on), ("off", off))}
     return {

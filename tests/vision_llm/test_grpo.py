@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stdist.data import GridStore
+from stdist.errors import DivergenceError
 from stdist.training.engine import TorchEngine, cosine_schedule
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import GRPOConfig
@@ -420,6 +421,17 @@ def test_learning_raises_the_likelihood_of_the_better_candidate(make_policy: Mak
         before = totals if before is None else before
     assert (totals - before)[0] > (totals - before)[2]
     assert totals[0] > before[0] and totals[2] < before[2]
+
+
+def test_a_reward_that_is_no_number_ends_the_run_and_names_the_windows(
+    make_policy: MakePolicy, store: GridStore
+) -> None:
+    policy = sft_model(make_policy, with_adapter=False)
+    begin_grpo(policy)
+    stage = stage_of(policy, store, FixedRollouts(policy))
+    stage.cell_mean = np.full_like(stage.cell_mean, np.nan)
+    with pytest.raises(DivergenceError, match=r"grpo: a reward is nan on windows at 2013-11-\d\dT\d\d:\d\d, "):
+        step(stage, 0)
 
 
 def test_candidates_of_other_weights_are_refused(make_policy: MakePolicy, store: GridStore) -> None:

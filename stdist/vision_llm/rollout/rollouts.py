@@ -114,6 +114,7 @@ class LocalRollouts:
         )
         self.versions: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     def update_weights(self, step: int, weights: Weights) -> None:
         self.versions = {weights.digest: step}
@@ -126,27 +127,27 @@ class LocalRollouts:
 
     def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
         (name,) = self.versions
-        began = time.perf_counter()
         candidates = self.sample(step, batch, name)
-        self.metrics = {"seconds/sample": time.perf_counter() - began}
+        self.metrics = {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return candidates
 
     @torch.no_grad()
     def sample(self, step: int, batch: PolicyBatch, weights: str) -> list[Candidates]:
-        """Candidates that say ``weights`` wrote them."""
+        """Candidates that say ``weights`` wrote them. Leaves the ``seconds`` of both phases: of the windows' prefixes
+        (prefill), and of their cells' prompts and tokens (decode)."""
         policy, g = self.policy, self.num_generations
         keys = [(window, cell) for window in batch.origins.tolist() for cell in batch.cells.tolist()]
         tokens = max_tokens(policy)
-        completions = self._sampler.generate(
-            policy.prefix(batch.shared, batch.grids),
-            batch.prompts,
-            tokens,
-            uniforms(((self.seed, step, *key, g_) for key in keys for g_ in range(g)), tokens).to(policy.device),
-        )
+        uniform = uniforms(((self.seed, step, *key, g_) for key in keys for g_ in range(g)), tokens).to(policy.device)
+        began = time.perf_counter()
+        prefix = policy.prefix(batch.shared, batch.grids)
+        encoded = time.perf_counter()
+        completions = self._sampler.generate(prefix, batch.prompts, tokens, uniform)
         answer_ids, log_probs, lengths = (
             x.cpu().numpy().reshape(len(keys), g, *x.shape[1:])
             for x in (completions.answer_ids, completions.log_probs, completions.lengths)
         )
+        self.seconds = {"prefill": encoded - began, "decode": time.perf_counter() - encoded}
         return [
             Candidates(step, *key, weights, *arrays)
             for key, *arrays in zip(keys, answer_ids, log_probs, lengths, strict=True)

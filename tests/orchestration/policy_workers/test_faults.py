@@ -3,11 +3,15 @@
 Processes are killed for real, in a state that is asserted; the program is a toy whose answers hash its weights.
 """
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -229,10 +233,48 @@ def test_a_ledger_on_a_full_disk_ends_the_run(make_pool: MakePool, tmp_path: Pat
 
 def test_nobody_works_where_nothing_moves(make_pool: MakePool, tmp_path: Path) -> None:
     """A wait has a limit, and says what it waited for and in what state the workers are."""
-    pool = make_pool(workers=1, timeout=6.0)
+    pool = make_pool(workers=1, timeout=4.0)
     pool.trap("start")
     with pytest.raises(ResourceError, match=r"nothing has moved for \d+ s while step 0, window 0.*worker-1 starting"):
         ToyTraining(tmp_path, pool.remote).run()
+
+
+@contextmanager
+def node_of_its_own(resource: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A second raylet of the running cluster, the only one with ``resource``."""
+    import ray
+
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
+    where = [f"--address={ray.get_runtime_context().gcs_address}", f"--resources={json.dumps({resource: 1})}"]
+    ports = ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"]
+    process = subprocess.Popen([*command, *where, *ports], stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield process
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_lost_node_takes_its_worker_along_and_another_one_joins(
+    make_pool: MakePool, undisturbed: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """A raylet is killed with a worker on it in mid-work; a new node brings a worker that finishes the run."""
+    pool = make_pool(workers=1, resources={"far": 1})
+    with node_of_its_own("far") as first:
+        pool.trap("run")
+        training = Running(ToyTraining(tmp_path, pool.remote))
+        victim = pool.trapped()
+        assert pool.states()[victim] == "ready"
+        for child in psutil.Process(first.pid).children(recursive=True):
+            child.kill()
+        pool.release()
+        pool.wait_for(lambda: victim not in pool.states())
+        with node_of_its_own("far"):
+            assert training.weights == undisturbed()
+    require_whole(pool)
+    assert pool.remote.status()["lost_leases"] == {"died": 1}
 
 
 @pytest.mark.slow

@@ -134,13 +134,20 @@ class InProcess:
 class ToyPool:
     """A coordinator with workers on the running cluster; ``remote`` is what a learner holds."""
 
-    def __init__(self, folder: Path, workers: int, lease_timeout: float = 60.0, timeout: float = 120.0):
+    def __init__(
+        self,
+        folder: Path,
+        workers: int,
+        lease_timeout: float = 60.0,
+        timeout: float = 120.0,
+        resources: dict[str, float] | None = None,
+    ):
         from stdist.orchestration.policy_workers.coordinator import Coordinator, RemotePool  # where Ray is installed
 
         self.folder, self.ledger = folder, folder / "ledger.jsonl"
         settings = WorkersConfig(num_workers=workers, lease_timeout=lease_timeout, timeout=timeout)
         program = partial(ToyProgram, folder)
-        self.actor = Coordinator.remote(program, settings, {"CPU": 0.1}, self.ledger)
+        self.actor = Coordinator.remote(program, settings, resources or {"CPU": 0.1}, self.ledger)
         self.remote = RemotePool(self.actor, timeout)
 
     def trap(self, phase: str) -> None:
