@@ -57,10 +57,9 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     with connected(os.environ.get("RAY_ADDRESS"), log_to_driver=True):
         resources, of_worker = require_room(config, workers)
         log(f"{learners.num_workers} learners with {resources} each")
-        coordinator = None
         if workers:
             log(f"{workers.num_workers} workers with {of_worker} each sample for them")
-            coordinator = _coordinator(config, workers, of_worker)
+        coordinator = _coordinator(config, workers, of_worker) if workers else None
         trainer = TorchTrainer(
             _learn,  # type: ignore[arg-type]
             train_loop_config={"config": config.model_dump(mode="json"), "coordinator": coordinator},
@@ -95,6 +94,9 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
                 f"learners failed more often than learners.max_failures {learners.max_failures}, last "
                 f"{_first_lost(error.worker_failures)}; run the same command to go on from the newest checkpoint"
             ) from error
+        finally:
+            if coordinator is not None:
+                ray.kill(coordinator)  # and with it its workers: what a driver leaves behind, its next run would miss
 
 
 def _coordinator(config: RunConfig, workers: WorkersConfig, resources: dict[str, float]) -> Any:
