@@ -9,6 +9,7 @@ from stdist.config.base import OptimizerConfig, RunConfig, Strict, WorkersConfig
 
 StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
 Trainable = Literal["rows", "lora", "full"]
+Drawing = Literal["chain", "direct"]
 
 
 class NumeralsConfig(Strict):
@@ -85,11 +86,15 @@ class SFTConfig(ForecastStageConfig):
 
 
 class GRPOConfig(ForecastStageConfig):
-    """Eq. 17–19 and TRL's names. ``half_score`` is x_h; ``patience`` evaluations without a fall end the stage.
+    """Eq. 17–19 and TRL's names. ``candidates`` are written step by step and end themselves (``chain``, the paper), or
+    all steps at once behind blanks, each drawn by itself (``direct``, for a policy trained with ``blank_share``).
+    ``reward``: Eq. 17 with ``half_score`` x_h, or minus the squared error over d², which is what RMSE adds up
+    (``stages/reward.py``). ``patience`` evaluations without a fall end the stage.
     ``loss_type`` says what the loss is averaged over (``stages/loss.py``); ``num_iterations`` updates are made on the
     candidates of one rollout, and checkpoints fall between rollouts."""
 
     trainable: Literal["lora"] = "lora"
+    candidates: Drawing = "chain"
     num_generations: int = Field(8, ge=1, description="G")
     num_iterations: int = Field(1, ge=1)
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
@@ -100,6 +105,7 @@ class GRPOConfig(ForecastStageConfig):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     scale_rewards: Literal["none", "group"] = "none"
+    reward: Literal["eq17", "squared_error"] = "eq17"
     half_score: float = Field(0.2, gt=0)
     normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"
     patience: int = Field(3, ge=1)

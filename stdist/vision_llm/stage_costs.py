@@ -19,7 +19,7 @@ from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
-from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, GRPOConfig
+from stdist.vision_llm.config import AlignmentConfig, Drawing, ForecastStageConfig, GRPOConfig
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.learning import begin_stage
 from stdist.vision_llm.policy.adapters import active_adapter, add_lora
@@ -32,7 +32,7 @@ from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.rollout.rollouts import max_tokens
 from stdist.vision_llm.rollout.sampler import Completions, Sampler
 from stdist.vision_llm.stages.alignment import AlignmentStage
-from stdist.vision_llm.stages.grpo import candidate_log_probs, candidate_tree
+from stdist.vision_llm.stages.grpo import SCORINGS, candidates_of
 from stdist.vision_llm.stages.sft import sft_loss, sft_tree
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import activation_bytes, sizes_within
@@ -157,18 +157,19 @@ def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> t
 
 def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
     """Measures a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over its tree, once
-    for all updates on the same candidates."""
+    for all updates on the same candidates; those of one pass are no leaves of their own."""
     grpo = config if isinstance(config, GRPOConfig) else None
-    families = [cells, grpo.num_generations] if grpo else [cells]
+    direct = grpo.num_generations if grpo and grpo.candidates == "direct" else 0
+    families = [cells, grpo.num_generations] if grpo and not direct else [cells]
     sequences = list(accumulate([windows, *families], mul))
-    tokens, sequence_bytes = _sequence(spec, stages)
+    tokens, sequence_bytes = _sequence(spec, stages, direct)
     calls, at_once = micro_batches(windows, families, sizes_within(config.activation_bytes, sequence_bytes))
-    forward, backward, temporaries = _tree(spec, stages, tuple(at_once))
+    forward, backward, temporaries = _tree(spec, stages, tuple(at_once), direct)
     phases = {
         "training": {"activations": sum(map(mul, sequence_bytes, at_once)), "temporaries": temporaries},
     }
     if grpo:
-        phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations)
+        phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations, grpo.candidates)
     forwards = 1 + 2 / grpo.num_iterations if grpo else 1
     passes = [forwards * f + b for f, b in zip(forward, backward, strict=True)]
     return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases, calls[0])
@@ -201,10 +202,11 @@ def depth_of(parent: Prefix | None) -> int:
 
 
 @cache
-def _sequence(spec: PolicySpec, stages: Stages) -> tuple[list[int], list[int]]:
-    """Tokens of one sequence of each depth, and the bytes that autograd keeps of it."""
+def _sequence(spec: PolicySpec, stages: Stages, direct: int) -> tuple[list[int], list[int]]:
+    """Tokens of one sequence of each depth, and the bytes that autograd keeps of it. ``direct``: candidates of a cell
+    that are drawn in one pass, if they are."""
     policy = shape_policy(spec, stages)
-    tree, _ = _stage_tree(policy, stages[-1][0], (1, 1, 1))
+    tree, _ = _stage_tree(policy, stages[-1][0], (1, 1, 1), direct)
     with metered(policy):
         return [x.shape[1] for x in (tree.shared, *(level.ids for level in tree.levels))], activation_bytes(
             policy, tree
@@ -212,12 +214,14 @@ def _sequence(spec: PolicySpec, stages: Stages) -> tuple[list[int], list[int]]:
 
 
 @cache
-def _tree(spec: PolicySpec, stages: Stages, at_once: tuple[int, ...]) -> tuple[list[float], list[float], float]:
+def _tree(
+    spec: PolicySpec, stages: Stages, at_once: tuple[int, ...], direct: int
+) -> tuple[list[float], list[float], float]:
     """Operations of one sequence of each depth, forward and backward; bytes of what comes and goes where about
     ``at_once`` of them are in memory."""
     policy = shape_policy(spec, stages)
     families = [-(-children // parents) for parents, children in zip([1, *at_once[:-1]], at_once, strict=True)]
-    tree, visit = _stage_tree(policy, stages[-1][0], (*families, 1))
+    tree, visit = _stage_tree(policy, stages[-1][0], (*families, 1), direct)
     with metered(policy) as meter:
         walk = _Walk(policy, meter)
         prefix_tree.backward(walk, tree, walk.visit(visit), walk.backward, at_once)  # type: ignore[arg-type]
@@ -264,11 +268,13 @@ class _EnoughError(Exception):
 
 
 @cache
-def _sampling(spec: PolicySpec, stages: Stages, windows: int, cells: int, generations: int) -> dict[str, float]:
-    """Bytes held up to the candidates' first token: room for all later ones is made before."""
+def _sampling(
+    spec: PolicySpec, stages: Stages, windows: int, cells: int, generations: int, candidates: Drawing
+) -> dict[str, float]:
+    """Bytes held up to the candidates' first token: room for all later ones is made before; in one pass, to the end."""
     policy = shape_policy(spec, stages)
-    batch, most = _batch(policy, windows, cells), max_tokens(policy)
-    sampler = Sampler(policy, "sample", generations, allow_eos=True)
+    batch, chain, most = _batch(policy, windows, cells), candidates == "chain", max_tokens(policy, candidates)
+    sampler = Sampler(policy, "sample", generations, allow_eos=chain)
     uniforms = torch.rand(windows * cells * generations, most, device=META)
     with (
         metered(policy, uniforms) as meter,
@@ -276,24 +282,29 @@ def _sampling(spec: PolicySpec, stages: Stages, windows: int, cells: int, genera
         suppress(_EnoughError),
         patch.object(policy, "decode", side_effect=_EnoughError),
     ):
-        sampler.generate(policy.prefix(batch.shared, batch.grids), batch.prompts, most, uniforms)
+        prefix = policy.prefix(batch.shared, batch.grids)
+        if chain:
+            sampler.generate(prefix, batch.prompts, most, uniforms)
+        else:
+            sampler.draw(prefix, batch.prompts, uniforms)
     return {"keys, values and logits": meter.peak}
 
 
-def _stage_tree(policy: PolicyModel, stage: str, families: tuple[int, ...]) -> tuple[Tree, Visit]:
+def _stage_tree(policy: PolicyModel, stage: str, families: tuple[int, ...], direct: int) -> tuple[Tree, Visit]:
     """The tree of SFT or GRPO on windows of nothing, and what its leaves are asked."""
     windows, cells, generations = (*families, 1)[:3]
     batch = _batch(policy, windows, cells)
     if stage == "sft":
         return sft_tree(policy, batch, torch.zeros(windows * cells, dtype=torch.bool)), sft_loss(policy, batch)
-    shape = windows * cells * generations, policy.spec.setting.horizon + 1
+    scoring, per_leaf = SCORINGS["direct" if direct else "chain"], direct or 1
+    shape = windows * cells * (direct or generations), policy.spec.setting.horizon + (not direct)
     nothing, numerals = torch.zeros(shape, device=META), torch.zeros(shape, dtype=torch.long)
     completions = Completions(numerals, numerals == 0, nothing, nothing, numerals[:, 0])
 
-    def loss(rows: slice, states: Tensor) -> Tensor:
-        return candidate_log_probs(policy, states, completions, rows, 1.0).sum()
+    def loss(leaves: slice, states: Tensor) -> Tensor:
+        return scoring.log_probs(policy, states, completions, candidates_of(leaves, per_leaf), 1.0).sum()
 
-    return candidate_tree(policy, batch, completions), loss
+    return scoring.tree(policy, batch, completions), loss
 
 
 def _batch(policy: PolicyModel, windows: int, cells: int) -> PolicyBatch:

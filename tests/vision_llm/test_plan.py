@@ -247,6 +247,13 @@ def test_tokens_of_grpo_are_those_of_its_tree(config):
     assert plan.counts["tokens_per_learner"] == tree.tokens
     assert sum(plan.phases["sampling"].values()) > 0
 
+    grpo = {"candidates": "direct", "activation_memory": 1}
+    direct = plan_stage(config(stages=["grpo"], grpo=grpo), "grpo")
+    cells, own = batch.prompts.shape
+    assert direct.counts["tokens_per_learner"] == batch.shared.numel() + cells * (own + HORIZON - 1)
+    assert direct.counts["micro_batches"] == [2, 10] and direct.flops < plan.flops
+    assert sum(direct.phases["sampling"].values()) > 0
+
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 2), (2, 100, 7), (9, 9, 100)])
 def test_micro_batches_of_a_deeper_tree(sizes):

@@ -56,6 +56,36 @@ def test_eq_17s_terms_are_told_apart() -> None:
     assert float(terms.reward) == pytest.approx(-0.25)
 
 
+def test_squared_error_by_hand() -> None:
+    """−MSE / d² over all K, what was not written read as 0, values behind K not at all; length and decoding as in
+    Eq. 17. Twice the error costs four times as much, where Eq. 17 saturates."""
+    values = torch.tensor(
+        [[13.0, 20.0, 26.0, 40.0, 7.0], [16.0, 20.0, 22.0, 40.0, 7.0], [10.0, 20.0, 99.0, 99.0, 99.0], [9.0] * 5]
+    )
+    lengths = torch.tensor([4, 5, 2, 0])
+    terms = reward_terms(values, lengths, TRUTH.expand(4, 4), torch.full((4,), 5.0), 0.2, kind="squared_error")
+    errors = [(9 + 16) / 4, 4 * (9 + 16) / 4, (900 + 1600) / 4, (100 + 400 + 900 + 1600) / 4]
+    assert terms.accuracy.tolist() == pytest.approx([-error / 25 for error in errors])
+    assert terms.length.tolist() == pytest.approx([0, -0.125, -0.25, -0.5])
+    assert terms.decoding.tolist() == [0, 0, 0, -0.5]
+
+
+def test_squared_error_orders_groups_as_rmse_does() -> None:
+    """One large error or the same sum of small ones: Eq. 17's root already sees the square, and then flattens it."""
+    spread, single = [12.0, 22.0, 32.0, 42.0], [10.0, 20.0, 30.0, 44.0]
+    far = [100.0, 20.0, 30.0, 40.0]
+
+    def rewards(kind: str) -> torch.Tensor:
+        predicted = torch.tensor([spread, single, far])
+        return reward_terms(
+            predicted, torch.full((3,), 4), TRUTH.expand(3, 4), torch.full((3,), 10.0), 0.2, kind=kind
+        ).reward
+
+    assert rewards("squared_error").tolist() == pytest.approx([-0.04, -0.04, -20.25])
+    flat = rewards("eq17")
+    assert flat[0] == flat[1] == 0.5 and flat[2] < 1e-6
+
+
 def test_reward_reads_only_what_was_written() -> None:
     """Values behind ``lengths`` are padding, whatever they hold."""
     garbage = torch.tensor([[10.0, 20.0, 1e9, -1e9, 1e9]])

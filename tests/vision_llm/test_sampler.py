@@ -45,7 +45,7 @@ def test_at_quantile_is_the_inverse_distribution_function() -> None:
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.full(7, 0.4), size=200)
     levels = rng.random(200)
-    ours = at_quantile(torch.from_numpy(probabilities), torch.from_numpy(levels))
+    ours = at_quantile(torch.from_numpy(probabilities), torch.from_numpy(levels)[:, None])[:, 0]
     expected = [int(np.argmax(np.cumsum(row) > level)) for row, level in zip(probabilities, levels, strict=True)]
     assert ours.tolist() == expected
 
@@ -55,15 +55,15 @@ def test_at_quantile_never_draws_what_has_no_probability() -> None:
     probabilities = torch.tensor([[0.0, 0.0, 0.25, 0.0, 0.75, 0.0, 0.0]])
     highest = 1 - 2**-24
     for level, expected in ((0.0, 2), (0.2499, 2), (0.25, 4), (0.5, 4), (highest, 4)):
-        assert at_quantile(probabilities, torch.tensor([level])).item() == expected
+        assert at_quantile(probabilities, torch.tensor([[level]])).item() == expected
     # Sums that rounding pushed off 1, on either side.
     for scale in torch.linspace(0.99999, 1.00001, 41):
-        assert at_quantile(probabilities * scale, torch.tensor([highest])).item() == 4
+        assert at_quantile(probabilities * scale, torch.tensor([[highest]])).item() == 4
 
 
 def test_median_of_a_distribution() -> None:
     probabilities = torch.tensor([[0.2, 0.25, 0.1, 0.45], [0.6, 0.1, 0.1, 0.2], [0.0, 0.0, 0.0, 1.0]])
-    assert at_quantile(probabilities, torch.full((3,), 0.5)).tolist() == [2, 0, 3]
+    assert at_quantile(probabilities, torch.full((3, 1), 0.5)).tolist() == [[2], [0], [3]]
 
 
 # --- what is generated ---------------------------------------------------------------------------------------------

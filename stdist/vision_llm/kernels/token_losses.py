@@ -40,6 +40,22 @@ def token_log_probs(
     return _TokenLogProbs.apply(hidden, targets, temperature, *head)
 
 
+def shared_log_probs(
+    hidden: Float[Tensor, "positions d"],
+    rows: Float[Tensor, "tokens d"],
+    targets: Int[Tensor, "positions G"],
+    temperature: float = 1.0,
+) -> Float[Tensor, "positions G"]:
+    """:func:`token_log_probs` of G targets at each position, with one walk over the head's ``rows`` for all of them.
+
+    Two targets of a position differ by their logits alone: log P(b) = log P(a) + (z_b − z_a) / temperature.
+    """
+    first = token_log_probs(hidden, [rows], targets[:, 0], temperature)
+    chosen = rows[targets].to(hidden.dtype).to(first.dtype)
+    logits = torch.einsum("pgd,pd->pg", chosen, hidden.to(first.dtype)) / temperature
+    return first[:, None] + (logits - logits[:, :1])
+
+
 @torch.no_grad()
 def argmax_tokens(
     hidden: Float[Tensor, "positions d"], head: Sequence[Float[Tensor, "_ d"]]

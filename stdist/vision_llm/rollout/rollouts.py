@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stdist.data.sampler import uniform
 from stdist.training.checkpoint import checksums
-from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.config import Drawing, GRPOConfig
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.sampler import Completions, Sampler
@@ -57,7 +57,7 @@ class Candidates:
         step: of the stage. window: index of its last history frame on the store's time axis. cell: number in the
             region of the windows.
         weights: digest of the weights that wrote them.
-        answer_ids: numerals, then the end where there was room; behind it more ends.
+        answer_ids: numerals, then the end where there was room; behind it more ends. K numerals if drawn in one pass.
         log_probs: of each token at the sampling temperature, 0 behind the end.
         lengths: numerals written.
     """
@@ -109,8 +109,9 @@ class LocalRollouts:
 
     def __init__(self, policy: PolicyModel, config: GRPOConfig, seed: int):
         self.policy, self.seed, self.num_generations = policy, seed, config.num_generations
+        self._candidates = config.candidates
         self._sampler = Sampler(
-            policy, "sample", config.num_generations, config.temperature, config.top_p, allow_eos=True
+            policy, "sample", config.num_generations, config.temperature, config.top_p, config.candidates == "chain"
         )
         self.versions: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
@@ -137,12 +138,15 @@ class LocalRollouts:
         (prefill), and of their cells' prompts and tokens (decode)."""
         policy, g = self.policy, self.num_generations
         keys = [(window, cell) for window in batch.origins.tolist() for cell in batch.cells.tolist()]
-        tokens = max_tokens(policy)
-        uniform = uniforms(((self.seed, step, *key, g_) for key in keys for g_ in range(g)), tokens).to(policy.device)
+        tokens = max_tokens(policy, self._candidates)
+        quantiles = uniforms(((self.seed, step, *key, g_) for key in keys for g_ in range(g)), tokens).to(policy.device)
         began = time.perf_counter()
         prefix = policy.prefix(batch.shared, batch.grids)
         encoded = time.perf_counter()
-        completions = self._sampler.generate(prefix, batch.prompts, tokens, uniform)
+        if self._candidates == "direct":
+            completions = self._sampler.draw(prefix, batch.prompts, quantiles)
+        else:
+            completions = self._sampler.generate(prefix, batch.prompts, tokens, quantiles)
         answer_ids, log_probs, lengths = (
             x.cpu().numpy().reshape(len(keys), g, *x.shape[1:])
             for x in (completions.answer_ids, completions.log_probs, completions.lengths)
@@ -154,9 +158,9 @@ class LocalRollouts:
         ]
 
 
-def max_tokens(policy: PolicyModel) -> int:
-    """The most tokens of a candidate, the end included."""
-    return policy.spec.setting.horizon + EXTRA_TOKENS
+def max_tokens(policy: PolicyModel, candidates: Drawing) -> int:
+    """The most tokens of a candidate, the end included where it writes one."""
+    return policy.spec.setting.horizon + (EXTRA_TOKENS if candidates == "chain" else 0)
 
 
 def uniforms(keys: Iterable[tuple[int, ...]], count: int) -> Float[Tensor, "keys count"]:

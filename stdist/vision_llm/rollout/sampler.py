@@ -3,9 +3,10 @@
 A window's prompt is prefilled once, a cell's once; all candidates decode together over shared keys and values
 (``decode_batch``). Every token is the inverse of its step's cumulative distribution over *values*, at a quantile: at a
 uniform number it is a sample, at one half it is the median, which is what point forecasts want of a distribution over
-thousands of neighbouring numerals.
+thousands of neighbouring numerals. Behind blanks all steps are there after one pass, and candidates cost no more of it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,15 +53,21 @@ class Completions:
         return Completions(answer_ids, mask, log_probs, values, self.lengths)
 
 
+def one_pass_ids(policy: PolicyModel, prompts: Int[Tensor, "cells tokens"]) -> Int[Tensor, "cells tokens+K-1"]:
+    """Prompts and K − 1 blanks: the last K states of each predict the steps, from the history alone."""
+    blanks = prompts.new_full((len(prompts), policy.spec.setting.horizon - 1), policy.blank_id)
+    return torch.cat([prompts, blanks], dim=1)
+
+
 def at_quantile(
-    probabilities: Float[Tensor, "sequences tokens"], quantile: Float[Tensor, "sequences"]
-) -> Int[Tensor, "sequences"]:
-    """Column where the cumulative probability first exceeds ``quantile`` (the inverse distribution function)."""
+    probabilities: Float[Tensor, "sequences tokens"], quantile: Float[Tensor, "sequences draws"]
+) -> Int[Tensor, "sequences draws"]:
+    """Columns where the cumulative probability first exceeds ``quantile`` (the inverse distribution function)."""
     cumulative = probabilities.cumsum(-1)
     # Rounding leaves the last sum a little off 1: compare with its own total, so that a column of probability 0 at
     # the end is never drawn.
-    level = quantile.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True).squeeze(-1).clamp(max=cumulative.shape[-1] - 1)
+    level = quantile.to(cumulative.dtype) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, level, right=True).clamp(max=cumulative.shape[-1] - 1)
 
 
 def nucleus(p: Float[Tensor, "sequences tokens"], top_p: float) -> Float[Tensor, "sequences tokens"]:
@@ -121,15 +128,15 @@ class Sampler:
         answer_ids = prompts.new_full(shape, end)
         log_probs = torch.zeros(shape, device=prompts.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=prompts.device)
-        # In the hidden states' dtype once, not at every step; without the end where it may not be drawn.
-        head = [block.to(prefix.last.dtype) for block in policy.answer_head[: 2 if self.allow_eos else 1]]
+        head = self._head(prefix.last.dtype)
         batch = DecodeBatch(policy, prefix, prompts, self.num_generations, max_tokens)
         hidden = prefix.last[:0]
         while len(batch) or batch.waiting:
             hidden = torch.cat([hidden, batch.admit()])
             at = batch.number, batch.step
-            tokens, token_log_probs = self._next_tokens(hidden, head, quantiles[at])
-            answer_ids[at], log_probs[at], mask[at] = tokens, token_log_probs, True
+            drawn, drawn_log_probs = self._next_tokens(hidden, head, quantiles[at][:, None])
+            tokens = drawn[:, 0]
+            answer_ids[at], log_probs[at], mask[at] = tokens, drawn_log_probs[:, 0], True
             stays = (tokens != end) & (batch.step + 1 < max_tokens)
             ids = tokens[batch.keep(stays)] + policy.first_numeral_id
             hidden = batch.feed(ids) if len(batch) else hidden[:0]
@@ -139,24 +146,50 @@ class Sampler:
         values = torch.where(numeral, self._values[answer_ids.clamp(max=end - 1)], 0.0)
         return Completions(answer_ids, mask, log_probs, values, numeral.sum(1))
 
+    @torch.no_grad()
+    def draw(
+        self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], uniforms: Float[Tensor, "sequences K"]
+    ) -> Completions:
+        """``num_generations`` candidates of exactly K numerals behind each prompt (consecutive sequences), all from one
+        pass: each step is drawn from its distribution given the history alone, whatever the other steps drew.
+
+        ``uniforms``: as in ``generate``. For policies that learned to answer behind blanks (``sft.blank_share``).
+        """
+        assert self.decoding == "sample" and not self.allow_eos, "every step behind blanks draws a numeral"
+        g, horizon, head = self.num_generations, uniforms.shape[1], self._head(prefix.last.dtype)
+        answer_ids: list[Tensor] = []
+        log_probs: list[Tensor] = []
+        for cells, states in self._states_behind_blanks(prefix, prompts):
+            of_cells = uniforms[cells.start * g : cells.stop * g].view(-1, g, horizon).transpose(1, 2)
+            drawn = self._next_tokens(states.flatten(0, 1), head, of_cells.flatten(0, 1))
+            for parts, x in zip((answer_ids, log_probs), drawn, strict=True):
+                parts.append(x.view(-1, horizon, g).transpose(1, 2).flatten(0, 1))
+        ids = torch.cat(answer_ids)
+        mask, lengths = torch.ones_like(ids, dtype=torch.bool), ids.new_full((len(ids),), horizon)
+        return Completions(ids, mask, torch.cat(log_probs), self._values[ids], lengths)
+
+    def _head(self, dtype: torch.dtype) -> list[Float[Tensor, "_ d"]]:
+        """In the hidden states' dtype once, not at every step; without the end where it may not be drawn."""
+        return [block.to(dtype) for block in self.policy.answer_head[: 2 if self.allow_eos else 1]]
+
     def _next_tokens(
         self,
         hidden: Float[Tensor, "sequences d"],
         head: list[Float[Tensor, "_ d"]],
-        quantiles: Float[Tensor, "sequences"],
-    ) -> tuple[Int[Tensor, "sequences"], Float[Tensor, "sequences"]]:
-        """The next answer id of each sequence and its log-probability, some sequences at a time."""
+        quantiles: Float[Tensor, "sequences draws"],
+    ) -> tuple[Int[Tensor, "sequences draws"], Float[Tensor, "sequences draws"]]:
+        """Next answer ids of each sequence and their log-probabilities, some sequences at a time."""
         at_once = max(1, LOGIT_BYTES // (4 * len(self._order)))
         tokens, log_probs = [], []
         for states, quantile in zip(hidden.split(at_once), quantiles.split(at_once), strict=True):
             log_p = (head_logits(states, head) / self.temperature).log_softmax(-1)
             if self.decoding == "greedy":
-                token = log_p.argmax(-1)
+                token = log_p.argmax(-1, keepdim=True)
             else:
                 p = log_p.exp() if self.top_p == 1.0 else nucleus(log_p.exp(), self.top_p)
                 token = self._order[at_quantile(p[:, self._order], quantile)]
             tokens.append(token)
-            log_probs.append(log_p.gather(-1, token[:, None])[:, 0])
+            log_probs.append(log_p.gather(-1, token))
         return torch.cat(tokens), torch.cat(log_probs)
 
     def forecast(
@@ -178,15 +211,21 @@ class Sampler:
         The mean is what minimises squared error; a chain of steps cannot use it, since it need not be a numeral. For
         policies that learned to answer behind blanks (``sft.blank_share``).
         """
-        policy, cells = self.policy, len(prompts)
-        blanks = prompts.new_full((cells, horizon - 1), policy.blank_id)
-        ids = torch.cat([prompts, blanks], dim=1)
+        means = []
+        for _, states in self._states_behind_blanks(prefix, prompts):
+            logits = head_logits(states.flatten(0, 1), self.policy.answer_head[:1])
+            means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
+        return torch.cat(means)
+
+    def _states_behind_blanks(
+        self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"]
+    ) -> Iterator[tuple[slice, Float[Tensor, "some K d"]]]:
+        """Some cells at a time, and the states that predict their K steps."""
+        policy, cells, horizon = self.policy, len(prompts), self.policy.spec.setting.horizon
+        ids = one_pass_ids(policy, prompts)
         at_once = max(1, min(PREFILL_TOKENS // ids.shape[1], LOGIT_BYTES // (4 * horizon * len(policy.vocabulary))))
         per_window = cells // prefix.sequences
-        means = []
         for start, stop in slices(cells, at_once, per_window):
             windows = prefix.part(*parents_of(start, stop, per_window))
             hidden, _ = policy.branch(windows, ids[start:stop])
-            logits = head_logits(hidden[:, -horizon:].flatten(0, 1), policy.answer_head[:1])
-            means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
-        return torch.cat(means)
+            yield slice(start, stop), hidden[:, -horizon:]

@@ -2,13 +2,15 @@
 
 For every (window, cell): sample G candidates, reward each (Eq. 17), subtract the group's mean, raise the likelihood of
 the better ones inside the clip, stay near the frozen SFT model; ``num_iterations`` updates on the same candidates. The
-stage ends when validation NRMSE stops falling.
+stage ends when validation NRMSE stops falling. Candidates drawn in one pass (``candidates: direct``) share its states:
+``one_pass``.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.forecaster import validation_errors
 from stdist.vision_llm.rollout.rollouts import LocalRollouts, Rollouts, Weights, completions_of, max_tokens
 from stdist.vision_llm.rollout.sampler import Completions, Decoding
+from stdist.vision_llm.stages import one_pass
 from stdist.vision_llm.stages.batches import StepBatches
 from stdist.vision_llm.stages.loss import LOSSES, LossInputs
 from stdist.vision_llm.stages.reward import RewardTerms, group_advantages, reward_terms
@@ -38,6 +41,8 @@ NORMALIZER_FLOOR = 0.05
 # The step that candidates of evaluations are drawn for, the same ones every time.
 EVALUATION = 2**32 - 1
 EVALUATED = "the weights that are evaluated"
+LogProbs = Callable[[PolicyModel, Tensor, Completions, slice, float], Float[Tensor, "candidates tokens"]]
+"""Of the candidates ``slice``, from the states of their leaves, at a temperature."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Rollout:
     """This learner's candidates of a step, one tree of them, and what all updates on them share.
 
     ``old_log_probs``: of the weights that begin to learn from them, filled in by the first update. ``tokens``: written
-    by the candidates of all learners. ``sizes``: the tree's micro-batches.
+    by the candidates of all learners. ``sizes``: the tree's micro-batches. ``per_leaf``: candidates of each of its
+    leaves.
     """
 
     completions: Completions
@@ -56,6 +62,16 @@ class Rollout:
     tree: Tree
     sizes: list[int]
     statistics: dict[str, float]
+
+    @property
+    def per_leaf(self) -> int:
+        return candidates_per_leaf(self.tree, self.completions)
+
+    @property
+    def token_counts(self) -> dict[str, float]:
+        """That the tree computes, and that one sequence per candidate would in addition."""
+        tokens = self.tree.tokens
+        return {"tokens": tokens, "tokens_saved": self.per_leaf * self.tree.tokens_per_sample - tokens}
 
 
 class GRPOStage(Stage):
@@ -89,6 +105,7 @@ class GRPOStage(Stage):
         self.rollouts = rollouts or LocalRollouts(policy, config, seed)
         self._evaluator = LocalRollouts(policy, config, seed)
         self.micro_batches = MicroBatches(policy, config.activation_bytes)
+        self._scoring = SCORINGS[config.candidates]
         self.resumable_every = config.num_iterations
         self._rollout: Rollout | None = None
         self._requested: dict[int, PolicyBatch] = {}
@@ -108,9 +125,9 @@ class GRPOStage(Stage):
         sums: dict[str, float] = defaultdict(float)
         first = step % config.num_iterations == 0
 
-        def loss(rows: slice, states: Float[Tensor, "candidates tokens d"]) -> Float[Tensor, ""]:
-            completions = rollout.completions
-            trainer_log_probs = candidate_log_probs(policy, states, completions, rows, config.temperature)
+        def loss(leaves: slice, states: Float[Tensor, "leaves tokens d"]) -> Float[Tensor, ""]:
+            completions, rows = rollout.completions, candidates_of(leaves, rollout.per_leaf)
+            trainer_log_probs = self._scoring.log_probs(policy, states, completions, rows, config.temperature)
             if first:
                 rollout.old_log_probs[rows] = trainer_log_probs.detach()
             inputs = LossInputs(
@@ -122,7 +139,7 @@ class GRPOStage(Stage):
                 mask=completions.mask[rows],
                 tokens=rollout.tokens,
                 sequences=len(rollout.advantages) * learners,
-                max_tokens=max_tokens(policy),
+                max_tokens=max_tokens(policy, config.candidates),
             )
             part, details = LOSSES[config.loss_type](inputs, config)
             # The engine and the log take means over learners, but a learner's parts are some of a sum over all of them.
@@ -134,9 +151,8 @@ class GRPOStage(Stage):
         total = prefix_tree.backward(policy, tree, loss, backward, rollout.sizes)
         if first:
             rollout.statistics.update(mismatch(rollout.completions, rollout.old_log_probs))
-        tokens = {"tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
         seconds = {"seconds/update": time.perf_counter() - began}
-        return {**sums, "loss": total, **tokens, **rollout.statistics, **seconds}
+        return {**sums, "loss": total, **rollout.token_counts, **rollout.statistics, **seconds}
 
     def evaluate(self) -> dict[str, float]:
         """Validation errors of the run's own decoding, and the mean reward of sampled candidates."""
@@ -176,10 +192,12 @@ class GRPOStage(Stage):
                 f"grpo: a reward is {rewards[~torch.isfinite(rewards)][0]:g} on {self.describe_batch(step)}; "
                 "see that the values of its windows are finite (`stdist check`)"
             )
-        tree = candidate_tree(policy, batch, completions)
+        tree = self._scoring.tree(policy, batch, completions)
         sizes = self.micro_batches.sizes(tree)
         with as_reference(policy):
-            reference_log_probs = completion_log_probs(policy, tree, completions, config.temperature, sizes)
+            reference_log_probs = completion_log_probs(
+                policy, tree, completions, config.temperature, sizes, self._scoring.log_probs
+            )
         return Rollout(
             completions,
             reference_log_probs,
@@ -227,18 +245,20 @@ class GRPOStage(Stage):
             truth.repeat_interleave(g, 0),
             normalizer.repeat_interleave(g, 0),
             self.config.half_score,
+            kind=self.config.reward,
         )
 
     def _statistics(self, terms: RewardTerms, completions: Completions) -> dict[str, float]:
         rewards = terms.reward.view(-1, self.config.num_generations)
+        # A reward that is always about zero teaches nothing: watch this share.
+        low = {"reward_under_0.05": float((rewards < 0.05).float().mean())} if self.config.reward == "eq17" else {}
         return {
             "reward": float(rewards.mean()),
             **{f"reward/{name}": float(term.mean()) for name, term in terms._asdict().items()},
             "reward_std": float(rewards.std(1).mean()),
             # Such a group has no advantages: nothing is learnt from it.
             "equal_rewards": float((rewards.std(1) < 1e-6).float().mean()),
-            # A reward that is always about zero teaches nothing: watch this share.
-            "reward_under_0.05": float((rewards < 0.05).float().mean()),
+            **low,
             "right_length": float((completions.lengths == self.policy.spec.setting.horizon).float().mean()),
             "tokens_per_candidate": float(completions.mask.sum(1).float().mean()),
         }
@@ -274,14 +294,42 @@ def candidate_log_probs(
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs)
 
 
+class Scoring(NamedTuple):
+    """How candidates are read again: the tree that is computed for them, and their log-probabilities from the states of
+    its leaves. Each leaf has the same number of candidates, consecutive ones."""
+
+    tree: Callable[[PolicyModel, PolicyBatch, Completions], Tree]
+    log_probs: LogProbs
+
+
+SCORINGS = {
+    "chain": Scoring(candidate_tree, candidate_log_probs),
+    "direct": Scoring(one_pass.tree, one_pass.log_probs),
+}
+
+
+def candidates_per_leaf(tree: Tree, completions: Completions) -> int:
+    return len(completions.mask) // len(tree.levels[-1])
+
+
+def candidates_of(leaves: slice, per_leaf: int) -> slice:
+    return slice(leaves.start * per_leaf, leaves.stop * per_leaf)
+
+
 def completion_log_probs(
-    policy: PolicyModel, tree: Tree, completions: Completions, temperature: float, sizes: list[int]
+    policy: PolicyModel,
+    tree: Tree,
+    completions: Completions,
+    temperature: float,
+    sizes: list[int],
+    log_probs_of: LogProbs = candidate_log_probs,
 ) -> Float[Tensor, "candidates tokens"]:
     """Log-probability of every written token, without gradients."""
-    log_probs = torch.empty_like(completions.log_probs)
+    log_probs, per_leaf = torch.empty_like(completions.log_probs), candidates_per_leaf(tree, completions)
 
-    def visit(rows: slice, states: Tensor) -> Tensor:
-        log_probs[rows] = candidate_log_probs(policy, states, completions, rows, temperature)
+    def visit(leaves: slice, states: Tensor) -> Tensor:
+        rows = candidates_of(leaves, per_leaf)
+        log_probs[rows] = log_probs_of(policy, states, completions, rows, temperature)
         return log_probs
 
     prefix_tree.forward(policy, tree, visit, sizes)

@@ -1,7 +1,11 @@
-"""Rewards and advantages as pure functions (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19)."""
+"""Rewards and advantages as pure functions (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19).
+
+``squared_error`` is no reward of the paper: Eq. 17 saturates, so that it tells typical errors apart and large ones
+hardly, where RMSE is made of the large ones.
+"""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +25,7 @@ def nrmse(
 
 
 class RewardTerms(NamedTuple):
-    """The three terms of Eq. 17; their sum is the reward."""
+    """The three terms of Eq. 17, or of the reward in its place; their sum is the reward."""
 
     accuracy: Float[Tensor, "candidates"]
     length: Float[Tensor, "candidates"]
@@ -51,15 +55,19 @@ def reward_terms(
     normalizer: Float[Tensor, "candidates"],
     half_score: float,
     decoded: Bool[Tensor, "candidates"] | None = None,
+    kind: Literal["eq17", "squared_error"] = "eq17",
 ) -> RewardTerms:
-    """Accuracy in [0, 1], minus half the relative length error, minus 0.5 if undecodable.
+    """Accuracy, minus half the relative length error, minus 0.5 if undecodable.
+
+    ``eq17``: accuracy in [0, 1] of the common prefix. ``squared_error``: minus the mean squared error of all K values
+    over d², at most 0; what was not written counts as 0, or few values would be better than many.
 
     Args:
         predicted: decoded values in units; only the first ``lengths`` count.
         lengths: L_out, values written. May differ from K = L_gt: the error runs over the common prefix.
         truth: ground truth in units.
         normalizer: d of Eq. 19, in units.
-        half_score: x_h, the error that earns an accuracy of 0.5.
+        half_score: x_h, the error that earns an accuracy of 0.5 (``eq17``).
         decoded: False where something else than numerals was written (default: nowhere). Nothing decodable at all
             (length 0) is a decoding failure with an accuracy of 0.
     """
@@ -67,8 +75,12 @@ def reward_terms(
     if predicted.shape[1] < k:
         predicted = torch.nn.functional.pad(predicted, (0, k - predicted.shape[1]))
     common = lengths.clamp(max=k)
-    error = nrmse(predicted[:, :k], truth, common, normalizer)
-    accuracy = torch.exp(-math.log(2) / half_score * error) * (common > 0)
+    if kind == "squared_error":
+        written = predicted[:, :k].where(torch.arange(k, device=truth.device) < common[:, None], 0)
+        accuracy = -nrmse(written, truth, torch.full_like(common, k), normalizer).square()
+    else:
+        error = nrmse(predicted[:, :k], truth, common, normalizer)
+        accuracy = torch.exp(-math.log(2) / half_score * error) * (common > 0)
     failed = lengths == 0 if decoded is None else (lengths == 0) | ~decoded
     return RewardTerms(accuracy, -0.5 * (lengths - k).abs() / k, -0.5 * failed.float())
 
