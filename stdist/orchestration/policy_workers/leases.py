@@ -5,7 +5,7 @@ number that its unit was leased with last. So a worker that was given up and com
 """
 
 import heapq
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -76,7 +76,7 @@ class Scheduler:
         self._leases: dict[int, Lease] = {}
         self._named: Counter[str] = Counter()
         """Units that are not done, by the version they name."""
-        self._kept: dict[WorkKey, int] = {}
+        self._kept: OrderedDict[WorkKey, int] = OrderedDict()  # a dict's first key is slow to find behind lost ones
         self._kept_bytes = 0
 
     # --- versions and units -----------------------------------------------------------------------------------
@@ -193,12 +193,13 @@ class Scheduler:
         """The results of ``keys``, None while one is missing. Raises what ended the run."""
         if self.error is not None:
             raise self.error
-        results = [self._work[key].result for key in keys]
-        if not all(results):
+        # Asked after every answer, and the last units are answered last: looking there first ends soon.
+        if any(self._work[key].result is None for key in reversed(keys)):
             return None
+        results = [result for key in keys if (result := self._work[key].result)]
         for key in keys:
             self._keep(key)
-        return [result for result in results if result]
+        return results
 
     def close(self) -> None:
         """Voids all that was not learnt from."""
@@ -269,8 +270,6 @@ class Scheduler:
         if key not in self._kept:
             self._kept[key] = len(result.answer)
             self._kept_bytes += len(result.answer)
-        for oldest in list(self._kept):
-            if self._kept_bytes <= KEPT_BYTES or oldest == key:
-                break
+        while self._kept_bytes > KEPT_BYTES and (oldest := next(iter(self._kept))) != key:
             self._kept_bytes -= self._kept.pop(oldest)
             del self._work[oldest]
