@@ -48,8 +48,9 @@ Stages = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Costs:
-    """One learner's in one step. ``calls``: of the decoder, for the sequences of each depth, and ``prefixes``: those
-    that see frames; ``micro_batches``: sequences of each depth at once; ``phases``: as a ``StagePlan`` has them."""
+    """One learner's in one step. ``flops``: of training, ``sampling_flops``: of the candidates that it learns from;
+    ``calls``: of the decoder, for the sequences of each depth, and ``prefixes``: those that see frames;
+    ``micro_batches``: sequences of each depth at once; ``phases``: as a ``StagePlan`` has them."""
 
     tokens: int
     flops: float
@@ -57,6 +58,7 @@ class Costs:
     micro_batches: list[int]
     phases: dict[str, dict[str, float]]
     prefixes: int = 0
+    sampling_flops: float = 0
 
     def passes(self, weights: list[Weights]) -> tuple[dict[str, int], dict[str, float]]:
         """Passes of a step over all weights of a kind, forward or backward; and those that give it a gradient, if it
@@ -157,7 +159,7 @@ def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> t
 
 def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
     """Measures a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over its tree, once
-    for all updates on the same candidates."""
+    for all updates on the same candidates; a sampler step by step, which is as many operations."""
     grpo = config if isinstance(config, GRPOConfig) else None
     families = [cells, grpo.num_generations] if grpo else [cells]
     sequences = list(accumulate([windows, *families], mul))
@@ -169,9 +171,10 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
     }
     if grpo:
         phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations)
-    forwards = 1 + 2 / grpo.num_iterations if grpo else 1
-    passes = [forwards * f + b for f, b in zip(forward, backward, strict=True)]
-    return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases, calls[0])
+    one_forward = sum(map(mul, forward, sequences))
+    more_forwards = one_forward / grpo.num_iterations if grpo else 0
+    flops = one_forward + sum(map(mul, backward, sequences)) + more_forwards
+    return Costs(sum(map(mul, tokens, sequences)), flops, calls, at_once, phases, calls[0], more_forwards)
 
 
 def micro_batches(windows: int, families: list[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
