@@ -167,8 +167,9 @@ class _Simulation:
             seconds=self.now,
             trained_at=self._trained_at,
             groups_per_step=cluster.windows_per_step * cluster.groups_per_unit,
-            worker_idle=1 - spent["workers"] / (cluster.workers * self.now),
-            learner_idle=1 - spent["learners"] / self.now,
+            # Sums of many seconds may be more than the whole, in the last digits.
+            worker_idle=max(0.0, 1 - spent["workers"] / (cluster.workers * self.now)),
+            learner_idle=max(0.0, 1 - spent["learners"] / self.now),
             lost_seconds=spent["lost"],
             lost_work=spent["lost"] / spent["leases"] if spent["leases"] else 0.0,
             lost_leases=dict(self.scheduler.lost_leases),
