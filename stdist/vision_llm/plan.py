@@ -25,7 +25,7 @@ from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy
 NETWORK = memory_plan.INFINIBAND
 """Bytes a second that reach a worker."""
 HASHING = 1.2e9
-"""Bytes of a tensor a second, each hashed by one thread: SHA-256 as measured on a core of an AMD EPYC."""
+"""Bytes of a tensor a second, each hashed by one thread: SHA-256 as measured on a core of an Intel Xeon."""
 
 
 def plan_run(

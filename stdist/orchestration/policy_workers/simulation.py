@@ -8,7 +8,7 @@ are lost, evaluations and checkpoints.
 
 import heapq
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -138,7 +138,7 @@ class _Simulation:
         self._waiting: dict[_Wish, list[tuple[_Process, int]]] = {wish: [] for wish in _Wish}
         self._versions: list[str] = []
         self._trained_at: list[float] = []
-        self._seconds: Counter[str] = Counter()  # type: ignore[type-var]
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._loads = 0
         self._returned: Counter[WorkKey] = Counter()
         """Of units that were not learnt from yet."""
