@@ -84,7 +84,7 @@ class WorkersConfig(Strict):
 
     num_workers: int = Field(0, ge=0)
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    lease_timeout: float = Field(600.0, gt=0)
+    lease_timeout: float = Field(120.0, gt=0)
     timeout: float = Field(1800.0, gt=0)
 
 

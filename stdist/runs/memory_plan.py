@@ -16,8 +16,10 @@ INFINIBAND = 50e9
 """Bytes a second and direction of one GPU's own adapter between nodes: 400 Gb/s NDR, eight a node (NVIDIA DGX H100)."""
 PEAK_FLOPS = 989e12
 """Dense bfloat16 operations a second (NVIDIA H100 SXM data sheet, without sparsity)."""
-MFU = 0.4
-"""Share of the peak that is assumed. Published: torchtitan's 8B on eight H100 0.33–0.39; here it is not measured."""
+MFU = 0.22
+"""Share of the peak that is assumed; here it is not measured. LoRA trains on short batches, and Qwen's README reports
+17 % (256 tokens) to 27 % (512) of an A100 for a 7B; docs/scaling.md has the sum. Full training of long sequences has
+more: torchtitan's 8B on eight H100 0.33-0.39."""
 ADAMW_MOMENTS = 2
 MIXED_PRECISION_STATE = 12
 """K of ZeRO's Section 3.1: a float32 copy of the weight and AdamW's two moments. DeepSpeed's stages 1 and 2 hold a

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import inf
 
 import numpy as np
 from pydantic import ValidationError
@@ -18,7 +19,13 @@ from stdist.vision_llm.dataset import ASSUMED_GRID, stage_config, unfitted_spec
 from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
+from stdist.vision_llm.rollout.rollouts import Weights
 from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
+
+NETWORK = memory_plan.INFINIBAND
+"""Bytes a second that reach a worker."""
+HASHING = 1.2e9
+"""Bytes of a tensor a second, each hashed by one thread: SHA-256 as measured on a core of an Intel Xeon."""
 
 
 def plan_run(
@@ -41,11 +48,46 @@ def plan_run(
         f"seconds are on paper: {device_flops / 1e12:.0f} TFLOP/s at an assumed MFU of {memory_plan.MFU:.0%}, "
         f"{memory_plan.bandwidth(config.learners.num_workers) / 1e9:.0f} GB/s between learners, nothing overlapped",
     ]
+    notes += [line for plan in stages if _has_workers(config, plan.stage) for line in _notes_on_workers(config, plan)]
     if "grpo" in config.stages:
         notes.append(
             "sampling is counted by its operations; its steps of one token are bound by memory and take longer"
         )
     return RunPlan(stages, verdicts, notes)
+
+
+def workers_for(sampling_seconds: float, training_seconds: float, version_bytes: int) -> float:
+    """How many workers sample as fast as learners train, where both work at the same time. While a worker fetches and
+    hashes a version it samples nothing; learners hash it too, when they publish it.
+
+    Args:
+        sampling_seconds: of a step's candidates, on one worker.
+        training_seconds: of a step, on all learners.
+    """
+    left = training_seconds - version_bytes / NETWORK
+    return sampling_seconds / left if left > 0 else inf
+
+
+def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]:
+    learners, updates, rollouts = plan.ranks.world_size, config.grpo.num_iterations, config.rollouts
+    sampling_flops = updates * learners * costs_of(config, plan.stage).sampling_flops
+    sampling = memory_plan.compute_seconds(sampling_flops, plan.device_flops or memory_plan.PEAK_FLOPS)
+    training = updates * sum(plan.seconds.values())
+    tensors = [x.nbytes for x in Weights.of(shape_policy(*starting_point(config, plan.stage))).tensors.values()]
+    enough = workers_for(sampling, training, sum(tensors))
+    many = f"{enough:.3g} workers, {enough / learners:.3g} a learner, keep up"
+    taking_turns = "with rollouts.max_staleness 0 they take turns, from 1 on both work at once"
+    yield (
+        f"one worker samples a step's candidates in {sampling:.3g} s, learners train {training:.3g} s on them: "
+        + (many if enough < inf else "no number of workers keeps up")
+        + f" (configured: {rollouts.num_workers})"
+        + ("" if rollouts.max_staleness else f"; {taking_turns}")
+    )
+    yield (
+        f"a version of the weights is {sum(tensors) / 1e9:.3g} GB: {sum(tensors) / NETWORK:.2g} s to a worker at "
+        f"{NETWORK / 1e9:.0f} GB/s, {max(tensors) / HASHING:.2g} s of SHA-256 for its largest tensor at "
+        f"{HASHING / 1e9:.1f} GB/s, which learners take too when they publish it"
+    )
 
 
 def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
@@ -70,11 +112,16 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
         ranks,
         weights,
         phases,
-        costs.flops,
+        costs.flops + (0 if _has_workers(config, stage) else costs.sampling_flops),
         memory_plan.traffic(weights, ranks, *costs.passes(weights)),
         {"tokens_per_learner": costs.tokens, "micro_batches": costs.micro_batches},
         device_flops,
     )
+
+
+def _has_workers(config: VisionLLMConfig, stage: str) -> bool:
+    """Whether others sample what the stage learns from. Its learners' room for sampling stays: evaluations need it."""
+    return stage == "grpo" and config.rollouts.num_workers > 0
 
 
 def costs_of(config: VisionLLMConfig, stage: str) -> Costs:

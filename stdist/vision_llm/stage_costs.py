@@ -48,8 +48,9 @@ Stages = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Costs:
-    """One learner's in one step. ``calls``: of the decoder, for the sequences of each depth, and ``prefixes``: those
-    that see frames; ``micro_batches``: sequences of each depth at once; ``phases``: as a ``StagePlan`` has them."""
+    """One learner's in one step. ``flops``: of training, ``sampling_flops``: of the candidates that it learns from;
+    ``calls``: of the decoder, for the sequences of each depth, and ``prefixes``: those that see frames;
+    ``micro_batches``: sequences of each depth at once; ``phases``: as a ``StagePlan`` has them."""
 
     tokens: int
     flops: float
@@ -57,6 +58,7 @@ class Costs:
     micro_batches: list[int]
     phases: dict[str, dict[str, float]]
     prefixes: int = 0
+    sampling_flops: float = 0
 
     def passes(self, weights: list[Weights]) -> tuple[dict[str, int], dict[str, float]]:
         """Passes of a step over all weights of a kind, forward or backward; and those that give it a gradient, if it
@@ -114,7 +116,7 @@ def policy_weights(policy: PolicyModel, four_bit: bool) -> list[Weights]:
     kinds: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in policy.named_parameters():
         kinds.setdefault(_kind(policy, name, parameter), []).append(parameter)
-    whole = {id(p) for p in policy.read_in_place} | {id(p) for p in kinds.get(REFERENCE_ROWS, [])}
+    whole = {id(p) for p in policy.read_in_place}
     return [
         Weights(
             kind,
@@ -157,7 +159,8 @@ def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> t
 
 def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
     """Measures a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over its tree, once
-    for all updates on the same candidates; those of one pass are no leaves of their own."""
+    for all updates on the same candidates; a sampler step by step is as many operations. Candidates of one pass are no
+    leaves of their own."""
     grpo = config if isinstance(config, GRPOConfig) else None
     direct = grpo.num_generations if grpo and grpo.candidates == "direct" else 0
     families = [cells, grpo.num_generations] if grpo and not direct else [cells]
@@ -170,9 +173,10 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
     }
     if grpo:
         phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations, grpo.candidates)
-    forwards = 1 + 2 / grpo.num_iterations if grpo else 1
-    passes = [forwards * f + b for f, b in zip(forward, backward, strict=True)]
-    return Costs(sum(map(mul, tokens, sequences)), sum(map(mul, passes, sequences)), calls, at_once, phases, calls[0])
+    one_forward = sum(map(mul, forward, sequences))
+    more_forwards = one_forward / grpo.num_iterations if grpo else 0
+    flops = one_forward + sum(map(mul, backward, sequences)) + more_forwards
+    return Costs(sum(map(mul, tokens, sequences)), flops, calls, at_once, phases, calls[0], more_forwards)
 
 
 def micro_batches(windows: int, families: list[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -24,12 +24,13 @@ from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.kernels.attention import MATH, Choice
 from stdist.vision_llm.learning import begin_stage, parameter_groups
-from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point
+from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point, workers_for
 from stdist.vision_llm.policy.checkpoints import build_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_model
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
+from stdist.vision_llm.rollout.versions import pack
 from stdist.vision_llm.stage_costs import (
     LORA,
     REFERENCE_LORA,
@@ -253,6 +254,35 @@ def test_tokens_of_grpo_are_those_of_its_tree(config):
     assert direct.counts["tokens_per_learner"] == batch.shared.numel() + cells * (own + HORIZON - 1)
     assert direct.counts["micro_batches"] == [2, 10] and direct.flops < plan.flops
     assert sum(direct.phases["sampling"].values()) > 0
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_what_workers_sample_is_no_work_of_learners(config, updates):
+    """Operations of a step: a sampler and a reference go forward once for all updates, training forward and back."""
+    grpo = {"num_iterations": updates}
+    alone, run = (config(stages=["grpo"], grpo=grpo, rollouts=r) for r in ({}, {"num_workers": 3, "max_staleness": 1}))
+    sampling = costs_of(run, "grpo").sampling_flops
+    once = costs_of(config(stages=["grpo"]), "grpo").sampling_flops
+    assert sampling == once / updates > 0
+    assert plan_stage(alone, "grpo").flops - plan_stage(run, "grpo").flops == pytest.approx(sampling)
+    assert plan_stage(run, "grpo").flops > 2 * once + sampling
+
+
+def test_the_plan_says_how_many_workers_keep_up_and_what_a_version_costs(config):
+    """Thirty seconds of sampling, ten and a half of training of which a version's 25 GB take half a one: three."""
+    assert workers_for(30, 10.5, 25 * 10**9) == pytest.approx(3)
+    assert workers_for(1, 0.4, 25 * 10**9) == float("inf")
+    sections: dict[str, Any] = {"stages": ["grpo"], "grpo": {"windows_per_step": 4}}
+    run = config(**sections, rollouts={"num_workers": 3}, learners={"num_workers": 2, "engine": "deepspeed"})
+    plan, version = plan_run(run, None, device_flops=1e9), pack(policy_at(run, "grpo"), 0)
+    a_learner = costs_of(run, "grpo").sampling_flops / plan.stages[0].flops
+    many, weights = (line for line in plan.notes if "keep up" in line or "a version of" in line)
+    assert f": {2 * a_learner:.3g} workers, {a_learner:.3g} a learner, keep up (configured: 3); " in many
+    assert many.endswith("with rollouts.max_staleness 0 they take turns, from 1 on both work at once")
+    assert f"a version of the weights is {version.nbytes / 1e9:.3g} GB" in weights
+    ahead = config(**sections, rollouts={"num_workers": 3, "max_staleness": 1})
+    assert any(line.endswith("no number of workers keeps up (configured: 3)") for line in plan_run(ahead, None).notes)
+    assert not [line for line in plan_run(config(**sections), None).notes if "version" in line or "keep" in line]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 2), (2, 100, 7), (9, 9, 100)])

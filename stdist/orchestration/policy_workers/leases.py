@@ -5,7 +5,7 @@ number that its unit was leased with last. So a worker that was given up and com
 """
 
 import heapq
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -70,13 +70,15 @@ class Scheduler:
         """Versions of the history that is being trained, with their steps."""
         self._published = {""}
         """Versions that can be fetched."""
-        self._queue: list[tuple[int, WorkKey]] = []
-        self._unpublished: dict[str, list[WorkKey]] = {}
+        self._queues: dict[str, list[tuple[int, WorkKey]]] = {}
+        """Heaps of the units that wait, by the version they name; some are not waiting any more."""
+        self._loading: dict[str, str] = {}
+        """Workers that were sent to fetch a version, and have not asked again since."""
         self._fences, self._orders, self._names = count(1), count(), count(1)
         self._leases: dict[int, Lease] = {}
         self._named: Counter[str] = Counter()
         """Units that are not done, by the version they name."""
-        self._kept: dict[WorkKey, int] = {}
+        self._kept: OrderedDict[WorkKey, int] = OrderedDict()  # a dict's first key is slow to find behind lost ones
         self._kept_bytes = 0
 
     # --- versions and units -----------------------------------------------------------------------------------
@@ -91,9 +93,6 @@ class Scheduler:
         """Units that name the version may be leased from now on."""
         self._steps[version] = step
         self._published.add(version)
-        for key in self._unpublished.pop(version, []):
-            if key in self._work:
-                self._enqueue(self._work[key])
 
     def withdraw(self, version: str) -> None:
         """The version can no longer be fetched."""
@@ -126,14 +125,24 @@ class Scheduler:
     # --- leases -----------------------------------------------------------------------------------------------
 
     def order_for(self, name: str, now: float) -> Lease | Load | None:
-        """What a worker that is idle should do: the oldest unit, or first fetch the weights which that needs."""
-        work = self._oldest()
-        if work is None:
+        """What a worker that is idle should do: the oldest unit, or first fetch the weights which that needs. Where
+        others already fetch them, one for each unit that needs them, it goes on with the weights it has."""
+        worker = self.workers[name]
+        self._loading.pop(name, None)
+        held = worker.version if worker.state is State.READY else None
+        waiting = [work for version in list(self._queues) if (work := self._oldest(version))]
+        if not waiting:
             return None
-        worker, version = self.workers[name], work.unit.version
-        if worker.state is not State.READY or worker.version != version:
-            return Load(version)
-        heapq.heappop(self._queue)
+        work = min(waiting, key=lambda work: work.order)
+        version = work.unit.version
+        if version != held:
+            own = next((other for other in waiting if other.unit.version == held), None)
+            fetching = sum(other == version for other in self._loading.values())
+            if own is None or fetching < len(self._queues[version]):
+                self._loading[name] = version
+                return Load(version)
+            work = own
+        heapq.heappop(self._queues[work.unit.version])
         lease = Lease(work.unit, name, next(self._fences), now + self.lease_seconds)
         work.lease = self._leases[lease.fence] = lease
         self._note("leased", work.unit.key, worker=name, fence=lease.fence)
@@ -181,6 +190,7 @@ class Scheduler:
     def lose(self, name: str, reason: str, message: str) -> None:
         """The worker is gone; what it had leased goes to somebody else. ``reason``: one word for the statistics."""
         worker = self.workers.pop(name)
+        self._loading.pop(name, None)
         worker.lost()
         for lease in [lease for lease in self._leases.values() if lease.worker == name]:
             if (work := self._holder(lease)) is not None:
@@ -193,12 +203,13 @@ class Scheduler:
         """The results of ``keys``, None while one is missing. Raises what ended the run."""
         if self.error is not None:
             raise self.error
-        results = [self._work[key].result for key in keys]
-        if not all(results):
+        # Asked after every answer, and the last units are answered last: looking there first ends soon.
+        if any(self._work[key].result is None for key in reversed(keys)):
             return None
+        results = [result for key in keys if (result := self._work[key].result)]
         for key in keys:
             self._keep(key)
-        return [result for result in results if result]
+        return results
 
     def close(self) -> None:
         """Voids all that was not learnt from."""
@@ -213,19 +224,22 @@ class Scheduler:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _oldest(self) -> _Work | None:
-        while self._queue:
-            order, key = self._queue[0]
+    def _oldest(self, version: str) -> _Work | None:
+        """The oldest unit that waits for a worker with these weights; None while nobody can fetch them."""
+        if version not in self._published:
+            return None
+        queue = self._queues[version]
+        while queue:
+            order, key = queue[0]
             work = self._work.get(key)
             if work is not None and work.order == order and work.lease is None and work.result is None:
-                if work.unit.version in self._published:
-                    return work
-                self._unpublished.setdefault(work.unit.version, []).append(key)
-            heapq.heappop(self._queue)  # replaced or answered, or its weights are not there yet
+                return work
+            heapq.heappop(queue)  # replaced or answered
+        del self._queues[version]
         return None
 
     def _enqueue(self, work: _Work) -> None:
-        heapq.heappush(self._queue, (work.order, work.unit.key))
+        heapq.heappush(self._queues.setdefault(work.unit.version, []), (work.order, work.unit.key))
 
     def _holder(self, lease: Lease) -> _Work | None:
         """The unit that is under this lease, if it still is."""
@@ -269,8 +283,6 @@ class Scheduler:
         if key not in self._kept:
             self._kept[key] = len(result.answer)
             self._kept_bytes += len(result.answer)
-        for oldest in list(self._kept):
-            if self._kept_bytes <= KEPT_BYTES or oldest == key:
-                break
+        while self._kept_bytes > KEPT_BYTES and (oldest := next(iter(self._kept))) != key:
             self._kept_bytes -= self._kept.pop(oldest)
             del self._work[oldest]

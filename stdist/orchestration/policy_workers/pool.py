@@ -57,7 +57,9 @@ class Pool:
         self._program = ray.put(make_program)
         self._versions: dict[str, Published] = {}
         self._newest = ""
-        self._changed = asyncio.Condition()
+        self._actors: dict[str, Any] = {}
+        # Two, so that an answer does not wake hundreds of workers that have nothing to do.
+        self._work_came, self._answer_came = Signal(), Signal()
         self._failed_starts = 0
         self.bytes_sent = 0
         self.load_seconds: list[float] = []
@@ -68,6 +70,11 @@ class Pool:
             for _ in range(self.settings.num_workers):
                 tasks.create_task(self._keep_one())
 
+    def kill_workers(self) -> None:
+        """Ends their processes at once; whatever they do is nobody's any more."""
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+
     # --- what the pool's user calls ---------------------------------------------------------------------------
 
     async def publish(self, published: Published) -> None:
@@ -75,23 +82,21 @@ class Pool:
         self._versions[version.name], self._newest = published, version.name
         self.scheduler.publish(version.name, version.step)
         self._drop_versions()
-        await self._notify()
+        self._work_came.notify()
 
     async def resume(self, step: int) -> dict[str, int]:
         self._versions.clear()
-        history = self.scheduler.resume(step)
-        await self._notify()
-        return history
+        return self.scheduler.resume(step)
 
     async def submit(self, units: Sequence[Unit], oldest_step: int) -> None:
         self.scheduler.submit(units, oldest_step)
-        await self._notify()
+        self._work_came.notify()
 
     async def collect(self, keys: Sequence[WorkKey]) -> list[Result] | None:
         """None where they are not all there after POLL_SECONDS. Raises what ended the run."""
         deadline = time.monotonic() + POLL_SECONDS
         while (results := self.scheduler.collect(keys)) is None:
-            if not await self._wait(deadline - time.monotonic()):
+            if not await self._answer_came.wait(deadline - time.monotonic()):
                 return None
         return results
 
@@ -119,17 +124,19 @@ class Pool:
                 num_gpus=self._resources.get("GPU", 0),
                 resources={k: v for k, v in self._resources.items() if k not in ("CPU", "GPU")},
             ).remote()
+            self._actors[name] = actor
             try:
                 reason, message = await self._serve(name, actor)
             except RayError as error:
                 reason = "out of memory" if isinstance(error, OutOfMemoryError) else "died"
                 message = in_one_line(error)
             finally:
-                ray.kill(actor, no_restart=True)
+                ray.kill(self._actors.pop(name), no_restart=True)
             where = self.scheduler.workers[name].where or "a host that did not take it"
             self._log(f"lost {name} on {where}: {message}")
             self.scheduler.lose(name, reason, f"on {where}: {message}")
-            await self._notify()
+            self._work_came.notify()
+            self._answer_came.notify()
 
     async def _serve(self, name: str, actor: Any) -> tuple[str, str]:
         """Gives one worker work until it has to be replaced. Returns the reason in a word, and in words."""
@@ -143,7 +150,7 @@ class Pool:
         while True:
             order = self.scheduler.order_for(name, time.monotonic())
             if order is None:
-                await self._wait(POLL_SECONDS)
+                await self._work_came.wait(POLL_SECONDS)
             elif isinstance(order, Load):
                 worker.outdated()
                 if order.version == "":
@@ -189,16 +196,18 @@ class Pool:
             worker.outdated()  # it gets nothing more before its weights were verified again
             if self.scheduler.expire(lease):
                 self._log(f"{worker.name} on {worker.where} is late with {lease.unit.key}; somebody else does it")
-            await self._notify()
+            self._work_came.notify()
+            self._answer_came.notify()
         result = answer.result()
         if isinstance(result, Failed) and result.memory:
             return "out of memory", result.reason
         if isinstance(result, Failed):
             self.scheduler.fail(lease, result.reason)
+            self._work_came.notify()
         else:
             self.scheduler.complete(lease, *result)
         self._drop_versions()
-        await self._notify()
+        self._answer_came.notify()
         return None
 
     def _failed_start(self, failed: Failed, reason: str) -> tuple[str, str]:
@@ -215,18 +224,27 @@ class Pool:
             del self._versions[name]
             self.scheduler.withdraw(name)
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
 
-    async def _wait(self, seconds: float) -> bool:
-        """Until something changes. Returns False where nothing did."""
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait(), max(0.0, seconds))
-            except TimeoutError:
-                return False
-        return True
+class Signal:
+    """Wakes whoever waits, in one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self, seconds: float) -> bool:
+        """Returns False where it was not notified for so long."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            done, _ = await asyncio.wait([future], timeout=max(0.0, seconds))
+        finally:
+            self._waiting.remove(future)
+        return bool(done)
 
 
 def _future(reference: Any) -> "asyncio.Future[Any]":

@@ -102,6 +102,7 @@ def _serving(pool: Pool) -> Iterator[_ServedPool]:
         yield _ServedPool(pool, loop, serving)
     finally:
         serving.cancel()
+        pool.kill_workers()
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=10)
 

@@ -163,8 +163,8 @@ class PolicyModel(nn.Module):
 
     @property
     def read_in_place(self) -> list[nn.Parameter]:
-        """Parameters that are not read in their own modules' forward: the numerals', the reference's too, and the base's
-        head."""
+        """Parameters that are not read in their own modules' forward: the numerals', those of the reference too, and
+        the base's head."""
         reference = self.reference_rows.parameters() if self.reference_rows else ()
         return [*self.rows.parameters(), *reference, self.base_model.lm_head.weight]
 

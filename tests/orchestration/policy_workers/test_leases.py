@@ -114,6 +114,28 @@ def test_no_worker_gets_work_for_weights_that_it_has_not_verified() -> None:
     assert not scheduler.needs("a")
 
 
+def test_one_old_unit_does_not_send_all_workers_back_to_old_weights() -> None:
+    """Its worker died when the others had the next weights: one of them goes back, unless it dies too."""
+    scheduler = Scheduler(10.0)
+    scheduler.publish("old", 0)
+    scheduler.submit([unit(0, version="old")])
+    gone = ready(scheduler, "old")
+    lease(scheduler, gone)
+    scheduler.publish("new", 1)
+    scheduler.submit([unit(1, window, "new") for window in range(3)])
+    back, other, third = (ready(scheduler, "new") for _ in range(3))
+    scheduler.lose(gone, "died", "")
+    assert scheduler.order_for(back, 0.0) == Load("old")
+    assert lease(scheduler, other).unit.key == (1, 0, (1, 2))
+    scheduler.workers[back].outdated()
+    scheduler.lose(back, "died", "")
+    assert scheduler.order_for(third, 0.0) == Load("old")
+    scheduler.workers[third].outdated()
+    scheduler.workers[third].verified("old")
+    assert lease(scheduler, third).unit.version == "old" and lease(scheduler, other).unit.key.window == 1
+    assert scheduler.order_for(third, 0.0) == Load("new")
+
+
 def test_work_waits_while_its_weights_cannot_be_fetched() -> None:
     scheduler = Scheduler(10.0)
     scheduler.publish("a", 0)
