@@ -103,7 +103,8 @@ def _coordinator(config: RunConfig, workers: WorkersConfig, resources: dict[str,
     """The pool's own actor, beside this driver: its workers begin when a learner first asks for them."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     program = partial(_worker_program, config.model_dump(mode="json"))
-    return Coordinator.options(scheduling_strategy=here).remote(program, workers, resources, config.run_dir / LEDGER)
+    actor = Coordinator.options(scheduling_strategy=here)  # type: ignore[attr-defined]
+    return actor.remote(program, workers, resources, config.run_dir / LEDGER)
 
 
 def _worker_program(tree: dict[str, Any]) -> WorkerProgram:

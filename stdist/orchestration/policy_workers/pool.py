@@ -119,7 +119,7 @@ class Pool:
     async def _keep_one(self) -> None:
         while self.scheduler.error is None:
             name = self.scheduler.join(time.monotonic())
-            actor = WorkerActor.options(
+            actor = WorkerActor.options(  # type: ignore[attr-defined]
                 num_cpus=self._resources.get("CPU", 0),
                 num_gpus=self._resources.get("GPU", 0),
                 resources={k: v for k, v in self._resources.items() if k not in ("CPU", "GPU")},

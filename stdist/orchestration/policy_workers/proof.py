@@ -86,11 +86,11 @@ def prove(path: Path, steps: Collection[int] | None = None) -> Proof:
                 proof.problems.append(f"{where} was issued twice")
             units[key] = _Unit(tuple(line["cells"]))
             continue
-        unit = units.get((line["step"], line["window"], line["first"]), None)
-        if unit is None:
+        known = units.get((line["step"], line["window"], line["first"]))
+        if known is None:
             proof.problems.append(f"{where} was {event} and never issued")
-            continue
-        _count(proof, unit, event, line, where)
+        else:
+            _count(proof, known, event, line, where)
     return _judge(proof, units, steps)
 
 
