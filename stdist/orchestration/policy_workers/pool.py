@@ -71,8 +71,8 @@ class Pool:
                 tasks.create_task(self._keep_one())
 
     def kill_workers(self) -> None:
-        """Ends their processes at once; whatever they do is nobody's any more."""
-        for actor in self._actors.values():
+        """Ends their processes at once, from any thread; whatever they do is nobody's any more."""
+        for actor in list(self._actors.values()):
             ray.kill(actor, no_restart=True)
 
     # --- what the pool's user calls ---------------------------------------------------------------------------
