@@ -77,6 +77,11 @@ def pids_of(name: str) -> list[int]:
     return [p.pid for p in processes if p.info["cmdline"][0].startswith(name)]
 
 
+def steps_of(runs, name: str) -> list[dict[str, float]]:
+    """What the log says of GRPO's steps."""
+    return [line for line in runs.log(name) if line["stage"] == "grpo" and "event" not in line]
+
+
 def require_whole(runs, name: str) -> None:
     proof = prove_run(runs / name)
     assert proof.problems == [] and (proof.steps, proof.trained) == (STEPS, STEPS * GROUPS)
@@ -92,7 +97,7 @@ def require_same_weights(runs, name: str, undisturbed: str) -> None:
 def test_a_run_on_workers_ends_in_a_report_and_a_whole_ledger(runs, undisturbed: str) -> None:
     require_whole(runs, undisturbed)
     assert (runs / undisturbed / "report" / "index.html").exists()
-    steps = [line for line in runs.log(undisturbed) if line["stage"] == "grpo" and "event" not in line]
+    steps = steps_of(runs, undisturbed)
     assert [line["staleness/worst"] for line in steps] == [0.0] * STEPS
     assert all(abs(line["mismatch_kl"]) < 1e-4 and line["workers/ready"] == 1 for line in steps)
 
@@ -174,7 +179,7 @@ def test_workers_that_run_ahead(runs, undisturbed: str) -> None:
     """One step: each batch but the first is one update old, and the log says so."""
     train(runs, "pool-ahead", "rollouts.max_staleness=1")
     require_whole(runs, "pool-ahead")
-    steps = [line for line in runs.log("pool-ahead") if line["stage"] == "grpo" and "event" not in line]
+    steps = steps_of(runs, "pool-ahead")
     assert [line["staleness/worst"] for line in steps] == [0.0] + [1.0] * (STEPS - 1)
     assert steps[-1]["effective_samples"] < 1
 
