@@ -9,7 +9,6 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -74,7 +73,7 @@ class SweepProgram(WorkerProgram):
 class _ServedPool:
     """A pool whose event loop runs in a thread of its own, called from another."""
 
-    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop, serving: "Future[None]"):
+    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop, serving: "asyncio.Task[None]"):
         self._pool, self._loop, self._serving = pool, loop, serving
 
     def submit(self, units: list[Unit]) -> None:
@@ -97,14 +96,23 @@ def _serving(pool: Pool) -> Iterator[_ServedPool]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    serving = asyncio.run_coroutine_threadsafe(pool.run(), loop)
+    serving = asyncio.run_coroutine_threadsafe(_begin(pool), loop).result()
     try:
         yield _ServedPool(pool, loop, serving)
     finally:
-        serving.cancel()
         pool.kill_workers()
+        asyncio.run_coroutine_threadsafe(_end(serving), loop).result()
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=10)
+        thread.join()
+
+
+async def _begin(pool: Pool) -> "asyncio.Task[None]":
+    return asyncio.create_task(pool.run())
+
+
+async def _end(serving: "asyncio.Task[None]") -> None:
+    serving.cancel()
+    await asyncio.wait([serving])
 
 
 def _predict(
