@@ -29,7 +29,7 @@ import yaml
 from _harness import figure, parser, publish
 
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
-os.environ["RAY_worker_niceness"] = "0"  # no side is nicer than the other
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  no side is nicer than the other
 
 try:
     import ray
