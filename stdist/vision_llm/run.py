@@ -29,6 +29,11 @@ from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
 
+NOTHING_GAINED = (
+    "GRPO did not lower the validation error, so the fine-tuned policy is kept: what a reward sees of a single draw is "
+    "mostly variance, which a forecast does not have (docs/decisions.md, GRPO)"
+)
+
 
 class VisionLLMRun(Run):
     """One policy that every stage trains further. Raises InputError for values that no numeral can write."""
@@ -53,7 +58,7 @@ class VisionLLMRun(Run):
 
     def fit(self, stage: str, trainer: Trainer) -> dict[str, Any]:
         policy, settings = self.policy, stage_config(self.config, stage)
-        return trainer.fit(
+        summary = trainer.fit(
             self._stage(stage, trainer.group),
             PolicyFiles(policy),
             partial(make_engine, self.config, settings, policy, trainer.group),
@@ -70,6 +75,9 @@ class VisionLLMRun(Run):
                 "learners": f"{trainer.group.size}, {engines.engine_name(self.config.learners)}",
             },
         )
+        if stage == "grpo" and summary["checkpoint"] == "step-0":
+            self.notes.append(NOTHING_GAINED)
+        return summary
 
     def predictor(self) -> Predictor:
         return PolicyPredictor(self.policy, self.config)

@@ -16,11 +16,14 @@ from stdist.evaluation import evaluate
 from stdist.runs import recipes
 from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import parse_config, train
+from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm import Policy
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.policy.checkpoints import load_policy
 from stdist.vision_llm.predictor import PolicyPredictor
+from stdist.vision_llm.recipe import VisionLLMRecipe
+from stdist.vision_llm.run import NOTHING_GAINED
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
 
@@ -105,6 +108,22 @@ def test_run_folder(run: Path, result: dict[str, Any]) -> None:
     assert metrics["model"]["pooled"] == result["test"]
     assert set(metrics["stages"]) == set(STAGES) and "persistence" in str(metrics["baselines"])
     assert metrics["contract"]["region"] == [1, 4, 1, 3] and metrics["contract"]["K"] == 3
+    assert metrics["tables"][0]["title"] == "GRPO's rollouts, 4 logged steps"
+
+
+@pytest.mark.parametrize("kept", ["step-0", "step-2"])
+def test_the_report_says_so_where_grpo_gained_nothing(store: GridStore, tmp_path: Path, kept: str) -> None:
+    class Trained:
+        group = ProcessGroup()
+
+        def fit(self, *_: object, **__: object) -> dict[str, str]:
+            return {"checkpoint": kept}
+
+    opened = VisionLLMRecipe().open(config_of(store, tmp_path), ProcessGroup())
+    opened.fit("sft", Trained())  # type: ignore[arg-type]
+    assert opened.notes == []
+    opened.fit("grpo", Trained())  # type: ignore[arg-type]
+    assert opened.notes == ([NOTHING_GAINED] if kept == "step-0" else [])
 
 
 def test_every_step_is_logged_once_and_evaluations_stand_at_both_ends(run: Path, result: dict[str, Any]) -> None:
