@@ -89,7 +89,7 @@ def test_unknown_keys_of_the_file_are_refused_like_overrides(tmp_path):
         ("policy.gradient_checkpointing=layers", "policy.gradient_checkpointing", "boolean"),
         ("sft.learning_rate=-1", "sft.learning_rate", "greater than 0"),
         ("sft.trainable=everything", "sft.trainable", "'rows', 'lora' or 'full'"),
-        ("grpo.num_generations=1", "grpo.num_generations", "greater than or equal to 2"),
+        ("grpo.num_generations=1", "grpo.num_generations", "a group of 1 has no baseline"),
         ("grpo.num_iterations=3", "grpo", "save_steps is 200, no multiple of num_iterations 3"),
         ("grpo.trainable=full", "grpo.trainable", "'lora'"),
         ("forecast.decoding=beam", "forecast.decoding", "'median'"),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from stdist.config import RunConfig, dump_config
+from stdist.config import RunConfig, dump_config, validated
 from stdist.errors import InputError
 from stdist.files import write_atomically
 
@@ -41,30 +41,40 @@ def begin_run_folder(config: RunConfig, store_digest: str) -> None:
 def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
     """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
 
-    On how many learners it is trained, and how, may change, since the batches do not; and so may the way to it."""
+    On how many learners it is trained and who samples for them may change, since the batches do not; and so may the way
+    to it. An option that the folder's configuration did not have yet has its default."""
     run_dir = config.run_dir
     if (path := run_dir / CONFIG).exists():
-        there, here = yaml.safe_load(path.read_text()), yaml.safe_load(dump_config(config))
+        old, new = _with_defaults(yaml.safe_load(path.read_text()), config), yaml.safe_load(dump_config(config))
         for key in ("learners", "nodes", "output_dir"):
-            if key in here:
-                here[key] = there.get(key)
-        difference = _first_difference(there, here)
+            if key in new:
+                new[key] = old.get(key)
+        if "rollouts" in new and old.get("rollouts"):
+            new["rollouts"] = old["rollouts"] | {"max_staleness": new["rollouts"]["max_staleness"]}
+        difference = _first_difference(old, new)
         if difference:
             raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
-    known = run_dir / STORE_DIGEST
-    if known.exists() and known.read_text() != store_digest:
-        then, now = known.read_text()[:12], store_digest[:12]
+    noted = run_dir / STORE_DIGEST
+    if noted.exists() and noted.read_text() != store_digest:
+        then, now = noted.read_text()[:12], store_digest[:12]
         raise InputError(
             f"{run_dir} was trained on other data: {config.data.store} had digest {then}… then, {now}… now; "
             "choose another name= or delete it"
         )
 
 
+def _with_defaults(old: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(dump_config(validated(old, type(config), where=CONFIG)))
+    except InputError:  # of another recipe, or with options that are gone
+        return old
+
+
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in new:  # an option that only the old has is one that this version has not
-            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-            if found:
-                return found
+            difference = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+            if difference:
+                return difference
         return None
     return None if old == new else f"{key} is {old!r} there, {new!r} here"

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import xarray
+import yaml
 
 from data_prep import READERS
 from stdist.data import GridStore
@@ -18,7 +19,7 @@ from stdist.runs.forecasting import ForecastRequest
 from stdist.runs.recipes import parse_config, train
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm import Policy
-from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.config import RolloutsConfig, VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.policy.checkpoints import load_policy
 from stdist.vision_llm.predictor import PolicyPredictor
@@ -180,6 +181,24 @@ def test_another_config_is_refused_by_the_key_that_differs(run: Path, config: Vi
     with pytest.raises(InputError, match=r"sft\.learning_rate is 0\.001 there, 0\.5 here"):
         train(config.model_copy(update={"sft": sft}), quiet)
     assert (run / "config.yaml").read_text() == before
+
+
+def test_a_folder_from_before_an_option_goes_on_with_its_default(
+    run: Path, config: VisionLLMConfig, result: dict[str, Any]
+) -> None:
+    """Who samples may change, how far ahead may not; another default than the run's is another training."""
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    del tree["rollouts"], tree["grpo"]["candidates"]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    changed = {"rollouts": RolloutsConfig(num_workers=2)}
+    assert VisionLLMRecipe().check(config.model_copy(update=changed), ProcessGroup())
+    ahead = {"rollouts": RolloutsConfig(max_staleness=1)}
+    with pytest.raises(InputError, match=r"rollouts\.max_staleness is 0 there, 1 here"):
+        VisionLLMRecipe().check(config.model_copy(update=ahead), ProcessGroup())
+    direct = {"grpo": config.grpo.model_copy(update={"candidates": "direct"})}
+    with pytest.raises(InputError, match=r"grpo\.candidates is 'chain' there, 'direct' here"):
+        VisionLLMRecipe().check(config.model_copy(update=direct), ProcessGroup())
+    assert train(config, quiet) == result
 
 
 def test_other_data_at_the_same_path_is_refused(run: Path, config: VisionLLMConfig) -> None:
