@@ -161,7 +161,8 @@ def submit_forecast(
     root = _root(working_dir)
     read_run_config(request.run_dir)
     run, store, out = (Path(os.path.abspath(path)) for path in (request.run_dir, request.store, request.out))
-    excludes = [*DATA, *(f"/{path.relative_to(root)}" for path in (run, store, out) if root in path.parents)]
+    # Beside a run lie others: what is uploaded is code.
+    excludes = [*DATA, *(f"/{p.relative_to(root)}" for p in (run.parent, run, store, out) if root in p.parents)]
     _require_small(root, excludes)
     command = ["stdist", "forecast", str(run), str(store), "--out", str(out), "--split", request.split, "--ray", "auto"]
     command += ["--region", request.region] if request.region else []

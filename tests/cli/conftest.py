@@ -83,7 +83,8 @@ def refused(stdist, tmp_path) -> Callable[..., str]:
 
 
 def files_below(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def write_config(folder: Path, store: Path) -> Path:

@@ -80,7 +80,8 @@ class Runs:
     def log(self, name: str) -> list[dict[str, Any]]:
         """Losses, scalars and evaluations, without wall-clock times and which process trained from where."""
         entries = [json.loads(line) for line in (self / name / "log.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in e.items() if k != "time"} for e in entries if e.get("event") != "start"]
+        steps = [entry for entry in entries if entry.get("event") != "start"]
+        return [{k: v for k, v in e.items() if k != "time" and not k.startswith("seconds/")} for e in steps]
 
     def losses(self, name: str) -> dict[str, list[tuple[int, float, float]]]:
         """Of every stage: step, loss and gradient norm."""
