@@ -37,7 +37,7 @@ from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import LORA_TARGETS
 from stdist.vision_llm.policy.checkpoints import full_tokenizer
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.stages import reward
+from stdist.vision_llm.stages.reward import reward
 
 TRL_VERSION = trl.__version__
 # peft and Trainer ask transformers by names that its next version drops.
