@@ -188,10 +188,10 @@ def test_a_learner_that_dies_in_an_update_loses_no_finished_answer(
 
         with pytest.raises(KeyboardInterrupt):
             ToyTraining(tmp_path, pool.remote, staleness=staleness).run(die)
-        workers = pool.states().keys()
+        workers = set(pool.states())
         assert ToyTraining(tmp_path, pool.remote, staleness=staleness).run() == undisturbed(staleness=staleness)
         require_whole(pool)
-        assert pool.states().keys() == workers
+        assert workers and workers <= set(pool.states())
         lines = pool.ledger.read_text()
         assert lines.count('"returned"') == 12 * 4, "nothing was made twice"
         assert lines.count('"trained"') == 12 * 4 + 2 * 4, "two steps were learnt again"
