@@ -54,6 +54,7 @@ def local_ray() -> Iterator[None]:
         # Ray's own workers are nice to others, and starve where other tests run beside them.
         environment.setenv("RAY_worker_niceness", "0")
         ray.init(
+            "local",  # whatever cluster a test left a note of on this machine
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
