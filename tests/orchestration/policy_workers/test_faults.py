@@ -283,7 +283,7 @@ def test_a_hundred_kills_at_random(
     make_pool: MakePool, undisturbed: Callable[..., list[int]], tmp_path: Path, staleness: int
 ) -> None:
     chance, pool, kills = random.Random(staleness), make_pool(workers=3), 0
-    training = Running(ToyTraining(tmp_path, pool.remote, steps=400, staleness=staleness))
+    training = Running(ToyTraining(tmp_path, pool.remote, steps=1200, staleness=staleness))
     states: set[str] = set()
     while kills < 100 and training.is_alive():
         time.sleep(chance.uniform(0.05, 0.6))
@@ -298,6 +298,6 @@ def test_a_hundred_kills_at_random(
             continue
         kills += 1
         states.add(victim.split()[0])
-    assert training.weights == undisturbed(steps=400, staleness=staleness)
-    require_whole(pool, steps=400)
+    assert training.weights == undisturbed(steps=1200, staleness=staleness)
+    require_whole(pool, steps=1200)
     assert kills == 100 and states == {"ready", "stale"}
