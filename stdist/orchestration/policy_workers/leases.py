@@ -64,7 +64,7 @@ class Scheduler:
         self.workers: dict[str, Worker] = {}
         self.lost_leases: Counter[str] = Counter()
         self.error: Exception | None = None
-        """What ends the run: a unit has used up one of its budgets."""
+        """Set when a unit has used up one of its budgets, or the pool has stopped: it ends the run."""
         self._work: dict[WorkKey, _Work] = {}
         self._steps: dict[str, int] = {"": 0}
         """Versions of the history that is being trained, with their steps."""
@@ -125,8 +125,10 @@ class Scheduler:
     # --- leases -----------------------------------------------------------------------------------------------
 
     def order_for(self, name: str, now: float) -> Lease | Load | None:
-        """What a worker that is idle should do: the oldest unit, or first fetch the weights which that needs. Where
-        others already fetch them, one for each unit that needs them, it goes on with the weights it has."""
+        """Returns the oldest unit's lease for an idle worker, or the order to fetch the weights that it needs first.
+
+        Where others already fetch them, one for each unit that needs them, it goes on with the weights it has.
+        """
         worker = self.workers[name]
         self._loading.pop(name, None)
         held = worker.version if worker.state is State.READY else None

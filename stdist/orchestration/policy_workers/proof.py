@@ -1,4 +1,4 @@
-"""What a ledger proves: which groups the weights have learnt from, and how often.
+"""Reads a ledger and proves which groups the weights have learnt from, and how often.
 
 A unit's groups (its window's cells) are learnt from exactly once if, of all its lines since it was last issued, one is
 ``trained``, and before it one is ``returned`` under the number of its last lease.
@@ -18,7 +18,7 @@ from stdist.training.checkpoint import StageCheckpoints
 
 @dataclass
 class Proof:
-    """What the ledger says of a run: ``problems`` is empty where every group was learnt from exactly once. ``every``:
+    """Counts of a run's ledger; ``problems`` is empty where every group was learnt from exactly once. ``every``:
     updates of ``stage`` on the groups of a step."""
 
     stage: str = ""

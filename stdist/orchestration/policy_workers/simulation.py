@@ -20,7 +20,7 @@ from stdist.orchestration.policy_workers.members import Worker
 from stdist.runs.workers import Unit, WorkKey
 
 ANSWER = bytes(2**17)
-"""Of a unit; as large as 240 candidates of 37 numerals, so that the scheduler forgets as it would."""
+"""The answer of every unit: as large as 240 candidates of 37 numerals, so that the scheduler forgets as it would."""
 DIES = -1
 """In place of a turn: the worker that is at this place then is lost."""
 
@@ -47,7 +47,7 @@ class Cluster:
     sample_spread: float = 0.0
     max_staleness: int = 1
     hang_probability: float = 0.0
-    lease_seconds: float = 600.0
+    lease_seconds: float = 120.0
     groups_per_unit: int = 1
 
 
