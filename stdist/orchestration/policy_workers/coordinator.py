@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from stdist.config.base import WorkersConfig
 from stdist.errors import ResourceError
 from stdist.orchestration.policy_workers.ledger import Ledger
-from stdist.orchestration.policy_workers.pool import POLL_SECONDS, Pool, Published, in_one_line
+from stdist.orchestration.policy_workers.pool import POLL_SECONDS, Pool, Published, in_one_line, wait_for_answers
 from stdist.runs.workers import Result, Unit, Version, WorkerProgram, WorkKey
 
 T = TypeVar("T")
@@ -35,18 +35,12 @@ class Coordinator:
         self._serving: asyncio.Task[None] | None = None
         self._pool = Pool(make_program, settings, resources, self._note, _log)
 
-    def _ended(self, serving: "asyncio.Task[None]") -> None:
-        if not serving.cancelled() and (error := serving.exception()) is not None:
-            cause = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
-            self._pool.scheduler.error = ResourceError(f"the pool of workers stopped: {in_one_line(cause)}")
-
     async def resume(self, step: int, stage: str, every: int) -> dict[str, int]:
         # Ledger and workers begin with the stage: a refused run leaves nothing behind, and what workers load was
         # trained by the stages before.
         if self._serving is None:
             self._ledger = Ledger(self._path)
             self._serving = asyncio.create_task(self._pool.run())
-            self._serving.add_done_callback(self._ended)
         self._open_ledger.resume(step, stage, every)
         return await self._pool.resume(step)
 
@@ -103,19 +97,10 @@ class RemotePool:
         self._answer(self._coordinator.submit.remote(units, oldest_step), "the pool to take work")
 
     def collect(self, keys: Sequence[WorkKey]) -> list[Result]:
-        waited, before = 0.0, None
-        while True:
-            answer = self._answer(self._coordinator.collect.remote(keys), f"answers of {keys[0]}")
-            if answer is not None:
-                return answer
-            status = self.status()
-            progress = (status["waiting"], status["lost_leases"], status["states"], status["bytes_sent"])
-            waited, before = (waited + POLL_SECONDS if progress == before else 0.0), progress
-            if waited >= self._timeout:
-                workers = ", ".join(f"{name} {state}" for name, state in status["workers"].items())
-                raise ResourceError(
-                    f"nothing has moved for {waited:.0f} s while {keys[0]} was waited for; workers: {workers}"
-                )
+        def ask() -> list[Result] | None:
+            return self._answer(self._coordinator.collect.remote(keys), f"answers of {keys[0]}")
+
+        return wait_for_answers(ask, self.status, keys[0], self._timeout)
 
     def trained(self, keys: Sequence[WorkKey]) -> None:
         self._answer(self._coordinator.trained.remote(keys), "the ledger")

@@ -20,7 +20,7 @@ from stdist.orchestration.policy_workers.members import State, Worker
 from stdist.runs.workers import Result, Unit, Version, WorkerProgram, WorkKey
 
 FAILED_STARTS = 3
-"""Workers in a row that may fail to start, or to load weights, before the run ends."""
+"""Workers in a row, at one place, that may fail to start, or to load weights, before the run ends."""
 LOST_OBJECT = (ObjectLostError, OwnerDiedError, ReferenceCountingAssertionError)
 POLL_SECONDS = 5.0
 """A call that waits for results answers at least so often, so that its caller can tell waiting from hanging."""
@@ -33,6 +33,16 @@ class Published:
     version: Version
     reference: Any
     nbytes: int
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a worker that has to be replaced: its reason in a word, for the statistics, and in words. ``began``:
+    False where it did not start, or could not load weights; the next one may meet the same."""
+
+    reason: str
+    message: str
+    began: bool = True
 
 
 class Pool:
@@ -60,15 +70,20 @@ class Pool:
         self._actors: dict[str, Any] = {}
         # Two, so that an answer does not wake hundreds of workers that have nothing to do.
         self._work_came, self._answer_came = Signal(), Signal()
-        self._failed_starts = 0
         self.bytes_sent = 0
         self.load_seconds: list[float] = []
 
     async def run(self) -> None:
-        """Serves until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(self.settings.num_workers):
-                tasks.create_task(self._keep_one())
+        """Serves until cancelled. An error of its own, as a ledger on a full disk, ends the run of whoever waits."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self.settings.num_workers):
+                    tasks.create_task(self._keep_one())
+        except ExceptionGroup as errors:
+            cause = errors.exceptions[0]
+            text = in_one_line(cause) or type(cause).__name__
+            self.scheduler.error = ResourceError(f"the pool of workers stopped: {text}")
+            self._answer_came.notify()
 
     def kill_workers(self) -> None:
         """Ends their processes at once, from any thread; whatever they do is nobody's any more."""
@@ -117,6 +132,7 @@ class Pool:
     # --- one worker after the other at one place --------------------------------------------------------------
 
     async def _keep_one(self) -> None:
+        failed_starts = 0
         while self.scheduler.error is None:
             name = self.scheduler.join(time.monotonic())
             actor = WorkerActor.options(  # type: ignore[attr-defined]
@@ -125,26 +141,32 @@ class Pool:
                 resources={k: v for k, v in self._resources.items() if k not in ("CPU", "GPU")},
             ).remote()
             self._actors[name] = actor
+            worker = self.scheduler.workers[name]
             try:
-                reason, message = await self._serve(name, actor)
+                end = await self._serve(name, actor)
             except RayError as error:
                 reason = "out of memory" if isinstance(error, OutOfMemoryError) else "died"
-                message = in_one_line(error)
+                end = End(reason, in_one_line(error), began=worker.state is not State.STARTING)
             finally:
                 ray.kill(self._actors.pop(name), no_restart=True)
-            where = self.scheduler.workers[name].where or "a host that did not take it"
-            self._log(f"lost {name} on {where}: {message}")
-            self.scheduler.lose(name, reason, f"on {where}: {message}")
+            failed_starts = 0 if end.began else failed_starts + 1
+            if failed_starts >= FAILED_STARTS:
+                self.scheduler.error = ResourceError(
+                    f"{failed_starts} workers in a row could not begin, the last one: {end.message}"
+                )
+            where = worker.where or "a host that did not take it"
+            self._log(f"lost {name} on {where}: {end.message}")
+            self.scheduler.lose(name, end.reason, f"on {where}: {end.message}")
             self._work_came.notify()
             self._answer_came.notify()
 
-    async def _serve(self, name: str, actor: Any) -> tuple[str, str]:
-        """Gives one worker work until it has to be replaced. Returns the reason in a word, and in words."""
+    async def _serve(self, name: str, actor: Any) -> End:
+        """Gives one worker work until it has to be replaced."""
         worker = self.scheduler.workers[name]
         # No limit: where the cluster is full, a worker joins when there is room.
         where = await actor.start.remote(self._program)
         if isinstance(where, Failed):
-            return self._failed_start(where, "did not start")
+            return End("out of memory" if where.memory else "did not start", where.reason, began=False)
         worker.started(where)
         worker.since = time.monotonic()
         while True:
@@ -156,19 +178,19 @@ class Pool:
                 if order.version == "":
                     # Its program read them itself, from files that it compared with their checksums.
                     worker.verified("")
-                elif (problem := await self._load(worker, actor, self._versions[order.version])) is not None:
-                    return problem
-            elif (problem := await self._work(worker, actor, order)) is not None:
-                return problem
+                elif (end := await self._load(worker, actor, self._versions[order.version])) is not None:
+                    return end
+            elif (end := await self._work(worker, actor, order)) is not None:
+                return end
 
-    async def _load(self, worker: Worker, actor: Any, published: Published) -> tuple[str, str] | None:
+    async def _load(self, worker: Worker, actor: Any, published: Published) -> End | None:
         limit, name = self.settings.lease_timeout, published.version.name
         try:
             answer = await asyncio.wait_for(
                 _future(actor.load.remote(published.version, published.reference)), timeout=limit
             )
         except TimeoutError:
-            return "hung", f"did not load weights {name[:12]} within {limit:g} s"
+            return End("hung", f"did not load weights {name[:12]} within {limit:g} s", began=False)
         except LOST_OBJECT as error:
             # Who published them is gone, and publishes again when it is back.
             self._versions.pop(name, None)
@@ -176,14 +198,13 @@ class Pool:
             self._log(f"weights {name[:12]} were lost on their way to {worker.name}: {in_one_line(error)}")
             return None
         if isinstance(answer, Failed):
-            return self._failed_start(answer, "wrong weights")
-        self._failed_starts = 0
+            return End("out of memory" if answer.memory else "wrong weights", answer.reason, began=False)
         self.bytes_sent += published.nbytes
         self.load_seconds.append(answer)
         worker.verified(name)
         return None
 
-    async def _work(self, worker: Worker, actor: Any, lease: Lease) -> tuple[str, str] | None:
+    async def _work(self, worker: Worker, actor: Any, lease: Lease) -> End | None:
         answer = _future(actor.run.remote(lease.unit.version, lease.unit.payload))
         late = False
         while True:
@@ -191,7 +212,7 @@ class Pool:
             if done:
                 break
             if late:
-                return "hung", f"has not answered for {2 * self.settings.lease_timeout:g} s"
+                return End("hung", f"has not answered for {2 * self.settings.lease_timeout:g} s")
             late = True
             worker.outdated()  # it gets nothing more before its weights were verified again
             if self.scheduler.expire(lease):
@@ -200,7 +221,7 @@ class Pool:
             self._answer_came.notify()
         result = answer.result()
         if isinstance(result, Failed) and result.memory:
-            return "out of memory", result.reason
+            return End("out of memory", result.reason)
         if isinstance(result, Failed):
             self.scheduler.fail(lease, result.reason)
             self._work_came.notify()
@@ -209,14 +230,6 @@ class Pool:
         self._drop_versions()
         self._answer_came.notify()
         return None
-
-    def _failed_start(self, failed: Failed, reason: str) -> tuple[str, str]:
-        self._failed_starts += 1
-        if self._failed_starts >= FAILED_STARTS:
-            self.scheduler.error = ResourceError(
-                f"{self._failed_starts} workers in a row could not begin, the last one: {failed.reason}"
-            )
-        return "out of memory" if failed.memory else reason, failed.reason
 
     def _drop_versions(self) -> None:
         """Lets go of weights that no unit names."""
@@ -245,6 +258,22 @@ class Signal:
         finally:
             self._waiting.remove(future)
         return bool(done)
+
+
+def wait_for_answers(
+    ask: Callable[[], list[Result] | None], status: Callable[[], dict[str, Any]], key: WorkKey, timeout: float
+) -> list[Result]:
+    """Asks, as often as :meth:`Pool.collect` answers None. Raises ResourceError where nothing moved for ``timeout``
+    seconds, with the states of the workers."""
+    waited, before = 0.0, None
+    while (answers := ask()) is None:
+        now = status()
+        progress = (now["waiting"], now["lost_leases"], now["states"], now["bytes_sent"])
+        waited, before = (waited + POLL_SECONDS if progress == before else 0.0), progress
+        if waited >= timeout:
+            workers = ", ".join(f"{name} {state}" for name, state in now["workers"].items())
+            raise ResourceError(f"nothing has moved for {waited:.0f} s while {key} was waited for; workers: {workers}")
+    return answers
 
 
 def _future(reference: Any) -> "asyncio.Future[Any]":

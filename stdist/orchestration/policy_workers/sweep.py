@@ -21,7 +21,7 @@ from stdist.data import Windows
 from stdist.errors import InputError
 from stdist.evaluation import Chunk
 from stdist.orchestration.cluster import connected
-from stdist.orchestration.policy_workers.pool import Pool
+from stdist.orchestration.policy_workers.pool import Pool, wait_for_answers
 from stdist.runs.forecasting import ForecastRequest, Prediction
 from stdist.runs.recipes import forecast, read_run_config, recipe_of
 from stdist.runs.workers import Result, Unit, Version, WorkerProgram, WorkKey
@@ -73,19 +73,17 @@ class SweepProgram(WorkerProgram):
 class _ServedPool:
     """A pool whose event loop runs in a thread of its own, called from another."""
 
-    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop, serving: "asyncio.Task[None]"):
-        self._pool, self._loop, self._serving = pool, loop, serving
+    def __init__(self, pool: Pool, loop: asyncio.AbstractEventLoop):
+        self._pool, self._loop = pool, loop
 
     def submit(self, units: list[Unit]) -> None:
         self._call(self._pool.submit(units, 0))
 
     def collect(self, key: WorkKey) -> Result:
-        while True:
-            results = self._call(self._pool.collect([key]))
-            if results is not None:
-                return results[0]
-            if self._serving.done():
-                self._serving.result()
+        def ask() -> list[Result] | None:
+            return self._call(self._pool.collect([key]))
+
+        return wait_for_answers(ask, self._pool.status, key, self._pool.settings.timeout)[0]
 
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -98,7 +96,7 @@ def _serving(pool: Pool) -> Iterator[_ServedPool]:
     thread.start()
     serving = asyncio.run_coroutine_threadsafe(_begin(pool), loop).result()
     try:
-        yield _ServedPool(pool, loop, serving)
+        yield _ServedPool(pool, loop)
     finally:
         pool.kill_workers()
         asyncio.run_coroutine_threadsafe(_end(serving), loop).result()

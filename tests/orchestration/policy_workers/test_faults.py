@@ -173,6 +173,15 @@ def test_weights_of_a_wrong_digest_are_never_worked_with(make_pool: MakePool, tm
     assert '"returned"' not in pool.ledger.read_text()
 
 
+@pytest.mark.parametrize("how", ["ValueError", "SIGKILL"])
+def test_workers_that_cannot_start_end_the_run(make_pool: MakePool, tmp_path: Path, how: str) -> None:
+    """Whether they say so or die of it: nobody starts processes for ever."""
+    pool = make_pool(workers=1)
+    (tmp_path / "fail-start").write_text(how)
+    with pytest.raises(ResourceError, match="3 workers in a row could not begin, the last one: "):
+        ToyTraining(tmp_path, pool.remote).run()
+
+
 def test_a_learner_that_dies_in_an_update_loses_no_finished_answer(
     make_pool: MakePool, undisturbed: Callable[..., list[int]], tmp_path: Path
 ) -> None:

@@ -13,11 +13,13 @@ from threading import Thread
 import psutil
 import pytest
 
-from stdist.errors import InputError
+from stdist.errors import InputError, ResourceError
 from stdist.orchestration.policy_workers import sweep as sweep_module
+from stdist.orchestration.policy_workers.pool import wait_for_answers
 from stdist.orchestration.policy_workers.sweep import sweep
 from stdist.runs import recipes
 from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.workers import WorkKey
 from stdist.vision_llm.rollout import forecaster
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
@@ -107,6 +109,20 @@ def test_a_sweep_that_was_killed_goes_on_with_other_workers(
     said: list[str] = []
     sweep(two, 1, None, said.append)
     assert one.out.read_bytes() == two.out.read_bytes()
+
+
+def test_waiting_ends_where_nothing_moves_and_begins_anew_where_something_does() -> None:
+    """Of a sweep as of a training; what was waited for and the workers are named."""
+    key, waiting = WorkKey(0, 32, (7,)), iter([5, 5, 4, 4, 4, 4, 4])
+    asked: list[int] = []
+
+    def status() -> dict[str, object]:
+        workers = {"worker-1": "starting"}
+        return {"waiting": next(waiting), "lost_leases": {}, "states": {}, "bytes_sent": 0, "workers": workers}
+
+    with pytest.raises(ResourceError, match=r"nothing has moved for 15 s while step 0, window 32, .*worker-1 starting"):
+        wait_for_answers(lambda: asked.append(1), status, key, timeout=15)
+    assert len(asked) == 6, "twice before something moved, once as it did, three times behind it"
 
 
 @pytest.mark.parametrize(
