@@ -48,6 +48,17 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
         ray.shutdown()
 
 
+def default_resources() -> dict[str, float]:
+    """What a learner or a worker takes where nobody says: a core, and a GPU where the cluster has any."""
+    return {"CPU": 1.0, "GPU": 1.0} if ray.cluster_resources().get("GPU") else {"CPU": 1.0}
+
+
+def require_workers(workers: int | None) -> None:
+    """Raises InputError for a number of workers that is none; None leaves it to the cluster."""
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers is {workers}; give at least 1, or leave it out")
+
+
 def _require_listener(address: str) -> None:
     url = urlsplit(address if "://" in address else f"//{address}")
     try:

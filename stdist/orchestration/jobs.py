@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 from stdist.config import LearnersConfig, RunConfig
 from stdist.errors import InputError, Interrupted
+from stdist.orchestration.cluster import require_workers
 from stdist.runs.recipes import load_config, read_run_config, recipe_of
 
 try:
@@ -158,6 +159,7 @@ def submit_forecast(
     Run, store and output are named by the absolute paths that they have on this machine. Raises InputError as
     ``submit`` does, and where there is no such run here.
     """
+    require_workers(workers)
     root = _root(working_dir)
     read_run_config(request.run_dir)
     run, store, out = (Path(os.path.abspath(path)) for path in (request.run_dir, request.store, request.out))

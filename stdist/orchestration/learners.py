@@ -17,7 +17,7 @@ import torch
 from stdist.config import RunConfig
 from stdist.config.base import WorkersConfig
 from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
-from stdist.orchestration.cluster import connected
+from stdist.orchestration.cluster import connected, default_resources
 from stdist.orchestration.policy_workers.coordinator import Coordinator, RemotePool
 from stdist.orchestration.policy_workers.ledger import LEDGER
 from stdist.runs import recipes
@@ -145,9 +145,8 @@ def require_room(config: RunConfig, workers: WorkersConfig | None) -> tuple[dict
     """Returns the resources that a learner takes, and a worker. Raises InputError, naming what is missing, where the
     cluster does not have them for all: Ray itself would wait for ever."""
     learners, cluster = config.learners, ray.cluster_resources()
-    default = {"CPU": 1.0, "GPU": 1.0} if cluster.get("GPU") else {"CPU": 1.0}
-    of_learner = learners.resources_per_worker or default
-    of_worker = (workers and workers.resources_per_worker) or default
+    of_learner = learners.resources_per_worker or default_resources()
+    of_worker = (workers and workers.resources_per_worker) or default_resources()
     count = workers.num_workers if workers else 0
     for kind in of_learner.keys() | of_worker.keys():
         needed = of_learner.get(kind, 0) * learners.num_workers + of_worker.get(kind, 0) * count

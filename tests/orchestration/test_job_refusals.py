@@ -209,6 +209,7 @@ def test_a_forecast_needs_a_run_and_a_file_to_write(tmp_path):
         (["--forecast", "city.zarr"], "--forecast needs --out NAME.zarr or NAME.parquet"),
         (["--forecast", "city.zarr", "--out", "x.csv"], "--forecast needs --out NAME.zarr or NAME.parquet"),
         (["--forecast", "city.zarr", "--out", "x.zarr"], "runs/x is no run folder"),
+        (["--forecast", "city.zarr", "--out", "x.zarr", "--workers", "0"], "--workers is 0; give at least 1"),
     ):
         end = subprocess.run([*main, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert end.returncode == 2 and expected in end.stderr and "Traceback" not in end.stderr

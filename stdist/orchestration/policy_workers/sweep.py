@@ -20,7 +20,7 @@ from stdist.config.base import WorkersConfig
 from stdist.data import Windows
 from stdist.errors import InputError
 from stdist.evaluation import Chunk
-from stdist.orchestration.cluster import connected
+from stdist.orchestration.cluster import connected, default_resources, require_workers
 from stdist.orchestration.policy_workers.pool import Pool, wait_for_answers
 from stdist.runs.forecasting import ForecastRequest, Prediction
 from stdist.runs.recipes import forecast, read_run_config, recipe_of
@@ -40,8 +40,7 @@ def sweep(
 
     Raises InputError where the cluster cannot hold the workers, and what :func:`stdist.runs.recipes.forecast` raises.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers is {workers}; give at least 1, or leave it out to forecast in this process")
+    require_workers(workers)
     read_run_config(request.run_dir)
     request = ForecastRequest(
         request.run_dir.absolute(), request.store.absolute(), request.region, request.split, request.out.absolute()
@@ -137,13 +136,10 @@ def _parts(chunks: list[Chunk]) -> list[list[Chunk]]:
 def _room(workers: int | None) -> tuple[WorkersConfig, dict[str, float]]:
     """Returns how many workers, and what each takes. Raises InputError, naming what is missing, where the cluster does
     not have it."""
-    cluster = ray.cluster_resources()
-    kind = "GPU" if cluster.get("GPU") else "CPU"
-    has = int(cluster.get(kind, 0))
-    if workers is not None and workers > has:
-        raise InputError(f"--workers {workers} need a {kind} each and the cluster has {has}; lower --workers")
-    count = workers or has
-    if not count:
-        raise InputError("the cluster has no CPU to work with; see `ray status`")
-    resources = {"CPU": 1.0} | ({"GPU": 1.0} if kind == "GPU" else {})
-    return WorkersConfig(num_workers=count), resources
+    cluster, resources = ray.cluster_resources(), default_resources()
+    scarcest = min(resources, key=lambda kind: cluster.get(kind, 0))
+    has = int(cluster.get(scarcest, 0))
+    if not has or (workers or 0) > has:
+        wanted = f"--workers {workers} need" if workers else "a worker needs"
+        raise InputError(f"{wanted} a {scarcest} each and the cluster has {has}; lower --workers, or see `ray status`")
+    return WorkersConfig(num_workers=workers or has), resources
