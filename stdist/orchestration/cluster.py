@@ -59,6 +59,20 @@ def require_workers(workers: int | None) -> None:
         raise InputError(f"--workers is {workers}; give at least 1, or leave it out")
 
 
+def workers_that_fit(workers: int | None) -> tuple[int, dict[str, float]]:
+    """Returns how many workers the cluster holds, or ``workers`` of them, and what each takes.
+
+    Raises InputError, naming what is missing, where it does not hold so many.
+    """
+    resources, cluster = default_resources(), ray.cluster_resources()
+    scarcest = min(resources, key=lambda kind: cluster.get(kind, 0))
+    has = int(cluster.get(scarcest, 0))
+    if not has or (workers or 0) > has:
+        wanted = f"--workers {workers} need" if workers else "a worker needs"
+        raise InputError(f"{wanted} a {scarcest} each and the cluster has {has}; lower --workers, or see `ray status`")
+    return workers or has, resources
+
+
 def _require_listener(address: str) -> None:
     url = urlsplit(address if "://" in address else f"//{address}")
     try:

@@ -14,13 +14,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import ray
-
 from stdist.config.base import WorkersConfig
 from stdist.data import Windows
-from stdist.errors import InputError
 from stdist.evaluation import Chunk
-from stdist.orchestration.cluster import connected, default_resources, require_workers
+from stdist.orchestration.cluster import connected, require_workers, workers_that_fit
 from stdist.orchestration.policy_workers.pool import Pool, wait_for_answers
 from stdist.runs.forecasting import ForecastRequest, Prediction
 from stdist.runs.recipes import forecast, read_run_config, recipe_of
@@ -46,7 +43,8 @@ def sweep(
         request.run_dir.absolute(), request.store.absolute(), request.region, request.split, request.out.absolute()
     )
     with connected(address or "local", log_to_driver=False):
-        settings, resources = _room(workers)
+        count, resources = workers_that_fit(workers)
+        settings = WorkersConfig(num_workers=count)
         log(f"{settings.num_workers} workers with {resources} each")
         with _serving(Pool(partial(SweepProgram, request), settings, resources, log=log)) as pool:
             return forecast(request, log, partial(_predict, pool, settings))
@@ -131,15 +129,3 @@ def _predict(
 
 def _parts(chunks: list[Chunk]) -> list[list[Chunk]]:
     return [chunks[first : first + CHUNKS_PER_UNIT] for first in range(0, len(chunks), CHUNKS_PER_UNIT)]
-
-
-def _room(workers: int | None) -> tuple[WorkersConfig, dict[str, float]]:
-    """Returns how many workers, and what each takes. Raises InputError, naming what is missing, where the cluster does
-    not have it."""
-    cluster, resources = ray.cluster_resources(), default_resources()
-    scarcest = min(resources, key=lambda kind: cluster.get(kind, 0))
-    has = int(cluster.get(scarcest, 0))
-    if not has or (workers or 0) > has:
-        wanted = f"--workers {workers} need" if workers else "a worker needs"
-        raise InputError(f"{wanted} a {scarcest} each and the cluster has {has}; lower --workers, or see `ray status`")
-    return WorkersConfig(num_workers=workers or has), resources

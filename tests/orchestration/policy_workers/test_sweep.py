@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 
@@ -109,6 +110,15 @@ def test_a_sweep_that_was_killed_goes_on_with_other_workers(
     said: list[str] = []
     sweep(two, 1, None, said.append)
     assert one.out.read_bytes() == two.out.read_bytes()
+
+
+def test_ray_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, where it is not installed."""
+    for name in [name for name in sys.modules if name.startswith("stdist.orchestration")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"Ray is not installed; pip install 'stdist\[cluster\]'"):
+        import_module("stdist.orchestration.policy_workers.sweep")
 
 
 def test_waiting_ends_where_nothing_moves_and_begins_anew_where_something_does() -> None:
