@@ -175,6 +175,16 @@ def test_a_learner_that_comes_back_finds_what_was_finished_and_nothing_of_other_
     assert scheduler.collect([unit(2).key])[0].answer == b"w2", "one step old is new enough"
 
 
+def test_answers_of_a_history_that_is_gone_serve_no_step_however_old_weights_may_be() -> None:
+    scheduler = Scheduler(10.0)
+    scheduler.publish("w1", 1)
+    scheduler.submit([unit(1, version="w1")])
+    scheduler.complete(lease(scheduler, ready(scheduler, "w1")), b"w1", {})
+    assert scheduler.resume(0) == {}
+    scheduler.submit([unit(1, version="x0")], oldest_step=0)
+    assert scheduler.collect([unit(1).key]) is None
+
+
 def test_queued_work_is_replaced_where_its_weights_are_gone() -> None:
     scheduler = Scheduler(10.0, book := Book())
     scheduler.submit([unit(5, version="old")])
