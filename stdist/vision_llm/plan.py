@@ -19,13 +19,13 @@ from stdist.vision_llm.dataset import ASSUMED_GRID, stage_config, unfitted_spec
 from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
-from stdist.vision_llm.rollout.rollouts import Weights
+from stdist.vision_llm.rollout.versions import sent_bytes
 from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
 
 NETWORK = memory_plan.INFINIBAND
 """Bytes a second that reach a worker."""
 HASHING = 1.2e9
-"""Bytes of a tensor a second, each hashed by one thread: SHA-256 as measured on a core of an Intel Xeon."""
+"""Bytes a second and core: SHA-256 as measured on an Intel Xeon."""
 
 
 def plan_run(
@@ -73,8 +73,8 @@ def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]
     sampling_flops = updates * learners * costs_of(config, plan.stage).sampling_flops
     sampling = memory_plan.compute_seconds(sampling_flops, plan.device_flops or memory_plan.PEAK_FLOPS)
     training = updates * sum(plan.seconds.values())
-    tensors = [x.nbytes for x in Weights.of(shape_policy(*starting_point(config, plan.stage))).tensors.values()]
-    enough = workers_for(sampling, training, sum(tensors))
+    version = sum(sent_bytes(shape_policy(*starting_point(config, plan.stage))).values())
+    enough = workers_for(sampling, training, version)
     many = f"{enough:.3g} workers, {enough / learners:.3g} a learner, keep up"
     taking_turns = "with rollouts.max_staleness 0 they take turns, from 1 on both work at once"
     yield (
@@ -84,9 +84,9 @@ def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]
         + ("" if rollouts.max_staleness else f"; {taking_turns}")
     )
     yield (
-        f"a version of the weights is {sum(tensors) / 1e9:.3g} GB: {sum(tensors) / NETWORK:.2g} s to a worker at "
-        f"{NETWORK / 1e9:.0f} GB/s, {max(tensors) / HASHING:.2g} s of SHA-256 for its largest tensor at "
-        f"{HASHING / 1e9:.1f} GB/s, which learners take too when they publish it"
+        f"a version of the weights is {version / 1e9:.3g} GB and the embeddings of the numerals that the stage met: "
+        f"{version / NETWORK:.2g} s to a worker at {NETWORK / 1e9:.0f} GB/s, {version / HASHING:.2g} s of SHA-256 "
+        f"at {HASHING / 1e9:.1f} GB/s a core, on all cores of learner and worker"
     )
 
 

@@ -18,7 +18,7 @@ from stdist.vision_llm.policy.adapters import begin_grpo
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout.pool import PoolRollouts, RolloutProgram
-from stdist.vision_llm.rollout.versions import pack, probe, unpack
+from stdist.vision_llm.rollout.versions import pack, probe, sent_bytes, unpack
 from stdist.vision_llm.stages.grpo import GRPOStage
 
 MakePolicy = Callable[..., PolicyModel]
@@ -52,11 +52,42 @@ def test_a_version_brings_every_bit_and_is_named_by_its_content(make_policy: Mak
     version = pack(learner, 4)
     assert version.step == 4 and version.name != before.name == pack(worker, 9).name
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    assert version.nbytes == sum(p.nbytes for p in trained.values()), "what changes, and nothing else"
+    indices = 8 * len(learner.rows.input)
+    assert version.nbytes == sum(p.nbytes for p in trained.values()) + indices, "what changes, and nothing else"
+    assert sum(sent_bytes(learner).values()) == version.nbytes - learner.rows.input.nbytes - indices
     unpack(worker, version)
     theirs = dict(worker.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in trained.items())
     assert np.array_equal(probe(worker), probe(learner)) and pack(worker, 4).name == version.name
+
+
+def test_of_the_embedding_go_the_rows_that_changed_and_the_others_are_the_references(make_policy: MakePolicy) -> None:
+    """Rows 2 and 9, then 9 and 5: the worker's row 2 is again as the stage began with it."""
+    learner, worker = learner_of(make_policy), learner_of(make_policy)
+    rows, start = learner.rows.input.data, learner.rows.input.detach().clone()
+    for step, changed in enumerate(([2, 9], [5, 9])):
+        rows.copy_(start)
+        rows[changed] += step + 0.25
+        version = pack(learner, step)
+        assert version.tensors["rows.input.changed"].view(np.int64).tolist() == changed
+        assert version.tensors["rows.input"].size == rows[changed].nbytes
+        unpack(worker, version)
+        assert torch.equal(worker.rows.input, rows)
+
+
+def test_rows_travel_in_the_dtype_that_computes(make_policy: MakePolicy) -> None:
+    """In half the bytes, and the worker computes what the learner does to the last bit."""
+    learner, worker = (make_policy(dtype="bfloat16").eval() for _ in range(2))
+    for policy in (learner, worker):
+        begin_grpo(policy)
+    disturb(learner)
+    version = pack(learner, 1)
+    assert learner.rows.output.dtype == torch.float32
+    assert version.tensors["rows.output"].size == 2 * learner.rows.output.numel()
+    unpack(worker, version)
+    assert not torch.equal(worker.rows.output, learner.rows.output)
+    assert torch.equal(worker.rows.output, learner.rows.output.bfloat16().float())
+    assert np.array_equal(probe(worker), probe(learner))
 
 
 def test_two_swapped_elements_are_another_content(make_policy: MakePolicy) -> None:
@@ -85,6 +116,7 @@ def test_weights_that_are_not_what_was_sent_are_refused(make_policy: MakePolicy,
     with pytest.raises(VersionError, match=r"not of what trains here: without \S+lora"):
         plain = make_policy(dtype=dtype).requires_grad_(False)
         plain.rows.requires_grad_(True)
+        plain.reference_rows = plain.rows
         plain.backbone.model.language_model.norm.weight.requires_grad_(True)
         unpack(worker, pack(plain, 1))
     unpack(worker, version)
