@@ -6,8 +6,9 @@
 Steps: a GRPO stage with one worker in another process, on one core each. Off policy (``max_staleness`` 1) a step
 should cost what its longer phase costs alone, on policy the sum of both: the worker's seconds of sampling, and what a
 learner does while it does not wait, as the log of the run on policy has them. Sync: a LoRA of rank 16 and the rows of
-199,801 numerals of a narrow model, from the learner's tensors to verified ones in the worker. Sweep: a grid by 1 and by
-2 workers.
+199,801 numerals of a narrow model, from the learner's tensors to verified ones in the worker; what that is of a step of
+a 7B is arithmetic: its bytes at this machine's seconds a byte, over the seconds that docs/scaling.md plans. Sweep: a
+day of a grid by 1 and by 2 workers, the time to start them included.
 """
 
 import os
@@ -37,6 +38,7 @@ except ImportError:
     sys.exit("Ray is not installed; pip install -c constraints.txt -e '.[cluster]'")
 
 from data_prep import READERS
+from stdist.data import open_store
 from stdist.orchestration import learners
 from stdist.orchestration.policy_workers.sweep import sweep
 from stdist.runs.forecasting import ForecastRequest
@@ -44,6 +46,9 @@ from stdist.runs.recipes import load_config
 
 STEPS, SKIPPED = 24, 4
 SIDE, DAYS, CELLS, WINDOWS, GROUP = 20, 12, 24, 4, 8
+SWEPT = 100
+BYTES_7B, STEP_7B = 1.59e9, 9.03
+"""Of `configs/milan_7b.yaml` as `stdist plan` says: a version, and the seconds in which learners train on a step."""
 STAGE = {"logging_steps": 1, "warmup_steps": 2, "learning_rate": 1e-4, "eval_windows": 1}
 
 
@@ -52,7 +57,7 @@ def config_of(folder: Path, store: Path) -> Path:
         "name": "bench",
         "output_dir": str(folder / "runs"),
         "stages": ["sft", "grpo"],
-        "data": {"store": str(store), "history": 6, "horizon": 6},
+        "data": {"store": str(store), "history": 6, "horizon": 6, "region": f"0:{SIDE},0:{SIDE}"},
         "numerals": {"mantissa_digits": 2},
         "policy": {"base": "tiny"},
         "sft": STAGE | {"trainable": "full", "max_steps": 2, "save_steps": 2, "eval_steps": 2},
@@ -108,16 +113,25 @@ def sync(config: Path) -> dict[str, Any]:
     sent = np.diff([line["workers/bytes_sent"] for line in lines])
     sent = float(np.median(sent[sent > 0]))
     seconds = median(lines, "seconds/sync", "workers/load_seconds")
-    return {"bytes": int(sent), "seconds": figure(seconds), "seconds_per_gb": figure(seconds / sent * 1e9)}
+    return {
+        "bytes": int(sent),
+        "seconds": figure(seconds),
+        "seconds_per_gb": figure(seconds / sent * 1e9),
+        "share_of_a_7b_step": figure(seconds / sent * BYTES_7B / STEP_7B),
+    }
 
 
-def sweeps(folder: Path, config: Path, store: Path, runs: int) -> dict[str, Any]:
-    """Cells a second of a whole grid by 1 and by 2 workers, in turn; the time to start them is part of it."""
-    run = load_config(config, ["name=on-policy"]).run_dir
+def sweeps(folder: Path, store: Path, runs: int) -> dict[str, Any]:
+    """Seconds of a day of a whole grid by 1 and by 2 workers, in turn."""
+    config = config_of(folder, store)
+    run = load_config(config, ["name=swept", "stages=[sft]", "data.region=0:2,0:2"])
+    learners.train(run, lambda line: None)
     seconds: dict[int, list[float]] = {1: [], 2: []}
+    day = str(open_store(store).local_times[-30])[:10]
     for number in range(runs):
         for workers in seconds:
-            request = ForecastRequest(run, store, f"0:{SIDE},0:{SIDE}", "test", folder / f"{workers}-{number}.zarr")
+            out = folder / f"{workers}-{number}.zarr"
+            request = ForecastRequest(run.run_dir, store, f"0:{SWEPT},0:{SWEPT}", f"{day}:{day}", out)
             began = time.perf_counter()
             sweep(request, workers, None, lambda line: None)
             seconds[workers].append(time.perf_counter() - began)
@@ -126,21 +140,22 @@ def sweeps(folder: Path, config: Path, store: Path, runs: int) -> dict[str, Any]
 
 
 def main() -> None:
-    chosen = parser(__doc__, runs=3).parse_args()
+    chosen = parser(__doc__, runs=1).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = folder / "city.zarr"
-        READERS["synthetic"].prepare([], store, height=SIDE, width=SIDE, days=DAYS, cadence=60, seed=1)
-        config = config_of(folder, store)
+        small, large = folder / "small.zarr", folder / "large.zarr"
+        for store, side in ((small, SIDE), (large, SWEPT)):
+            READERS["synthetic"].prepare([], store, height=side, width=side, days=DAYS, cadence=60, seed=1)
+        config = config_of(folder, small)
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        result = {"steps": steps(config), "sync": sync(config), "sweep": sweeps(folder, config, store, chosen.runs)}
+        result = {"steps": steps(config), "sync": sync(config), "sweep": sweeps(folder, large, chosen.runs)}
     publish(
         {
             "name": "policy_workers",
             "value": result["steps"]["off_policy_ratio"],
             "unit": "a step with max_staleness 1 against its longer phase alone",
             "setting": f"preset tiny, {WINDOWS} windows x {CELLS} cells, G {GROUP}, S 6, K 6; 1 learner, 1 worker; "
-            f"a sweep of {SIDE} x {SIDE} cells",
+            f"a sweep of 19 windows of {SWEPT} x {SWEPT} cells",
             **result,
         },
         chosen.json,
