@@ -18,16 +18,17 @@ STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path
 
 
 def open_together(group: "ProcessGroup", open_input: Callable[[], T]) -> T:
-    """Calls ``open_input`` on every learner. Raises InputError on all where it does on one: nothing is written before
-    all learners know that the input is good."""
+    """Calls ``open_input`` on every learner. Raises InputError (or its kind, DamageError) on all where it does on one:
+    nothing is written before all learners know that the input is good."""
     opened: list[T] = []
     problem = None
     try:
         opened.append(open_input())
     except InputError as error:
-        problem = str(error)
+        problem = type(error), str(error)
     if problems := [each for each in group.all_gather_object(problem) if each]:
-        raise InputError(problems[0])
+        kind, line = problems[0]
+        raise kind(line)
     return opened[0]
 
 
