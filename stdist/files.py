@@ -1,7 +1,10 @@
 """Small files, written whole or not at all, and the places where nothing may be written."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from stdist.errors import InputError
 
@@ -20,6 +23,24 @@ def write_atomically(path: Path, text: str) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_sealed(path: Path, content: Any) -> None:
+    """Writes JSON with its own digest, for ``read_sealed``."""
+    write_atomically(path, json.dumps({"content": content, "sha256": _digest(content)}))
+
+
+def read_sealed(path: Path) -> Any:
+    """What ``write_sealed`` wrote; None where it is not as it was written."""
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        return sealed["content"] if sealed["sha256"] == _digest(sealed["content"]) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def require_outside(path: Path) -> None:

@@ -5,7 +5,6 @@ carries its own digest.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from stdist.data.integrity import is_as_recorded
 from stdist.data.parts import PartResult
 from stdist.data.schema import observed_name
 from stdist.errors import DamageError, InputError
-from stdist.files import write_atomically
+from stdist.files import read_sealed, write_sealed
 from stdist.locks import WriterLock, locked
 
 FOLDER = "preparation"
@@ -51,20 +50,20 @@ class Journal:
         path = self.folder / "identity.json"
         if not path.exists():
             return None
-        if (identity := _read(path)) is None:
+        if (identity := read_sealed(path)) is None:
             raise DamageError(f"{path} is not as it was written; remove {self.root} and prepare it again")
         return identity
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Notes the identity, once everything that init makes is on the disk."""
-        _write(self.folder / "identity.json", identity)
+        write_sealed(self.folder / "identity.json", identity)
 
     def add(self, result: PartResult) -> None:
-        _write(self._entry("parts", result.name), vars(result))
+        write_sealed(self._entry("parts", result.name), vars(result))
 
     def finished(self) -> dict[str, PartResult]:
         """Every finished part's result by its name."""
-        entries = (_read(path) for path in sorted((self.folder / "parts").glob("*.json")))
+        entries = (read_sealed(path) for path in sorted((self.folder / "parts").glob("*.json")))
         return {entry["name"]: PartResult(**entry) for entry in entries if entry}
 
     def add_imputed(self, part: str, files: Mapping[str, Any]) -> None:
@@ -85,7 +84,7 @@ class Journal:
         """
         imputed = self._imputed()
         for path in (self.folder / "parts").glob("*.json"):
-            entry = _read(path)
+            entry = read_sealed(path)
             if entry is None or not all(
                 is_as_recorded(self.root / name, record) or is_as_recorded(self.root / name, imputed.get(name, record))
                 for name, record in entry["files"].items()
@@ -147,20 +146,3 @@ class Journal:
             return json.loads((self.folder / "lock").read_text())["session"]
         except (OSError, ValueError, KeyError):
             return None
-
-
-def _write(path: Path, entry: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps({"entry": entry, "sha256": _digest(entry)}))
-
-
-def _read(path: Path) -> Any:
-    """The entry in a file; None where it is not as it was written."""
-    try:
-        sealed = json.loads(path.read_text())
-        return sealed["entry"] if sealed["sha256"] == _digest(sealed["entry"]) else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _digest(entry: Any) -> str:
-    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """The arrays of a grid store: axes, places, and values by channel, time steps and region."""
 
+import warnings
 from functools import cached_property
 from typing import Any, cast
 
@@ -27,8 +28,10 @@ class StoredArrays(StoreMetadata):
     @cached_property
     def dataset(self) -> xarray.Dataset:
         """All arrays, lazily."""
-        # Consolidated metadata is a copy that no digest covers.
-        return xarray.open_zarr(self._files, consolidated=False, chunks=None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Object at")  # files of somebody else
+            # Consolidated metadata is a copy that no digest covers.
+            return xarray.open_zarr(self._files, consolidated=False, chunks=None)
 
     @cached_property
     def _arrays(self) -> dict[str, zarr.Array[Any]]:

@@ -166,9 +166,7 @@ class Windows:
         read = self.store.values if what == "values" else self.store.observed
         try:
             return read(self.channel, *steps, region)
-        except InputError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
+        except OSError as error:
             raise DamageError(
                 f"{self.store.path} is damaged: {what} of {self.channel}, frames {steps[0]} to {steps[1] - 1}, "
                 f"cannot be read ({error}); `stdist check` names the file"

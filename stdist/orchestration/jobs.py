@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 from stdist.config import LearnersConfig, RunConfig
 from stdist.errors import InputError, Interrupted
+from stdist.files import require_outside
 from stdist.orchestration.cluster import require_workers
 from stdist.runs.recipes import load_config, read_run_config, recipe_of
 
@@ -161,6 +162,7 @@ def submit_forecast(
     """
     require_workers(workers)
     root = _root(working_dir)
+    require_outside(request.out)
     read_run_config(request.run_dir)
     run, store, out = (Path(os.path.abspath(path)) for path in (request.run_dir, request.store, request.out))
     # Beside a run lie others: what is uploaded is code.
