@@ -1,18 +1,22 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from stdist.config import RunConfig, dump_config, validated
 from stdist.errors import InputError
-from stdist.files import write_atomically
+from stdist.files import require_working_folder, write_atomically
+from stdist.locks import WriterLock
 
 if TYPE_CHECKING:
     from stdist.training.process_group import ProcessGroup
 
 CONFIG = "config.yaml"
+LOCK = "lock"
 T = TypeVar("T")
 STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path may not hold for ever
 
@@ -30,6 +34,27 @@ def open_together(group: "ProcessGroup", open_input: Callable[[], T]) -> T:
         kind, line = problems[0]
         raise kind(line)
     return opened[0]
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Holds a run folder for this process and what it starts, whoever trains: no other command writes into it.
+
+    Makes the folder; where nothing was written in it, it is gone again afterwards. Raises InputError where another
+    process holds it, and where it is no run's: a training must not write over what somebody else keeps there.
+    """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    require_working_folder(run_dir.resolve(), is_ours=(run_dir / CONFIG).is_file() or (run_dir / LOCK).is_file())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with WriterLock(run_dir / LOCK, run_dir):
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        if run_dir.is_dir() and not (run_dir / CONFIG).exists() and any(run_dir.iterdir()):
+            (run_dir / LOCK).touch()  # stopped before it was a run, and ours all the same
 
 
 def begin_run_folder(config: RunConfig, store_digest: str) -> None:
