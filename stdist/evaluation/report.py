@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Int
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from stdist.config.yaml_core import load_yaml
 from stdist.data import GridStore, Region, open_store
 from stdist.errors import DamageError, InputError
 from stdist.evaluation import figures, forecast_header
@@ -286,7 +286,10 @@ def read_trace(
 
 def store_of(run_dir: Path, config_text: str) -> GridStore:
     """Opens the store that a run's configuration names. Raises InputError where it names none."""
-    config: Any = yaml.safe_load(config_text)
+    try:
+        config: Any = load_yaml(config_text)
+    except ValueError as error:
+        raise InputError(f"{run_dir / 'config.yaml'} is not valid YAML: {error}") from None
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not data.get("store"):
         raise InputError(f"{run_dir / 'config.yaml'} names no data.store, so there is no truth to draw")

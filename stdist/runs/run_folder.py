@@ -5,9 +5,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
-from stdist.config import RunConfig, dump_config, validated
+from stdist.config import RunConfig, dump_config, read_tree, validated
+from stdist.config.yaml_core import load_yaml
 from stdist.errors import InputError
 from stdist.files import require_working_folder, write_atomically
 from stdist.locks import WriterLock
@@ -71,7 +70,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
     to it. An option that the folder's configuration did not have yet has its default."""
     run_dir = config.run_dir
     if (path := run_dir / CONFIG).exists():
-        old, new = _with_defaults(yaml.safe_load(path.read_text()), config), yaml.safe_load(dump_config(config))
+        old, new = _with_defaults(read_tree(path), config), load_yaml(dump_config(config))
         for key in ("learners", "nodes", "output_dir"):
             if key in new:
                 new[key] = old.get(key)
@@ -91,7 +90,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
 
 def _with_defaults(old: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     try:
-        return yaml.safe_load(dump_config(validated(old, type(config), where=CONFIG)))
+        return load_yaml(dump_config(validated(old, type(config), where=CONFIG)))
     except InputError:  # of another recipe, or with options that are gone
         return old
 
