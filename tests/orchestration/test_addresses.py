@@ -63,10 +63,12 @@ import os, stat, psutil, ray
 from pathlib import Path
 from stdist.orchestration.cluster import connected
 with connected(None, log_to_driver=False):
-    children = psutil.Process().children(recursive=True)
-    listening = {c.laddr.ip for p in [psutil.Process(), *children] for c in p.net_connections("inet") if c.status == "LISTEN"}
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [socket for process in processes for socket in process.net_connections("inet")]
+    listening = {socket.laddr.ip for socket in sockets if socket.status == "LISTEN"}
     token = Path.home() / ".ray" / "auth_token"
-    print(sorted(listening), oct(stat.S_IMODE(token.stat().st_mode)), ray.get(ray.remote(lambda: 7).remote()), len(children) > 2)
+    seven = ray.get(ray.remote(lambda: 7).remote())
+    print(sorted(listening), oct(stat.S_IMODE(token.stat().st_mode)), seven, len(processes) > 3)
 """
 
 

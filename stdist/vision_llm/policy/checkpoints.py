@@ -199,9 +199,8 @@ def _load_pretrained(spec: PolicySpec):
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"policy.base {base} cannot be loaded ({why_not_loaded(error)}); give a folder or one of {', '.join(SHAPES)}"
-        ) from None
+        why, presets = why_not_loaded(error), ", ".join(SHAPES)
+        raise InputError(f"policy.base {base} cannot be loaded ({why}); give a folder or one of {presets}") from None
     keep_trainable(model)
     return model, tokenizer, processor
 
