@@ -9,9 +9,9 @@
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -28,33 +28,32 @@ NETCDF_FILLS = {"f": 9.969209968386869e36, "i2": -32767, "i4": -2147483647, "i8"
 def open_decoded(path: Path) -> xarray.Dataset:
     """A Zarr store or a NetCDF 4 file, decoded by the CF conventions. Raises what xarray raises."""
     if path.is_dir():
-        data = xarray.open_dataset(
-            path, engine="zarr", chunks=None, cache=False, decode_cf=False, use_zarr_fill_value_as_mask=False
-        )
-        fills = _chosen_fills(path)
+        # Consolidated metadata is a copy, which a store may lack.
+        data = xarray.open_dataset(path, engine="zarr", chunks=None, cache=False, decode_cf=False, consolidated=False)
+        _forget_defaults(path, data)
     else:
         data = xarray.open_dataset(path, engine="h5netcdf", chunks=None, cache=False, decode_cf=False)
-        fills = {
-            name: fill for name, array in data.data_vars.items() if (fill := _netcdf_fill(array.dtype)) is not None
-        }
-    for name, array in data.variables.items():
-        if name in fills and not {"_FillValue", "missing_value"} & array.attrs.keys():
-            array.attrs["_FillValue"] = fills[name]
-    return xarray.decode_cf(data)
+        for array in data.data_vars.values():
+            fill = NETCDF_FILLS.get("f" if array.dtype.kind == "f" else array.dtype.str[1:])
+            if fill is not None and not {"_FillValue", "missing_value"} & array.attrs.keys():
+                array.attrs["_FillValue"] = array.dtype.type(fill)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multiple fill values")  # all of them are missing
+        return xarray.decode_cf(data)
 
 
-def _chosen_fills(path: Path) -> dict[Any, Any]:
-    """Fill values of a store in Zarr's format 2 that are not its default."""
-    group = zarr.open_group(path, mode="r")
+def _forget_defaults(path: Path, data: xarray.Dataset) -> None:
+    """Takes the ``_FillValue`` back that xarray makes of Zarr 2's default fill value, and has put over one of the
+    array's own."""
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
     if group.metadata.zarr_format != 2:
-        return {}
-    fills = {name: array.fill_value for name, array in group.arrays() if array.dtype.kind in "fiu"}
-    return {name: fill for name, fill in fills.items() if fill is not None and fill != 0}
-
-
-def _netcdf_fill(dtype: np.dtype) -> Any:
-    fill = NETCDF_FILLS.get("f" if dtype.kind == "f" else dtype.str[1:])
-    return None if fill is None or dtype.kind not in "fi" else dtype.type(fill)
+        return
+    for name, array in data.variables.items():
+        written = group[str(name)]
+        if "_FillValue" in written.attrs and array.dtype.kind in "fiu":
+            array.attrs["_FillValue"] = array.dtype.type(written.attrs["_FillValue"])
+        elif written.fill_value == 0:  # type: ignore[union-attr]
+            array.attrs.pop("_FillValue", None)
 
 
 def never_written(path: Path, name: str, where: Sequence[slice | int]) -> np.ndarray | None:

@@ -101,7 +101,7 @@ def test_unknown_keys_of_the_file_are_refused_like_overrides(tmp_path):
         ("seed=4294967296", "seed", "less than 4294967296"),
         ("stages=[alignment, stf]", "stages", "'sft'"),
         ("stages=[]", "stages", "at least 1"),
-        ("data.split={train: ['2013-11-31', 2013-12-01]}", "data.split.train", "date"),
+        ("data.split={train: ['2013-11-31', 2013-12-01]}", "data.split.train", "in no calendar"),
         ("data.split={train: [2013-11-01, 2013-11-02]}", "data.split.validation", "required"),
         ("policy=tiny", "policy", "dictionary"),
     ],
