@@ -28,8 +28,10 @@ NETCDF_FILLS = {"f": 9.969209968386869e36, "i2": -32767, "i4": -2147483647, "i8"
 def open_decoded(path: Path) -> xarray.Dataset:
     """A Zarr store or a NetCDF 4 file, decoded by the CF conventions. Raises what xarray raises."""
     if path.is_dir():
-        # Consolidated metadata is a copy, which a store may lack.
-        data = xarray.open_dataset(path, engine="zarr", chunks=None, cache=False, decode_cf=False, consolidated=False)
+        told = _is_consolidated(path)
+        data = xarray.open_dataset(path, engine="zarr", chunks=None, cache=False, decode_cf=False, consolidated=told)
+        if not told:  # a folder has no order
+            data = data[sorted(data.data_vars, key=str)]
         _forget_defaults(path, data)
     else:
         data = xarray.open_dataset(path, engine="h5netcdf", chunks=None, cache=False, decode_cf=False)
@@ -40,6 +42,13 @@ def open_decoded(path: Path) -> xarray.Dataset:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*multiple fill values")  # all of them are missing
         return xarray.decode_cf(data)
+
+
+def _is_consolidated(path: Path) -> bool:
+    root = path / "zarr.json"
+    if not root.is_file():
+        return (path / ".zmetadata").is_file()
+    return json.loads(root.read_text()).get("consolidated_metadata") is not None
 
 
 def _forget_defaults(path: Path, data: xarray.Dataset) -> None:
