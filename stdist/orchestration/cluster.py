@@ -14,6 +14,7 @@ from stdist.errors import InputError
 
 try:
     import ray
+    from ray._private import ray_constants
     from ray.exceptions import AuthenticationError
 except ModuleNotFoundError as error:
     raise InputError("Ray is not installed; pip install 'stdist[cluster]', or leave out --ray") from error
@@ -45,8 +46,8 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
             if address not in (None, "local"):
                 raise
             _keep_token_private()
-            # Nobody looks at its dashboard, and nobody else is to reach it.
-            join("local", include_dashboard=False, _node_ip_address="127.0.0.1")
+            with _on_loopback():
+                join("local", include_dashboard=False)  # nobody looks at it
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, SystemExit) as error:
         # SystemExit is Ray's own way out where the head says nothing that it understands.
         raise InputError(
@@ -58,6 +59,24 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started inside listens on 127.0.0.1, as Ray does on a Mac; elsewhere it takes this machine's
+    address and listens on all of them, and any address that it is told for the loopback it replaces by that one."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, was = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    # The first is for the processes that the cluster consists of.
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _keep_token_private() -> None:

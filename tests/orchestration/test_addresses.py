@@ -65,7 +65,7 @@ from stdist.orchestration.cluster import connected
 with connected(None, log_to_driver=False):
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     sockets = [socket for process in processes for socket in process.net_connections("inet")]
-    listening = {socket.laddr.ip for socket in sockets if socket.status == "LISTEN"}
+    listening = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == "LISTEN"}
     token = Path.home() / ".ray" / "auth_token"
     seven = ray.get(ray.remote(lambda: 7).remote())
     print(sorted(listening), oct(stat.S_IMODE(token.stat().st_mode)), seven, len(processes) > 3)

@@ -58,7 +58,10 @@ class PromptEncoder:
     def _plain_ids(self, text: str) -> list[int]:
         """Ids of text that others wrote: where it spells one of the tokenizer's own tokens, that is text too."""
         ids, own = self.text_ids(text), set(self.tokenizer.get_added_vocab().values())
-        return ids if own.isdisjoint(ids) else [id for character in text for id in self.text_ids(character)]
+        # What looks like a token is cut in any case: a checkpoint's tokenizer knows the numerals, a base's does not.
+        if "<|" not in text and own.isdisjoint(ids):
+            return ids
+        return [id for character in text for id in self.text_ids(character)]
 
     def numeral_ids(self, values: np.ndarray) -> Int[np.ndarray, "..."]:
         return self.vocabulary.encode(values) + self.first_numeral_id
