@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint(refused, finished_run, city, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     checkpoint = Path("run") / "checkpoints" / "grpo" / finished_run.result.json["stages"]["grpo"]["checkpoint"]
     DAMAGES[name](checkpoint / name)
-    line = refused("forecast", "run", city, "--out", "f.zarr")
+    line = refused("forecast", "run", city, "--out", "f.zarr", code=4)
     assert line.startswith(str(checkpoint)) and "is damaged" in line
     if name.endswith(".safetensors"):
         assert f"delete {checkpoint.parent} to redo the stage" in line
