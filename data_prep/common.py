@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stdist.data import GridSpec
+from stdist.dates import parse_local_time
 from stdist.errors import InputError
 
 UTC_OFFSETS = {"milan": 60, "trentino": 60}
@@ -46,11 +47,8 @@ def utc_offset_of(city: str, utc_offset: int | None) -> int:
 
 
 def parse_start(start: str) -> np.datetime64:
-    """Local stamp of the first frame, datetime64[m], from ISO text such as 2013-11-01T00:00."""
-    try:
-        return np.datetime64(start, "m")
-    except ValueError as error:
-        raise InputError(f"--start {start!r} is not a local ISO time; write 2013-11-01T00:00") from error
+    """Local stamp of the first frame, datetime64[m]; see ``parse_local_time``."""
+    return parse_local_time(start, "--start")
 
 
 def cell_ids(height: int, width: int, row0: int, col0: int, id_width: int) -> np.ndarray:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common import GridPlace, parse_start
+from data_prep.common import GridPlace
 from data_prep.preparation import Plan
 from data_prep.reader import reader
 from stdist.data import Day, Part
 from stdist.data.synthetic import SyntheticCity, generate
+from stdist.dates import parse_day
 from stdist.errors import InputError
 
 
@@ -34,7 +35,7 @@ def plan(
     """
     if sources:
         raise InputError(f"synthetic reads no file, {sources[0]} given; leave it out")
-    first = parse_start(start).astype("datetime64[D]")
+    first = parse_day(start)
     source = SyntheticCity(height, width, str(first), days, cadence, seed, city)
     ends = first + np.array([0, days - 1])
     spec = GridPlace().spec(city, [channel], ends, source.shape, cadence=cadence, utc_offset=utc_offset)

@@ -13,6 +13,7 @@ import numpy as np
 import xarray
 
 from data_prep.steps import require_traffic, slices_of_days, slots_filled
+from data_prep.xarray_missing import never_written, open_decoded
 from stdist.data import Day, Part
 from stdist.data.parts import Tile
 from stdist.data.schema import MINUTES_PER_DAY
@@ -160,8 +161,8 @@ BUDGET = 192 << 20
 class SourceReader:
     """Reads the days of a part, all of space where that fits the budget, else tile by tile.
 
-    files: path and number of time steps, in order of time. A part's payload: its first row of all files together, and
-    the local stamps of its rows, datetime64[m] [n].
+    files: path and number of time steps, in order of time. lacking: path and variable, of those that may lack chunks. A
+    part's payload: its first row of all files together, and the local stamps of its rows, datetime64[m] [n].
     """
 
     files: tuple[tuple[Path, int], ...]
@@ -171,6 +172,7 @@ class SourceReader:
     shape: tuple[int, ...]
     tiles: tuple[Tile, ...]
     cadence: int
+    lacking: frozenset[tuple[Path, str]] = frozenset()
 
     def read(self, part: Part) -> Iterator[Day]:
         start, stamps = part.payload
@@ -209,7 +211,11 @@ class SourceReader:
         for dim, length, side, flipped in zip(axes.space, self.shape, box, axes.flipped, strict=True):
             where[dim] = slice(length - side.stop, length - side.start) if flipped else side
         try:
-            read = array.isel(where).transpose(*axes.dims).values.astype(np.float32, copy=False)
+            cut = array.isel(where).astype(np.float32)
+            if (path, array.name) in self.lacking:
+                unwritten = never_written(path, str(array.name), [where[str(dim)] for dim in array.dims])
+                cut = cut if unwritten is None else cut.where(~unwritten)
+            read = cut.transpose(*axes.dims).values
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{path}: {array.name} is damaged ({_first_line(error)}); fetch the file again") from error
         read = read[(slice(None), *reversal(axes.flipped))]
@@ -257,7 +263,7 @@ def opened(path: Path) -> Iterator[xarray.Dataset]:
     if path.is_file() and path.open("rb").read(3) == b"CDF":
         raise InputError(f"{path} is NetCDF 3; make it NetCDF 4: nccopy -k nc4 {path.name} new.nc")
     try:
-        data = xarray.open_dataset(path, engine="zarr" if path.is_dir() else "h5netcdf", chunks=None, cache=False)
+        data = open_decoded(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = "Zarr store" if path.is_dir() else "NetCDF 4 file"
         raise InputError(f"{path} is no {kind}, or is damaged ({_first_line(error)}); check it") from error

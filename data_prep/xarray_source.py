@@ -1,7 +1,8 @@
 """Reader of NetCDF 4 files and Zarr stores through xarray: rasters (time, row, col) or sensors (time, node).
 
 What is made of it, by the CF conventions: stamps are UTC; ``_FillValue`` and ``missing_value`` are missing, and so
-is what lies outside ``valid_min``, ``valid_max`` or ``valid_range``; ``scale_factor`` and ``add_offset`` are
+is what lies outside ``valid_min``, ``valid_max`` or ``valid_range``, and what is in no chunk that was written (the fill
+value 0 that Zarr 2 has by default is no ``_FillValue``, and masks nothing); ``scale_factor`` and ``add_offset`` are
 applied; ``units`` go into the store. NaN is missing, 0 is measured. Traffic is never negative: a negative value is
 refused, unless the variable's own valid range says that it may be. A stamp that is absent is a time step that does
 not exist. Row 0 of the store is the SOUTH and column 0 the WEST: axes that run the other way, as the rows of most
@@ -23,6 +24,7 @@ from data_prep.graphs import Nodes
 from data_prep.preparation import Plan
 from data_prep.reader import reader
 from data_prep.steps import cadence_of, slices_of_days
+from data_prep.xarray_missing import may_lack_chunks
 from data_prep.xarray_reading import (
     BUDGET,
     LATITUDE,
@@ -97,6 +99,7 @@ def plan(
         shape=spec.shape,
         tiles=tuple(spec.tiles()),
         cadence=cadence,
+        lacking=frozenset((f.path, name) for f in files for name in f.variables if may_lack_chunks(f.path, name)),
     )
     return Plan(spec, recipe, [file.path for file in files], None, _parts(spec, stamps, first.chunk), reader.read)
 

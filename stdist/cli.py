@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
+from stdist.errors import DamageError, DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
 from stdist.reader_commands import Command, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
 
 FORECAST_FORMATS = (".zarr", ".parquet")
 DAMAGED = 4
-"""Exit code of ``stdist check`` on a store that is not as it was written, and of ``stdist ledger``."""
+"""Exit code where something is not as it was written, of ``stdist check`` and of ``stdist ledger``."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -314,6 +314,13 @@ def main() -> None:
     try:
         app()
     except (InputError, DivergenceError, ResourceError, Interrupted) as error:
-        codes = {InputError: 2, DivergenceError: 3, ResourceError: 5, SilentLearner: 5, Interrupted: 130}
+        codes = {
+            InputError: 2,
+            DamageError: DAMAGED,
+            DivergenceError: 3,
+            ResourceError: 5,
+            SilentLearner: 5,
+            Interrupted: 130,
+        }
         log(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
         sys.exit(codes[type(error)])

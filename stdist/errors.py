@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Bad input: the message is one line that says what is wrong, where, and what to do. Exit code 2."""
 
 
+class DamageError(InputError):
+    """A file is not as it was written: the message names it. Exit code 4."""
+
+
 class DivergenceError(RuntimeError):
     """Training lost its way: the loss is no longer a finite number. Exit code 3."""
 

@@ -1,5 +1,6 @@
 """The configuration tree: what it refuses and how it says so, overrides, and files that come with the project."""
 
+import re
 from datetime import date
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_unknown_keys_of_the_file_are_refused_like_overrides(tmp_path):
         ("seed=4294967296", "seed", "less than 4294967296"),
         ("stages=[alignment, stf]", "stages", "'sft'"),
         ("stages=[]", "stages", "at least 1"),
-        ("data.split={train: ['2013-11-31', 2013-12-01]}", "data.split.train", "date"),
+        ("data.split={train: ['2013-11-31', 2013-12-01]}", "data.split.train", "in no calendar"),
         ("data.split={train: [2013-11-01, 2013-11-02]}", "data.split.validation", "required"),
         ("policy=tiny", "policy", "dictionary"),
     ],
@@ -160,8 +161,25 @@ def test_overrides_are_yaml_values_of_nested_keys(tmp_path):
     assert config.data.split is not None and config.data.split.test == (date(2013, 11, 4), date(2013, 11, 5))
 
 
-def test_the_last_override_of_a_key_wins(tmp_path):
-    assert _load(tmp_path, "seed=1", "seed=2", tree=SMALLEST | {"seed": 9}).seed == 2
+@pytest.mark.parametrize(
+    "overrides", [["seed=1", "seed=2"], ["seed=1", "seed=1"], ["data.history=3", "data={store: a.zarr}"]]
+)
+def test_an_override_that_undoes_another_is_refused(tmp_path, overrides):
+    with pytest.raises(
+        InputError, match=rf"override {re.escape(repr(overrides[1]))} would undo the one of [a-z.]+ before it"
+    ):
+        _load(tmp_path, *overrides)
+
+
+def test_an_override_may_change_what_another_gave(tmp_path):
+    assert _load(tmp_path, "data={store: a.zarr, history: 5}", "data.history=6").data.history == 6
+
+
+def test_a_group_that_is_given_twice_is_refused(tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text("name: toy\nsft:\n  max_steps: 5\ndata: {store: city.zarr}\nsft:\n  eval_steps: 5\n")
+    with pytest.raises(InputError, match=r"toy\.yaml is not valid YAML: line 5, column 1: key 'sft' is given twice"):
+        load_config(path)
 
 
 def test_an_override_may_hold_equals_signs(tmp_path):
@@ -180,7 +198,7 @@ def test_overrides_of_one_group_keep_its_other_keys(tmp_path):
         ("--seed", "must look like key.sub=value"),
         ("name.first=x", "name is a value, not a group of keys"),
         ("stages=[sft", "is not a YAML value"),
-        ("seed=2013-02-30", "is not a YAML value"),
+        ("seed={a: 1, a: 2}", "is not a YAML value"),
     ],
 )
 def test_a_bad_override_is_shown(tmp_path, override, why):

@@ -4,9 +4,21 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Days = tuple[date, date]
+from stdist.dates import parse_day
+from stdist.errors import InputError
+
+
+def _day(value: Any) -> date:
+    try:
+        return parse_day(value).item()
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+Day = Annotated[date, BeforeValidator(_day)]
+Days = tuple[Day, Day]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 """So that a run's config.yaml finds its files from any folder."""
 

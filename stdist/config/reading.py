@@ -7,26 +7,34 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from stdist.config.base import RunConfig
+from stdist.config.yaml_core import dump_yaml, load_yaml
 from stdist.errors import InputError
 
 
 def read_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Reads a YAML file and applies ``key.sub=value`` overrides. Raises InputError where it is missing or not YAML."""
+    """Reads a YAML file and applies ``key.sub=value`` overrides.
+
+    Raises InputError where it is missing or not YAML, and where a key is given twice.
+    """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"config {path} does not exist") from None
     except OSError as error:
         raise InputError(f"config {path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError where a date is none or the text is not UTF-8
-        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # also where the text is not UTF-8
+        raise InputError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"config {path} must be a mapping of keys to values")
+    given: list[list[str]] = []
     for override in overrides or []:
+        keys = override.partition("=")[0].split(".")
+        if earlier := next((other for other in given if other[: len(keys)] == keys), None):
+            raise InputError(f"override {override!r} would undo the one of {'.'.join(earlier)} before it; give one")
+        given.append(keys)
         _apply(tree, override)
     return tree
 
@@ -47,7 +55,7 @@ def validated(tree: dict[str, Any], kind: type[RunConfig], where: str) -> RunCon
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -60,8 +68,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise InputError(f"override {override!r}: {parent} is a value, not a group of keys")
     try:
-        tree[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
+        tree[last] = load_yaml(value)
+    except ValueError:
         raise InputError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 

@@ -6,7 +6,7 @@ it again gives the same values, and the final name is taken last, in one step.
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import zarr
 
 from stdist.data.coordinates import Coordinate, create_array
 from stdist.data.imputation import Nearest, first_observed, interpolate, last_observed
-from stdist.data.integrity import ROOT_METADATA, combined_digest, require_all_files, sha256_of
+from stdist.data.integrity import ROOT_METADATA, combined_digest, record_of, require_all_files
 from stdist.data.journal import FOLDER, Journal
 from stdist.data.parts import Executor, Part, PartResult, Tile
 from stdist.data.schema import fill_short_absences, observed_name, train_mean_name, true_segments
@@ -88,12 +88,19 @@ class Imputation:
         scratch = journal.scratch / part.name
         with journal.working(self.session):
             shutil.rmtree(scratch, ignore_errors=True)  # of a killed preparation
-            result = self._fill(shards, channel, tile, days, scratch)
+            note = lambda files: journal.add_imputed(part.name, files)  # noqa: E731
+            result = self._fill(shards, channel, tile, days, scratch, note)
             shutil.rmtree(scratch, ignore_errors=True)
         return PartResult(part.name, *result)
 
     def _fill(
-        self, shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path
+        self,
+        shards: Shards,
+        channel: str,
+        tile: Tile,
+        days: Mapping[int, list[DaySegment]],
+        scratch: Path,
+        note: Callable[[dict[str, Any]], None],
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Fills day after day; the nearest values seen are carried across midnight."""
         inside = shards.inside[tile]
@@ -119,7 +126,9 @@ class Imputation:
                 filled[part][:, ~exists] = 0
                 before = left.updated(last_observed(values[part], observed[part], start))
             if not observed.all():
-                files |= shards.write(channel, day, tile, filled)
+                file = shards.write(channel, day, tile, filled)
+                note(file)
+                files |= file
             if self.train and self.train.first_day <= shards.date(day) <= self.train.last_day:
                 state.add(values, observed)
         return files, {"missing": missing, "true_zeros": zeros, "state": state}
@@ -175,7 +184,7 @@ def _seal(partial: Path, out: Path, shard_files: Mapping[str, Any], results: Map
         if path.suffix == ".partial":  # zarr was killed while it wrote this
             path.unlink()
         else:
-            files[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            files[name.as_posix()] = record_of(path)
     files = dict(sorted(files.items()))
     group = zarr.open_group(partial, mode="r+", use_consolidated=False)
     attributes = {**dict(group.attrs), **results, "files": files}

@@ -1,13 +1,24 @@
-"""Digests of a store's files, and the checks that tell a whole store from a damaged one."""
+"""Digests of files, and the one place where what is read of a store is compared with them.
 
+Whatever is read of a store through :class:`VerifiedStore` belongs to a file whose digest has been compared with the
+recorded one, once since the store was opened (benchmarks/integrity.py measures the cost).
+"""
+
+import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from stdist.errors import InputError
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from stdist.errors import DamageError, InputError
 
 ROOT_METADATA = "zarr.json"
 
@@ -54,6 +65,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def record_of(path: Path) -> dict[str, Any]:
+    """The bytes and sha256 that are recorded of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def is_as_recorded(path: Path, recorded: Mapping[str, Any]) -> bool:
+    """Reads the file, unless it is missing or its size tells enough."""
+    try:
+        return path.stat().st_size == recorded["bytes"] and sha256_of(path) == recorded["sha256"]
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def combined_digest(files: Mapping[str, Any], attributes: Mapping[str, Any]) -> str:
     """One sha256 over every file's digest and every attribute but the digest itself."""
     rest = {name: value for name, value in attributes.items() if name not in ("digest", "files")}
@@ -62,13 +86,63 @@ def combined_digest(files: Mapping[str, Any], attributes: Mapping[str, Any]) -> 
 
 
 def require_all_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise InputError naming the first file that is missing or has not its recorded size."""
+    """Raise DamageError naming the first file that is missing or has not its recorded size."""
     for name, recorded in files.items():
         try:
             size = (root / name).stat().st_size
         except FileNotFoundError:
-            raise InputError(f"{root} is damaged: {name} is missing; prepare or copy the store again") from None
+            raise damage(root, f"{name} is missing") from None
         if size != recorded["bytes"]:
-            raise InputError(
-                f"{root} is damaged: {name} has {size} of {recorded['bytes']} bytes; prepare or copy the store again"
-            )
+            raise damage(root, f"{name} has {size} of {recorded['bytes']} bytes")
+
+
+def damage(root: Path, what: str) -> DamageError:
+    return DamageError(f"{root} is damaged: {what}; make it again, or copy it again")
+
+
+class VerifiedStore(LocalStore):
+    """The Zarr store in the folder ``root``, to read: each of ``files`` (bytes and sha256 by name) is compared with its
+    record before anything of it is handed out, once. A pickled copy begins anew.
+
+    Raises DamageError, naming the file, where it is not as recorded or not among ``files``. The root's metadata is
+    compared by whoever has read ``files`` from it.
+    """
+
+    def __init__(self, root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(root, read_only=True)
+        self._files = files
+        self._sound: set[str] = set()
+        self._checks: dict[str, Future[None]] = {}
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["VerifiedStore"], tuple[Path, Mapping[str, Mapping[str, Any]]]]:
+        return VerifiedStore, (self.root, self._files)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        if key not in self._sound and key != ROOT_METADATA:
+            await asyncio.to_thread(self._require_sound, key)
+        return await super().get(key, prototype, byte_range)
+
+    def _require_sound(self, key: str) -> None:
+        """Threads that ask for one file at once share one reading of it."""
+        mine: Future[None] = Future()
+        with self._lock:
+            check = self._checks.setdefault(key, mine)
+        if check is mine:
+            try:
+                self._compare(key)
+                self._sound.add(key)
+                mine.set_result(None)
+            except BaseException as error:
+                mine.set_exception(error)
+        check.result()
+
+    def _compare(self, key: str) -> None:
+        path, recorded = self.root / key, self._files.get(key)
+        if recorded is None:
+            if path.exists():
+                raise damage(self.root, f"{key} is not of this store")
+        elif not is_as_recorded(path, recorded):
+            raise damage(self.root, f"{key} is not as it was written")

@@ -1,24 +1,27 @@
 """The journal of a preparation beside its shards while it is under way: its identity, its finished parts, its locks.
 
-All of it lies in the folder ``FOLDER`` of the partial store, which is removed once the store has its name.
+All of it lies in the folder ``FOLDER`` of the partial store, which is removed once the store has its name. Every entry
+carries its own digest.
 """
 
-import errno
 import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote
 
+from stdist.data.integrity import is_as_recorded
 from stdist.data.parts import PartResult
-from stdist.errors import InputError
-from stdist.files import write_atomically
+from stdist.data.schema import observed_name
+from stdist.errors import DamageError, InputError
+from stdist.files import read_sealed, write_sealed
+from stdist.locks import WriterLock, locked
 
 FOLDER = "preparation"
 PATIENCE = 30.0
@@ -40,50 +43,91 @@ class Journal:
         return self.folder / "scratch"
 
     def identity(self) -> dict[str, Any] | None:
-        """The preparation's identity as ``begin`` noted it; None where init was not finished."""
-        try:
-            return json.loads((self.folder / "identity.json").read_text())
-        except FileNotFoundError:
+        """The preparation's identity as ``begin`` noted it; None where init was not finished.
+
+        Raises DamageError where it is not as it was noted.
+        """
+        path = self.folder / "identity.json"
+        if not path.exists():
             return None
+        if (identity := read_sealed(path)) is None:
+            raise DamageError(f"{path} is not as it was written; remove {self.root} and prepare it again")
+        return identity
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Notes the identity, once everything that init makes is on the disk."""
-        write_atomically(self.folder / "identity.json", json.dumps(identity))
+        write_sealed(self.folder / "identity.json", identity)
 
     def add(self, result: PartResult) -> None:
-        write_atomically(self.folder / "parts" / f"{quote(result.name, safe='')}.json", json.dumps(vars(result)))
+        write_sealed(self._entry("parts", result.name), vars(result))
 
     def finished(self) -> dict[str, PartResult]:
         """Every finished part's result by its name."""
-        entries = (json.loads(path.read_text()) for path in sorted((self.folder / "parts").glob("*.json")))
-        return {entry["name"]: PartResult(**entry) for entry in entries}
+        entries = (read_sealed(path) for path in sorted((self.folder / "parts").glob("*.json")))
+        return {entry["name"]: PartResult(**entry) for entry in entries if entry}
+
+    def add_imputed(self, part: str, files: Mapping[str, Any]) -> None:
+        """Notes shards that were written again by ``part`` with their missing values filled in."""
+        path = self._entry("imputed", part)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps(files) + "\n")
+            notes.flush()
+            os.fsync(notes.fileno())
+
+    def discard_damaged(self, channels: Iterable[str]) -> None:
+        """Forgets finished parts whose shards are not as they were written, or whose entry is not: they are redone.
+        Shards of no finished part are removed.
+
+        Every shard is read. Good are a part's own bytes, and those that imputation has noted of it. A kill between
+        these two leaves a shard that is neither, and costs its part.
+        """
+        imputed = self._imputed()
+        for path in (self.folder / "parts").glob("*.json"):
+            entry = read_sealed(path)
+            if entry is None or not all(
+                is_as_recorded(self.root / name, record) or is_as_recorded(self.root / name, imputed.get(name, record))
+                for name, record in entry["files"].items()
+            ):
+                path.unlink()
+        known = {name for part in self.finished().values() for name in part.files}
+        for channel in channels:
+            for array in (channel, observed_name(channel)):
+                for shard in (self.root / array / "c").rglob("*"):
+                    if shard.is_file() and shard.relative_to(self.root).as_posix() not in known:
+                        shard.unlink()
+
+    def _imputed(self) -> dict[str, Any]:
+        """Bytes and sha256 of shards, by name; a note that a kill cut short is none."""
+        files: dict[str, Any] = {}
+        for path in (self.folder / "imputed").glob("*.json"):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError):
+                    files |= json.loads(line)
+        return files
+
+    def _entry(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{quote(name, safe='')}.json"
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def lock(self, store: Path, session: str) -> IO[str]:
-        """Holds ``store`` for this process until closed, or until the process ends, however it ends.
+    def lock(self, store: Path, session: str) -> WriterLock:
+        """Holds ``store`` for this process, see ``WriterLock``; from now on ``session`` alone may write shards.
 
-        From now on ``session`` alone may write shards. Raises InputError where another process holds the
-        store, or where workers of a killed one still write after ``PATIENCE``.
+        Raises InputError where another process holds the store, or where workers of a killed one still write after
+        ``PATIENCE``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "lock").open("a")
-        busy = f"{store} is being written by another process; wait for it or choose another name"
-        if not _locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _is(file, self.folder / "lock"):
-            file.close()
-            raise InputError(busy)
-        file.truncate(0)
-        file.write(session)
-        file.flush()
+        lock = WriterLock(self.folder / "lock", store, session=session)
         with (self.folder / "workers").open("w") as workers:
             end = time.monotonic() + PATIENCE
-            while not _locked(workers, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            while locked(workers, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
                 if time.monotonic() > end:
-                    file.close()
-                    raise InputError(busy)
+                    lock.close()
+                    raise InputError(f"workers of a killed preparation still write {store}; end them and try again")
                 time.sleep(0.05)
-        return file
+        return lock
 
     @contextmanager
     def working(self, session: str) -> Iterator[None]:
@@ -92,27 +136,13 @@ class Journal:
         Raises RuntimeError where a restart came before: who holds a session that is over must not write on.
         """
         with (self.folder / "workers").open("a") as file:
-            _locked(file, fcntl.LOCK_SH)
-            if (self.folder / "lock").read_text() != session:
+            locked(file, fcntl.LOCK_SH)
+            if self._session() != session:
                 raise RuntimeError(f"the preparation in {self.root} was restarted; this worker is of the one before")
             yield
 
-
-def _locked(file: IO[str], how: int) -> bool:
-    """True where the lock was had, and on file systems without locks, where it is the user's to keep order."""
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
-            raise
-    return True
-
-
-def _is(file: IO[str], path: Path) -> bool:
-    """False where ``path`` was removed or renamed by whoever held the lock before."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    def _session(self) -> str | None:
+        try:
+            return json.loads((self.folder / "lock").read_text())["session"]
+        except (OSError, ValueError, KeyError):
+            return None

@@ -7,28 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from stdist.data.integrity import ROOT_METADATA
+from stdist.data.integrity import ROOT_METADATA, damage
 from stdist.data.schema import FORMAT, FORMAT_VERSION, MINUTES_PER_DAY
 from stdist.data.spans import DaySpan, Split
 from stdist.errors import InputError
 
 
 def read_attributes(root: Path) -> dict[str, Any]:
-    """Returns the attributes of a finished store, reading nothing else. Raises InputError where there is none."""
+    """Returns the attributes of a finished store, reading nothing else. Raises InputError where there is none, and
+    DamageError where they are not JSON, or lack what every store has."""
     metadata = root / ROOT_METADATA
     if not metadata.is_file():
         what = "holds no zarr.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"{root} is not a grid store: it {what}; make one with `stdist prepare`")
     try:
-        attributes = json.loads(metadata.read_text())["attributes"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{root} is damaged: {ROOT_METADATA} is cut short; prepare or copy it again") from error
+        attributes = dict(json.loads(metadata.read_text())["attributes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damage(root, f"{ROOT_METADATA} is not as it was written") from error
     if attributes.get("format") != FORMAT:
         raise InputError(f"{root} is a Zarr group but not a grid store; make one with `stdist prepare`")
-    if attributes["format_version"] != FORMAT_VERSION:
-        raise InputError(f"{root} has format version {attributes['format_version']}, this program reads 1")
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{root} has format version {attributes.get('format_version')}, this program reads 1")
     if "digest" not in attributes:
         raise InputError(f"{root} was never finished; remove it and prepare it again")
+    if "files" not in attributes:
+        raise damage(root, f"{ROOT_METADATA} names no files")
     return attributes
 
 

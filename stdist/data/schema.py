@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stdist.data.parts import Tile
+from stdist.dates import parse_day
 from stdist.errors import InputError
 
 FORMAT = "stdist grid store"
@@ -40,6 +41,8 @@ class _Axes:
     def __post_init__(self) -> None:
         if self.cadence_minutes <= 0 or MINUTES_PER_DAY % self.cadence_minutes:
             raise InputError(f"cadence {self.cadence_minutes} min does not divide a day; give whole minutes")
+        for day in (self.first_day, self.last_day):
+            parse_day(day)
         if not self.channels:
             raise InputError(f"city {self.city!r} has no channel; name at least one")
         for name in ("inside", "since", "latitude", "longitude"):

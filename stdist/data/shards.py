@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import zarr
 
-from stdist.data.integrity import ROOT_METADATA, sha256_of
+from stdist.data.integrity import ROOT_METADATA, record_of
 from stdist.data.journal import Journal
 from stdist.data.parts import Day, Part, PartResult, Tile
 from stdist.data.schema import observed_name, tiles_of
@@ -71,7 +71,7 @@ class Shards(StoredArrays):
             os.fsync(handle)
         finally:
             os.close(handle)
-        return {file: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}}
+        return {file: record_of(path)}
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,11 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from stdist.dates import parse_day
 from stdist.errors import InputError
 
 MILAN_FIRST_DAY = np.datetime64("2013-11-01", "D")
 MILAN_LAST_DAY = np.datetime64("2014-01-01", "D")
-
-
-def parse_day(text: Any) -> np.datetime64:
-    """One local calendar day from ``2013-11-01``, a date or a datetime64; raises InputError otherwise."""
-    try:
-        day = np.datetime64(text, "D")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{text!r} is not a calendar day; write it as 2013-11-01") from error
-    if np.isnat(day):
-        raise InputError(f"{text!r} is not a calendar day; write it as 2013-11-01")
-    return day
 
 
 @dataclass(frozen=True)

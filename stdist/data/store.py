@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stdist.data.integrity import require_all_files
+from stdist.data.integrity import ROOT_METADATA, combined_digest, damage, require_all_files
 from stdist.data.metadata import read_attributes
 from stdist.data.schema import train_mean_name
 from stdist.data.spans import AnyRegion, DaySpan, all_cells
@@ -16,11 +16,13 @@ from stdist.data.windows import Windows
 def open_store(path: str | Path) -> "GridStore":
     """Opens a grid store.
 
-    Reads metadata and file sizes only. Raises InputError with one line where the path is no grid store, or
-    names the file that is missing or cut short.
+    Reads metadata and file sizes only. Raises InputError with one line where the path is no grid store, and
+    DamageError naming a file that is missing or cut short, or attributes that are not as they were written.
     """
     root = Path(path)
     attributes = read_attributes(root)
+    if combined_digest(attributes["files"], attributes) != attributes["digest"]:
+        raise damage(root, f"{ROOT_METADATA} is not as it was written")
     require_all_files(root, attributes["files"])
     return GridStore(root, attributes)
 

@@ -1,30 +1,45 @@
 """The arrays of a grid store: axes, places, and values by channel, time steps and region."""
 
+import warnings
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xarray
 import zarr
 
 from stdist.data.chunk_cache import ChunkCache
+from stdist.data.integrity import ROOT_METADATA, VerifiedStore
 from stdist.data.metadata import StoreMetadata
 from stdist.data.schema import observed_name, true_segments
 from stdist.data.spans import AnyRegion, all_cells, parse_region
 
 
 class StoredArrays(StoreMetadata):
-    """A store of T time steps on a grid of H rows and W columns or at N nodes, whose arrays are read when asked for."""
+    """A store of T time steps on a grid of H rows and W columns or at N nodes, whose arrays are read when asked for.
+
+    Reading raises DamageError, naming the file, where it is not as it was written.
+    """
+
+    @cached_property
+    def _files(self) -> VerifiedStore:
+        return VerifiedStore(self.path, self.attributes["files"])
 
     @cached_property
     def dataset(self) -> xarray.Dataset:
         """All arrays, lazily."""
-        return xarray.open_zarr(self.path, consolidated=True, chunks=None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Object at")  # files of somebody else
+            # Consolidated metadata is a copy that no digest covers.
+            return xarray.open_zarr(self._files, consolidated=False, chunks=None)
 
     @cached_property
     def _arrays(self) -> dict[str, zarr.Array[Any]]:
         # Kept, because opening an array again costs as much as reading a small region of it.
-        return dict(zarr.open_group(self.path, mode="r").arrays())
+        group = zarr.open_group(self._files, mode="r", use_consolidated=False)
+        metadata = [file for file in self.attributes["files"] if file.endswith(f"/{ROOT_METADATA}")]
+        names = [file.removesuffix(f"/{ROOT_METADATA}") for file in metadata]
+        return {name: cast("zarr.Array[Any]", group[name]) for name in names}
 
     def _all(self, name: str) -> np.ndarray:
         return np.asarray(self._arrays[name][...])

@@ -10,7 +10,7 @@ import numpy as np
 from stdist.data.schema import true_segments
 from stdist.data.spans import AnyRegion, DaySpan
 from stdist.data.stored_arrays import StoredArrays
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 """Makes an array of a shape and dtype, as ``np.empty`` does; the loader's are pinned."""
@@ -113,7 +113,7 @@ class Windows:
         """The windows number ``indices`` (positions in ``origins``), as one batch, in arrays made by ``empty``.
 
         Chunks that windows share are decoded once and held in the store's ``chunk_cache``; chunks that no window
-        touches are not read. Raises InputError where the store cannot be read.
+        touches are not read. Raises DamageError where the store cannot be read, or is not as it was written.
         """
         origins = self.origins[np.asarray(indices, np.int64)]
         batch = WindowBatch(
@@ -166,10 +166,8 @@ class Windows:
         read = self.store.values if what == "values" else self.store.observed
         try:
             return read(self.channel, *steps, region)
-        except InputError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(
+        except OSError as error:
+            raise DamageError(
                 f"{self.store.path} is damaged: {what} of {self.channel}, frames {steps[0]} to {steps[1] - 1}, "
                 f"cannot be read ({error}); `stdist check` names the file"
             ) from error

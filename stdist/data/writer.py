@@ -24,13 +24,14 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from stdist.data.coordinates import coordinates, create_array, digest_of_arrays
 from stdist.data.finalise import finalise
-from stdist.data.integrity import SourceRecord, require_unchanged
-from stdist.data.journal import Journal
+from stdist.data.integrity import ROOT_METADATA, SourceRecord, is_as_recorded, record_of, require_unchanged
+from stdist.data.journal import FOLDER, Journal
 from stdist.data.parts import Day, Executor, Part, PartResult, RunPart
 from stdist.data.schema import GridSpec, NodeSpec, chunk_and_shard, observed_name
 from stdist.data.shards import PartWriter
 from stdist.data.spans import Split
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
+from stdist.files import require_outside, require_working_folder
 
 
 def serially(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
@@ -46,8 +47,8 @@ class GridWriter:
 
     out: final path. recipe: what makes the store, JSON. sources: the raw files, whose names, sizes and
     digests are recorded. parts: all of the work, where it is known.
-    Raises InputError where ``out`` exists, another process writes it, or its partial output is of other
-    work; ValueError where two parts touch one shard.
+    Raises InputError where ``out`` exists or lies in a store, another process writes it, or its partial output is of
+    other work; DamageError where what init made is not as it was written; ValueError where two parts touch one shard.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class GridWriter:
         self.out, self.spec, self.parts = Path(out), spec, list(parts)
         require_disjoint(spec, self.parts)
         # A kill between renaming and tidying up leaves a finished store that still holds its journal.
-        self._sealed = Journal(self.out).identity() is not None
-        if self.out.exists() and not self._sealed:
+        self._sealed = not self.out.is_symlink() and Journal(self.out).identity() is not None
+        if os.path.lexists(self.out) and not self._sealed:
             raise InputError(f"{self.out} exists already; remove it or choose another name")
+        require_outside(self.out)
         self.partial = self.out.with_name(self.out.name + ".partial")
+        require_working_folder(self.partial, is_ours=Journal(self.partial).folder.is_dir())
         self.journal = Journal(self.out if self._sealed else self.partial)
         self._session = uuid4().hex
         self._lock = self.journal.lock(self.out, self._session)
@@ -134,6 +137,8 @@ class GridWriter:
                     f"{self.journal.root} is of another preparation: its {other[0]} differs; "
                     "remove it or choose another name"
                 )
+            if not self._sealed:
+                self._look_at_what_is_there(attributes, noted["files"])
             return
         for path in self.partial.iterdir():
             if path != self.journal.folder:
@@ -142,7 +147,22 @@ class GridWriter:
         for array in arrays:
             create_array(group, array)
         self._create_channels(group, [array.name for array in arrays if array.located])
-        self.journal.begin(identity)
+        written = sorted(path for path in self.partial.rglob("*") if path.is_file())
+        files = {path.relative_to(self.partial).as_posix(): record_of(path) for path in written}
+        made = {name: record for name, record in files.items() if not name.startswith(FOLDER) and name != ROOT_METADATA}
+        self.journal.begin(identity | {"files": made})
+
+    def _look_at_what_is_there(self, attributes: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+        """Every byte that an interrupted preparation has left is compared with its digest before it is built on."""
+        for name, record in made.items():
+            if not is_as_recorded(self.partial / name, record):
+                raise DamageError(
+                    f"{self.partial} is damaged: {name} is not as it was written; remove it and begin anew"
+                )
+        # Finalise may have added to the root's attributes: it does so again.
+        (self.partial / ROOT_METADATA).unlink(missing_ok=True)
+        zarr.create_group(self.partial, zarr_format=3, attributes=dict(attributes))
+        self.journal.discard_damaged(self.spec.channels)
 
     def _create_channels(self, group: zarr.Group, located: Sequence[str]) -> None:
         spec = self.spec

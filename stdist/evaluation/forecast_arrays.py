@@ -1,5 +1,6 @@
 """Forecasts as Zarr arrays that plain xarray opens."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import numpy as np
 import xarray as xr
 import zarr
 from jaxtyping import Float
+from zarr.storage import LocalStore
 
+from stdist.data.integrity import ROOT_METADATA, VerifiedStore, combined_digest, damage, record_of
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation.forecast_header import (
@@ -38,7 +41,6 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
         coords["quantile"] = ("quantile", np.array(QUANTILES))
     xr.Dataset(coords=coords).to_zarr(path, mode="w", zarr_format=3, consolidated=False)
     group = zarr.open_group(path, mode="r+")
-    group.attrs.put({METADATA_KEY: header.metadata.model_dump_json()})
     block = header.block
 
     def create(name: str, *leading: tuple[str, int]) -> zarr.Array[Any]:
@@ -60,23 +62,49 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
         point[windows] = values[0]
         if quantiles is not None:
             quantiles[:, windows] = values[1:]
+    written = sorted(file for file in path.rglob("*") if file.is_file() and file != path / ROOT_METADATA)
+    files = {file.relative_to(path).as_posix(): record_of(file) for file in written}
+    attributes = {METADATA_KEY: header.metadata.model_dump_json(), "files": files}
+    group.attrs.put({**attributes, "digest": combined_digest(files, attributes)})
     with warnings.catch_warnings():
         # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read.
         warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
         zarr.consolidate_metadata(path)
 
 
+def zarr_metadata(path: Path) -> str | None:
+    """The metadata of forecasts in the folder ``path``; None where it holds anything else, or more."""
+    known = {ROOT_METADATA, "forecast", "point", "origin", "step", "row", "col", "node", "cell", "quantile"}
+    if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
+        return None
+    try:
+        return _attributes(path).get(METADATA_KEY)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / ROOT_METADATA).read_text())["attributes"])
+
+
 def open_zarr(path: Path) -> tuple[ForecastHeader, ReadBlock]:
-    """Opens a group that ``write_zarr`` wrote. Raises InputError where it says too little or contradicts itself."""
-    with xr.open_zarr(path, chunks=None) as dataset:
+    """Opens a group that ``write_zarr`` wrote. Raises InputError where it says too little or contradicts itself,
+    DamageError, also from what reads the values, where a file is not as it was written."""
+    attributes = _attributes(path)
+    files = attributes.get("files", {})
+    if files and combined_digest(files, attributes) != attributes.get("digest"):
+        raise damage(path, f"{ROOT_METADATA} is not as it was written")
+    # Of forecasts older than these digests nothing is recorded.
+    store = VerifiedStore(path, files) if files else LocalStore(path, read_only=True)
+    with xr.open_zarr(store, consolidated=False, chunks=None) as dataset:
         header = ForecastHeader(
             read_metadata(dataset.attrs.get(METADATA_KEY), path),
             dataset["origin"].values.astype("datetime64[ns]"),
             np.array(dataset["cell"].values.tolist()),
             has_quantiles="quantile" in dataset["forecast"].dims,
         )
-    forecast = zarr.open_array(path / "forecast", mode="r")
-    point = zarr.open_array(path / "point", mode="r") if header.has_quantiles else forecast
+    forecast = zarr.open_array(store, path="forecast", mode="r")
+    point = zarr.open_array(store, path="point", mode="r") if header.has_quantiles else forecast
     if point.shape != header.shape:
         raise InputError(f"{path}: forecasts have shape {point.shape}, their origins and contract say {header.shape}")
 

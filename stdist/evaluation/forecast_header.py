@@ -86,7 +86,11 @@ def read_metadata(text: str | None, path: Path) -> ForecastMetadata:
     """The metadata that the file ``path`` carries under ``METADATA_KEY``. Raises InputError where there is none."""
     if text is None:
         raise InputError(f"{path}: carries no contract, so it was not written by stdist; it cannot be scored")
-    return parsed(ForecastMetadata, json.loads(text), f"{path}: its contract", "make the forecasts again")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: its contract is no JSON ({error}); make the forecasts again") from None
+    return parsed(ForecastMetadata, content, f"{path}: its contract", "make the forecasts again")
 
 
 def cut(length: int, size: int) -> list[slice]:

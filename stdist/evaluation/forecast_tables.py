@@ -61,6 +61,16 @@ def _table(
     return table.with_columns(pl.col("origin", "target").dt.replace_time_zone("UTC"))
 
 
+def parquet_metadata(path: Path) -> str | None:
+    """The metadata of forecasts in the file ``path``; None where it holds anything else."""
+    if not path.is_file():
+        return None
+    try:
+        return pl.read_parquet_metadata(path).get(METADATA_KEY)
+    except (OSError, pl.exceptions.PolarsError):
+        return None
+
+
 def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
     """Opens a table with rows in any order. Raises InputError where rows contradict the contract."""
     attributes = pl.read_parquet_metadata(path)

@@ -2,12 +2,12 @@
 
 A chunk is a few windows times some of the cells. It is a chunk of its own in an array beside the final name,
 ``NAME.zarr.partial/pieces.zarr`` or ``NAME.parquet.partial/pieces.zarr``, written before ``progress.json`` counts it:
-whenever the process is killed, what is counted is complete. The final file is made of them at the end, a few windows at
+whenever the process is killed, what is counted is complete. Each carries a CRC-32C, which is compared whenever it is
+read. The final file is made of them at the end, a few windows at
 a time: its own chunks are sized for readers, not for the device that forecast (chunks of 16 windows and one row of a
 100 x 100 grid are 50 times as many files, and seven times as slow to read; a copy costs seconds).
 """
 
-import fcntl
 import json
 import shutil
 from collections import Counter
@@ -15,16 +15,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 from jaxtyping import Float, Int
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from stdist.errors import InputError
+from stdist.errors import DamageError
 from stdist.evaluation.forecast_header import ForecastHeader, cut
-from stdist.evaluation.forecasts import FORMATS, require_suffix
-from stdist.files import write_atomically
+from stdist.evaluation.forecasts import FORMATS, require_replaceable, require_suffix
+from stdist.files import read_sealed, require_working_folder, write_sealed
+from stdist.locks import WriterLock
+
+PIECES, PROGRESS, REPLACED = "pieces.zarr", "progress.json", "replaced"
 
 
 class Chunk(NamedTuple):
@@ -64,11 +68,12 @@ class ForecastWriter:
 
     ``.zarr``: array ``forecast (origin, step, row, col)``, of nodes ``(origin, step, node)``; with quantiles
     ``forecast (quantile, origin, …)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value,
-    cells without a forecast left out. The name appears only when the file is complete, replacing an older one.
+    cells without a forecast left out. The name appears only when the file is complete; it replaces older forecasts of
+    the same checkpoint and contract, and nothing else.
 
-    Left before ``finish`` it keeps what it has, and the next writer of the same work goes on there. What a writer of
-    other work left behind is discarded with a line, not refused: as with a finished file of that name, the newest
-    command counts, and a run that nobody watches never stops for a leftover.
+    Left before ``finish`` it keeps what it has, and the next writer of the same work goes on there, unless a chunk is
+    damaged. What a writer of other work left behind is discarded with a line, not refused: a run that nobody watches
+    never stops for a leftover.
 
     Args:
         path: NAME.zarr or NAME.parquet.
@@ -78,7 +83,8 @@ class ForecastWriter:
         work: whatever else decides the values, as JSON: settings that make forecasts different work when they differ.
         log: takes a line for people about what was there already.
 
-    Raises InputError for another suffix, and where another process is writing the same forecasts.
+    Raises InputError for another suffix, where another process is writing the same forecasts, and where something else
+    has the name.
     """
 
     def __init__(
@@ -92,9 +98,13 @@ class ForecastWriter:
     ):
         self.path, self.grid = require_suffix(path), grid
         self._header, self._cells = header, cells
+        require_replaceable(self.path, header.metadata)
         self.partial = self.path.with_name(self.path.name + ".partial")
+        names = {"lock", PROGRESS, f"{PROGRESS}.partial", PIECES, REPLACED, self.path.name}
+        is_ours = self.partial.is_dir() and {path.name for path in self.partial.iterdir()} <= names
+        require_working_folder(self.partial, is_ours)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.partial / "lock", self.path)
+        self._lock = WriterLock(self.partial / "lock", self.path)
         metadata = header.metadata.model_dump(mode="json")
         layout = {"pieces": list(astuple(grid)), "quantities": header.quantities}
         self._work = json.loads(json.dumps({**metadata.pop("contract"), **metadata, **layout, **work}))
@@ -136,8 +146,9 @@ class ForecastWriter:
         """Makes the final file, gives it its name, and removes the chunks."""
         assert not self.remaining, f"{len(self.remaining)} chunks are missing"
         write_file, _ = FORMATS[self.path.suffix]
-        unfinished, replaced = self.partial / self.path.name, self.partial / "replaced"
+        unfinished, replaced = self.partial / self.path.name, self.partial / REPLACED
         write_file(self._header, self._read, unfinished)
+        require_replaceable(self.path, self._header.metadata)
         if self.path.is_dir():  # a folder cannot be renamed onto a filled one
             shutil.rmtree(replaced, ignore_errors=True)
             self.path.rename(replaced)
@@ -147,10 +158,12 @@ class ForecastWriter:
         return self.path
 
     def _resume(self, log: Callable[[str], None]) -> bool:
-        """Takes over the chunks of this very work, if there are any; returns False if not."""
-        try:
-            progress = json.loads((self.partial / "progress.json").read_text())
-        except FileNotFoundError:
+        """Takes over the chunks of this very work, if there are any and all are whole; returns False if not."""
+        if not (self.partial / PROGRESS).exists():
+            return False
+        progress = read_sealed(self.partial / PROGRESS)
+        if progress is None:
+            log(f"{self.partial / PROGRESS} is not as it was written; what it counted is discarded")
             return False
         if not progress["whole"]:
             return False
@@ -159,52 +172,65 @@ class ForecastWriter:
             names = [name for name in self._work if progress["work"].get(name) != self._work[name]]
             log(f"{leftover} made with another {', '.join(names)}; they are discarded")
             return False
+        (self.partial / PIECES / "zarr.json").unlink(missing_ok=True)
+        self._values = self._make_pieces()
+        for number, chunk in enumerate(self._chunks[: progress["whole"]]):
+            if not self._is_whole(chunk):
+                log(f"{leftover}, of which number {number} is damaged; they are discarded")
+                return False
         log(f"{leftover} of {len(self._chunks)}, going on from there")
-        self._values = zarr.open_array(self.partial / "pieces.zarr", mode="r+")
         self._complete = progress["whole"]
         self.counts.update(progress["counts"])
         return True
 
+    def _is_whole(self, chunk: Chunk) -> bool:
+        """Reads a chunk: True where it is as it was written."""
+        row, column = chunk.windows.start // self.grid.windows_per_chunk, chunk.cells.start // self.grid.cells_per_chunk
+        if not (self.partial / PIECES / "c" / "0" / str(row) / "0" / str(column)).is_file():
+            return False  # to Zarr it would be all NaN
+        try:
+            self._values[:, chunk.windows, :, chunk.cells]
+        except (ValueError, RuntimeError):
+            return False
+        return True
+
     def _begin(self) -> None:
         self._drop_progress()
+        shutil.rmtree(self.partial / PIECES, ignore_errors=True)
+        self._values = self._make_pieces()
+        self._save_progress()
+
+    def _make_pieces(self) -> "zarr.Array[Any]":
+        """The array of all chunks; those that are there stay."""
         horizon = self._header.shape[1]
-        self._values = zarr.create_array(
-            self.partial / "pieces.zarr",
+        return zarr.create_array(
+            self.partial / PIECES,
             shape=(self._header.quantities, self.grid.windows, horizon, self.grid.cells),
             chunks=(self._header.quantities, self.grid.windows_per_chunk, horizon, self.grid.cells_per_chunk),
             dtype="float32",
+            compressors=[ZstdCodec(level=0), Crc32cCodec()],
             fill_value=np.nan,
             dimension_names=("quantity", "window", "step", "cell"),
-            overwrite=True,
+            config={"write_empty_chunks": True},
         )
-        self._save_progress()
 
     def _drop_progress(self) -> None:
         """Comes before chunks are removed: a kill in between must leave no count of chunks that are gone."""
-        (self.partial / "progress.json").unlink(missing_ok=True)
+        (self.partial / PROGRESS).unlink(missing_ok=True)
 
     def _save_progress(self) -> None:
         progress = {"whole": self._complete, "counts": self.counts, "work": self._work}
-        write_atomically(self.partial / "progress.json", json.dumps(progress))
+        write_sealed(self.partial / PROGRESS, progress)
 
     def _read(self, windows: slice) -> Float[np.ndarray, "quantity n K *cells"]:
-        values = np.asarray(self._values[:, windows])
+        try:
+            values = np.asarray(self._values[:, windows])
+        except (ValueError, RuntimeError) as error:
+            raise DamageError(
+                f"{self.partial} is damaged: a chunk of windows {windows.start} to {windows.stop - 1} is not as it was "
+                "written; the same command forecasts it again"
+            ) from error
         ids = self._header.cell_ids
         region = np.full((*values.shape[:3], ids.size), np.nan, np.float32)
         region[..., self._cells] = values
         return region.reshape(*values.shape[:3], *ids.shape)
-
-
-def _lock(path: Path, forecasts: Path) -> IO[str]:
-    """Holds ``path`` until closed, or until the process ends, however it ends."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(
-            f"{forecasts} is being written by another process; wait for it or choose another name"
-        ) from None
-    except OSError:  # some shared file systems know no locks; there, two writers of one name are the user's to avoid
-        pass
-    return file

@@ -10,12 +10,14 @@ import polars as pl
 from jaxtyping import Float
 
 from stdist.data.spans import AnyRegion
-from stdist.errors import InputError
-from stdist.evaluation.forecast_arrays import open_zarr, write_zarr
-from stdist.evaluation.forecast_header import ForecastHeader, ReadBlock
-from stdist.evaluation.forecast_tables import open_parquet, write_parquet
+from stdist.errors import DamageError, InputError
+from stdist.evaluation.contract import ForecastMetadata
+from stdist.evaluation.forecast_arrays import open_zarr, write_zarr, zarr_metadata
+from stdist.evaluation.forecast_header import ForecastHeader, ReadBlock, read_metadata
+from stdist.evaluation.forecast_tables import open_parquet, parquet_metadata, write_parquet
 
 FORMATS = {".zarr": (write_zarr, open_zarr), ".parquet": (write_parquet, open_parquet)}
+METADATA = {".zarr": zarr_metadata, ".parquet": parquet_metadata}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class ForecastFile:
     def read(
         self, windows: slice, tile: AnyRegion, *, quantiles: bool = False
     ) -> Float[np.ndarray, "quantity n K *cells"]:
-        """See ``ReadBlock``; NaN where there is no forecast. Raises InputError where the file is damaged."""
+        """See ``ReadBlock``; NaN where there is no forecast. Raises DamageError where the file is damaged."""
         return self._read(windows, tile, quantiles)
 
 
@@ -40,23 +42,39 @@ def require_suffix(path: Path | str) -> Path:
     return path
 
 
+def require_replaceable(path: Path, metadata: ForecastMetadata) -> None:
+    """Raises InputError where ``path`` is there and is anything else than forecasts of this very origin and contract:
+    it is not ours to replace."""
+    stays = "it stays as it is: remove it, or choose another --out"
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link; {stays}")
+    if not path.exists():
+        return
+    text = METADATA[path.suffix](path)
+    if text is None:
+        raise InputError(f"{path} holds no forecasts written by stdist; {stays}")
+    there, new = (dict(each) | dict(each.contract) for each in (read_metadata(text, path), metadata))
+    if other := [name for name in new if name != "contract" and there[name] != new[name]]:
+        raise InputError(f"{path} holds forecasts of another {', '.join(other)}; {stays}")
+
+
 def open_forecasts(path: Path | str) -> ForecastFile:
     """Opens a file that ``ForecastWriter`` wrote. Raises InputError where ``path`` holds something else."""
     path = require_suffix(path)
     _, open_file = FORMATS[path.suffix]
     if not path.exists():
         raise InputError(f"{path}: no such forecasts; write them with `stdist forecast RUN STORE --out {path}`")
-    with _damage_as_input_error(path):
+    with _as_one_line(InputError, f"{path}: not forecasts written by stdist, or damaged"):
         header, read = open_file(path)
-    return ForecastFile(header, _damage_as_input_error(path)(read))
+    return ForecastFile(header, _as_one_line(DamageError, f"{path} is damaged")(read))
 
 
 @contextmanager
-def _damage_as_input_error(path: Path) -> Iterator[None]:
+def _as_one_line(kind: type[InputError], line: str) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except (KeyError, ValueError, OSError, RuntimeError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not forecasts written by stdist, or damaged ({reason})") from error
+        raise kind(f"{line} ({reason})") from error

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Int
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from stdist.config.yaml_core import load_yaml
 from stdist.data import GridStore, Region, open_store
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.evaluation import figures, forecast_header
 from stdist.evaluation.forecast_header import ForecastHeader, tiles
 from stdist.evaluation.forecasts import ForecastFile, open_forecasts
@@ -29,6 +29,7 @@ from stdist.evaluation.run_files import RunMetrics, Scores, read_embeddings, rea
 from stdist.files import write_atomically
 
 DOTS_PER_INCH = 160
+TITLE = "stdist report"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,15 @@ class Comparison:
 def build_report(run_dir: Path) -> Path:
     """Writes ``report/index.html``, one self-contained file, and ``report/figures/*.png``; returns the page.
 
-    Raises InputError where ``run_dir`` is no run folder, or one of its files is damaged.
+    Raises InputError where ``run_dir`` is no run folder, or its page is somebody else's, and DamageError where its
+    forecasts or their store are damaged.
     """
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise InputError(f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`")
+    index = run_dir / "report" / "index.html"
+    if index.exists() and TITLE not in index.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{index} is no page of stdist's; it stays as it is: move it, or name another run folder")
     config_text = config_file.read_text(encoding="utf-8")
     metrics, pictures, embeddings, missing = None, None, None, []
     if (run_dir / "report" / "metrics.json").is_file():
@@ -89,6 +94,8 @@ def build_report(run_dir: Path) -> Path:
     }
     try:
         pictures = _forecast_pictures(run_dir, config_text, gallery)
+    except DamageError:
+        raise
     except InputError as error:
         missing.append(f"No figures of forecasts: {error}")
     if (run_dir / "report" / "embeddings.json").is_file():
@@ -99,6 +106,7 @@ def build_report(run_dir: Path) -> Path:
     page.filters |= {"readable": readable, "percent": percent, "memory": memory, "change_to": change}
     html = page.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
+        title=TITLE,
         metrics=metrics,
         comparisons=compare(metrics.model, metrics.baselines) if metrics else [],
         variants=compare(metrics.model, metrics.variants) if metrics else [],
@@ -111,7 +119,7 @@ def build_report(run_dir: Path) -> Path:
         missing=missing,
         config=config_text,
     )
-    return write_atomically(run_dir / "report" / "index.html", html)
+    return write_atomically(index, html)
 
 
 def compare(model: Scores, others: dict[str, Scores]) -> list[Comparison]:
@@ -278,7 +286,10 @@ def read_trace(
 
 def store_of(run_dir: Path, config_text: str) -> GridStore:
     """Opens the store that a run's configuration names. Raises InputError where it names none."""
-    config: Any = yaml.safe_load(config_text)
+    try:
+        config: Any = load_yaml(config_text)
+    except ValueError as error:
+        raise InputError(f"{run_dir / 'config.yaml'} is not valid YAML: {error}") from None
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not data.get("store"):
         raise InputError(f"{run_dir / 'config.yaml'} names no data.store, so there is no truth to draw")

@@ -11,7 +11,7 @@ from torch import nn
 from stdist.data.audit import Fitted
 from stdist.files import write_atomically
 from stdist.nodes.interface import Forecaster
-from stdist.training.checkpoint import damage_as_input_error
+from stdist.training.checkpoint import damage_as_one_line
 
 FITTED = "fitted.json"
 
@@ -41,7 +41,7 @@ def load_fitted(folder: Path) -> tuple[Fitted, ...] | None:
     path = folder / FITTED
     if not path.exists():
         return None
-    with damage_as_input_error(folder):
+    with damage_as_one_line(folder):
         return tuple(Fitted(**fit) for fit in json.loads(path.read_text()))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from stdist.errors import InputError
 from stdist.files import write_atomically
+from stdist.training.checkpoint import require_undamaged_part
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -45,7 +46,9 @@ def load_spec(kind: type[Spec], folder: Path) -> Spec:
 
 
 def load_module(kind: Callable[[Spec], Module], spec_kind: type[Spec], folder: Path) -> Module:
-    """A saved module, made of its spec. Raises InputError where the folder does not hold one of this kind."""
+    """A saved module, made of its spec. Raises InputError where the folder does not hold one of this kind, DamageError
+    where it lies in a checkpoint and is not as it was written."""
+    require_undamaged_part(folder)
     spec = load_spec(spec_kind, folder)
     with torch.device("meta"):
         module = kind(spec)

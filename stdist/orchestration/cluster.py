@@ -1,15 +1,20 @@
 """A connection to a Ray cluster, or one line that says why there is none."""
 
 import logging
+import os
+import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from stdist.errors import InputError
 
 try:
     import ray
+    from ray._private import ray_constants
     from ray.exceptions import AuthenticationError
 except ModuleNotFoundError as error:
     raise InputError("Ray is not installed; pip install 'stdist[cluster]', or leave out --ray") from error
@@ -21,8 +26,8 @@ ANSWER_TIMEOUT = 10.0
 @contextmanager
 def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
     """Ray, connected to the cluster at ``address``: HOST:PORT, ray://HOST:PORT, ``auto`` (the one this machine belongs
-    to), ``local`` (one that is started here and ends with this), None (``auto``, else ``local``). A connection that is
-    there already is used, and stays.
+    to), ``local`` (one that is started here, listens to this machine alone and ends with this), None (``auto``, else
+    ``local``). A connection that is there already is used, and stays.
 
     Raises InputError where there is no such cluster, or it refuses the token, at once.
     """
@@ -32,9 +37,17 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
     if address not in (None, "auto", "local"):
         _require_listener(address)
     try:
-        # A dashboard is started with a cluster of one's own only, and there nobody looks at it.
-        dashboard = False if address in (None, "local") else None
-        ray.init(address, include_dashboard=dashboard, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        join = partial(ray.init, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        try:
+            if address == "local":
+                raise ConnectionError
+            join(address or "auto")
+        except ConnectionError:
+            if address not in (None, "local"):
+                raise
+            _keep_token_private()
+            with _on_loopback():
+                join("local", include_dashboard=False)  # nobody looks at it
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, SystemExit) as error:
         # SystemExit is Ray's own way out where the head says nothing that it understands.
         raise InputError(
@@ -46,6 +59,40 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started inside listens on 127.0.0.1, as Ray does on a Mac; elsewhere it takes this machine's
+    address and listens on all of them, and any address that it is told for the loopback it replaces by that one."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, was = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    # The first is for the processes that the cluster consists of.
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _keep_token_private() -> None:
+    """Makes Ray's own token file, which Ray would make readable for everybody, and takes others' right to one that is
+    there."""
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # Ray says what is wrong with it
+        if path.exists():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+        elif os.environ.get("RAY_AUTH_MODE", "token").lower() == "token":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
 
 
 def default_resources() -> dict[str, float]:

@@ -19,10 +19,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from stdist.config import LearnersConfig, RunConfig
 from stdist.errors import InputError, Interrupted
+from stdist.files import require_outside
 from stdist.orchestration.cluster import require_workers
 from stdist.runs.recipes import load_config, read_run_config, recipe_of
 
@@ -144,8 +145,9 @@ def submit(
     shared = parsed.shared_paths(root)
     excludes = [*DATA, *(f"/{folder.relative_to(root)}" for folder in shared.values() if root in folder.parents)]
     _require_small(root, excludes, path)
-    command = ["stdist", "train", str(path.relative_to(root)), *overrides]
-    # The last of two overrides counts; a JSON string is a YAML value, whatever characters a path has.
+    kept = [override for override in overrides if override.partition("=")[0] not in shared]
+    command = ["stdist", "train", str(path.relative_to(root)), *kept]
+    # A JSON string is a YAML value, whatever characters a path has.
     command += [f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in shared.items()]
     claims = {} if recipe_of(parsed).workers(parsed) else _claims(parsed.learners)
     return _send(command, root, excludes, address, submission_id, claims), parsed
@@ -161,6 +163,7 @@ def submit_forecast(
     """
     require_workers(workers)
     root = _root(working_dir)
+    require_outside(request.out)
     read_run_config(request.run_dir)
     run, store, out = (Path(os.path.abspath(path)) for path in (request.run_dir, request.store, request.out))
     # Beside a run lie others: what is uploaded is code.
@@ -238,6 +241,16 @@ def _require_small(root: Path, excludes: list[str], config: Path | None = None) 
         )
 
 
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect is an error: urllib would send the token along, whatever the host."""
+
+    def redirect_request(self, *_arguments: Any) -> None:
+        return None
+
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
 def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise InputError(f"{address} is no address of a Ray dashboard; write http://HOST:8265")
@@ -245,7 +258,8 @@ def _connect(address: str) -> JobSubmissionClient:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         # Ray's own client would wait for an answer for ever.
-        with urlopen(Request(f"{address.rstrip('/')}/api/version", headers=headers), timeout=ANSWER_TIMEOUT) as answer:
+        request = Request(f"{address.rstrip('/')}/api/version", headers=headers)
+        with build_opener(_NoRedirect).open(request, timeout=ANSWER_TIMEOUT) as answer:
             is_dashboard = b"ray_version" in answer.read()
     except HTTPError as error:
         if error.code == 401:
@@ -256,6 +270,11 @@ def _connect(address: str) -> JobSubmissionClient:
         if error.code == 403:
             raise InputError(
                 f"{address} refuses the token of {source}; take the head's (`ray get-auth-token` there)"
+            ) from error
+        if error.code in _REDIRECTS:
+            raise InputError(
+                f"{address} sends on to {error.headers.get('Location')}, and the token goes nowhere else; "
+                "give that address if it is the dashboard's"
             ) from error
         is_dashboard = False
     except OSError as error:

@@ -22,6 +22,7 @@ from stdist.orchestration.policy_workers.coordinator import Coordinator, RemoteP
 from stdist.orchestration.policy_workers.ledger import LEDGER
 from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
+from stdist.runs.run_folder import held
 from stdist.runs.workers import WorkerProgram
 from stdist.training.process_group import ProcessGroup
 
@@ -54,7 +55,7 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     workers = recipe_of(config).workers(config)
-    with connected(os.environ.get("RAY_ADDRESS"), log_to_driver=True):
+    with held(config.run_dir), connected(os.environ.get("RAY_ADDRESS"), log_to_driver=True):
         resources, of_worker = require_room(config, workers)
         log(f"{learners.num_workers} learners with {resources} each")
         if workers:
@@ -113,7 +114,7 @@ def _worker_program(tree: dict[str, Any]) -> WorkerProgram:
 
 
 def _learn(arguments: dict[str, Any]) -> dict[str, Any]:
-    """One learner: see ``runs.recipes.train``. ``arguments``: the config's tree, and the coordinator of its workers."""
+    """One learner: see ``runs.recipes.learn``. ``arguments``: the config's tree, and the coordinator of its workers."""
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
@@ -123,7 +124,7 @@ def _learn(arguments: dict[str, Any]) -> dict[str, Any]:
     if (workers := recipe_of(config).workers(config)) is not None:
         pool = RemotePool(arguments["coordinator"], workers.timeout)
     # Ray Train would show what is printed twice.
-    return recipes.train(config, _log, ray.train.report, pool)
+    return recipes.learn(config, _log, ray.train.report, pool)
 
 
 def _log(line: str) -> None:

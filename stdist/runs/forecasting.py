@@ -17,9 +17,10 @@ from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
+from stdist.files import require_outside
 from stdist.progress import progress_bar
 from stdist.runs.dataset import split_of
-from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
+from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line, require_undamaged_model
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
 """In a run's folder."""
@@ -141,12 +142,16 @@ def drop_test_forecasts(run_dir: Path) -> None:
 
 
 def finished_stage(run_dir: Path, stage: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint and closing summary of a run's stage. Raises InputError where it is not finished."""
+    """The checkpoint of a run's stage, all of whose model was compared with its digests, and its closing summary.
+
+    Raises InputError where the stage is not finished, DamageError where a file is not as it was written."""
     checkpoints = StageCheckpoints(run_dir / "checkpoints" / stage)
     summary = checkpoints.finished
     if summary is None:
         raise InputError(f"{run_dir} has not finished its stage {stage}; run `stdist train` on its config again")
-    return checkpoints.folder / summary["checkpoint"], summary
+    checkpoint = checkpoints.folder / summary["checkpoint"]
+    require_undamaged_model(checkpoint)
+    return checkpoint, summary
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def open_sweep(
 ) -> Sweep:
     """Raises InputError for an unfinished run, a region, days or a store that the model cannot forecast."""
     checkpoint, summary = finished_stage(request.run_dir, last_stage)
-    with damage_as_input_error(checkpoint):
+    with damage_as_one_line(checkpoint):
         predictor = load(checkpoint)
     store = open_store(request.store)
     region, history_region = predictor.regions(store, request, log)
@@ -198,8 +203,10 @@ def forecast_store(
     """``stdist forecast``: a finished run's model on a store.
 
     A split's name means the run's own days on the store it was trained on, else the store's default split. The same
-    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises.
+    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises, and
+    InputError where ``request.out`` lies in a store or a run, or something else has its name.
     """
+    require_outside(request.out)
     sweep = open_sweep(config, last_stage, load, request, log)
     predictor, windows = sweep.predictor, sweep.windows
     log(windows.contract)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from stdist.config import RunConfig, read_tree, validated
 from stdist.errors import InputError
 from stdist.registry import Registry
-from stdist.runs.run_folder import CONFIG
+from stdist.runs.run_folder import CONFIG, held
 
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
@@ -109,10 +109,20 @@ def train(
     config: RunConfig,
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
+) -> dict[str, Any]:
+    """``stdist train`` in this process alone, which holds the run folder; see :func:`stdist.runs.training.train`."""
+    with held(config.run_dir):
+        return learn(config, log, on_metrics)
+
+
+def learn(
+    config: RunConfig,
+    log: Callable[[str], None],
+    on_metrics: Callable[[dict[str, float]], None],
     pool: "WorkPool | None" = None,
 ) -> dict[str, Any]:
-    """``stdist train`` on this learner, with the workers of ``pool`` if it has any; see
-    :func:`stdist.runs.training.train`."""
+    """The same on this learner, with the workers of ``pool`` if it has any; whoever started the learners holds the run
+    folder."""
     return recipe_of(config).train(config, log, on_metrics, pool)
 
 

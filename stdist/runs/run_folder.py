@@ -1,34 +1,59 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
-from stdist.config import RunConfig, dump_config, validated
+from stdist.config import RunConfig, dump_config, read_tree, validated
+from stdist.config.yaml_core import load_yaml
 from stdist.errors import InputError
-from stdist.files import write_atomically
+from stdist.files import require_working_folder, write_atomically
+from stdist.locks import WriterLock
 
 if TYPE_CHECKING:
     from stdist.training.process_group import ProcessGroup
 
 CONFIG = "config.yaml"
+LOCK = "lock"
 T = TypeVar("T")
 STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path may not hold for ever
 
 
 def open_together(group: "ProcessGroup", open_input: Callable[[], T]) -> T:
-    """Calls ``open_input`` on every learner. Raises InputError on all where it does on one: nothing is written before
-    all learners know that the input is good."""
+    """Calls ``open_input`` on every learner. Raises InputError (or its kind, DamageError) on all where it does on one:
+    nothing is written before all learners know that the input is good."""
     opened: list[T] = []
     problem = None
     try:
         opened.append(open_input())
     except InputError as error:
-        problem = str(error)
+        problem = type(error), str(error)
     if problems := [each for each in group.all_gather_object(problem) if each]:
-        raise InputError(problems[0])
+        kind, line = problems[0]
+        raise kind(line)
     return opened[0]
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Holds a run folder for this process and what it starts, whoever trains: no other command writes into it.
+
+    Makes the folder; where nothing was written in it, it is gone again afterwards. Raises InputError where another
+    process holds it, and where it is no run's: a training must not write over what somebody else keeps there.
+    """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    require_working_folder(run_dir.resolve(), is_ours=(run_dir / CONFIG).is_file() or (run_dir / LOCK).is_file())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with WriterLock(run_dir / LOCK, run_dir):
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        if run_dir.is_dir() and not (run_dir / CONFIG).exists() and any(run_dir.iterdir()):
+            (run_dir / LOCK).touch()  # stopped before it was a run, and ours all the same
 
 
 def begin_run_folder(config: RunConfig, store_digest: str) -> None:
@@ -45,7 +70,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
     to it. An option that the folder's configuration did not have yet has its default."""
     run_dir = config.run_dir
     if (path := run_dir / CONFIG).exists():
-        old, new = _with_defaults(yaml.safe_load(path.read_text()), config), yaml.safe_load(dump_config(config))
+        old, new = _with_defaults(read_tree(path), config), load_yaml(dump_config(config))
         for key in ("learners", "nodes", "output_dir"):
             if key in new:
                 new[key] = old.get(key)
@@ -65,7 +90,7 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
 
 def _with_defaults(old: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     try:
-        return yaml.safe_load(dump_config(validated(old, type(config), where=CONFIG)))
+        return load_yaml(dump_config(validated(old, type(config), where=CONFIG)))
     except InputError:  # of another recipe, or with options that are gone
         return old
 

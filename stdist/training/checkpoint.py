@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdist.errors import InputError, ResourceError
+from stdist.errors import DamageError, InputError, ResourceError
 from stdist.files import write_atomically
 from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
@@ -33,15 +33,36 @@ KEPT = 2
 
 
 @contextmanager
-def damage_as_input_error(path: Path) -> Iterator[None]:
-    """Turns all that a missing, cut or foreign file of the checkpoint ``path`` raises inside into one InputError."""
+def damage_as_one_line(path: Path) -> Iterator[None]:
+    """Turns all that a missing, cut or foreign file of the checkpoint ``path`` raises inside into one DamageError."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
+        raise DamageError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
+
+
+def require_undamaged_model(path: Path) -> None:
+    """Reads every byte of a checkpoint's model. Raises DamageError where a file of it is not as it was written."""
+    if (problem := _damage(path, _of_model)) is not None:
+        raise DamageError(f"{path} is damaged ({problem}); delete {path.parent} to redo the stage")
+
+
+def require_undamaged_part(folder: Path) -> None:
+    """Reads every byte of ``folder``, a checkpoint or part of one. Raises DamageError where a file of its model is not
+    as it was written; of a folder that lies in no checkpoint nothing is recorded."""
+    root = next((path for path in (folder, *folder.parents[:2]) if (path / STATE).is_file()), None)
+    if root is None:
+        return
+    part = folder.relative_to(root)
+    if problem := _damage(root, lambda name: _of_model(name) and part in Path(name).parents):
+        raise DamageError(f"{root} is damaged ({problem}); copy it again, or train it again")
+
+
+def _of_model(name: str) -> bool:
+    return STATE.parent.name not in Path(name).parts
 
 
 def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
@@ -165,20 +186,20 @@ class StageCheckpoints:
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
         """Returns the newest undamaged checkpoint, its state, and the damage of newer ones; None before the first.
 
-        Every byte is read. Raises InputError, on every learner, where there are checkpoints and all are damaged.
+        Every byte is read. Raises DamageError, on every learner, where there are checkpoints and all are damaged.
         """
         path, damage = self.group.broadcast_object(self._newest_undamaged() if self.group.is_main else (None, []))
         if path is not None:
             return path, json.loads((path / STATE).read_text()), damage
         if damage:
-            raise InputError(f"{damage[0]}; delete {self.folder} to redo the stage")
+            raise DamageError(f"{damage[0]}; delete {self.folder} to redo the stage")
         return None
 
     def check(self, path: Path) -> None:
-        """Reads every byte. Raises InputError, on every learner, where one is not as it was written."""
+        """Reads every byte. Raises DamageError, on every learner, where one is not as it was written."""
         problem = self.group.broadcast_object(_damage(path) if self.group.is_main else None)
         if problem is not None:
-            raise InputError(f"{path} is damaged ({problem}); delete {self.folder} to redo the stage")
+            raise DamageError(f"{path} is damaged ({problem}); delete {self.folder} to redo the stage")
 
     def _newest_undamaged(self) -> tuple[Path | None, list[str]]:
         damage: list[str] = []
@@ -198,7 +219,7 @@ class StageCheckpoints:
 
         Raises InputError where its weights are not those that were saved.
         """
-        with damage_as_input_error(path):
+        with damage_as_one_line(path):
             shards = sorted((path / STATE.parent).glob("shard-*.safetensors"))
             tensors = _Shards(shards)
             engine.load_state(tensors, state["engine"]["steps"])
@@ -223,12 +244,17 @@ class StageCheckpoints:
         path = self.folder / "finished.json"
         if not path.exists():
             return None
-        with damage_as_input_error(path):
-            return json.loads(path.read_text())
+        with damage_as_one_line(path):
+            summary = json.loads(path.read_text())
+            crc = summary.pop("crc32", None)  # of a stage that an older version finished there is none
+        if crc not in (None, _json_crc32(summary)):
+            raise DamageError(f"{path} is not as it was written; delete {path.parent} to redo the stage")
+        return summary
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.group.is_main:
-            write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))
+            sealed = summary | {"crc32": _json_crc32(summary)}
+            write_atomically(self.folder / "finished.json", json.dumps(sealed, indent=1))
         self.group.all_gather_object(None)
 
 
@@ -255,17 +281,17 @@ class _Shards(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def _damage(path: Path) -> str | None:
-    """Returns the damage of a checkpoint, None where every file is as it was written."""
+def _damage(path: Path, concerns: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Returns the damage of a checkpoint, None where every file that ``concerns`` is as it was written."""
     try:
         state = json.loads((path / STATE).read_text())
         if state.pop("crc32") != _json_crc32(state):
             return f"{STATE} is not as it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "it has no trainer state"
-    for name, crc in state["files"].items():
+    for name in filter(concerns, state["files"]):
         try:
-            if _crc32(path / name) != crc:
+            if _crc32(path / name) != state["files"][name]:
                 return f"{name} is not as it was written"
         except FileNotFoundError:
             return f"{name} is missing"

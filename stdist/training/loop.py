@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from stdist.errors import DivergenceError, Interrupted
-from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
+from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line
 from stdist.training.engine import Engine
 from stdist.training.guards import EXPLOSION, FIRST_STEPS, check_losses, resource_errors
 from stdist.training.process_group import ProcessGroup
@@ -325,7 +325,7 @@ class _StageRun:
     def _load_weights(self, checkpoint: Path, check: bool = False) -> None:
         if check:
             self.checkpoints.check(checkpoint)
-        with damage_as_input_error(checkpoint):
+        with damage_as_one_line(checkpoint):
             self.model.read(checkpoint)
 
     def _resource_errors(self, phase: str) -> AbstractContextManager[None]:

@@ -5,9 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_prep import READERS
+from stdist.config.yaml_core import load_yaml
 from stdist.data import open_store
 from stdist.runs import recipes
 from stdist.vision_llm.config import VisionLLMConfig
@@ -21,7 +20,7 @@ def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[s
     Without ``data`` the city is generated beside the run, once. With it, the demo's schedule runs on that store's first
     channel, on at most a 6×6 region in the middle of its grid.
     """
-    tree = yaml.safe_load((files("stdist") / "presets" / "demo.yaml").read_text())
+    tree = load_yaml((files("stdist") / "presets" / "demo.yaml").read_text())
     tree |= {"name": out.name, "output_dir": str(out.parent)}
     if data is None:
         tree["data"]["store"] = str(_generated_city(out.parent / f"{out.name}-city.zarr", log))

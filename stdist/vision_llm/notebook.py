@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 
 from stdist.errors import InputError
+from stdist.training.checkpoint import require_undamaged_part
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy
 from stdist.vision_llm.policy.city_windows import encode_windows
 from stdist.vision_llm.policy.model import PolicyModel
@@ -26,9 +27,10 @@ class Policy:
     def from_pretrained(cls, name_or_path: str | Path) -> "Policy":
         """A checkpoint folder of a run; or, by a preset's name, an untrained policy of that shape.
 
-        Raises InputError where there is neither.
+        Raises InputError where there is neither, DamageError where the checkpoint is not as it was written.
         """
         if str(name_or_path) not in SHAPES:
+            require_undamaged_part(Path(name_or_path))
             return cls(load_policy(Path(name_or_path)))
         setting = Setting(city="a city", channel="traffic", cadence=10, history=12, horizon=12)
         spec = PolicySpec(base=str(name_or_path), setting=setting, base_is_trained=True)

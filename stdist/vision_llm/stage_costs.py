@@ -23,7 +23,7 @@ from stdist.vision_llm.config import AlignmentConfig, Drawing, ForecastStageConf
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.learning import begin_stage
 from stdist.vision_llm.policy.adapters import active_adapter, add_lora
-from stdist.vision_llm.policy.checkpoints import assemble
+from stdist.vision_llm.policy.checkpoints import assemble, why_not_loaded
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings
@@ -99,11 +99,10 @@ def shape_policy(spec: PolicySpec, stages: Stages) -> PolicyModel:
 
 def _base_config(name: str) -> Qwen2_5_VLConfig:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"policy.base {name} has no configuration to plan with ({reason}); "
+            f"policy.base {name} has no configuration to plan with ({why_not_loaded(error)}); "
             f"give a folder with its config.json or one of {', '.join(SHAPES)}"
         ) from None
     if config.model_type != "qwen2_5_vl":

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import zarr
 
 from data_prep import READERS, Day, Part, Plan, prepare
 from data_prep.preparation import local_processes
+from stdist import locks
 from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, journal, open_store, shards
 from stdist.data.check import check_store
 from stdist.data.parts import Executor, PartResult, RunPart
@@ -156,7 +158,7 @@ POINTS = [
     ("shards written, no note", journal.Journal, "add", 2, True),
     ("between parts", journal.Journal, "add", 2, False),
     ("parts done", finalise, "fill_short_absences", 1, True),
-    ("in the imputation", shards.Shards, "write", 23, False),
+    ("in the imputation, of a day without a part", shards.Shards, "write", 23, False),
     ("between channels", shards.Shards, "write", 26, False),
     ("imputed, no digests", finalise, "_seal", 1, True),
     ("digests, no name", zarr, "consolidate_metadata", 1, False),
@@ -184,7 +186,9 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(tmp_path, digest, ow
     assert _names(tmp_path) == ["toy.zarr"] and check_store(out).ok
     assert not list(out.rglob("*.partial")) and not (out / journal.FOLDER).exists()
     if name != "rename":
-        assert len(again) + len(done) == 4
+        # A shard of a part that imputation has just written and not noted is not told from a damaged one.
+        unnoted = (name, count) == ("write", 26)
+        assert len(again) + len(done) == 4 + unnoted
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, digest):
 
     def meet(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
         for part in parts:
-            with pytest.raises(InputError, match=r"toy\.zarr is being written by another process"):
+            with pytest.raises(InputError, match=rf"toy\.zarr is being written by process {os.getpid()} on"):
                 prepare(_plan(), out)
             yield run_part(part)
 
@@ -285,10 +289,11 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, digest):
 def test_workers_of_a_killed_preparation_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0.1)
     own = journal.Journal(tmp_path / "toy.zarr.partial")
-    with own.lock(tmp_path / "toy.zarr", "before"):
-        pass
-    with own.working("before"), pytest.raises(InputError, match="is being written by another process"):
-        prepare(_plan(), tmp_path / "toy.zarr")
+    with ExitStack() as worker:
+        with own.lock(tmp_path / "toy.zarr", "before"):
+            worker.enter_context(own.working("before"))
+        with pytest.raises(InputError, match="workers of a killed preparation still write"):
+            prepare(_plan(), tmp_path / "toy.zarr")
     prepare(_plan(), tmp_path / "toy.zarr")
 
 
@@ -310,7 +315,7 @@ def test_a_file_system_without_locks_serves(tmp_path, digest, monkeypatch):
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(journal.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
     assert prepare(_plan(), tmp_path / "toy.zarr").digest == digest
 
 

@@ -1,6 +1,7 @@
 """Forecasts written chunk by chunk are those written at once, however often their writer was killed."""
 
 import errno
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from stdist import locks
 from stdist.data import Region
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastWriter, forecast_writer
@@ -179,7 +181,7 @@ def test_nothing_is_said_of_a_writer_that_wrote_no_chunk(open_writer):
 def test_two_writers_of_one_name_are_refused(open_writer, forecasts):
     with open_writer() as writer:
         fill(writer, forecasts, 1)
-        with pytest.raises(InputError, match=r"made\.zarr is being written by another process"):
+        with pytest.raises(InputError, match=rf"made\.zarr is being written by process {os.getpid()} on"):
             open_writer(work={"seed": 9})
         fill(writer, forecasts)
         writer.finish()
@@ -189,7 +191,7 @@ def test_a_file_system_without_locks_serves(open_writer, forecasts, monkeypatch)
     def unsupported(*_arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(forecast_writer.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
     with open_writer() as writer:
         fill(writer, forecasts)
         assert writer.finish().is_dir()

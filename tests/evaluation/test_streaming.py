@@ -10,7 +10,7 @@ import xarray as xr
 
 from stdist.data import GridSpec, GridStore, GridWriter, Region, Split, open_store
 from stdist.data.sampler import WindowSampler
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.evaluation import ErrorState, evaluate, forecast_header, open_forecasts
 from stdist.evaluation.forecast_header import cut, tile_shape, tiles
 from stdist.evaluation.forecasts import ForecastFile
@@ -181,7 +181,7 @@ def test_a_damaged_chunk_is_named(store, windows, tmp_path):
     for chunk in (path / "forecast" / "c").rglob("*"):
         if chunk.is_file():
             chunk.write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"made\.zarr: not forecasts written by stdist, or damaged"):
+    with pytest.raises(DamageError, match=r"made\.zarr is damaged: forecast/c/0/0/0/0 is not as it was written"):
         evaluate(path, store)
 
 

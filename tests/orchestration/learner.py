@@ -38,7 +38,7 @@ def train(order: dict[str, Any]) -> dict[str, Any]:
     if order["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"], limits[1]))
     try:
-        recipes.train(load_config(Path(order["config"]), order["overrides"]), said.append, collect_in_first_step)
+        recipes.learn(load_config(Path(order["config"]), order["overrides"]), said.append, collect_in_first_step)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "said": said}
     finally:

@@ -1,5 +1,9 @@
 """A cluster that is not there, or that wants something else, is one line and not Ray's two minutes of trying."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
@@ -52,3 +56,29 @@ def test_what_ray_says_becomes_one_line(monkeypatch, error, expected):
     with pytest.raises(InputError) as refused, ray_executor("auto"):
         pass
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+OWN_CLUSTER = """
+import os, stat, psutil, ray
+from pathlib import Path
+from stdist.orchestration.cluster import connected
+with connected(None, log_to_driver=False):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [socket for process in processes for socket in process.net_connections("inet")]
+    listening = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == "LISTEN"}
+    token = Path.home() / ".ray" / "auth_token"
+    seven = ray.get(ray.remote(lambda: 7).remote())
+    print(sorted(listening), oct(stat.S_IMODE(token.stat().st_mode)), seven, len(processes) > 3)
+"""
+
+
+@pytest.mark.parametrize("token", [None, "made before"])
+def test_a_cluster_of_ones_own_is_ones_own(tmp_path, token):
+    """It listens to this machine alone, and nobody else reads its token."""
+    (tmp_path / ".ray").mkdir()
+    if token:
+        (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    program = [sys.executable, "-c", OWN_CLUSTER]
+    ended = subprocess.run(program, env=kept | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "['127.0.0.1'] 0o600 7 True\n", ended.stdout + ended.stderr

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +213,51 @@ def test_a_forecast_needs_a_run_and_a_file_to_write(tmp_path):
     ):
         end = subprocess.run([*main, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert end.returncode == 2 and expected in end.stderr and "Traceback" not in end.stderr
+
+
+# --- the token -------------------------------------------------------------------------------------------------------
+
+
+def _serve(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> http.server.HTTPServer:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_the_token_goes_nowhere_else(monkeypatch, code):
+    """urllib would send it along to any host."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    reached: list[str | None] = []
+
+    def elsewhere(request: http.server.BaseHTTPRequestHandler) -> None:
+        reached.append(request.headers.get("Authorization"))
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(b'{"ray_version": "2.60.0"}')
+
+    other = _serve(elsewhere)
+    target = f"http://localhost:{other.server_port}/api/version"
+
+    def redirect(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(code)
+        request.send_header("Location", target)
+        request.end_headers()
+
+    first = _serve(redirect)
+    try:
+        address = f"http://127.0.0.1:{first.server_port}"
+        with pytest.raises(InputError, match=f"^{address} sends on to {target}, and the token goes nowhere else"):
+            jobs.find(address, "one")
+        assert reached == []
+    finally:
+        for server in (first, other):
+            server.shutdown()
+            server.server_close()

@@ -317,6 +317,41 @@ def test_a_base_of_an_unknown_kind_is_refused(make_policy: MakePolicy, tmp_path:
     refused(lambda: make_policy(base=str(strange)), "strange")
 
 
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
+def test_code_of_a_base_is_never_run(
+    make_policy: MakePolicy, base: Path, tmp_path: Path, monkeypatch, part: str
+) -> None:
+    """transformers would ask on the terminal and take "y" for a yes."""
+    foreign, ran = tmp_path / "foreign", tmp_path / "ran"
+    shutil.copytree(base, foreign)
+    (foreign / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own:\n    pass\n")
+    path = foreign / ("config.json" if part == "AutoConfig" else "tokenizer_config.json")
+    content = json.loads(path.read_text()) | {
+        "auto_map": {part: "own.Own" if part == "AutoConfig" else ["own.Own", None]}
+    }
+    if part == "AutoConfig":
+        content["model_type"] = "own"
+    else:
+        content["tokenizer_class"] = "Own"
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if part == "AutoConfig":
+        refused(lambda: make_policy(base=str(foreign)), "foreign", "code of its own, which stdist never runs")
+    else:  # the model's kind has a tokenizer of transformers' own
+        make_policy(base=str(foreign), base_is_trained=False)
+    assert not ran.exists()
+
+
+def test_pickled_weights_of_a_base_are_refused(make_policy: MakePolicy, base: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base, pickled)
+    weights = load_file(pickled / "model.safetensors")
+    torch.save(weights, pickled / "pytorch_model.bin")
+    make_policy(base=str(pickled), base_is_trained=False)
+    (pickled / "model.safetensors").unlink()
+    refused(lambda: make_policy(base=str(pickled)), "pickled", "no model.safetensors", "which run code")
+
+
 def test_a_base_without_its_tokenizer_is_refused(make_policy: MakePolicy, base: Path, tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     shutil.copytree(base, partial)

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from stdist.data import DaySpan, GridSpec, GridStore, GridWriter, Region, Split, open_store
 from stdist.errors import InputError
+from stdist.vision_llm.policy.checkpoints import full_tokenizer
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.policy.prompts import WEEKDAYS
+from stdist.vision_llm.policy.prompts import END, IMAGE, WEEKDAYS, PromptEncoder
 
 MONDAY = np.datetime64("2013-11-04T00:00")
 
@@ -24,6 +26,35 @@ def test_shared_part_holds_every_frame_and_the_time(policy: PolicyModel) -> None
     assert text.count("<|vision_start|><|vision_end|>") == 4
     for word in ("You forecast city traffic", "toy", "internet", "60 minutes", " Monday", "next 3"):
         assert word in text
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|FP10/0|>"])
+@pytest.mark.parametrize("where", ["city", "channel"])
+def test_a_name_that_spells_a_token_is_text(policy: PolicyModel, tmp_path: Path, token: str, where: str) -> None:
+    """Also to the tokenizer of a checkpoint, which knows the numerals."""
+    setting = policy.spec.setting.model_copy(update={where: f"Am {token} See"})
+    full_tokenizer(policy).save_pretrained(tmp_path)
+    origin = np.datetime64("2013-11-04T08:00")
+    prompts = []
+    for tokenizer in (policy.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        encoder = PromptEncoder(tokenizer, policy.vocabulary, policy.first_numeral_id, setting, 2)
+        ids = encoder.shared(origin)
+        assert ids.count(encoder.token_id(IMAGE)) == 2 * setting.history and ids.count(encoder.token_id(END)) == 1
+        assert f"Am {token} See" in tokenizer.decode(ids)
+        prompts.append(ids)
+    assert prompts[0] == prompts[1]
+
+
+def test_a_plain_name_is_encoded_with_the_words_around_it(policy: PolicyModel) -> None:
+    """Checkpoints were trained on these very ids."""
+    text = "City toy, channel internet, 60 minutes apart. Now:"
+    ids = policy.prompts.shared(np.datetime64("2013-11-04T08:00"))
+    system = f"<|im_start|>system\nYou forecast city traffic.{END}\n<|im_start|>user\n"
+    expected = policy.prompts.text_ids(text)
+    assert any(ids[i : i + len(expected)] == expected for i in range(len(ids)))
+    blind = PromptEncoder(policy.tokenizer, policy.vocabulary, policy.first_numeral_id, policy.spec.setting, 0)
+    together = policy.prompts.text_ids(system + text)
+    assert blind.shared(np.datetime64("2013-11-04T08:00"))[: len(together)] == together
 
 
 def test_every_weekday_and_hour_takes_the_same_number_of_tokens(policy: PolicyModel) -> None:

@@ -143,9 +143,9 @@ def full_tokenizer(policy: PolicyModel) -> PreTrainedTokenizerBase:
 
 def _empty_policy(spec: PolicySpec, path: Path) -> PolicyModel:
     """The policy of a checkpoint that carries its base, from the checkpoint's own files, its weights still to come."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.get_text_config().vocab_size = first_numeral_id(tokenizer, vocabulary)
     with torch.random.fork_rng(devices=[]):
         model = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, spec.dtype))
@@ -172,26 +172,35 @@ def assemble(
     return PolicyModel(model, tokenizer, processor, vocabulary, rows.to(model.device), spec)
 
 
+def why_not_loaded(error: Exception) -> str:
+    """transformers' reason in one line, in stdist's words where it would have the user run or unpickle something."""
+    reason = str(error).strip().splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which stdist never runs"
+    if "safetensors" in reason:
+        return "it has no model.safetensors, and stdist reads no other weights: the others are pickles, which run code"
+    return reason
+
+
 def _load_pretrained(spec: PolicySpec):
     base = spec.base
     options = loading_options(spec)
     try:
-        model_type = AutoConfig.from_pretrained(base).model_type
+        model_type = AutoConfig.from_pretrained(base, trust_remote_code=False).model_type
         if model_type != "qwen2_5_vl":
             raise InputError(f"policy.base {base} is a {model_type}; stdist needs a Qwen2.5-VL")
         # Of missing files transformers makes an empty tokenizer, without a word.
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
             raise InputError(f"policy.base {base} has a tokenizer without {missing[0]}; copy its tokenizer files too")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, **options)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, use_safetensors=True, **options)
         processor = Qwen2VLImageProcessorPil.from_pretrained(base)
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        presets = ", ".join(SHAPES)
-        raise InputError(f"policy.base {base} cannot be loaded ({reason}); give a folder or one of {presets}") from None
+        why, presets = why_not_loaded(error), ", ".join(SHAPES)
+        raise InputError(f"policy.base {base} cannot be loaded ({why}); give a folder or one of {presets}") from None
     keep_trainable(model)
     return model, tokenizer, processor
 

@@ -42,8 +42,7 @@ class PromptEncoder:
         frames = frame * setting.history if tokens_per_frame else ""
         self._opening = self.text_ids(
             f"<|im_start|>system\nYou forecast city traffic.{END}\n<|im_start|>user\n{frames}"
-            f"City {setting.city}, channel {setting.channel}, {setting.cadence} minutes apart. Now:"
-        )
+        ) + self._plain_ids(f"City {setting.city}, channel {setting.channel}, {setting.cadence} minutes apart. Now:")
         self._weekdays = [self.text_ids(f" {day}, hour ") for day in WEEKDAYS]
         self._next = self.text_ids(f". Values of one cell, next {setting.horizon}.\n")
         self._row, self._col = self.text_ids("row "), self.text_ids(" col ")
@@ -55,6 +54,14 @@ class PromptEncoder:
 
     def text_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Ids of text that others wrote: where it spells one of the tokenizer's own tokens, that is text too."""
+        ids, own = self.text_ids(text), set(self.tokenizer.get_added_vocab().values())
+        # What looks like a token is cut in any case: a checkpoint's tokenizer knows the numerals, a base's does not.
+        if "<|" not in text and own.isdisjoint(ids):
+            return ids
+        return [id for character in text for id in self.text_ids(character)]
 
     def numeral_ids(self, values: np.ndarray) -> Int[np.ndarray, "..."]:
         return self.vocabulary.encode(values) + self.first_numeral_id

@@ -1,0 +1,113 @@
+"""The cost of comparing every file of a store with its digest: an epoch's reading with and without it.
+
+Both sides open the store anew and hand out every window of the span once, in the same order, through the loader; the
+peer's store takes every file for sound. A digest is compared once since a store was opened, so that a run of many
+epochs pays in its first alone. Beside it:
+
+``share``     what the comparison adds to the first epoch's reading; ``share_of_epochs`` to that of ``--epochs``
+``digest``    bytes a second that sha256 takes on one core, and the store's bytes
+``training``  the same share where every batch also takes a consumer 50 ms
+
+    python benchmarks/integrity.py --json
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import hashlib
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+from _harness import comparison, figure, in_turn, parser, publish, seconds
+
+from data_prep import READERS
+from stdist.data import Windows, open_store
+from stdist.data.integrity import VerifiedStore
+from stdist.data.loader import WindowLoader
+from stdist.data.sampler import WindowSampler
+
+S, K, BATCH, SIDE = 12, 36, 16, 100
+CONSUMER_SECONDS = 0.05
+
+
+def windows_of(path: Path) -> Windows:
+    store = open_store(path)
+    return store.windows(store.days, S, K, channel="internet")
+
+
+def epoch(path: Path, pause: float = 0.0, epochs: int = 1) -> int:
+    """Reads every window ``epochs`` times; returns how many those were."""
+    loader, count = WindowLoader(WindowSampler(windows_of(path), BATCH)), 0
+    for _ in range(epochs):
+        for batch in loader:
+            count += len(batch.indices)
+            if pause:
+                time.sleep(pause)
+    return count
+
+
+@contextmanager
+def unverified() -> Iterator[None]:
+    with patch.object(VerifiedStore, "_compare", lambda *_: None):
+        yield
+
+
+def without(path: Path, **more: Any) -> int:
+    with unverified():
+        return epoch(path, **more)
+
+
+def added(verified: list[float], plain: list[float]) -> float:
+    """The share that is added, of medians."""
+    return figure(statistics.median(verified) / statistics.median(plain) - 1)
+
+
+def measure(path: Path, options: Namespace) -> dict[str, Any]:
+    if epoch(path) != without(path):
+        raise SystemExit("error: the sides hand out different numbers of windows")
+    ours, peer = in_turn(lambda: epoch(path), lambda: without(path), options.runs)
+    many = in_turn(lambda: epoch(path, epochs=options.epochs), lambda: without(path, epochs=options.epochs), 1)
+    trained = in_turn(lambda: epoch(path, CONSUMER_SECONDS), lambda: without(path, pause=CONSUMER_SECONDS), 1)
+    content = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
+    return comparison(
+        name="integrity",
+        unit="seconds of an epoch's reading, every file compared with its digest",
+        values=ours,
+        peer="the same without comparing",
+        peer_values=peer,
+        setting=(
+            f"S = {S}, K = {K}, {SIDE} x {SIDE} cells, {options.days} days, {len(windows_of(path))} windows in batches "
+            f"of {BATCH}, 2 threads"
+        ),
+        better="less",
+        share=added(ours, peer),
+        share_of_epochs={"epochs": options.epochs, "share": added(*many)},
+        training={"seconds_a_batch": CONSUMER_SECONDS, "share": added(*trained)},
+        digest={
+            "bytes": len(content),
+            "bytes_per_second": figure(len(content) / seconds(lambda: hashlib.sha256(content).digest())),
+        },
+    )
+
+
+def main() -> None:
+    arguments = parser(__doc__, runs=5)
+    arguments.add_argument("--days", type=int, default=28, help="days of the city (default: %(default)s)")
+    arguments.add_argument("--epochs", type=int, default=5, help="epochs of a longer reading (default: %(default)s)")
+    options = arguments.parse_args()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "city.zarr"
+        READERS["synthetic"].prepare([], path, height=SIDE, width=SIDE, days=options.days)
+        publish(measure(path, options), options.json)
+
+
+if __name__ == "__main__":
+    main()
