@@ -27,7 +27,8 @@ def only_source(sources: Sequence[Path], reader: str) -> Path:
 def existing(path: Path) -> Path:
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; give the raw file itself")
-    return Path(path)
+    with open(path, "rb"):  # libraries would call one that may not be read damaged
+        return Path(path)
 
 
 def files_in(sources: Sequence[Path], pattern: str) -> list[Path]:

@@ -1,6 +1,5 @@
 """Plans of stores, and their execution: init, parts in any order and in any process, finalise."""
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 from stdist.data import Day, GridSpec, GridStore, GridWriter, NodeSpec, Part, Split, open_store
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.data.writer import serially
-from stdist.errors import InputError, Interrupted
+from stdist.errors import InputError, Interrupted, ResourceError, of_the_system
 from stdist.progress import Progress
 
 
@@ -90,8 +89,8 @@ def prepare(
 
     workers: processes of this machine (a script that asks for more than one needs the usual
     ``if __name__ == "__main__"``). executor: runs the parts elsewhere. progress: called with (days, in all).
-    Raises InputError for bad input, a full disk and a dead worker, the last two leaving what is done;
-    Interrupted on Ctrl-C.
+    Raises InputError for bad input; ResourceError for a full disk, memory that does not do and a dead worker, and
+    Interrupted on Ctrl-C, which leave what is done.
     """
     if workers < 1:
         raise InputError(f"{workers} workers cannot prepare {out}; give at least one")
@@ -124,14 +123,14 @@ def _explained(out: Path) -> Iterator[None]:
     again = "what is done is kept, the same command goes on from there"
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"no space is left for {out}.partial; free some: {again}") from error
     except BrokenProcessPool as error:
-        raise InputError(
+        raise ResourceError(
             f"a worker process of {out} died, perhaps killed for want of memory; {again}; give fewer --workers"
         ) from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ResourceError) or not isinstance(said := of_the_system(error), ResourceError):
+            raise
+        raise ResourceError(f"{out}.partial: {said}; {again}") from error
     except KeyboardInterrupt:
         raise Interrupted(f"the preparation of {out} was stopped; {again}") from None
 

@@ -16,7 +16,7 @@ from data_prep.steps import require_traffic, slices_of_days, slots_filled
 from stdist.data import Day, Part
 from stdist.data.parts import Tile
 from stdist.data.schema import MINUTES_PER_DAY
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 
 NAMES = {
     "T": ("time", "t", "datetime", "date"),
@@ -211,6 +211,8 @@ class SourceReader:
         try:
             read = array.isel(where).transpose(*axes.dims).values.astype(np.float32, copy=False)
         except (OSError, RuntimeError, ValueError) as error:
+            if not is_damage(error):
+                raise
             raise InputError(f"{path}: {array.name} is damaged ({_first_line(error)}); fetch the file again") from error
         read = read[(slice(None), *reversal(axes.flipped))]
         low, high = valid_range(array)
@@ -259,6 +261,8 @@ def opened(path: Path) -> Iterator[xarray.Dataset]:
     try:
         data = xarray.open_dataset(path, engine="zarr" if path.is_dir() else "h5netcdf", chunks=None, cache=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not is_damage(error):
+            raise
         kind = "Zarr store" if path.is_dir() else "NetCDF 4 file"
         raise InputError(f"{path} is no {kind}, or is damaged ({_first_line(error)}); check it") from error
     with data:

@@ -6,15 +6,16 @@ Every command takes ``--json`` (one JSON object as its last line) and answers ba
 import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from stdist.errors import DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
-from stdist.reader_commands import Command, reader_commands
+from stdist import __version__
+from stdist.boundary import ended
+from stdist.errors import InputError
+from stdist.reader_commands import Group, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
 
 FORECAST_FORMATS = (".zarr", ".parquet")
@@ -22,12 +23,11 @@ DAMAGED = 4
 """Exit code of ``stdist check`` on a store that is not as it was written, and of ``stdist ledger``."""
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Forecast city-wide traffic.",
 )
-command = partial(app.command, cls=Command)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
@@ -39,6 +39,15 @@ def log(line: str) -> None:
 
 def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
     print(json.dumps(result) if as_json else line, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def everywhere(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        print(f"stdist {__version__}")
+        raise typer.Exit
 
 
 def prepare(
@@ -95,7 +104,7 @@ app.add_typer(
 )
 
 
-@command()
+@app.command()
 def check(
     store: Annotated[Path, typer.Argument(help="grid store")],
     as_json: Json = False,
@@ -117,7 +126,7 @@ def check(
         raise typer.Exit(DAMAGED)
 
 
-@command()
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_block.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -136,7 +145,7 @@ def train(
     finish(result, as_json, result["report"])
 
 
-@command()
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
     data: Annotated[Path | None, typer.Option(help="a store instead of the synthetic city")] = None,
@@ -149,7 +158,7 @@ def demo(
     finish(result, as_json, result["report"])
 
 
-@command()
+@app.command()
 def forecast(
     run: Annotated[Path, typer.Argument(help="run folder")],
     store: Annotated[Path, typer.Argument(help="grid store")],
@@ -176,7 +185,7 @@ def forecast(
     finish(result, as_json, str(out))
 
 
-@command()
+@app.command()
 def ledger(
     run: Annotated[Path, typer.Argument(help="run folder")],
     as_json: Json = False,
@@ -196,7 +205,7 @@ def ledger(
         raise typer.Exit(DAMAGED)
 
 
-@command()
+@app.command()
 def evaluate(
     forecasts: Annotated[Path, typer.Argument(help="what stdist forecast wrote")],
     store: Annotated[Path, typer.Argument(help="the store it was made on")],
@@ -213,7 +222,7 @@ def evaluate(
     finish(result, as_json, "\n".join(lines))
 
 
-@command()
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder")],
     beside: Annotated[list[Path] | None, typer.Option(help="runs to show as variants")] = None,
@@ -228,7 +237,7 @@ def report(
     finish({"report": str(page)}, as_json, str(page))
 
 
-@command()
+@app.command()
 def submit(
     config: Annotated[Path | None, typer.Argument(help="YAML below the working directory, or a run folder")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -279,7 +288,7 @@ def submit(
         raise typer.Exit(end.exit_code)
 
 
-@command()
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_7b.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -299,7 +308,7 @@ def plan(
     finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))
 
 
-@command()
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine has: devices, attention back ends and why they are chosen, versions."""
     from stdist.vision_llm.doctor import as_lines, examine
@@ -309,11 +318,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Console script: bad input exits 2, a diverged training 3, a machine that gave out 5, Ctrl-C 130, each with one
-    line; what ``check`` finds damaged 4, with a table; the rest is a bug."""
-    try:
-        app()
-    except (InputError, DivergenceError, ResourceError, Interrupted) as error:
-        codes = {InputError: 2, DivergenceError: 3, ResourceError: 5, SilentLearner: 5, Interrupted: 130}
-        log(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
-        sys.exit(codes[type(error)])
+    """Console script: bad input exits 2, a diverged training 3, damage 4, a machine that gave out 5, Ctrl-C 130, each
+    with one line; the rest is a bug."""
+    if code := ended(lambda: app(prog_name="stdist", standalone_mode=False), log):
+        sys.exit(code)

@@ -1,16 +1,19 @@
-"""Small files, written whole or not at all."""
+"""Small files, written whole or not at all; folders that can be written into."""
 
 import os
+import tempfile
 from pathlib import Path
 
+from stdist.errors import InputError
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Replaces a small file so that a reader sees the old text or the new, never a part; makes its folder."""
+
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Replaces a small file so that a reader sees the old content or the new, never a part; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -18,3 +21,28 @@ def write_atomically(path: Path, text: str) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def require_writable(folder: Path) -> None:
+    """Tries whether files can be made in ``folder``, or in the folder that it would be made in; leaves nothing there.
+
+    To be asked before work whose result goes there. Raises InputError where a file is in its place, and OSError as
+    writing would.
+    """
+    folder = Path(os.path.abspath(folder))
+    while not _exists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; nothing can be written below it, choose another place")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -10,9 +10,7 @@ from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
-
-from stdist.errors import InputError
+from typer.core import TyperGroup
 
 Body = Callable[..., None]
 """``body(reader, *, <options of every reader>, **options)``; the first keyword is for the sources."""
@@ -34,21 +32,17 @@ USUAL = {
 }
 
 
-class Command(TyperCommand):
-    """A command that answers wrong options as all other bad input: with one line."""
+class Group(TyperGroup):
+    """A group of commands that shows its help where it is given none."""
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
-        try:
-            return super().parse_args(context, arguments)
-        except typer.TyperException as error:
-            line = " ".join(error.format_message().split()).rstrip(".")
-            raise InputError(f"{line}; see `{context.command_path} --help`") from error
+        return super().parse_args(context, arguments or ["--help"])
 
 
 def reader_commands(body: Body, help: str) -> typer.Typer:
     """A group of one command a reader, each of which calls ``body``."""
 
-    class Readers(TyperGroup):
+    class Readers(Group):
         def list_commands(self, _context: Any) -> list[str]:
             from data_prep import READERS
 
@@ -59,7 +53,7 @@ def reader_commands(body: Body, help: str) -> typer.Typer:
 
             return _command(name, READERS[name], body)
 
-    return typer.Typer(cls=Readers, no_args_is_help=True, help=help)
+    return typer.Typer(cls=Readers, help=help)
 
 
 def _command(name: str, reader: Any, body: Body) -> Any:
@@ -72,7 +66,7 @@ def _command(name: str, reader: Any, body: Body) -> Any:
         [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command(name, cls=Command, help=reader.facts)(command)
+    app.command(name, help=reader.facts)(command)
     return typer.main.get_command(app)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 
 ROOT_METADATA = "zarr.json"
 
@@ -62,13 +62,13 @@ def combined_digest(files: Mapping[str, Any], attributes: Mapping[str, Any]) -> 
 
 
 def require_all_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise InputError naming the first file that is missing or has not its recorded size."""
+    """Raise DamageError naming the first file that is missing or has not its recorded size."""
     for name, recorded in files.items():
         try:
             size = (root / name).stat().st_size
         except FileNotFoundError:
-            raise InputError(f"{root} is damaged: {name} is missing; prepare or copy the store again") from None
+            raise DamageError(f"{root} is damaged: {name} is missing; prepare or copy the store again") from None
         if size != recorded["bytes"]:
-            raise InputError(
+            raise DamageError(
                 f"{root} is damaged: {name} has {size} of {recorded['bytes']} bytes; prepare or copy the store again"
             )

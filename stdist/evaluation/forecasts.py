@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Float
 
 from stdist.data.spans import AnyRegion
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 from stdist.evaluation.forecast_arrays import open_zarr, write_zarr
 from stdist.evaluation.forecast_header import ForecastHeader, ReadBlock
 from stdist.evaluation.forecast_tables import open_parquet, write_parquet
@@ -57,6 +57,8 @@ def _damage_as_input_error(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, ValueError, OSError, RuntimeError, pl.exceptions.PolarsError) as error:
+    except (KeyError, ValueError, TypeError, OSError, RuntimeError, pl.exceptions.PolarsError) as error:
+        if not is_damage(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not forecasts written by stdist, or damaged ({reason})") from error

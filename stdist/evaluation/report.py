@@ -26,7 +26,7 @@ from stdist.evaluation.forecasts import ForecastFile, open_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_windows, read_targets
 from stdist.evaluation.run_files import RunMetrics, Scores, read_embeddings, read_log, read_metrics
-from stdist.files import write_atomically
+from stdist.files import require_writable, write_atomically
 
 DOTS_PER_INCH = 160
 
@@ -71,6 +71,8 @@ def build_report(run_dir: Path) -> Path:
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise InputError(f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`")
+    for folder in (run_dir / "report", run_dir / "report" / "figures"):
+        require_writable(folder)
     config_text = config_file.read_text(encoding="utf-8")
     metrics, pictures, embeddings, missing = None, None, None, []
     if (run_dir / "report" / "metrics.json").is_file():
@@ -177,12 +179,11 @@ class _Gallery:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, figure: Figure, caption: str) -> Image:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        write_atomically(self.folder / f"{name}.png", buffer.getvalue())
         return Image("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
 
 

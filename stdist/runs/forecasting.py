@@ -17,6 +17,7 @@ from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
+from stdist.files import require_writable
 from stdist.progress import progress_bar
 from stdist.runs.dataset import split_of
 from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
@@ -198,8 +199,10 @@ def forecast_store(
     """``stdist forecast``: a finished run's model on a store.
 
     A split's name means the run's own days on the store it was trained on, else the store's default split. The same
-    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises.
+    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises, and as
+    writing would where ``request.out`` cannot be written.
     """
+    require_writable(request.out.parent)
     sweep = open_sweep(config, last_stage, load, request, log)
     predictor, windows = sweep.predictor, sweep.windows
     log(windows.contract)

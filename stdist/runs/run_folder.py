@@ -1,13 +1,14 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from stdist.config import RunConfig, dump_config, validated
-from stdist.errors import InputError
-from stdist.files import write_atomically
+from stdist.errors import InputError, ResourceError, of_the_system
+from stdist.files import require_writable, write_atomically
 
 if TYPE_CHECKING:
     from stdist.training.process_group import ProcessGroup
@@ -18,17 +19,29 @@ STORE_DIGEST = "store_digest"  # the data it was trained on, which the same path
 
 
 def open_together(group: "ProcessGroup", open_input: Callable[[], T]) -> T:
-    """Calls ``open_input`` on every learner. Raises InputError on all where it does on one: nothing is written before
-    all learners know that the input is good."""
+    """Calls ``open_input`` on every learner. Raises on all what it raises on one, InputError, ResourceError or in their
+    place what the system says: nothing is written before all learners know that the input is good."""
     opened: list[T] = []
-    problem = None
+    problem: InputError | ResourceError | None = None
     try:
         opened.append(open_input())
-    except InputError as error:
-        problem = str(error)
+    except (InputError, ResourceError) as error:
+        problem = error
+    except (OSError, MemoryError) as error:
+        problem = of_the_system(error)
+        assert problem is not None
     if problems := [each for each in group.all_gather_object(problem) if each]:
-        raise InputError(problems[0])
+        raise problems[0]
     return opened[0]
+
+
+def require_writable_run(run_dir: Path) -> None:
+    """Raises what ``require_writable`` does where a run cannot write into its folder, new or of a run before."""
+    below = (path for pattern in ("*", "*/*") for path in run_dir.glob(pattern) if path.is_dir())
+    for folder in (run_dir, *(path for path in below if ".zarr" not in "".join(path.suffixes))):
+        require_writable(folder)
+    for log in run_dir.glob("*.jsonl"):  # the only files that are not replaced as a whole
+        log.open("a").close()
 
 
 def begin_run_folder(config: RunConfig, store_digest: str) -> None:

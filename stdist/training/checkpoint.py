@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdist.errors import InputError, ResourceError
+from stdist.errors import DamageError, InputError, ResourceError, is_damage
 from stdist.files import write_atomically
 from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
@@ -34,14 +34,16 @@ KEPT = 2
 
 @contextmanager
 def damage_as_input_error(path: Path) -> Iterator[None]:
-    """Turns all that a missing, cut or foreign file of the checkpoint ``path`` raises inside into one InputError."""
+    """Turns all that a missing, cut or foreign file of the checkpoint ``path`` raises inside into one DamageError."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if not is_damage(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
+        raise DamageError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
 
 
 def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
@@ -171,14 +173,14 @@ class StageCheckpoints:
         if path is not None:
             return path, json.loads((path / STATE).read_text()), damage
         if damage:
-            raise InputError(f"{damage[0]}; delete {self.folder} to redo the stage")
+            raise DamageError(f"{damage[0]}; delete {self.folder} to redo the stage")
         return None
 
     def check(self, path: Path) -> None:
         """Reads every byte. Raises InputError, on every learner, where one is not as it was written."""
         problem = self.group.broadcast_object(_damage(path) if self.group.is_main else None)
         if problem is not None:
-            raise InputError(f"{path} is damaged ({problem}); delete {self.folder} to redo the stage")
+            raise DamageError(f"{path} is damaged ({problem}); delete {self.folder} to redo the stage")
 
     def _newest_undamaged(self) -> tuple[Path | None, list[str]]:
         damage: list[str] = []
