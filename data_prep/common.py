@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stdist.data import GridSpec
+from stdist.data.schema import UNKNOWN_UNITS
 from stdist.errors import InputError
 
 UTC_OFFSETS = {"milan": 60, "trentino": 60}
@@ -77,7 +78,7 @@ class GridPlace:
         *,
         cadence: int,
         utc_offset: int | None,
-        units: str = "activity",
+        units: str = UNKNOWN_UNITS,
         static: Mapping[str, np.ndarray] | None = None,
     ) -> GridSpec:
         """Spec over the local days of ``stamps``."""

@@ -42,7 +42,8 @@ class Plan:
 class PrepareSummary:
     """A written store, in numbers. ``frames``: time steps that exist; ``runs``: gap-free segments of them; ``missing``:
     per channel, values of these steps that the source lacks, now imputed; ``true_zeros``: measured zeros;
-    ``absent_days``: local days between the first and the last without any step."""
+    ``absent_days``: local days between the first and the last without any step; ``unseen``: per channel, cells without
+    any observed value, and without one in training that are scored."""
 
     path: Path
     city: str
@@ -53,6 +54,7 @@ class PrepareSummary:
     missing: dict[str, int]
     true_zeros: dict[str, int]
     absent_days: tuple[str, ...]
+    unseen: dict[str, dict[str, int]]
     digest: str
 
     @classmethod
@@ -69,6 +71,7 @@ class PrepareSummary:
             missing={name: counts["missing"] for name, counts in store.coverage.items()},
             true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
             absent_days=tuple(map(str, stamps[~days])),
+            unseen=store.unseen,
             digest=store.digest,
         )
 

@@ -3,7 +3,6 @@
 Every command takes ``--json`` (one JSON object as its last line) and answers bad input with one line and exit code 2.
 """
 
-import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,8 +14,10 @@ from rich.console import Console
 from stdist import __version__
 from stdist.boundary import ended
 from stdist.errors import InputError
+from stdist.files import to_json
 from stdist.reader_commands import Group, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
+from stdist.scalars import figure
 
 FORECAST_FORMATS = (".zarr", ".parquet")
 DAMAGED = 4
@@ -28,17 +29,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Forecast city-wide traffic.",
 )
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
 
 def log(line: str) -> None:
     """A line for people; standard output stays free for results."""
-    err.print(line, markup=False)
+    print(line, file=sys.stderr, flush=True)
 
 
 def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
-    print(json.dumps(result) if as_json else line, flush=True)
+    print(to_json(result) if as_json else line, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -77,11 +77,13 @@ def prepare(
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
     if absent:
         line += f", {len(absent)} days absent ({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''})"
-    finish(
-        summary.as_dict(),
-        as_json,
-        f"{line}, {', '.join(summary.channels)}; {missing} values missing and imputed",
-    )
+    line += f", {', '.join(summary.channels)}; {missing} values missing and imputed"
+    for channel, counts in summary.unseen.items():
+        if counts["never_observed"]:
+            line += f"; {channel}: {counts['never_observed']} cells never observed"
+        if counts["never_in_training"]:
+            line += f"; {channel}: {counts['never_in_training']} cells scored but never observed in training"
+    finish(summary.as_dict(), as_json, line)
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:
@@ -218,7 +220,9 @@ def evaluate(
     contract, pooled, mean = result["contract"], result["pooled"], result["mean_of_horizons"]
     lines = [f"{key}: {value}" for key, value in contract.items()]
     for name, errors in (("pooled", pooled), ("mean of horizons", mean)):
-        lines.append(f"{name}: " + ", ".join(f"{k.upper()} {errors[k]:.4f}" for k in ("mae", "rmse", "mape", "nrmse")))
+        lines.append(
+            f"{name}: " + ", ".join(f"{k.upper()} {figure(errors[k])}" for k in ("mae", "rmse", "mape", "nrmse"))
+        )
     finish(result, as_json, "\n".join(lines))
 
 

@@ -73,8 +73,8 @@ def of_the_system(error: BaseException) -> InputError | ResourceError | None:
         number, path = int(said[1] or said[2]), text[: said.start()].strip(" :(")
     if number is None:
         return ResourceError(text or type(error).__name__) if isinstance(error, OSError) else None
-    if number in _PATHS and path:
-        return InputError(f"{path}: {_PATHS[number]}")
+    if number in _PATHS:
+        return InputError(f"{path}: {_PATHS[number]}" if path else text)
     what = _MACHINE.get(number, f"{os.strerror(number)}; see that the disk, the network and this machine are well")
     return ResourceError(f"{path}: {what}" if path else what)
 

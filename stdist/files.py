@@ -1,10 +1,34 @@
-"""Small files, written whole or not at all; folders that can be written into."""
+"""Small files, written whole or not at all; JSON; folders that can be written into."""
 
+import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError, is_damage
+
+
+@contextmanager
+def own_file(path: Path, remedy: str) -> Iterator[None]:
+    """Around the reading of a file that this program wrote: what a missing, empty, cut or foreign one raises becomes a
+    DamageError that names it and ends with ``remedy``; a refusal of the system is raised as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if not is_damage(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamageError(f"{path} is damaged ({reason}); {remedy}") from error
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: ValueError for a number that is not finite, which is nobody's figure."""
+    return json.dumps(content, indent=indent, allow_nan=False)
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from stdist.data.parts import PartResult
 from stdist.errors import InputError
-from stdist.files import write_atomically
+from stdist.files import own_file, write_atomically
 
 FOLDER = "preparation"
 PATIENCE = 30.0
@@ -41,10 +41,11 @@ class Journal:
 
     def identity(self) -> dict[str, Any] | None:
         """The preparation's identity as ``begin`` noted it; None where init was not finished."""
-        try:
-            return json.loads((self.folder / "identity.json").read_text())
-        except FileNotFoundError:
+        path = self.folder / "identity.json"
+        if not path.exists():
             return None
+        with own_file(path, f"remove {self.root} to prepare from the beginning"):
+            return dict(json.loads(path.read_text()))
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Notes the identity, once everything that init makes is on the disk."""
@@ -55,8 +56,12 @@ class Journal:
 
     def finished(self) -> dict[str, PartResult]:
         """Every finished part's result by its name."""
-        entries = (json.loads(path.read_text()) for path in sorted((self.folder / "parts").glob("*.json")))
-        return {entry["name"]: PartResult(**entry) for entry in entries}
+        finished = {}
+        for path in sorted((self.folder / "parts").glob("*.json")):
+            with own_file(path, "delete it, and its part is read again"):
+                result = PartResult(**json.loads(path.read_text()))
+            finished[result.name] = result
+        return finished
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

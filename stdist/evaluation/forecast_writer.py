@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from stdist.errors import InputError
 from stdist.evaluation.forecast_header import ForecastHeader, cut
 from stdist.evaluation.forecasts import FORMATS, require_suffix
-from stdist.files import write_atomically
+from stdist.files import own_file, write_atomically
 
 
 class Chunk(NamedTuple):
@@ -148,21 +148,25 @@ class ForecastWriter:
 
     def _resume(self, log: Callable[[str], None]) -> bool:
         """Takes over the chunks of this very work, if there are any; returns False if not."""
-        try:
-            progress = json.loads((self.partial / "progress.json").read_text())
-        except FileNotFoundError:
+        path = self.partial / "progress.json"
+        if not path.exists():
             return False
-        if not progress["whole"]:
+        with own_file(path, f"delete {self.partial} to forecast from the beginning"):
+            progress = json.loads(path.read_text())
+            whole, counts = int(progress["whole"]), Counter[str](progress["counts"])
+            work = dict(progress["work"])
+        if not whole:
             return False
-        leftover = f"{self.partial} holds {progress['whole']} chunks"
-        if progress["work"] != self._work:
-            names = [name for name in self._work if progress["work"].get(name) != self._work[name]]
+        leftover = f"{self.partial} holds {whole} chunks"
+        if work != self._work:
+            names = [name for name in self._work if work.get(name) != self._work[name]]
             log(f"{leftover} made with another {', '.join(names)}; they are discarded")
             return False
         log(f"{leftover} of {len(self._chunks)}, going on from there")
-        self._values = zarr.open_array(self.partial / "pieces.zarr", mode="r+")
-        self._complete = progress["whole"]
-        self.counts.update(progress["counts"])
+        with own_file(self.partial / "pieces.zarr", f"delete {self.partial} to forecast from the beginning"):
+            self._values = zarr.open_array(self.partial / "pieces.zarr", mode="r+")
+        self._complete = whole
+        self.counts.update(counts)
         return True
 
     def _begin(self) -> None:

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from stdist.data import GridStore, Region, open_store
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.evaluation import figures, forecast_header
 from stdist.evaluation.forecast_header import ForecastHeader, tiles
 from stdist.evaluation.forecasts import ForecastFile, open_forecasts
@@ -73,7 +73,7 @@ def build_report(run_dir: Path) -> Path:
         raise InputError(f"{run_dir}: no run folder (it has no config.yaml); name the folder of a `stdist train`")
     for folder in (run_dir / "report", run_dir / "report" / "figures"):
         require_writable(folder)
-    config_text = config_file.read_text(encoding="utf-8")
+    config_text = config_file.read_text(encoding="utf-8", errors="replace")
     metrics, pictures, embeddings, missing = None, None, None, []
     if (run_dir / "report" / "metrics.json").is_file():
         metrics = read_metrics(run_dir)
@@ -130,22 +130,42 @@ def compare(model: Scores, others: dict[str, Scores]) -> list[Comparison]:
 
 
 def verdict(metrics: RunMetrics) -> str:
-    """One or two plain sentences: which baselines the model beats, and which it loses to."""
+    """One or two plain sentences, true of every metric that the page shows: which baselines the model beats by all of
+    them, and where it does not."""
     rows = compare(metrics.model, metrics.baselines)
     if metrics.model.pooled.nrmse is None:
-        return "The model was scored on no observed point."
+        return "The model was scored on no observed point with traffic."
     if not rows:
         return "The model has no baseline to stand beside."
-    lost = [row for row in rows if not row.model_wins]
+    losses = {name: losses_to(metrics.model, metrics.baselines[name]) for name in (row.name for row in rows)}
+    lost = {name: by for name, by in losses.items() if by}
     strongest = rows[0]
     if not lost:
         return (
-            f"The model beats every baseline ({len(rows)}); its error is {strongest.ratio:.2f} times that of "
+            f"The model beats every baseline ({len(rows)}); its NRMSE is {strongest.ratio:.2f} times that of "
             f"the strongest, {strongest.name}."
         )
-    named = ", ".join(f"{row.name} (error {row.ratio:.2f} times as large)" for row in lost)
-    beaten = f"It beats the other {len(rows) - len(lost)}." if len(lost) < len(rows) else "It beats none."
+    named = ", ".join(f"{name} (by {', '.join(by)})" for name, by in lost.items())
+    beaten = (
+        f"It beats the other {len(rows) - len(lost)}." if len(lost) < len(rows) else "It beats none by all of them."
+    )
     return f"The model loses to {len(lost)} of {len(rows)} baselines: {named}. {beaten}"
+
+
+def losses_to(model: Scores, other: Scores) -> list[str]:
+    """The metrics by which ``other`` is no worse than ``model``, as ``MAE 1.05 ×``: how many times as large the model's
+    error is, pooled, and where only the mean of horizons is no better, that."""
+    losses = []
+    for name in ("mae", "rmse", "mape", "nrmse"):
+        for what, ours, theirs in (
+            ("", model.pooled, other.pooled),
+            (", mean of horizons,", model.mean_of_horizons, other.mean_of_horizons),
+        ):
+            own, its = getattr(ours, name), getattr(theirs, name)
+            if own is not None and its is not None and own >= its:
+                losses.append(f"{name.upper()}{what} {own / its:.2f} ×" if its else f"{name.upper()}{what} of 0")
+                break
+    return losses
 
 
 def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[str]:
@@ -164,7 +184,8 @@ def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[st
                 "their errors are not comparable."
             )
         if scores.fallbacks:
-            lines.append(f"{name}: {scores.fallbacks:,} values had no source and are persistence.")
+            share = f"{scores.fallbacks:,} of {scores.pooled.points:,} points"
+            lines.append(f"{name}: {share} had no source and are persistence.")
     for row in compare(metrics.model, metrics.variants):
         if not row.model_wins:
             lines.append(f"The variant '{row.name}' is no worse than the model itself ({row.nrmse:.4f}).")
@@ -279,7 +300,10 @@ def read_trace(
 
 def store_of(run_dir: Path, config_text: str) -> GridStore:
     """Opens the store that a run's configuration names. Raises InputError where it names none."""
-    config: Any = yaml.safe_load(config_text)
+    try:
+        config: Any = yaml.safe_load(config_text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise DamageError(f"{run_dir / 'config.yaml'} is no YAML any more ({' '.join(str(error).split())})") from None
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not data.get("store"):
         raise InputError(f"{run_dir / 'config.yaml'} names no data.store, so there is no truth to draw")

@@ -20,6 +20,7 @@ from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata
 from stdist.files import require_writable
 from stdist.progress import progress_bar
 from stdist.runs.dataset import split_of
+from stdist.runs.run_folder import noted_digest
 from stdist.training.checkpoint import StageCheckpoints, damage_as_input_error
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
@@ -176,7 +177,7 @@ def open_sweep(
     region, history_region = predictor.regions(store, request, log)
     named = ":" not in request.split
     windows = store.windows(
-        _days(config, store, request.split) if named else DaySpan.parse(request.split),
+        _days(config, store, request.split, request.run_dir) if named else DaySpan.parse(request.split),
         config.data.history,
         config.data.horizon,
         channel=config.data.channel,
@@ -214,8 +215,8 @@ def forecast_store(
     return {"out": str(request.out), "windows": len(windows), "checkpoint": f"{last_stage}/{sweep.checkpoint.name}"}
 
 
-def _days(config: RunConfig, store: GridStore, part: str) -> DaySpan:
+def _days(config: RunConfig, store: GridStore, part: str, run_dir: Path) -> DaySpan:
     if part not in ("train", "validation", "test"):
         raise InputError(f"{store.path} has no {part} days; choose train, validation or test, or give local days A:B")
-    split = config.last_split if config.data.store.resolve() == store.path.resolve() else None
+    split = config.last_split if noted_digest(run_dir) == store.digest else None
     return split_of(split, store).named(part)

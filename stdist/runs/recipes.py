@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from stdist.config import RunConfig, read_tree, validated
 from stdist.errors import InputError
 from stdist.registry import Registry
-from stdist.runs.run_folder import CONFIG
+from stdist.runs.run_folder import CONFIG, read_own_config
 
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
@@ -144,4 +144,4 @@ def read_run_config(run_dir: Path) -> RunConfig:
     """Raises InputError where ``run_dir`` is no run folder."""
     if not (run_dir / CONFIG).is_file():
         raise InputError(f"{run_dir} is no run folder, it has no {CONFIG}; name the folder of a `stdist train`")
-    return load_config(run_dir / CONFIG)
+    return parse_config(read_own_config(run_dir), where=str(run_dir / CONFIG))

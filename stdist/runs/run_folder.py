@@ -1,14 +1,15 @@
 """A run folder and the configuration it belongs to: whatever the recipe, another's folder is never written into."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from stdist.config import RunConfig, dump_config, validated
-from stdist.errors import InputError, ResourceError, of_the_system
-from stdist.files import require_writable, write_atomically
+from stdist.config import RunConfig, dump_config, read_tree, validated
+from stdist.errors import DamageError, InputError, ResourceError, of_the_system
+from stdist.files import own_file, require_writable, write_atomically
 
 if TYPE_CHECKING:
     from stdist.training.process_group import ProcessGroup
@@ -55,10 +56,13 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
     """Raises InputError where the folder belongs to another configuration, naming a difference, or to other data.
 
     On how many learners it is trained and who samples for them may change, since the batches do not; and so may the way
-    to it. An option that the folder's configuration did not have yet has its default."""
+    to it and to what it reads. An option that the folder's configuration did not have yet has its default."""
     run_dir = config.run_dir
-    if (path := run_dir / CONFIG).exists():
-        old, new = _with_defaults(yaml.safe_load(path.read_text()), config), yaml.safe_load(dump_config(config))
+    noted = noted_digest(run_dir)
+    if (run_dir / CONFIG).exists():
+        old, new = _with_defaults(read_own_config(run_dir), config), yaml.safe_load(dump_config(config))
+        if noted == store_digest:  # by whatever path the data is reached
+            old.setdefault("data", {})["store"] = new["data"]["store"]
         for key in ("learners", "nodes", "output_dir"):
             if key in new:
                 new[key] = old.get(key)
@@ -66,14 +70,35 @@ def refuse_foreign_folder(config: RunConfig, store_digest: str) -> None:
             new["rollouts"] = old["rollouts"] | {"max_staleness": new["rollouts"]["max_staleness"]}
         difference = _first_difference(old, new)
         if difference:
-            raise InputError(f"{run_dir} belongs to another config ({difference}); choose another name= or delete it")
-    noted = run_dir / STORE_DIGEST
-    if noted.exists() and noted.read_text() != store_digest:
-        then, now = noted.read_text()[:12], store_digest[:12]
+            raise InputError(
+                f"{run_dir} belongs to another config ({difference}); choose another name=, or set it back to go on"
+            )
+    if noted not in (None, store_digest):
         raise InputError(
-            f"{run_dir} was trained on other data: {config.data.store} had digest {then}… then, {now}… now; "
-            "choose another name= or delete it"
+            f"{run_dir} was trained on other data, of digest {noted[:12]}…, and {config.data.store} has "
+            f"{store_digest[:12]}…; choose another name=, or give the store it was trained on"
         )
+
+
+def noted_digest(run_dir: Path) -> str | None:
+    """The digest of the data that a run was trained on; None where no run has begun. Raises DamageError."""
+    path = run_dir / STORE_DIGEST
+    if not path.exists():
+        return None
+    with own_file(path, "write the digest of the run's store into it, which `stdist check --json` says"):
+        digest = path.read_text().strip()
+        if len(digest) != 64:
+            raise ValueError(f"{len(digest)} characters instead of a SHA-256")
+        int(digest, 16)
+        return digest
+
+
+def read_own_config(run_dir: Path) -> dict[str, Any]:
+    """The tree of the configuration that a run noted. Raises DamageError where it is none any more."""
+    try:
+        return read_tree(run_dir / CONFIG)
+    except InputError as error:
+        raise DamageError(f"{error}; it is the run's own, `stdist train` writes it again where it is deleted") from None
 
 
 def _with_defaults(old: dict[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -90,4 +115,9 @@ def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
             if difference:
                 return difference
         return None
-    return None if old == new else f"{key} is {old!r} there, {new!r} here"
+    return None if old == new or _same_path(old, new) else f"{key} is {old!r} there, {new!r} here"
+
+
+def _same_path(old: Any, new: Any) -> bool:
+    absolute = all(isinstance(path, str) and os.path.isabs(path) for path in (old, new))
+    return absolute and os.path.realpath(old) == os.path.realpath(new)

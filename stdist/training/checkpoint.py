@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdist.errors import DamageError, InputError, ResourceError, is_damage
-from stdist.files import write_atomically
+from stdist.files import own_file, to_json, write_atomically
 from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
 
 STATE = Path("trainer_state") / "state.json"
+SUMMARY = {"stage", "headline", "before", "after", "last", "steps", "seconds", "checkpoint"}
+"""Keys of a stage's closing summary."""
 KEPT = 2
 """The newest checkpoints that are kept: where the last one is damaged, the one before serves."""
 
@@ -225,12 +227,15 @@ class StageCheckpoints:
         path = self.folder / "finished.json"
         if not path.exists():
             return None
-        with damage_as_input_error(path):
-            return json.loads(path.read_text())
+        with own_file(path, "delete it, and `stdist train` writes it again from the newest checkpoint"):
+            summary = json.loads(path.read_text())
+            if absent := SUMMARY - summary.keys():
+                raise KeyError(f"it has no {sorted(absent)[0]}")
+            return summary
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.group.is_main:
-            write_atomically(self.folder / "finished.json", json.dumps(summary, indent=1))
+            write_atomically(self.folder / "finished.json", to_json(summary, indent=1))
         self.group.all_gather_object(None)
 
 
