@@ -15,11 +15,13 @@ from stdist import __version__
 from stdist.boundary import ended
 from stdist.errors import InputError
 from stdist.files import to_json
+from stdist.memory import LARGEST
 from stdist.reader_commands import Group, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
 from stdist.scalars import figure
 
 FORECAST_FORMATS = (".zarr", ".parquet")
+MOST_PROCESSES = 1024
 DAMAGED = 4
 """Exit code of ``stdist check`` on a store that is not as it was written, and of ``stdist ledger``."""
 
@@ -55,7 +57,7 @@ def prepare(
     *,
     sources: Annotated[list[Path] | None, typer.Argument(help="raw files or folders")] = None,
     out: Annotated[Path, typer.Option(help="store to write, as city.zarr")] = ...,  # type: ignore[assignment]
-    workers: Annotated[int, typer.Option(help="processes of this machine")] = 1,
+    workers: Annotated[int, typer.Option(max=MOST_PROCESSES, help="processes of this machine")] = 1,
     ray: Annotated[str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
     **options: Any,
@@ -167,7 +169,9 @@ def forecast(
     out: Annotated[Path, typer.Option(help="NAME.zarr or NAME.parquet")] = ...,  # type: ignore[assignment]
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
     split: Annotated[str, typer.Option(help="train, validation, test, or local days A:B")] = "test",
-    workers: Annotated[int | None, typer.Option(help="Ray actors that forecast; as many as fit if --ray alone")] = None,
+    workers: Annotated[
+        int | None, typer.Option(max=LARGEST, help="Ray actors that forecast; as many as fit if --ray alone")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help="their cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
 ) -> None:
@@ -254,7 +258,7 @@ def submit(
     out: Annotated[Path | None, typer.Option(help="of --forecast, as of stdist forecast")] = None,
     region: Annotated[str | None, typer.Option(help="of --forecast")] = None,
     split: Annotated[str, typer.Option(help="of --forecast")] = "test",
-    workers: Annotated[int | None, typer.Option(help="of --forecast; as many as fit if absent")] = None,
+    workers: Annotated[int | None, typer.Option(max=LARGEST, help="of --forecast; as many as fit if absent")] = None,
     as_json: Json = False,
 ) -> None:
     """Run stdist train CONFIG, or with --forecast stdist forecast RUN STORE, on a Ray cluster and follow its log; the
@@ -305,6 +309,8 @@ def plan(
     from stdist.runs.recipes import load_config, recipe_of
 
     memory = None if device_memory is None else parse_memory(device_memory)
+    if not 0 < device_flops < float("inf"):
+        raise InputError(f"--device-flops is {device_flops}; give operations a second, as 312e12")
     loaded = load_config(config, overrides)
     result = recipe_of(loaded).plan(loaded, memory, device_flops)
     if not as_json:

@@ -5,6 +5,10 @@ import resource
 from functools import cache
 from pathlib import Path
 
+from stdist.errors import InputError
+
+LARGEST = 2**32
+"""No option and no key counts anything of which there are more."""
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -26,3 +30,10 @@ def available() -> int:
 def fits(size: int) -> bool:
     """Whether ``size`` bytes can be had at all."""
     return size <= available()
+
+
+def require_room(size: int, what: str, remedy: str) -> None:
+    """Raises InputError where ``size`` bytes, which ``what`` takes at the least, are more than there are."""
+    if not fits(size):
+        needed, has = (count / 2**30 for count in (size, available()))
+        raise InputError(f"{what} takes {needed:,.0f} GiB at the least and this machine has {has:,.0f}; {remedy}")

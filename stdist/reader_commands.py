@@ -7,10 +7,12 @@ A reader's options are the keywords of its ``plan``: names, types and defaults f
 import re
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
+
+from stdist.memory import LARGEST
 
 Body = Callable[..., None]
 """``body(reader, *, <options of every reader>, **options)``; the first keyword is for the sources."""
@@ -76,11 +78,19 @@ def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
     return [
         option.replace(
             annotation=Annotated[
-                option.annotation, typer.Option(help=helps[option.name], rich_help_panel=f"Options of {name}")
+                option.annotation,
+                typer.Option(
+                    help=helps[option.name], rich_help_panel=f"Options of {name}", **_bounds(option.annotation)
+                ),
             ]
         )
         for option in options
     ]
+
+
+def _bounds(annotation: Any) -> dict[str, int]:
+    """What an integer may be: beyond it no library counts."""
+    return {"min": -LARGEST, "max": LARGEST} if int in (annotation, *get_args(annotation)) else {}
 
 
 def option_help(plan: Callable[..., Any]) -> dict[str, str | None]:

@@ -6,13 +6,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stdist.memory import LARGEST
+
 Days = tuple[date, date]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 """So that a run's config.yaml finds its files from any folder."""
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{name} is a number of {len(str(abs(value)))} digits; give at most {LARGEST:,}")
+        return self
 
 
 class SplitConfig(Strict):
@@ -38,9 +47,9 @@ class DataConfig(Strict):
 class OptimizerConfig(Strict):
     """The update of any stage's weights: AdamW, a linear warm-up, then a cosine."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=100)
     warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=100)
     max_grad_norm: float = Field(1.0, gt=0)
     logging_steps: int = Field(10, ge=1)
 

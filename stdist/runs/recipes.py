@@ -129,7 +129,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
     Raises InputError: file missing or not YAML, an unknown key (with the nearest right one), a wrong value.
     """
-    return parse_config(read_tree(path, overrides), where=str(path))
+    try:
+        return parse_config(read_tree(path, overrides), where=str(path))
+    except RecursionError:
+        raise InputError(f"{path}: a value is nested too deep to be read; write it flat") from None
 
 
 def parse_config(tree: dict[str, Any], where: str) -> RunConfig:

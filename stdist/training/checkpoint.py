@@ -28,8 +28,8 @@ from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
 
 STATE = Path("trainer_state") / "state.json"
-SUMMARY = {"stage", "headline", "before", "after", "last", "steps", "seconds", "checkpoint"}
-"""Keys of a stage's closing summary."""
+SUMMARY = {"before", "after", "steps", "checkpoint"}
+"""Keys that every version's closing summary of a stage has."""
 KEPT = 2
 """The newest checkpoints that are kept: where the last one is damaged, the one before serves."""
 

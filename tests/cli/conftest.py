@@ -65,16 +65,17 @@ def stdist(monkeypatch, capsys) -> Callable[..., Result]:
 
 @pytest.fixture
 def refused(stdist, tmp_path) -> Callable[..., str]:
-    """Runs a command that must be refused: exit code 2, one ``error:`` line, no file more or less than before.
+    """Runs a command that must be refused: exit code 2, or 4 for ``damage``, one ``error:`` line, no file more or less
+    than before.
 
     Returns the line without ``error: ``.
     """
 
-    def run(*arguments: object) -> str:
+    def run(*arguments: object, damage: bool = False) -> str:
         before = files_below(tmp_path)
         result = stdist(*arguments)
         lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
-        assert result.code == 2 and len(lines) == 1 and "Traceback" not in result.err, result
+        assert result.code == (4 if damage else 2) and len(lines) == 1 and "Traceback" not in result.err, result
         assert result.out == ""
         assert files_below(tmp_path) == before
         return lines[0].removeprefix("error: ")

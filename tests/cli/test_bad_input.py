@@ -155,7 +155,7 @@ def test_a_store_that_was_cut_short(refused, config, city, finished_run, tmp_pat
         ["forecast", finished_run.run_dir, "cut.zarr", "--out", "f.zarr"],
         ["evaluate", finished_run.run_dir / "forecasts" / "test.zarr", "cut.zarr"],
     ):
-        line = refused(*command)
+        line = refused(*command, damage=True)
         assert f"cut.zarr is damaged: {shard} has " in line and "prepare or copy the store again" in line
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint(refused, finished_run, city, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     checkpoint = Path("run") / "checkpoints" / "grpo" / finished_run.result.json["stages"]["grpo"]["checkpoint"]
     DAMAGES[name](checkpoint / name)
-    line = refused("forecast", "run", city, "--out", "f.zarr")
+    line = refused("forecast", "run", city, "--out", "f.zarr", damage=True)
     assert line.startswith(str(checkpoint)) and "is damaged" in line
     if name.endswith(".safetensors"):
         assert f"delete {checkpoint.parent} to redo the stage" in line

@@ -538,8 +538,9 @@ def test_no_pickle_is_ever_read(toy, tmp_path):
 
 def test_finish_and_finished(tmp_path):
     checkpoints = StageCheckpoints(tmp_path)
-    checkpoints.finish({"steps": 7, "checkpoint": "step-7"})
-    assert checkpoints.finished == {"steps": 7, "checkpoint": "step-7"}
+    summary = {"before": {"mae": 2.0}, "after": {"mae": 1.0}, "steps": 7, "checkpoint": "step-7"}
+    checkpoints.finish(summary)
+    assert checkpoints.finished == summary
     assert [path.name for path in tmp_path.iterdir()] == ["finished.json"]
 
 
