@@ -182,7 +182,7 @@ def test_places_to_write_into(tmp_path):
         (["prepare", "wide-csv", ".", "--out", "x.zarr"], "is not a file"),
         (["check", "n" * 300], "the name is too long"),
         (["check", "c.yaml"], "c.yaml is not a grid store"),
-        (["check", "c.yaml/z"], "a part of the path is a file"),
+        (["prepare", "synthetic", "--out", "c.yaml/z.zarr"], "a part of the path is a file"),
         (["plan", "c.yaml", "--device-flops", "nan"], "--device-flops"),
         (["plan", "."], "config . cannot be read"),
         (["train", "c.yaml", "data.history=" + "[" * 3000], "nested too deep"),
@@ -218,6 +218,7 @@ def test_a_store_by_another_path_is_the_same_store(stdist, world):
 
 
 def test_another_store_at_the_same_path_is_another_store(stdist, world):
+    assert stdist("train", "c.yaml").code == 0  # which notes where the copied store lies
     shutil.rmtree("z.zarr")
     prepare_zones(world / "z.zarr", days=30)
     line = line_of(stdist("train", "c.yaml"), 2)

@@ -1,6 +1,6 @@
 """Every option of every command and every key of every configuration, with values that people and programs give them.
 
-    python -m tests.faults.fuzz [--trials N] [--seed SEED] [--show OUTCOME]
+    python -m tests.faults.fuzz [--trials N] [--seed SEED] [--only PLACE] [--outcomes FILE]
 
 Options and keys are read off the commands and the configurations' classes, so that a new one is tried as soon as it is
 there. Each trial is a process of its own, forked from one that has imported everything, in a folder whose inputs it
@@ -168,10 +168,10 @@ def attempt(trial: Trial) -> Outcome:
         time.sleep(0.002)
     text = Path("stderr").read_text(errors="replace")
     code = os.waitstatus_to_exitcode(ended[1])
-    return Outcome(trial, _judge(trial, code, text), text)
+    return Outcome(trial, judge(trial, code, text), text)
 
 
-def _judge(trial: Trial, code: int, text: str) -> str:
+def judge(trial: Trial, code: int, text: str) -> str:
     left = [path.name for path in Path("out").rglob("*") if not any(".partial" in part for part in path.parts)]
     new = Path("runs/new").exists()
     shutil.rmtree("runs/new", ignore_errors=True)
@@ -310,11 +310,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="those whose place has this in it")
     parser.add_argument("--outcomes", type=Path, help="file to write every outcome to")
+    parser.add_argument("--folder", type=Path, help="where to make the world; the system's own for such if absent")
     options = parser.parse_args()
     chosen = [trial for trial in trials() if options.only in trial.where]
     if options.trials:
         chosen = random.Random(options.seed).sample(chosen, min(options.trials, len(chosen)))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         outcomes = fuzz(chosen, Path(folder))
         if options.outcomes:
             shutil.copy(Path(folder) / "outcomes.jsonl", options.outcomes)
