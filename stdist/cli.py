@@ -22,6 +22,7 @@ from stdist.scalars import figure
 
 FORECAST_FORMATS = (".zarr", ".parquet")
 MOST_PROCESSES = 1024
+"""That a preparation may ask of one machine."""
 DAMAGED = 4
 """Exit code of ``stdist check`` on a store that is not as it was written, and of ``stdist ledger``."""
 
@@ -224,9 +225,8 @@ def evaluate(
     contract, pooled, mean = result["contract"], result["pooled"], result["mean_of_horizons"]
     lines = [f"{key}: {value}" for key, value in contract.items()]
     for name, errors in (("pooled", pooled), ("mean of horizons", mean)):
-        lines.append(
-            f"{name}: " + ", ".join(f"{k.upper()} {figure(errors[k])}" for k in ("mae", "rmse", "mape", "nrmse"))
-        )
+        figures = [f"{key.upper()} {figure(errors[key])}" for key in ("mae", "rmse", "mape", "nrmse")]
+        lines.append(f"{name}: {', '.join(figures)}")
     finish(result, as_json, "\n".join(lines))
 
 

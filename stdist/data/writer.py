@@ -30,7 +30,7 @@ from stdist.data.parts import Day, Executor, Part, PartResult, RunPart
 from stdist.data.schema import GridSpec, NodeSpec, chunk_and_shard, observed_name
 from stdist.data.shards import PartWriter
 from stdist.data.spans import Split
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 
 
 def serially(run_part: RunPart, parts: list[Part]) -> Iterator[PartResult]:
@@ -80,7 +80,7 @@ class GridWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) and not isinstance(error, DamageError):  # what is damaged may be mended
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
 

@@ -14,7 +14,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Unseen:
-    """Ids, as text, of cells or nodes (``what``): ``scored`` though never observed in training, ``never`` observed."""
+    """Ids, as text, of each ``what``, cell or node: ``scored`` though never observed in training, ``never`` observed."""
 
     what: str
     scored: list[str]
@@ -26,7 +26,9 @@ class Unseen:
             (self.scored, "scored but never observed in training, where fitted baselines are persistence"),
             (self.never, "never observed at all, and so not scored"),
         ]
-        return [f"{len(ids)} {self.what} {what}: {_named(ids)}" for ids, what in lines if ids]
+        return [
+            f"{len(ids)} {self.what}{'s' if len(ids) > 1 else ''} {what}: {_named(ids)}" for ids, what in lines if ids
+        ]
 
 
 def unseen(windows: Windows, train: DaySpan) -> Unseen:
@@ -42,7 +44,7 @@ def unseen(windows: Windows, train: DaySpan) -> Unseen:
         trained = observed[slice(*store.step_range(train))].any(axis=0)
         scored += ids[inside & observed[targets].any(axis=0) & ~trained].tolist()
         never += ids[inside & ~observed.any(axis=0)].tolist()
-    what = "nodes" if store.dims == ("node",) else "cells"
+    what = "node" if store.dims == ("node",) else "cell"
     return Unseen(what, [str(i) for i in scored], [str(i) for i in never])
 
 

@@ -389,3 +389,30 @@ def test_small_files_are_whole(tmp_path):
     assert os.listdir(tmp_path / "a") == ["b"]
     with pytest.raises(ResourceError):
         raise of_the_system(OSError(errno.ENOSPC, "")) or AssertionError
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.store={nodes}", "holds nodes, the vision-LLM reads grids; choose a store of a grid"),
+        ("data.channel=sms_in", "has no channel 'sms_in'"),
+        ("data.region=0:9,0:2", "leaves the grid of 3 rows x 3 columns"),
+        ("data.history=5000", "no window fits train"),
+    ],
+)
+def test_plan_and_train_refuse_alike(stdist, config, trained, override, words):
+    override = override.format(nodes=trained / "z.zarr")
+    lines = [line_of(stdist(command, config, override), 2) for command in ("plan", "train")]
+    assert lines[0] == lines[1] and words in lines[0]
+
+
+def test_a_demo_on_nodes(stdist, trained, tmp_path):
+    line = line_of(stdist("demo", "--data", trained / "z.zarr", "--out", tmp_path / "demo"), 2)
+    assert "holds nodes, the vision-LLM reads grids" in line
+
+
+def test_a_token_with_a_line_break(stdist, world, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[cluster]'")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "two\nlines")
+    line = line_of(stdist("submit", "c.yaml", "--address", "http://127.0.0.1:9"), 2)
+    assert line.startswith("the token of RAY_AUTH_TOKEN has a line break") and "dashboard" not in line

@@ -120,8 +120,8 @@ def test_places_that_training_does_not_know_are_named(store):
     found = unseen(windows, store.default_split.named("train"))
     assert (found.scored, found.never) == (["103"], ["104"])
     assert found.notes() == [
-        "1 nodes scored but never observed in training, where fitted baselines are persistence: 103",
-        "1 nodes never observed at all, and so not scored: 104",
+        "1 node scored but never observed in training, where fitted baselines are persistence: 103",
+        "1 node never observed at all, and so not scored: 104",
     ]
     assert store.unseen == {"flow": {"never_observed": 1, "never_in_training": 1}}
     warnings = {f.what: f.where for f in check_store(store.path).findings if f.severity == "warning"}
