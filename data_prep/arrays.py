@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 
 from data_prep.common import existing
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def load_array(path: Path, key: str | None) -> np.ndarray:
         with np.load(path, allow_pickle=False) as archive:
             return archive[key]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if not is_damage(error):
+            raise
         raise InputError(f"{path} is damaged ({error}); download or write it again") from error
 
 
@@ -72,6 +74,8 @@ def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
             with zipfile.ZipFile(path) as archive:
                 return {name.removesuffix(".npy"): _header(archive.open(name)) for name in archive.namelist()}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if not is_damage(error):
+            raise
         raise InputError(f"{path} is no .npy or .npz file, or was cut short; download or write it again") from error
     if missing > 0 and not dtype.hasobject:
         raise InputError(f"{path} was cut short, {missing} bytes are missing; download or write it again")

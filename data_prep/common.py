@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stdist.data import GridSpec
+from stdist.data.schema import UNKNOWN_UNITS
 from stdist.dates import parse_local_time
 from stdist.errors import InputError
 
@@ -28,7 +29,8 @@ def only_source(sources: Sequence[Path], reader: str) -> Path:
 def existing(path: Path) -> Path:
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; give the raw file itself")
-    return Path(path)
+    with open(path, "rb"):  # libraries would call one that may not be read damaged
+        return Path(path)
 
 
 def files_in(sources: Sequence[Path], pattern: str) -> list[Path]:
@@ -74,7 +76,7 @@ class GridPlace:
         *,
         cadence: int,
         utc_offset: int | None,
-        units: str = "activity",
+        units: str = UNKNOWN_UNITS,
         static: Mapping[str, np.ndarray] | None = None,
     ) -> GridSpec:
         """Spec over the local days of ``stamps``."""

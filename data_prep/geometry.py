@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 
 DECIMALS = 7
 """Corners that agree to these decimals of a degree, a centimetre, are one."""
@@ -103,6 +103,8 @@ def _features(path: Path) -> dict[int, Any]:
         features = content["features"]
         named = content.get("crs", {}).get("properties", {}).get("name", "CRS84")
     except OSError as error:
+        if not is_damage(error):
+            raise
         raise InputError(f"{path} is not a file; give the GeoJSON file of the city's squares") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no GeoJSON of features, or was cut short; fetch the file again") from error

@@ -13,7 +13,7 @@ import polars as pl
 
 from data_prep.arrays import array_file
 from data_prep.common import existing, utc_offset_of
-from stdist.data.schema import NodeSpec
+from stdist.data.schema import UNKNOWN_UNITS, NodeSpec
 from stdist.errors import InputError
 
 THRESHOLD = 0.1
@@ -50,7 +50,7 @@ class Nodes:
         stamps: np.ndarray,
         cadence: int,
         utc_offset: int | None,
-        units: str = "activity",
+        units: str = UNKNOWN_UNITS,
         since: np.ndarray | None = None,
     ) -> NodeSpec:
         """Over the local days of ``stamps``."""

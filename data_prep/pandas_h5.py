@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 
 BLOSC = 32001
 """HDF5's number of the filter that pandas calls ``complib="blosc"``; h5py has no decoder of its own for it."""
@@ -130,6 +130,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError) as error:
+        if not is_damage(error):
+            raise
         why = "was cut short" if "truncated" in str(error) else "is no HDF5 file, or is damaged"
         raise InputError(f"{path} {why}; fetch the file again") from error
 

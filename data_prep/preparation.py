@@ -1,6 +1,5 @@
 """Plans of stores, and their execution: init, parts in any order and in any process, finalise."""
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 from stdist.data import Day, GridSpec, GridStore, GridWriter, NodeSpec, Part, Split, open_store
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.data.writer import serially
-from stdist.errors import InputError, Interrupted
+from stdist.errors import InputError, Interrupted, ResourceError, of_the_system
 from stdist.progress import Progress
 
 
@@ -43,7 +42,8 @@ class Plan:
 class PrepareSummary:
     """A written store, in numbers. ``frames``: time steps that exist; ``runs``: gap-free segments of them; ``missing``:
     per channel, values of these steps that the source lacks, now imputed; ``true_zeros``: measured zeros;
-    ``absent_days``: local days between the first and the last without any step."""
+    ``absent_days``: local days between the first and the last without any step; ``unseen``: per channel, cells without
+    any observed value, and without one in training that are scored."""
 
     path: Path
     city: str
@@ -54,6 +54,7 @@ class PrepareSummary:
     missing: dict[str, int]
     true_zeros: dict[str, int]
     absent_days: tuple[str, ...]
+    unseen: dict[str, dict[str, int]]
     digest: str
 
     @classmethod
@@ -70,6 +71,7 @@ class PrepareSummary:
             missing={name: counts["missing"] for name, counts in store.coverage.items()},
             true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
             absent_days=tuple(map(str, stamps[~days])),
+            unseen=store.unseen,
             digest=store.digest,
         )
 
@@ -90,8 +92,8 @@ def prepare(
 
     workers: processes of this machine (a script that asks for more than one needs the usual
     ``if __name__ == "__main__"``). executor: runs the parts elsewhere. progress: called with (days, in all).
-    Raises InputError for bad input, a full disk and a dead worker, the last two leaving what is done;
-    Interrupted on Ctrl-C.
+    Raises InputError for bad input; ResourceError for a full disk, memory that does not do and a dead worker, and
+    Interrupted on Ctrl-C, which leave what is done.
     """
     if workers < 1:
         raise InputError(f"{workers} workers cannot prepare {out}; give at least one")
@@ -124,14 +126,14 @@ def _explained(out: Path) -> Iterator[None]:
     again = "what is done is kept, the same command goes on from there"
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"no space is left for {out}.partial; free some: {again}") from error
     except BrokenProcessPool as error:
-        raise InputError(
+        raise ResourceError(
             f"a worker process of {out} died, perhaps killed for want of memory; {again}; give fewer --workers"
         ) from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ResourceError) or not isinstance(said := of_the_system(error), ResourceError):
+            raise
+        raise ResourceError(f"{out}.partial: {said}; {again}") from error
     except KeyboardInterrupt:
         raise Interrupted(f"the preparation of {out} was stopped; {again}") from None
 

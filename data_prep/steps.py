@@ -136,5 +136,6 @@ def require_traffic(values: np.ndarray, what: str, times: np.ndarray) -> None:
         frame, *place = np.argwhere(wrong)[0].tolist()
         raise InputError(
             f"{what} is {values[frame, *place]} at {times[frame]}, index {', '.join(map(str, place))} "
-            f"({int(wrong.sum())} such values); traffic is finite and not negative, NaN means missing"
+            f"({int(wrong.sum())} such values from {times[0]} to {times[-1]}); traffic is finite and not negative, NaN "
+            "means missing"
         )

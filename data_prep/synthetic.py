@@ -38,7 +38,9 @@ def plan(
     first = parse_day(start)
     source = SyntheticCity(height, width, str(first), days, cadence, seed, city)
     ends = first + np.array([0, days - 1])
-    spec = GridPlace().spec(city, [channel], ends, source.shape, cadence=cadence, utc_offset=utc_offset)
+    spec = GridPlace().spec(
+        city, [channel], ends, source.shape, cadence=cadence, utc_offset=utc_offset, units="activity"
+    )
     tiles = spec.tiles()
     parts = [Part(f"tile-{index}", tuple(range(days)), len(tiles) > 1, (tile,)) for index, tile in enumerate(tiles)]
     return Plan(spec, {"reader": "synthetic", "seed": seed}, [], None, parts, partial(_read, source, channel))

@@ -17,7 +17,7 @@ from data_prep.xarray_missing import never_written, open_decoded
 from stdist.data import Day, Part
 from stdist.data.parts import Tile
 from stdist.data.schema import MINUTES_PER_DAY
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 
 NAMES = {
     "T": ("time", "t", "datetime", "date"),
@@ -217,6 +217,8 @@ class SourceReader:
                 cut = cut if unwritten is None else cut.where(~unwritten)
             read = cut.transpose(*axes.dims).values
         except (OSError, RuntimeError, ValueError) as error:
+            if not is_damage(error):
+                raise
             raise InputError(f"{path}: {array.name} is damaged ({_first_line(error)}); fetch the file again") from error
         read = read[(slice(None), *reversal(axes.flipped))]
         low, high = valid_range(array)
@@ -265,6 +267,8 @@ def opened(path: Path) -> Iterator[xarray.Dataset]:
     try:
         data = open_decoded(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not is_damage(error):
+            raise
         kind = "Zarr store" if path.is_dir() else "NetCDF 4 file"
         raise InputError(f"{path} is no {kind}, or is damaged ({_first_line(error)}); check it") from error
     with data:

@@ -39,7 +39,7 @@ from data_prep.xarray_reading import (
     runs_backwards,
 )
 from stdist.data import GridSpec, NodeSpec, Part
-from stdist.data.schema import FORMAT
+from stdist.data.schema import FORMAT, UNKNOWN_UNITS
 from stdist.errors import InputError
 
 STORE_NAMES = {
@@ -147,7 +147,7 @@ def _inspect(path: Path, variable: str | None, axis_names: AxisOptions) -> Sourc
         if len(space) == 2:
             flipped = tuple(runs_backwards(data, dim, way) for dim, way in zip(space, ("Y", "X"), strict=True))
         axes = Axes(time, space, flipped)
-        units = {str(array.name): str(array.attrs.get("units", "unknown")) for array in arrays}
+        units = {str(array.name): str(array.attrs.get("units", UNKNOWN_UNITS)) for array in arrays}
         kinds = [*units.values()] if len({*units.values()}) == 1 else [f"{name}: {u}" for name, u in units.items()]
         return Source(
             path=path,

@@ -3,42 +3,54 @@
 Every command takes ``--json`` (one JSON object as its last line) and answers bad input with one line and exit code 2.
 """
 
-import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from stdist.errors import DamageError, DivergenceError, InputError, Interrupted, ResourceError, SilentLearner
-from stdist.reader_commands import Command, reader_commands
+from stdist import __version__
+from stdist.boundary import ended
+from stdist.errors import InputError
+from stdist.files import to_json
+from stdist.memory import LARGEST
+from stdist.reader_commands import Group, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
+from stdist.scalars import figure
 
 FORECAST_FORMATS = (".zarr", ".parquet")
+MOST_PROCESSES = 1024
+"""That a preparation may ask of one machine."""
 DAMAGED = 4
 """Exit code where something is not as it was written, of ``stdist check`` and of ``stdist ledger``."""
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Forecast city-wide traffic.",
 )
-command = partial(app.command, cls=Command)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
 
 def log(line: str) -> None:
     """A line for people; standard output stays free for results."""
-    err.print(line, markup=False)
+    print(line, file=sys.stderr, flush=True)
 
 
 def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
-    print(json.dumps(result) if as_json else line, flush=True)
+    print(to_json(result) if as_json else line, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def everywhere(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        print(f"stdist {__version__}")
+        raise typer.Exit
 
 
 def prepare(
@@ -46,7 +58,7 @@ def prepare(
     *,
     sources: Annotated[list[Path] | None, typer.Argument(help="raw files or folders")] = None,
     out: Annotated[Path, typer.Option(help="store to write, as city.zarr")] = ...,  # type: ignore[assignment]
-    workers: Annotated[int, typer.Option(help="processes of this machine")] = 1,
+    workers: Annotated[int, typer.Option(max=MOST_PROCESSES, help="processes of this machine")] = 1,
     ray: Annotated[str | None, typer.Option(help="Ray cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
     **options: Any,
@@ -68,11 +80,13 @@ def prepare(
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
     if absent:
         line += f", {len(absent)} days absent ({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''})"
-    finish(
-        summary.as_dict(),
-        as_json,
-        f"{line}, {', '.join(summary.channels)}; {missing} values missing and imputed",
-    )
+    line += f", {', '.join(summary.channels)}; {missing} values missing and imputed"
+    for channel, counts in summary.unseen.items():
+        if counts["never_observed"]:
+            line += f"; {channel}: {counts['never_observed']} cells never observed"
+        if counts["never_in_training"]:
+            line += f"; {channel}: {counts['never_in_training']} cells scored but never observed in training"
+    finish(summary.as_dict(), as_json, line)
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:
@@ -95,7 +109,7 @@ app.add_typer(
 )
 
 
-@command()
+@app.command()
 def check(
     store: Annotated[Path, typer.Argument(help="grid store")],
     as_json: Json = False,
@@ -117,7 +131,7 @@ def check(
         raise typer.Exit(DAMAGED)
 
 
-@command()
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_block.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -136,7 +150,7 @@ def train(
     finish(result, as_json, result["report"])
 
 
-@command()
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
     data: Annotated[Path | None, typer.Option(help="a store instead of the synthetic city")] = None,
@@ -149,14 +163,16 @@ def demo(
     finish(result, as_json, result["report"])
 
 
-@command()
+@app.command()
 def forecast(
     run: Annotated[Path, typer.Argument(help="run folder")],
     store: Annotated[Path, typer.Argument(help="grid store")],
     out: Annotated[Path, typer.Option(help="NAME.zarr or NAME.parquet")] = ...,  # type: ignore[assignment]
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
     split: Annotated[str, typer.Option(help="train, validation, test, or local days A:B")] = "test",
-    workers: Annotated[int | None, typer.Option(help="Ray actors that forecast; as many as fit if --ray alone")] = None,
+    workers: Annotated[
+        int | None, typer.Option(max=LARGEST, help="Ray actors that forecast; as many as fit if --ray alone")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help="their cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
 ) -> None:
@@ -176,7 +192,7 @@ def forecast(
     finish(result, as_json, str(out))
 
 
-@command()
+@app.command()
 def ledger(
     run: Annotated[Path, typer.Argument(help="run folder")],
     as_json: Json = False,
@@ -196,7 +212,7 @@ def ledger(
         raise typer.Exit(DAMAGED)
 
 
-@command()
+@app.command()
 def evaluate(
     forecasts: Annotated[Path, typer.Argument(help="what stdist forecast wrote")],
     store: Annotated[Path, typer.Argument(help="the store it was made on")],
@@ -209,11 +225,12 @@ def evaluate(
     contract, pooled, mean = result["contract"], result["pooled"], result["mean_of_horizons"]
     lines = [f"{key}: {value}" for key, value in contract.items()]
     for name, errors in (("pooled", pooled), ("mean of horizons", mean)):
-        lines.append(f"{name}: " + ", ".join(f"{k.upper()} {errors[k]:.4f}" for k in ("mae", "rmse", "mape", "nrmse")))
+        figures = [f"{key.upper()} {figure(errors[key])}" for key in ("mae", "rmse", "mape", "nrmse")]
+        lines.append(f"{name}: {', '.join(figures)}")
     finish(result, as_json, "\n".join(lines))
 
 
-@command()
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder")],
     beside: Annotated[list[Path] | None, typer.Option(help="runs to show as variants")] = None,
@@ -228,7 +245,7 @@ def report(
     finish({"report": str(page)}, as_json, str(page))
 
 
-@command()
+@app.command()
 def submit(
     config: Annotated[Path | None, typer.Argument(help="YAML below the working directory, or a run folder")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -241,7 +258,7 @@ def submit(
     out: Annotated[Path | None, typer.Option(help="of --forecast, as of stdist forecast")] = None,
     region: Annotated[str | None, typer.Option(help="of --forecast")] = None,
     split: Annotated[str, typer.Option(help="of --forecast")] = "test",
-    workers: Annotated[int | None, typer.Option(help="of --forecast; as many as fit if absent")] = None,
+    workers: Annotated[int | None, typer.Option(max=LARGEST, help="of --forecast; as many as fit if absent")] = None,
     as_json: Json = False,
 ) -> None:
     """Run stdist train CONFIG, or with --forecast stdist forecast RUN STORE, on a Ray cluster and follow its log; the
@@ -279,7 +296,7 @@ def submit(
         raise typer.Exit(end.exit_code)
 
 
-@command()
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_7b.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -292,6 +309,8 @@ def plan(
     from stdist.runs.recipes import load_config, recipe_of
 
     memory = None if device_memory is None else parse_memory(device_memory)
+    if not 0 < device_flops < float("inf"):
+        raise InputError(f"--device-flops is {device_flops}; give operations a second, as 312e12")
     loaded = load_config(config, overrides)
     result = recipe_of(loaded).plan(loaded, memory, device_flops)
     if not as_json:
@@ -299,7 +318,7 @@ def plan(
     finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))
 
 
-@command()
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine has: devices, attention back ends and why they are chosen, versions."""
     from stdist.vision_llm.doctor import as_lines, examine
@@ -309,18 +328,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Console script: bad input exits 2, a diverged training 3, a machine that gave out 5, Ctrl-C 130, each with one
-    line; what ``check`` finds damaged 4, with a table; the rest is a bug."""
-    try:
-        app()
-    except (InputError, DivergenceError, ResourceError, Interrupted) as error:
-        codes = {
-            InputError: 2,
-            DamageError: DAMAGED,
-            DivergenceError: 3,
-            ResourceError: 5,
-            SilentLearner: 5,
-            Interrupted: 130,
-        }
-        log(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}")
-        sys.exit(codes[type(error)])
+    """Console script: bad input exits 2, a diverged training 3, damage 4, a machine that gave out 5, Ctrl-C 130, each
+    with one line; the rest is a bug."""
+    if code := ended(lambda: app(prog_name="stdist", standalone_mode=False), log):
+        sys.exit(code)

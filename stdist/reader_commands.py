@@ -7,12 +7,12 @@ A reader's options are the keywords of its ``plan``: names, types and defaults f
 import re
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from stdist.errors import InputError
+from stdist.memory import LARGEST
 
 Body = Callable[..., None]
 """``body(reader, *, <options of every reader>, **options)``; the first keyword is for the sources."""
@@ -34,21 +34,17 @@ USUAL = {
 }
 
 
-class Command(TyperCommand):
-    """A command that answers wrong options as all other bad input: with one line."""
+class Group(TyperGroup):
+    """A group of commands that shows its help where it is given none."""
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
-        try:
-            return super().parse_args(context, arguments)
-        except typer.TyperException as error:
-            line = " ".join(error.format_message().split()).rstrip(".")
-            raise InputError(f"{line}; see `{context.command_path} --help`") from error
+        return super().parse_args(context, arguments or ["--help"])
 
 
 def reader_commands(body: Body, help: str) -> typer.Typer:
     """A group of one command a reader, each of which calls ``body``."""
 
-    class Readers(TyperGroup):
+    class Readers(Group):
         def list_commands(self, _context: Any) -> list[str]:
             from data_prep import READERS
 
@@ -59,7 +55,7 @@ def reader_commands(body: Body, help: str) -> typer.Typer:
 
             return _command(name, READERS[name], body)
 
-    return typer.Typer(cls=Readers, no_args_is_help=True, help=help)
+    return typer.Typer(cls=Readers, help=help)
 
 
 def _command(name: str, reader: Any, body: Body) -> Any:
@@ -72,7 +68,7 @@ def _command(name: str, reader: Any, body: Body) -> Any:
         [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command(name, cls=Command, help=reader.facts)(command)
+    app.command(name, help=reader.facts)(command)
     return typer.main.get_command(app)
 
 
@@ -82,11 +78,19 @@ def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
     return [
         option.replace(
             annotation=Annotated[
-                option.annotation, typer.Option(help=helps[option.name], rich_help_panel=f"Options of {name}")
+                option.annotation,
+                typer.Option(
+                    help=helps[option.name], rich_help_panel=f"Options of {name}", **_bounds(option.annotation)
+                ),
             ]
         )
         for option in options
     ]
+
+
+def _bounds(annotation: Any) -> dict[str, int]:
+    """What an integer may be: beyond it no library counts."""
+    return {"min": -LARGEST, "max": LARGEST} if int in (annotation, *get_args(annotation)) else {}
 
 
 def option_help(plan: Callable[..., Any]) -> dict[str, str | None]:

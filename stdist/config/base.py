@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from stdist.dates import parse_day
 from stdist.errors import InputError
+from stdist.memory import LARGEST
 
 
 def _day(value: Any) -> date:
@@ -24,7 +25,14 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().abs
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{name} is a number of {len(str(abs(value)))} digits; give at most {LARGEST:,}")
+        return self
 
 
 class SplitConfig(Strict):
@@ -50,9 +58,9 @@ class DataConfig(Strict):
 class OptimizerConfig(Strict):
     """The update of any stage's weights: AdamW, a linear warm-up, then a cosine."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=100)
     warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=100)
     max_grad_norm: float = Field(1.0, gt=0)
     logging_steps: int = Field(10, ge=1)
 

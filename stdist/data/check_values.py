@@ -64,6 +64,8 @@ class _Channel:
     expected: np.ndarray = field(init=False)
     seen: np.ndarray = field(init=False)
     zeros: np.ndarray = field(init=False)
+    scored: np.ndarray = field(init=False)
+    """Cells that were observed in validation or test days, bool."""
     lowest: float = np.inf
     highest: float = -np.inf
     counts: Counter[tuple[Severity, str]] = field(default_factory=Counter)
@@ -72,7 +74,9 @@ class _Channel:
     def __post_init__(self) -> None:
         self.state = StatisticsState(self.store.shape)
         self.expected, self.seen, self.zeros = np.zeros((3, *self.store.shape), np.int64)
-        self._train = self.store.default_split.train
+        self.scored = np.zeros(self.store.shape, bool)
+        split = self.store.default_split
+        self._train, self._scoring = split.train, [span for span in (split.validation, split.test) if span]
 
     def day(self, day: int, tile: Tile, part: StatisticsState) -> None:
         """Look at one day of a tile; ``part`` takes in what of it lies in the training span."""
@@ -96,8 +100,11 @@ class _Channel:
         if measured.any():
             self.lowest = min(self.lowest, float(values[measured].min()))
             self.highest = max(self.highest, float(values[measured].max()))
-        if self._train and self._train.first_day <= self.store.date(day) <= self._train.last_day:
+        date = self.store.date(day)
+        if self._train and date in self._train:
             part.add(values, observed)
+        if any(date in span for span in self._scoring):
+            self.scored[tile] |= (measured & inside & exists).any(axis=0)
 
     def imputation(self, day: int, tile: Tile) -> None:
         """Eq. 20 again on a day and its neighbours, wherever these hold all that it needs."""
@@ -128,6 +135,7 @@ class _Channel:
         never, dead = (self.expected > 0) & (self.seen == 0), (self.seen > 0) & (self.zeros == self.seen)
         groups = {
             "never observed": never,
+            "scored but never observed in training": self.scored & (self.state.cell_count == 0),
             f"missing more than {MOSTLY:.0%} of the time": (share > MOSTLY) & ~never,
             "zero all the time": dead,
         }

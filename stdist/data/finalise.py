@@ -21,7 +21,7 @@ from stdist.data.journal import FOLDER, Journal
 from stdist.data.parts import Executor, Part, PartResult, Tile
 from stdist.data.schema import fill_short_absences, observed_name, train_mean_name, true_segments
 from stdist.data.shards import Shards, present_of
-from stdist.data.spans import DaySpan, Split, default_split
+from stdist.data.spans import Split, default_split
 from stdist.data.statistics import StatisticsState
 from stdist.errors import InputError
 
@@ -49,22 +49,24 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, execut
         for channel in shards.channels
         for index, tile in enumerate(shards.tiles)
     ]
-    results = {result.name: result for result in executor(Imputation(partial, session, split.train), parts)}
-    coverage, statistics = {}, {}
+    results = {result.name: result for result in executor(Imputation(partial, session, split), parts)}
+    coverage, statistics, unseen = {}, {}, {}
     for channel in shards.channels:
         of_channel = [(part, results[part.name].result) for part in parts if part.payload == channel]
         coverage[channel] = {name: sum(r[name] for _, r in of_channel) for name in ("missing", "true_zeros")}
-        state = StatisticsState(shards.shape)
+        state, seen, scored = StatisticsState(shards.shape), np.zeros(shards.shape, bool), np.zeros(shards.shape, bool)
         for part, result in of_channel:
             assert part.tiles is not None
             state.merge(result["state"], part.tiles[0])
+            seen[part.tiles[0]], scored[part.tiles[0]] = result["seen"], result["scored"]
+        unseen[channel] = count_unseen(shards.inside, seen, scored, state.cell_count > 0)
         if split.train is not None and state.count:
             fitted = state.result(split.train)
             statistics[channel] = fitted.as_attribute()
             create_array(shards.group, Coordinate(train_mean_name(channel), fitted.cell_mean, shards.dims))
 
     files = {name: file for result in (*finished.values(), *results.values()) for name, file in result.files.items()}
-    computed = {"train_statistics": statistics, "coverage": coverage, "max_gap": MAX_GAP}
+    computed = {"train_statistics": statistics, "coverage": coverage, "unseen": unseen, "max_gap": MAX_GAP}
     _seal(partial, out, files, {"split": split.as_attribute(), **computed})
 
 
@@ -73,12 +75,13 @@ class Imputation:
     """Eq. 20 over the gap-free segments of one channel and tile, with one day of it in memory, and its statistics.
 
     ``Part``: payload the channel, days those that hold time steps. Result: ``missing`` and ``true_zeros``, over
-    present steps and inside cells; ``state``, the ``StatisticsState`` of the training span.
+    present steps and inside cells; ``state``, the ``StatisticsState`` of the training span; ``seen`` and ``scored``,
+    the cells that were ever observed, and in validation or test days.
     """
 
     root: Path
     session: str
-    train: DaySpan | None
+    split: Split
 
     def __call__(self, part: Part) -> PartResult:
         journal, shards = Journal(self.root), Shards.of(self.root)
@@ -107,6 +110,7 @@ class Imputation:
         nothing = Nearest.none(inside.shape)
         state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
         before, missing, zeros = nothing, 0, 0
+        seen, scored = np.zeros(inside.shape, bool), np.zeros(inside.shape, bool)
         for day in sorted(days):
             slots = shards.slots(day)
             values, observed = shards.read(channel, day, tile), shards.read(observed_name(channel), day, tile)
@@ -129,9 +133,23 @@ class Imputation:
                 file = shards.write(channel, day, tile, filled)
                 note(file)
                 files |= file
-            if self.train and self.train.first_day <= shards.date(day) <= self.train.last_day:
+            of_day = observed.any(axis=0)
+            seen |= of_day
+            date = shards.date(day)
+            if any(span and date in span for span in (self.split.validation, self.split.test)):
+                scored |= of_day
+            if self.split.train and date in self.split.train:
                 state.add(values, observed)
-        return files, {"missing": missing, "true_zeros": zeros, "state": state}
+        return files, {"missing": missing, "true_zeros": zeros, "state": state, "seen": seen, "scored": scored}
+
+
+def count_unseen(inside: np.ndarray, seen: np.ndarray, scored: np.ndarray, trained: np.ndarray) -> dict[str, int]:
+    """``never_observed``: cells of the city without any observed value; ``never_in_training``: those without one in the
+    training days that validation or test score. All are bool [H, W] or [N], True where a cell was observed."""
+    return {
+        "never_observed": int((inside & ~seen).sum()),
+        "never_in_training": int((inside & scored & ~trained).sum()),
+    }
 
 
 def day_segments(present: np.ndarray, slots_per_day: int) -> dict[int, list[DaySegment]]:

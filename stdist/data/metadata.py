@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from stdist.data.integrity import ROOT_METADATA, damage
+from stdist.data.integrity import ROOT_METADATA
 from stdist.data.schema import FORMAT, FORMAT_VERSION, MINUTES_PER_DAY
 from stdist.data.spans import DaySpan, Split
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
+from stdist.files import own_file
 
 
 def read_attributes(root: Path) -> dict[str, Any]:
@@ -20,19 +23,68 @@ def read_attributes(root: Path) -> dict[str, Any]:
     if not metadata.is_file():
         what = "holds no zarr.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"{root} is not a grid store: it {what}; make one with `stdist prepare`")
-    try:
-        attributes = dict(json.loads(metadata.read_text())["attributes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise damage(root, f"{ROOT_METADATA} is not as it was written") from error
-    if attributes.get("format") != FORMAT:
+    with own_file(metadata, "prepare or copy the store again"):
+        content = json.loads(metadata.read_text())
+        attributes = content["attributes"] if content["node_type"] == "group" else {}
+        kind, version = attributes.get("format"), attributes.get("format_version")
+    if kind != FORMAT:
         raise InputError(f"{root} is a Zarr group but not a grid store; make one with `stdist prepare`")
-    if attributes.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{root} has format version {attributes.get('format_version')}, this program reads 1")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{root} has format version {version!r}, this program reads {FORMAT_VERSION}")
     if "digest" not in attributes:
         raise InputError(f"{root} was never finished; remove it and prepare it again")
-    if "files" not in attributes:
-        raise damage(root, f"{ROOT_METADATA} names no files")
+    try:
+        Attributes.model_validate(attributes)
+    except (ValidationError, InputError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        key = ".".join(map(str, first["loc"])) or "its days"
+        raise DamageError(f"{metadata} is damaged: {key}: {first['msg']}; prepare or copy the store again") from None
     return attributes
+
+
+class _File(BaseModel):
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Fitted(BaseModel):
+    mean: float
+    std: float
+    maximum: float
+    count: PositiveInt
+    span: tuple[date, date]
+
+
+class _Coverage(BaseModel):
+    missing: NonNegativeInt
+    true_zeros: NonNegativeInt
+
+
+class Attributes(BaseModel):
+    """What ``open_store`` relies on of a store's attributes; the arrays' shapes follow from it."""
+
+    city: str
+    dims: tuple[Literal["row", "col", "node"], ...] = Field(("row", "col"), min_length=1, max_length=2)
+    channels: tuple[str, ...] = Field(min_length=1)
+    units: str
+    cadence_minutes: int = Field(ge=1, le=MINUTES_PER_DAY)
+    utc_offset_minutes: int = Field(ge=-MINUTES_PER_DAY, le=MINUTES_PER_DAY)
+    first_day: date
+    last_day: date
+    split: dict[Literal["train", "validation", "test"], tuple[date, date] | None]
+    train_statistics: dict[str, _Fitted]
+    coverage: dict[str, _Coverage]
+    files: dict[str, _File]
+    digest: str
+
+    @model_validator(mode="after")
+    def _days_and_names(self) -> Self:
+        if MINUTES_PER_DAY % self.cadence_minutes or self.last_day < self.first_day:
+            raise ValueError(f"days {self.first_day} to {self.last_day} every {self.cadence_minutes} min cannot be")
+        if self.coverage.keys() != set(self.channels) or not self.train_statistics.keys() <= set(self.channels):
+            raise ValueError("coverage or statistics are of other channels")
+        Split.parse(**{name: span and [str(day) for day in span] for name, span in self.split.items()})
+        return self
 
 
 @dataclass(eq=False)
@@ -90,6 +142,12 @@ class StoreMetadata:
         """Per channel, over present time steps and the cells that exist by then: ``missing`` (imputed) and
         ``true_zeros``."""
         return self.attributes["coverage"]
+
+    @property
+    def unseen(self) -> dict[str, dict[str, int]]:
+        """Per channel, cells ``never_observed``, and ``never_in_training`` though validation or test score them; empty
+        where a store of an earlier version does not say."""
+        return self.attributes.get("unseen", {})
 
     def require_channel(self, channel: str) -> str:
         if channel not in self.channels:

@@ -18,6 +18,8 @@ from stdist.errors import InputError
 FORMAT = "stdist grid store"
 FORMAT_VERSION = 1
 MINUTES_PER_DAY = 1440
+UNKNOWN_UNITS = "unknown units"
+"""Of data that does not name them."""
 CHUNK = 32
 """Side of a chunk, in cells."""
 TILE = 256
@@ -114,7 +116,7 @@ class GridSpec(_Axes):
     cell_ids: np.ndarray
     cadence_minutes: int = 10
     utc_offset_minutes: int = 0
-    units: str = "activity"
+    units: str = UNKNOWN_UNITS
     rows: np.ndarray | None = None
     cols: np.ndarray | None = None
     inside: np.ndarray | None = None
@@ -147,7 +149,7 @@ class NodeSpec(_Axes):
     node_ids: np.ndarray
     cadence_minutes: int = 10
     utc_offset_minutes: int = 0
-    units: str = "activity"
+    units: str = UNKNOWN_UNITS
     latitude: np.ndarray | None = None
     longitude: np.ndarray | None = None
     adjacency: np.ndarray | None = None

@@ -37,6 +37,9 @@ class DaySpan:
             raise InputError(f"span {value!r} needs two days; write it as 2013-11-01:2013-11-20")
         return cls(parse_day(parts[0]), parse_day(parts[1]))
 
+    def __contains__(self, day: np.datetime64) -> bool:
+        return bool(self.first_day <= day <= self.last_day)
+
     def __len__(self) -> int:
         return int((self.last_day - self.first_day).astype(int)) + 1
 

@@ -1,5 +1,6 @@
 """The arrays of a grid store: axes, places, and values by channel, time steps and region."""
 
+import math
 import warnings
 from functools import cached_property
 from typing import Any, cast
@@ -13,6 +14,8 @@ from stdist.data.integrity import ROOT_METADATA, VerifiedStore
 from stdist.data.metadata import StoreMetadata
 from stdist.data.schema import observed_name, true_segments
 from stdist.data.spans import AnyRegion, all_cells, parse_region
+from stdist.files import own_file
+from stdist.memory import fits
 
 
 class StoredArrays(StoreMetadata):
@@ -36,10 +39,26 @@ class StoredArrays(StoreMetadata):
     @cached_property
     def _arrays(self) -> dict[str, zarr.Array[Any]]:
         # Kept, because opening an array again costs as much as reading a small region of it.
-        group = zarr.open_group(self._files, mode="r", use_consolidated=False)
-        metadata = [file for file in self.attributes["files"] if file.endswith(f"/{ROOT_METADATA}")]
-        names = [file.removesuffix(f"/{ROOT_METADATA}") for file in metadata]
-        return {name: cast("zarr.Array[Any]", group[name]) for name in names}
+        with own_file(self.path, "`stdist check` names the file; prepare or copy the store again"):
+            group = zarr.open_group(self._files, mode="r", use_consolidated=False)
+            metadata = [file for file in self.attributes["files"] if file.endswith(f"/{ROOT_METADATA}")]
+            names = [file.removesuffix(f"/{ROOT_METADATA}") for file in metadata]
+            arrays = {name: cast("zarr.Array[Any]", group[name]) for name in names}
+            self._require_shapes({name: array.shape for name, array in arrays.items()})
+        return arrays
+
+    def _require_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises ValueError where an array has another shape than the attributes and the store's space call for, or
+        space is more than memory holds: before anything of that shape is made."""
+        space = shapes["inside"]
+        if len(space) != len(self.dims) or not fits(math.prod(space)):
+            raise ValueError(f"array inside has shape {space}")
+        steps = len(self.days) * self.slots_per_day
+        names = [name for channel in self.channels for name in (channel, observed_name(channel))]
+        expected = {"time": (steps,), "present": (steps,), **{name: (steps, *space) for name in names}}
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ValueError(f"array {name} has shape {shapes[name]}, not {shape}")
 
     def _all(self, name: str) -> np.ndarray:
         return np.asarray(self._arrays[name][...])

@@ -10,7 +10,7 @@ import numpy as np
 from stdist.data.schema import true_segments
 from stdist.data.spans import AnyRegion, DaySpan
 from stdist.data.stored_arrays import StoredArrays
-from stdist.errors import DamageError, InputError
+from stdist.errors import DamageError, InputError, is_damage
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 """Makes an array of a shape and dtype, as ``np.empty`` does; the loader's are pinned."""
@@ -166,7 +166,11 @@ class Windows:
         read = self.store.values if what == "values" else self.store.observed
         try:
             return read(self.channel, *steps, region)
-        except OSError as error:
+        except InputError:
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            if not is_damage(error):
+                raise
             raise DamageError(
                 f"{self.store.path} is damaged: {what} of {self.channel}, frames {steps[0]} to {steps[1] - 1}, "
                 f"cannot be read ({error}); `stdist check` names the file"

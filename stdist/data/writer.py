@@ -83,7 +83,7 @@ class GridWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) and not isinstance(error, DamageError):  # what is damaged may be mended
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
 

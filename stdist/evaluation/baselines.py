@@ -1,8 +1,9 @@
 """Forecasters that a model has to beat: last value, yesterday, last week, weekly profile, ridge.
 
-All of them see what the model sees of the past of a window and of the training span, and nothing else.
+All of them see what the model sees of the past of a window, imputed where nothing was observed, and are fitted on what
+was observed in the training span, and on nothing else.
 Arrays are [T, C]: every frame of the store, the cells of one tile of the region flattened row by row, or its nodes.
-NaN: a frame in a gap, or a node that is not there yet.
+NaN: a frame in a gap, a node that is not there yet, and, in what is fitted on, a value that was not observed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 
 from stdist.data import DaySpan, GridStore, Windows
@@ -37,10 +38,10 @@ Forecaster = Callable[[Int[np.ndarray, " N"]], Float[np.ndarray, "N K C"]]
 
 @dataclass(frozen=True, eq=False)
 class BaselineForecasts:
-    """Forecasts [n, K, h, w] or [n, K, nodes] in the data's units; ``fallbacks`` of the city's are persistence."""
+    """Forecasts [n, K, h, w] or [n, K, nodes] in the data's units; those of ``fallback`` are persistence."""
 
     values: Float[np.ndarray, "n K *cells"]
-    fallbacks: int
+    fallback: Bool[np.ndarray, "n K *cells"]
 
 
 def forecast_baselines(
@@ -48,10 +49,10 @@ def forecast_baselines(
 ) -> Iterator[tuple[slice, AnyRegion, dict[str, BaselineForecasts]]]:
     """Yields every baseline's forecasts of some of ``windows`` and a tile of their region, until all are forecast.
 
-    Fitted on the windows that lie wholly in the days ``train``, for every cell on its own. Keys: ``persistence``,
-    ``same time yesterday``, ``same time last week``, ``mean by weekday and slot`` and ``ridge``. A value of the
-    others that is missing (before the start of the data or of a node, in a gap, never seen in training) is replaced by
-    persistence and counted. Raises InputError where no window fits ``train``.
+    Fitted on the observed values of the days ``train``, for every cell on its own. Keys: ``persistence``, ``same time
+    yesterday``, ``same time last week``, ``mean by weekday and slot`` and ``ridge``. A value of the others that is
+    missing (before the start of the data or of a node, in a gap, or of a cell or slot that training never observed) is
+    replaced by persistence and marked. Raises InputError where no window fits ``train``.
     """
     S, K, channel, frames = windows.S, windows.K, windows.channel, len(store.times)
     fit = store.windows(train, S, K, channel=channel, region=windows.region, history_inside=True)
@@ -62,28 +63,30 @@ def forecast_baselines(
         filled = store.values(channel, 0, frames, tile).reshape(frames, -1)
         late = False if store.since is None else days[:, None] < store.since[tile.slices]
         series = np.where(late, np.nan, filled).astype(np.float64)
-        inside = store.inside[tile.slices].ravel()
+        measured = np.where(store.observed(channel, 0, frames, tile).reshape(frames, -1), series, np.nan)
+        cells = series.shape[1]
         forecasters: dict[str, Forecaster] = {
             "same time yesterday": partial(same_slot_before, series, K, store.slots_per_day),
             "same time last week": partial(same_slot_before, series, K, DAYS_PER_WEEK * store.slots_per_day),
-            "mean by weekday and slot": weekly_profile(series, slots, fit_frames, K),
-            "ridge": ridge(series, features, fit.origins, S, K),
+            "mean by weekday and slot": weekly_profile(measured, slots, fit_frames, K),
+            "ridge": ridge(series, measured, features, fit.origins, S, K),
         }
-        for block in cut(len(windows), max(1, forecast_header.POINTS_IN_MEMORY // (K * inside.size))):
+        for block in cut(len(windows), max(1, forecast_header.POINTS_IN_MEMORY // (K * cells))):
             last = persistence(filled, K, windows.origins[block])
             shape = (*last.shape[:2], *tile.shape)
-            forecasts = {"persistence": BaselineForecasts(last.reshape(shape).astype(np.float32), 0)}
+            made = last.reshape(shape).astype(np.float32)
+            forecasts = {"persistence": BaselineForecasts(made, np.zeros(shape, bool))}
             for name, forecaster in forecasters.items():
                 values = forecaster(windows.origins[block])
                 missing = np.isnan(values)
                 values[missing] = last[missing]
-                count = int(missing[:, :, inside].sum())
-                forecasts[name] = BaselineForecasts(values.reshape(shape).astype(np.float32), count)
+                forecasts[name] = BaselineForecasts(values.reshape(shape).astype(np.float32), missing.reshape(shape))
             yield block, tile, forecasts
 
 
 def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, dict[str, Any]]:
-    """Returns for every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``.
+    """Returns for every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``: how many of the
+    scored points are persistence's.
 
     Raises InputError where the days of ``windows`` and of ``train`` overlap.
     """
@@ -96,7 +99,7 @@ def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) ->
         truth, observed = read_targets(windows, tile, windows.origins[block])
         for name, baseline in forecasts.items():
             states[name] += ErrorState.of(baseline.values, truth, observed)
-            fallbacks[name] += baseline.fallbacks
+            fallbacks[name] += int((baseline.fallback & observed).sum())
     return {name: {**state.summary(), "fallbacks": fallbacks[name]} for name, state in states.items()}
 
 
@@ -119,15 +122,15 @@ def same_slot_before(
 
 
 def weekly_profile(
-    series: Float[np.ndarray, "T C"],
+    measured: Float[np.ndarray, "T C"],
     slot_of_week: Int[np.ndarray, " T"],
     fit_frames: slice,
     K: int,
 ) -> Forecaster:
-    """The mean of the training frames of the same weekday and time of day; NaN where there is none."""
-    values, slots = series[fit_frames], slot_of_week[fit_frames]
+    """The mean of the training frames of the same weekday and time of day; NaN where none was observed."""
+    values, slots = measured[fit_frames], slot_of_week[fit_frames]
     present = ~np.isnan(values)
-    totals, counts = np.zeros((2, int(slot_of_week.max()) + 1, series.shape[1]))
+    totals, counts = np.zeros((2, int(slot_of_week.max()) + 1, measured.shape[1]))
     np.add.at(totals, slots, np.where(present, values, 0))
     np.add.at(counts, slots, present)
     with np.errstate(invalid="ignore"):
@@ -137,6 +140,7 @@ def weekly_profile(
 
 def ridge(
     series: Float[np.ndarray, "T C"],
+    measured: Float[np.ndarray, "T C"],
     calendar: Float[np.ndarray, "T F"],
     fit_origins: Int[np.ndarray, " M"],
     S: int,
@@ -144,11 +148,11 @@ def ridge(
 ) -> Forecaster:
     """Ridge regression of all K targets on S lags and the origin's calendar, in closed form per cell.
 
-    Lags and targets are scaled by the mean and deviation of the cell over the training windows, those without a
-    missing value; NaN where there is none.
+    Fitted on the training windows of ``measured`` without a missing value, by whose mean and deviation lags and targets
+    are scaled; NaN where there is no such window. Forecasts are made of the lags of ``series``.
     """
     fits = []
-    for cell in series.T:
+    for cell in measured.T:
         history = sliding_window_view(cell, S)[fit_origins - S + 1]  # row i of the view: frames i .. i+S-1
         targets = sliding_window_view(cell, K)[fit_origins + 1]
         complete = ~np.isnan(history).any(axis=1) & ~np.isnan(targets).any(axis=1)

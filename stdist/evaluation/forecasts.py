@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Float
 
 from stdist.data.spans import AnyRegion
-from stdist.errors import DamageError, InputError
+from stdist.errors import DamageError, InputError, is_damage
 from stdist.evaluation.contract import ForecastMetadata
 from stdist.evaluation.forecast_arrays import open_zarr, write_zarr, zarr_metadata
 from stdist.evaluation.forecast_header import ForecastHeader, ReadBlock, read_metadata
@@ -75,6 +75,8 @@ def _as_one_line(kind: type[InputError], line: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, ValueError, OSError, RuntimeError, pl.exceptions.PolarsError) as error:
+    except (KeyError, ValueError, TypeError, OSError, RuntimeError, pl.exceptions.PolarsError) as error:
+        if not is_damage(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise kind(f"{line} ({reason})") from error

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from stdist.errors import InputError
+from stdist.scalars import defined
 
 ZERO = 5e-5
 
@@ -116,10 +117,12 @@ class ErrorState:
         return {**means, "points": int(self.count.sum())}
 
     def summary(self) -> dict[str, Any]:
-        """``pooled``, ``mean_of_horizons`` and ``per_horizon`` (``step`` from 1), as in metrics.json."""
+        """``pooled``, ``mean_of_horizons`` and ``per_horizon`` (``step`` from 1), as in metrics.json: None for what is
+        not defined."""
         errors = self.errors()
         per_horizon = [
-            {"step": k + 1, **{n: float(v[k]) for n, v in errors.items()}, "points": int(self.count[k])}
+            {"step": k + 1, **defined({n: float(v[k]) for n, v in errors.items()}), "points": int(self.count[k])}
             for k in range(self.count.size)
         ]
-        return {"pooled": self.pooled(), "mean_of_horizons": self.mean_of_horizons(), "per_horizon": per_horizon}
+        pooled, mean = defined(self.pooled()), defined(self.mean_of_horizons())
+        return {"pooled": pooled, "mean_of_horizons": mean, "per_horizon": per_horizon}

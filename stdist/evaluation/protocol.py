@@ -75,6 +75,11 @@ def evaluate(forecasts: Path | str, store: GridStore | Path | str) -> Evaluation
             state += ErrorState.of(values, truth, observed)
         except InputError as error:
             raise InputError(f"windows from origin {_utc(first)} on, cells {tile}: {error}") from error
+    if not state.count.any():
+        raise InputError(
+            f"{store.path}: no value that these forecasts are of was observed, from {_utc(header.origins.min())} on; "
+            "there is nothing to score, forecast other days"
+        )
     steps = np.timedelta64(contract.cadence_seconds, "s")
     return EvaluationResult(
         EvaluationContract(

@@ -26,7 +26,7 @@ from stdist.evaluation.forecasts import ForecastFile, open_forecasts
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_windows, read_targets
 from stdist.evaluation.run_files import RunMetrics, Scores, read_embeddings, read_log, read_metrics
-from stdist.files import write_atomically
+from stdist.files import require_writable, write_atomically
 
 DOTS_PER_INCH = 160
 TITLE = "stdist report"
@@ -76,7 +76,9 @@ def build_report(run_dir: Path) -> Path:
     index = run_dir / "report" / "index.html"
     if index.exists() and TITLE not in index.read_text(encoding="utf-8", errors="replace"):
         raise InputError(f"{index} is no page of stdist's; it stays as it is: move it, or name another run folder")
-    config_text = config_file.read_text(encoding="utf-8")
+    for folder in (run_dir / "report", run_dir / "report" / "figures"):
+        require_writable(folder)
+    config_text = config_file.read_text(encoding="utf-8", errors="replace")
     metrics, pictures, embeddings, missing = None, None, None, []
     if (run_dir / "report" / "metrics.json").is_file():
         metrics = read_metrics(run_dir)
@@ -136,22 +138,42 @@ def compare(model: Scores, others: dict[str, Scores]) -> list[Comparison]:
 
 
 def verdict(metrics: RunMetrics) -> str:
-    """One or two plain sentences: which baselines the model beats, and which it loses to."""
+    """One or two plain sentences, true of every metric that the page shows: which baselines the model beats by all of
+    them, and where it does not."""
     rows = compare(metrics.model, metrics.baselines)
     if metrics.model.pooled.nrmse is None:
-        return "The model was scored on no observed point."
+        return "The model was scored on no observed point with traffic."
     if not rows:
         return "The model has no baseline to stand beside."
-    lost = [row for row in rows if not row.model_wins]
+    losses = {name: losses_to(metrics.model, metrics.baselines[name]) for name in (row.name for row in rows)}
+    lost = {name: by for name, by in losses.items() if by}
     strongest = rows[0]
     if not lost:
         return (
-            f"The model beats every baseline ({len(rows)}); its error is {strongest.ratio:.2f} times that of "
+            f"The model beats every baseline ({len(rows)}); its NRMSE is {strongest.ratio:.2f} times that of "
             f"the strongest, {strongest.name}."
         )
-    named = ", ".join(f"{row.name} (error {row.ratio:.2f} times as large)" for row in lost)
-    beaten = f"It beats the other {len(rows) - len(lost)}." if len(lost) < len(rows) else "It beats none."
+    named = ", ".join(f"{name} (by {', '.join(by)})" for name, by in lost.items())
+    beaten = (
+        f"It beats the other {len(rows) - len(lost)}." if len(lost) < len(rows) else "It beats none by all of them."
+    )
     return f"The model loses to {len(lost)} of {len(rows)} baselines: {named}. {beaten}"
+
+
+def losses_to(model: Scores, other: Scores) -> list[str]:
+    """The metrics by which ``other`` is no worse than ``model``, as ``MAE 1.05 ×``: how many times as large the model's
+    error is, pooled, and where only the mean of horizons is no better, that."""
+    losses = []
+    for name in ("mae", "rmse", "mape", "nrmse"):
+        for what, ours, theirs in (
+            ("", model.pooled, other.pooled),
+            (", mean of horizons,", model.mean_of_horizons, other.mean_of_horizons),
+        ):
+            own, its = getattr(ours, name), getattr(theirs, name)
+            if own is not None and its is not None and own >= its:
+                losses.append(f"{name.upper()}{what} {own / its:.2f} ×" if its else f"{name.upper()}{what} of 0")
+                break
+    return losses
 
 
 def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[str]:
@@ -170,7 +192,8 @@ def _warnings(metrics: RunMetrics, pictures: ForecastPictures | None) -> list[st
                 "their errors are not comparable."
             )
         if scores.fallbacks:
-            lines.append(f"{name}: {scores.fallbacks:,} values had no source and are persistence.")
+            share = f"{scores.fallbacks:,} of {scores.pooled.points:,} points"
+            lines.append(f"{name}: {share} had no source and are persistence.")
     for row in compare(metrics.model, metrics.variants):
         if not row.model_wins:
             lines.append(f"The variant '{row.name}' is no worse than the model itself ({row.nrmse:.4f}).")
@@ -185,12 +208,11 @@ class _Gallery:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, figure: Figure, caption: str) -> Image:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        write_atomically(self.folder / f"{name}.png", buffer.getvalue())
         return Image("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
 
 
@@ -289,7 +311,7 @@ def store_of(run_dir: Path, config_text: str) -> GridStore:
     try:
         config: Any = load_yaml(config_text)
     except ValueError as error:
-        raise InputError(f"{run_dir / 'config.yaml'} is not valid YAML: {error}") from None
+        raise DamageError(f"{run_dir / 'config.yaml'} is no YAML any more ({' '.join(str(error).split())})") from None
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not data.get("store"):
         raise InputError(f"{run_dir / 'config.yaml'} names no data.store, so there is no truth to draw")

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.evaluation.contract import Schema, parsed
-from stdist.files import write_atomically
+from stdist.files import own_file, write_atomically
 
 NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
 
@@ -143,12 +143,15 @@ def read_embeddings(run_dir: Path) -> Embeddings:
 
 
 def _read(path: Path, schema: type[Schema]) -> Schema:
+    if not path.exists():
+        raise InputError(f"{path} does not exist; name the folder of a finished `stdist train`")
+    again = "`stdist train` on the run's config writes it again"
+    with own_file(path, again):
+        content = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return parsed(schema, json.loads(path.read_text(encoding="utf-8")), str(path), "evaluate the run again")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name the folder of a finished `stdist train`") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: no JSON ({error}); evaluate the run again") from error
+        return parsed(schema, content, str(path), again)
+    except InputError as error:
+        raise DamageError(str(error)) from None
 
 
 def add_variants(run_dir: Path, others: list[Path]) -> None:
@@ -167,7 +170,7 @@ def read_log(path: Path) -> dict[str, StageLog]:
     gaps.
     """
     stages: dict[str, StageLog] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -177,10 +180,10 @@ def read_log(path: Path) -> dict[str, StageLog]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise InputError(f"{path}, line {number}: no log record with 'stage' and 'step'") from error
+            raise DamageError(f"{path}, line {number}: no log record with 'stage' and 'step'") from error
         curves, scalars = log.training, {n: v for n, v in record.items() if n not in NOT_SCALARS}
         if record.get("event") == "evaluation":
-            curves, scalars = log.evaluation, record.get("metrics", {})
+            curves, scalars = log.evaluation, record.get("metrics") or {}
         for name, value in scalars.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 curves[name][step] = float(value)

@@ -9,8 +9,8 @@ class EpochsConfig(OptimizerConfig):
     """Training by epochs over all windows of the span, ``train_batch_size`` windows a step over all learners.
     ``patience`` epochs without a fall of the validation MAE end it; the best epoch's weights are the result."""
 
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    learning_rate: float = Field(2e-3, gt=0, le=100)
+    weight_decay: float = Field(1e-4, ge=0, le=100)
     max_grad_norm: float = Field(5.0, gt=0)
     max_epochs: int = Field(300, ge=1)
     patience: int = Field(30, ge=1)

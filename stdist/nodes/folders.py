@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError, is_damage
 from stdist.files import write_atomically
 from stdist.training.checkpoint import require_undamaged_part
 
@@ -37,12 +37,14 @@ def load_spec(kind: type[Spec], folder: Path) -> Spec:
     """The spec of a saved module. Raises InputError where the folder holds none of this kind."""
     try:
         return kind.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError:
+    except OSError as error:
+        if not is_damage(error):
+            raise
         raise InputError(f"{folder} has no {CONFIG} that can be read; give a folder that was saved") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{folder / CONFIG} is not of a {kind.__name__}: {where}: {first['msg']}") from None
+        raise DamageError(f"{folder / CONFIG} is not of a {kind.__name__}: {where}: {first['msg']}") from None
 
 
 def load_module(kind: Callable[[Spec], Module], spec_kind: type[Spec], folder: Path) -> Module:
@@ -62,7 +64,9 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy the folder again") from None
+        if not is_damage(error):
+            raise
+        raise DamageError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy the folder again") from None
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in saved.items()}
     for name in sorted(wanted.keys() | found.keys()):

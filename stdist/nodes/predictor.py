@@ -20,6 +20,7 @@ from stdist.nodes.learners import NodeLearners
 from stdist.nodes.node_set import NodeSet
 from stdist.nodes.stage import WindowForecasts
 from stdist.runs.forecasting import TEST_FORECASTS, ForecastRequest, Predictor
+from stdist.runs.run_folder import noted_digest
 
 
 class NodesPredictor(Predictor):
@@ -98,7 +99,7 @@ class NodesPredictor(Predictor):
         path = run_dir / TEST_FORECASTS
         if not path.exists():
             log(f"note: {path} is not there to say which nodes the run knows; those of {store.path} are taken for them")
-            if self.data.store.resolve() != store.path.resolve():
+            if noted_digest(run_dir) != store.digest:
                 return store.region()
             return NodeRange(0, self.first_nodes) if self.first_nodes else store.region(self.data.region)
         trained = open_forecasts(path).header

@@ -121,8 +121,8 @@ def workers_that_fit(workers: int | None) -> tuple[int, dict[str, float]]:
 
 
 def _require_listener(address: str) -> None:
-    url = urlsplit(address if "://" in address else f"//{address}")
     try:
+        url = urlsplit(address if "://" in address else f"//{address}")
         host, port = url.hostname, url.port
     except ValueError:
         host = port = None

@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from stdist.config import LearnersConfig, RunConfig
-from stdist.errors import InputError, Interrupted
+from stdist.errors import InputError, Interrupted, ResourceError
 from stdist.files import require_outside
 from stdist.orchestration.cluster import require_workers
 from stdist.runs.recipes import load_config, read_run_config, recipe_of
@@ -78,7 +78,7 @@ class Job:
     def follow(self, show: Callable[[str], None]) -> JobEnd:
         """Gives ``show`` the job's log, piece by piece, until the job has ended.
 
-        Raises Interrupted on Ctrl-C and InputError where the cluster is lost; neither ends the job.
+        Raises Interrupted on Ctrl-C and ResourceError where the cluster is lost; neither ends the job.
         """
         try:
             while True:
@@ -91,7 +91,7 @@ class Job:
         except KeyboardInterrupt:
             raise Interrupted(f"job {self.submission_id} goes on; {self.how_to_go_on}") from None
         except (RuntimeError, OSError) as error:
-            raise InputError(
+            raise ResourceError(
                 f"{self.address} answers no more; as long as the cluster lives job {self.submission_id} goes on: "
                 f"{self.how_to_go_on}"
             ) from error
@@ -255,6 +255,11 @@ def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise InputError(f"{address} is no address of a Ray dashboard; write http://HOST:8265")
     token, source = _token()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise InputError(
+            f"the token of {source} has a line break or another character that no token has; take the head's "
+            "(`ray get-auth-token` there)"
+        )
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         # Ray's own client would wait for an answer for ever.
@@ -309,9 +314,12 @@ def _token() -> tuple[str, str]:
         return "", ""
 
 
-def _refusal(error: Exception, address: str, submission_id: str | None) -> InputError:
+def _refusal(error: Exception, address: str, submission_id: str | None) -> InputError | ResourceError:
     """Ray's refusal as one line; it comes with a status code, a traceback of the server's or both."""
     text = str(error).strip()
+    if isinstance(error, OSError):
+        job = f"; `ray job list --address {address}` says what became of {submission_id or 'the job'}"
+        return ResourceError(f"{address} answers no more ({text.splitlines()[0] if text else 'no reason given'}){job}")
     if f"{submission_id} already exists" in text:
         return InputError(f"there is a job {submission_id} at {address}; choose another --submission-id")
     if f"Job {submission_id} does not exist" in text:

@@ -22,7 +22,7 @@ from stdist.orchestration.policy_workers.coordinator import Coordinator, RemoteP
 from stdist.orchestration.policy_workers.ledger import LEDGER
 from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
-from stdist.runs.run_folder import held
+from stdist.runs.run_folder import held, require_writable_run
 from stdist.runs.workers import WorkerProgram
 from stdist.training.process_group import ProcessGroup
 
@@ -51,6 +51,7 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     learners = config.learners
     # As each learner will, but here, before anything is started.
     recipe_of(config).check(config, ProcessGroup(0, learners.num_workers))
+    require_writable_run(config.run_dir)
     config = config.model_copy(update={"output_dir": config.output_dir.absolute()})
     # Learners wait until the controller has seen what they reported; Ray lets it look every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -17,9 +17,10 @@ from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
-from stdist.files import require_outside
+from stdist.files import require_outside, require_writable
 from stdist.progress import progress_bar
 from stdist.runs.dataset import split_of
+from stdist.runs.run_folder import noted_digest
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line, require_undamaged_model
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
@@ -180,7 +181,7 @@ def open_sweep(
     region, history_region = predictor.regions(store, request, log)
     named = ":" not in request.split
     windows = store.windows(
-        _days(config, store, request.split) if named else DaySpan.parse(request.split),
+        _days(config, store, request.split, request.run_dir) if named else DaySpan.parse(request.split),
         config.data.history,
         config.data.horizon,
         channel=config.data.channel,
@@ -203,10 +204,12 @@ def forecast_store(
     """``stdist forecast``: a finished run's model on a store.
 
     A split's name means the run's own days on the store it was trained on, else the store's default split. The same
-    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises, and
-    InputError where ``request.out`` lies in a store or a run, or something else has its name.
+    command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises,
+    InputError where ``request.out`` lies in a store or a run, or something else has its name, and as writing would where
+    it cannot be written.
     """
     require_outside(request.out)
+    require_writable(request.out.parent)
     sweep = open_sweep(config, last_stage, load, request, log)
     predictor, windows = sweep.predictor, sweep.windows
     log(windows.contract)
@@ -218,8 +221,8 @@ def forecast_store(
     return {"out": str(request.out), "windows": len(windows), "checkpoint": f"{last_stage}/{sweep.checkpoint.name}"}
 
 
-def _days(config: RunConfig, store: GridStore, part: str) -> DaySpan:
+def _days(config: RunConfig, store: GridStore, part: str, run_dir: Path) -> DaySpan:
     if part not in ("train", "validation", "test"):
         raise InputError(f"{store.path} has no {part} days; choose train, validation or test, or give local days A:B")
-    split = config.last_split if config.data.store.resolve() == store.path.resolve() else None
+    split = config.last_split if noted_digest(run_dir) == store.digest else None
     return split_of(split, store).named(part)

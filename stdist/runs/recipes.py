@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from stdist.config import RunConfig, read_tree, validated
 from stdist.errors import InputError
 from stdist.registry import Registry
-from stdist.runs.run_folder import CONFIG, held
+from stdist.runs.run_folder import CONFIG, held, read_own_config
 
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
@@ -139,7 +139,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
     Raises InputError: file missing or not YAML, an unknown key (with the nearest right one), a wrong value.
     """
-    return parse_config(read_tree(path, overrides), where=str(path))
+    try:
+        return parse_config(read_tree(path, overrides), where=str(path))
+    except RecursionError:
+        raise InputError(f"{path}: a value is nested too deep to be read; write it flat") from None
 
 
 def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
@@ -154,4 +157,4 @@ def read_run_config(run_dir: Path) -> RunConfig:
     """Raises InputError where ``run_dir`` is no run folder."""
     if not (run_dir / CONFIG).is_file():
         raise InputError(f"{run_dir} is no run folder, it has no {CONFIG}; name the folder of a `stdist train`")
-    return load_config(run_dir / CONFIG)
+    return parse_config(read_own_config(run_dir), where=str(run_dir / CONFIG))

@@ -7,6 +7,7 @@ from stdist.config import RunConfig
 from stdist.data import GridStore, Windows
 from stdist.runs.forecasting import Predictor, Written
 from stdist.runs.workers import WorkPool
+from stdist.scalars import figure
 from stdist.training.loop import Trainer
 
 
@@ -51,9 +52,9 @@ def stage_sentence(summary: dict[str, Any]) -> str:
     """The stage's gain in a line: its headline metrics before and after."""
     before, after = summary["before"], summary["after"]
     names = summary.get("headline", list(after))
-    changes = [f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in names]
+    changes = [f"{name} {figure(before[name])} → {figure(after[name])}" for name in names]
     result = int(summary["checkpoint"].removeprefix("step-"))
     if result != summary["steps"]:
-        last = ", ".join(f"{name} {summary['last'][name]:.4f}" for name in names)
+        last = ", ".join(f"{name} {figure(summary['last'][name])}" for name in names)
         changes.append(f"kept step {result}; at the last step {last}")
     return f"{summary['stage']}: {', '.join(changes)} ({summary['steps']} steps, {summary['seconds']:.0f} s)"

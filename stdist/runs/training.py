@@ -4,13 +4,12 @@ Every step is skipped when its result is already in the run folder, so the same 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from stdist.config import RunConfig
 from stdist.runs.forecasting import drop_test_forecasts
 from stdist.runs.run import Run, stage_sentence
-from stdist.runs.run_folder import begin_run_folder, open_together
+from stdist.runs.run_folder import begin_run_folder, open_together, require_writable_run
 from stdist.runs.scoring import score_test
 from stdist.training.loop import Trainer
 from stdist.training.process_group import ProcessGroup
@@ -30,7 +29,13 @@ def train(
     milestone, by the main learner; ``on_metrics`` every logged step's scalars, on every learner.
     """
     group, run_dir = ProcessGroup.current(), config.run_dir
-    run = open_together(group, partial(open_run, group))
+
+    def open_input() -> Run:
+        if group.is_main:
+            require_writable_run(run_dir)
+        return open_run(group)
+
+    run = open_together(group, open_input)
     if group.is_main:
         begin_run_folder(config, run.store.digest)
     trainer = Trainer(run_dir, group, log, on_metrics)

@@ -22,12 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdist.errors import DamageError, InputError, ResourceError
-from stdist.files import write_atomically
+from stdist.errors import DamageError, InputError, ResourceError, is_damage
+from stdist.files import own_file, to_json, write_atomically
 from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
 
 STATE = Path("trainer_state") / "state.json"
+SUMMARY = {"before", "after", "steps", "checkpoint"}
+"""Keys that every version's closing summary of a stage has."""
 KEPT = 2
 """The newest checkpoints that are kept: where the last one is damaged, the one before serves."""
 
@@ -39,7 +41,9 @@ def damage_as_one_line(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if not is_damage(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DamageError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
 
@@ -244,17 +248,19 @@ class StageCheckpoints:
         path = self.folder / "finished.json"
         if not path.exists():
             return None
-        with damage_as_one_line(path):
+        with own_file(path, "delete it, and `stdist train` writes it again from the newest checkpoint"):
             summary = json.loads(path.read_text())
             crc = summary.pop("crc32", None)  # of a stage that an older version finished there is none
-        if crc not in (None, _json_crc32(summary)):
-            raise DamageError(f"{path} is not as it was written; delete {path.parent} to redo the stage")
+            if absent := SUMMARY - summary.keys():
+                raise KeyError(f"it has no {sorted(absent)[0]}")
+            if crc not in (None, _json_crc32(summary)):
+                raise ValueError("it is not as it was written")
         return summary
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.group.is_main:
             sealed = summary | {"crc32": _json_crc32(summary)}
-            write_atomically(self.folder / "finished.json", json.dumps(sealed, indent=1))
+            write_atomically(self.folder / "finished.json", to_json(sealed, indent=1))
         self.group.all_gather_object(None)
 
 

@@ -1,17 +1,15 @@
 """Ends a training in one clear line: a loss that is lost, memory that is full, a learner that is silent."""
 
-import errno
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from stdist.errors import DivergenceError, ResourceError, SilentLearner
+from stdist.errors import DivergenceError, ResourceError, SilentLearner, of_the_system
 from stdist.training.process_group import ProcessGroup
 
 FIRST_STEPS = 10
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXPLOSION = 100.0
 """A loss this many times what it was on average in the first steps (at least 1) is lost."""
 
@@ -52,14 +50,12 @@ def resource_errors(stage: str, phase: str, step: int, group: ProcessGroup) -> I
                 f"{where}: out of memory ({text or 'no details'}{_in_use()}); "
                 f"lower {stage}'s batch or activation_memory, or shard more (learners.zero_stage)"
             ) from error
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise ResourceError(
-                f"{where}: the disk is full ({text}); make room and run the same command to go on"
-            ) from error
         if group.size > 1 and any(sign in text for sign in ("imed out", "Connection closed", "Connection reset")):
             raise SilentLearner(
                 f"{where}: another learner no longer answers ({text[:200]}); run the same command to go on"
             ) from error
+        if isinstance(said := of_the_system(error), ResourceError):
+            raise ResourceError(f"{where}: {said}; the same command goes on from the newest checkpoint") from error
         raise
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from stdist.errors import DivergenceError, Interrupted
+from stdist.scalars import defined
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line
 from stdist.training.engine import Engine
 from stdist.training.guards import EXPLOSION, FIRST_STEPS, check_losses, resource_errors
@@ -90,11 +91,11 @@ class LoopSettings:
 class _Progress:
     """The loop's own state, saved with every checkpoint."""
 
-    first: dict[str, float] = field(default_factory=dict)
-    best: float = math.inf
+    first: dict[str, float | None] = field(default_factory=dict)
+    best: float | None = None
     best_step: int = 0
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    last_metrics: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float | None] = field(default_factory=dict)
+    last_metrics: dict[str, float | None] = field(default_factory=dict)
     stale: int = 0
     seconds: float = 0.0
     first_losses: list[float] = field(default_factory=list)
@@ -299,14 +300,20 @@ class _StageRun:
         stage, progress = self.stage, self.progress
         with self._resource_errors("evaluation"):
             with self.engine.eval_mode():
-                metrics = stage.evaluate()
+                metrics = defined(stage.evaluate())
             if self.run_log:
                 self.run_log.evaluation(stage.name, self.step, metrics)
         progress.last_metrics = metrics
         if self.step == 0:
             progress.first = metrics
-        if stage.monitor is None or metrics[stage.monitor] < progress.best:
-            progress.best = metrics[stage.monitor] if stage.monitor else progress.best
+        monitored = metrics[stage.monitor] if stage.monitor else None
+        if stage.monitor and monitored is None:
+            raise DivergenceError(
+                f"{stage.name}: {stage.monitor} of the validation is not defined at step {self.step}, and no step the "
+                "best; give data.split other validation days"
+            )
+        if monitored is None or progress.best is None or monitored < progress.best:
+            progress.best = monitored
             progress.best_step, progress.best_metrics, progress.stale = self.step, metrics, 0
         else:
             progress.stale += 1

@@ -11,6 +11,7 @@ from stdist.nodes.dataset import NodeDataset
 from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners, nodes_of
 from stdist.nodes.stage import WindowForecasts
+from stdist.scalars import defined
 from stdist.urbanpg.config import ContinualConfig, UrbanConfig
 from stdist.urbanpg.model import UrbanPG
 from stdist.urbanpg.models import UrbanPGModelConfig
@@ -70,9 +71,9 @@ def period_row(
     """The line of period ``number``, from 1, in the table of ``COLUMNS``; ``before``: the model of the one before.
     Errors are pooled over observed points."""
 
-    def error(model: Forecaster, count: int, scored: slice = slice(None)) -> dict[str, float]:
+    def error(model: Forecaster, count: int, scored: slice = slice(None)) -> dict[str, float | None]:
         windows = dataset.test.of_region(NodeRange(0, count))
-        return WindowForecasts(model, windows, NodeLearners(count)).errors(batch_size, scored).pooled()
+        return defined(WindowForecasts(model, windows, NodeLearners(count)).errors(batch_size, scored).pooled())
 
     nodes = len(dataset.nodes)
     all_nodes = error(after, nodes)

@@ -2,6 +2,7 @@
 
 from stdist.data.audit import Fitted, data_digest, leak_line, leaks
 from stdist.errors import InputError
+from stdist.memory import require_room
 from stdist.nodes.dataset import NodeDataset, open_dataset, open_period
 from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import check_grid
@@ -27,6 +28,8 @@ def check(config: UrbanConfig, group: ProcessGroup) -> list[NodeDataset]:
                 f"{len(dataset.train)} windows of the training days {dataset.train.span} make no batch of "
                 f"training.train_batch_size {batch_size}; lower it, or train on more days"
             )
+        width = dataset.train.S + dataset.train.K + len(dataset.nodes)
+        require_room(4 * (config.model.d or 1) * width, f"model.d {config.model.d}", "lower it")
     refuse_foreign_folder(config, datasets[0].store.digest)
     require_gradients(config, stage_names(config), datasets)
     if config.model.batch_normalisation and group.size > 1:

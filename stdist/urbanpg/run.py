@@ -8,7 +8,7 @@ import torch
 
 from stdist.data.audit import Fitted
 from stdist.evaluation import Efficiency, Table, write_embeddings
-from stdist.files import write_atomically
+from stdist.files import own_file, write_atomically
 from stdist.nodes import efficiency
 from stdist.nodes.checkpoints import ForecasterFiles, digest_of
 from stdist.nodes.dataset import NodeDataset
@@ -85,7 +85,7 @@ class NodesRun(Run):
         if embeddings := self.model.embeddings(self.datasets[-1].node_means, config.seed):
             write_embeddings(config.run_dir, embeddings)
         paths = [config.run_dir / "checkpoints" / stage / EFFICIENCY for stage in stage_names(config)]
-        costs = [Efficiency.model_validate_json(path.read_text()) for path in paths if path.exists()]
+        costs = [_cost(path) for path in paths if path.exists()]
         if costs:
             costs[-1] = costs[-1].model_copy(update={"inference_samples_per_second": written.windows_per_second})
         tables = [Table(title=TITLE, columns=COLUMNS, rows=self._periods)] if self._periods else []
@@ -145,6 +145,11 @@ class NodesRun(Run):
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name not in frozen
         self.model = model.to(self._device)
+
+
+def _cost(path: Path) -> Efficiency:
+    with own_file(path, "delete it; the report then lacks what the training cost"):
+        return Efficiency.model_validate_json(path.read_text())
 
 
 def learner_device() -> torch.device:

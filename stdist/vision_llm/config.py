@@ -49,7 +49,7 @@ class StageConfig(OptimizerConfig):
 
     trainable: Trainable = "lora"
     max_steps: int = Field(1000, ge=1)
-    numeral_learning_rate: float | None = Field(None, gt=0, description="learning_rate if absent")
+    numeral_learning_rate: float | None = Field(None, gt=0, le=100, description="learning_rate if absent")
     save_steps: int = Field(200, ge=1)
     eval_steps: int = Field(200, ge=1)
 

@@ -1,12 +1,15 @@
 """The data of a run, and the policy that it calls for."""
 
+from pathlib import Path
+
 import numpy as np
 
 from stdist.data import GridStore, Region, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
-from stdist.runs.dataset import Dataset, open_windows, split_of, training_days
-from stdist.vision_llm.config import StageConfig, VisionLLMConfig
+from stdist.runs.dataset import Dataset, open_windows, require_observed, split_of, training_days
+from stdist.vision_llm.config import ForecastStageConfig, StageConfig, VisionLLMConfig
+from stdist.vision_llm.policy.city_windows import evenly
 from stdist.vision_llm.policy.frames import pixels_per_cell
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
@@ -15,12 +18,25 @@ ASSUMED_GRID = (100, 100)
 
 
 def open_dataset(config: VisionLLMConfig) -> Dataset:
-    """Opens the store and its windows. Raises InputError for a region, channel, split or window that cannot be."""
-    data, store = config.data, open_store(config.data.store)
+    """Opens the store and its windows. Raises InputError for a store of nodes, a region, channel, split or window that
+    cannot be, and validation windows without traffic: their NRMSE tells the best step."""
+    data, store = config.data, open_grid(config.data.store)
     split = split_of(data.split, store)
     region = Region.parse(data.region) if data.region else Region(0, store.shape[0], 0, store.shape[1])
     windows = open_windows(data, store, split, region.within(store.shape), store.region())
-    return Dataset(store, *windows, store.statistics(data.channel, training_days(data, split)))
+    dataset = Dataset(store, *windows, store.statistics(data.channel, training_days(data, split)))
+    for stage in (stage_config(config, name) for name in config.stages):
+        if isinstance(stage, ForecastStageConfig):
+            require_observed(dataset.validation, evenly(dataset.validation, stage.eval_windows), positive=True)
+    return dataset
+
+
+def open_grid(path: Path) -> GridStore:
+    """Opens a store. Raises InputError where it is none, or one of nodes."""
+    store = open_store(path)
+    if len(store.shape) != 2:
+        raise InputError(f"{path} holds nodes, the vision-LLM reads grids; choose a store of a grid")
+    return store
 
 
 def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:

@@ -7,9 +7,9 @@ from typing import Any
 
 from data_prep import READERS
 from stdist.config.yaml_core import load_yaml
-from stdist.data import open_store
 from stdist.runs import recipes
 from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.dataset import open_grid
 
 CITY = {"height": 14, "width": 14, "days": 16, "seed": 7}
 
@@ -25,7 +25,7 @@ def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[s
     if data is None:
         tree["data"]["store"] = str(_generated_city(out.parent / f"{out.name}-city.zarr", log))
     else:
-        store = open_store(data)
+        store = open_grid(data)
         (r0, r1), (c0, c1) = (_middle(size, 6) for size in store.shape)
         tree["data"] |= {"store": str(data), "channel": store.channels[0], "region": f"{r0}:{r1},{c0}:{c1}"}
         tree["frames"]["pixels_per_cell"] = "auto"

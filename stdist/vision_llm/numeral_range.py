@@ -13,10 +13,12 @@ def find_unwritable(parts: Iterable[Windows], vocabulary: Vocabulary, clamp: boo
     """Reads every value of the windows' region, once each; a sentence about those at or above the numerals' limit,
     None where there are none. Raises InputError naming the first of them unless ``clamp``.
     """
-    count, first = 0, ""
-    for windows in parts:
+    count, first, read = 0, "", 0
+    for windows in sorted(parts, key=lambda windows: int(windows.origins[0])):
         store, channel = windows.store, windows.channel
-        begin, end = int(windows.origins[0]) - windows.S + 1, int(windows.origins[-1]) + windows.K + 1
+        # The history of validation and test windows reaches back into frames that were counted.
+        begin = max(read, int(windows.origins[0]) - windows.S + 1)
+        end = read = max(begin, int(windows.origins[-1]) + windows.K + 1)
         values = store.values(channel, begin, end, windows.region)
         outside = np.argwhere(np.abs(values) >= vocabulary.limit)  # NaN, where a frame is not present, is not
         count += len(outside)

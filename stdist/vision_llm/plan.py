@@ -8,14 +8,14 @@ from math import inf
 import numpy as np
 from pydantic import ValidationError
 
-from stdist.data import Region, open_store
+from stdist.data import Region
 from stdist.errors import InputError
 from stdist.runs import memory_plan
 from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
-from stdist.vision_llm.dataset import ASSUMED_GRID, stage_config, unfitted_spec
+from stdist.vision_llm.dataset import ASSUMED_GRID, open_dataset, open_grid, stage_config, unfitted_spec
 from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
@@ -36,6 +36,8 @@ def plan_run(
     Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
     """
     check_learners(config, ProcessGroup(0, config.learners.num_workers))
+    if config.data.store.exists():
+        open_dataset(config)  # which refuses what training would
     stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
     otherwise = "take a larger device or a smaller base"
     verdicts = [
@@ -154,9 +156,7 @@ def read_city(config: VisionLLMConfig) -> tuple[PolicySpec, int, list[str]]:
     prepared."""
     path, store, inside, notes = config.data.store, None, np.ones(ASSUMED_GRID, bool), []
     if path.exists():
-        store = open_store(path)
-        if len(store.shape) != 2:
-            raise InputError(f"{path} holds nodes, the vision-LLM reads grids; choose a store of a grid")
+        store = open_grid(path)
         inside = store.inside
     else:
         notes.append(f"{path} does not exist yet: a grid of {inside.shape[0]} x {inside.shape[1]} cells is assumed")

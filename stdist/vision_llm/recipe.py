@@ -29,9 +29,11 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
         """The run's data. Raises InputError where ``group`` cannot train on it, or the folder is another run's."""
         from stdist.vision_llm.dataset import open_dataset
         from stdist.vision_llm.learning import check_learners
+        from stdist.vision_llm.room import require_room_for_steps
 
         check_learners(config, group)
         dataset = open_dataset(config)
+        require_room_for_steps(config, dataset)
         refuse_foreign_folder(config, dataset.store.digest)
         return dataset
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from stdist.evaluation import Table
+from stdist.files import own_file
 
 QUANTITIES = {
     "reward": "reward",
@@ -36,7 +37,8 @@ QUANTITIES = {
 
 def rollout_table(run_dir: Path) -> Table | None:
     """Means over the first and the last tenth of the logged steps; None where no step was logged."""
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    with own_file(run_dir / "log.jsonl", "remove the line that is no JSON"):
+        lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["stage"] == "grpo" and "event" not in line]
     if not steps:
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from stdist.errors import InputError
+from stdist.errors import InputError, is_damage
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
@@ -101,6 +101,8 @@ def _base_config(name: str) -> Qwen2_5_VLConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
         raise InputError(
             f"policy.base {name} has no configuration to plan with ({why_not_loaded(error)}); "
             f"give a folder with its config.json or one of {', '.join(SHAPES)}"

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -250,3 +252,52 @@ def finished_run(tmp_path_factory, city) -> FinishedRun:
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return FinishedRun(folder, Result(0, out, err))
+
+
+# --- a run on nodes, seconds long -------------------------------------------------------------------------------------
+
+URBAN = {
+    "recipe": "urbanpg-train",
+    "name": "n",
+    "data": {"store": "z.zarr", "channel": "flow", "history": 3, "horizon": 2},
+    "model": {"d": 4},
+    "training": {"max_epochs": 1, "patience": 1, "train_batch_size": 16},
+}
+
+
+def prepare_zones(store: Path, days: int = 28, lost: slice | None = None) -> None:
+    values = np.random.default_rng(1).uniform(1, 40, (24 * days, 4, 1))
+    if lost:
+        values[lost] = np.nan
+    np.savez(store.with_suffix(".npz"), arr_0=values)
+    READERS["zones-npz"].prepare(
+        [store.with_suffix(".npz")], store, city="demo", start="2019-01-01T00:00", channels="flow"
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with z.zarr, c.yaml and the finished run runs/n. Tests copy it."""
+    folder = tmp_path_factory.mktemp("boundary")
+    prepare_zones(folder / "z.zarr")
+    (folder / "c.yaml").write_text(yaml.safe_dump(URBAN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        from stdist.runs import recipes
+
+        recipes.train(recipes.load_config(Path("c.yaml")), lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def world(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def line_of(result, code):
+    assert result.code == code, result
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and result.err.rstrip().endswith(errors[0]) and "Traceback" not in result.err, result
+    return errors[0].removeprefix("error: ")

@@ -317,6 +317,7 @@ def test_cells_without_values_are_named(tmp_path):
     report = check_store(write(tmp_path / "dead.zarr", grid(), values, present))
     assert report.ok and found(report, "warning") == [
         ("cells never observed (1)", "flow, cells 500"),
+        ("cells scored but never observed in training (1)", "flow, cells 504"),
         ("cells missing more than 50% of the time (1)", "flow, cells 504"),
         ("cells zero all the time (1)", "flow, cells 503"),
     ]

@@ -147,7 +147,7 @@ def test_values_that_are_no_traffic_are_named(tmp_path, value):
     data = frames()
     data[290, 2, 1] = value
     plan = plan_pems([pems(tmp_path, data=data)], start="2018-01-01")
-    with pytest.raises(InputError, match=rf"occupancy is {value} at 2018-01-02T00:10, index 2 \(1 such values\)"):
+    with pytest.raises(InputError, match=rf"occupancy is {value} at 2018-01-02T00:10, index 2 \(1 such values from "):
         list(plan.read(plan.parts[0]))
 
 

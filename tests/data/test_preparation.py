@@ -21,7 +21,7 @@ from stdist import locks
 from stdist.data import DaySpan, GridSpec, GridWriter, Split, finalise, journal, open_store, shards
 from stdist.data.check import check_store
 from stdist.data.parts import Executor, PartResult, RunPart
-from stdist.errors import InputError, Interrupted
+from stdist.errors import InputError, Interrupted, ResourceError
 
 DAY = np.datetime64("2024-03-01")
 SLOTS, DAYS, H, W = 6, 6, 3, 4
@@ -228,7 +228,7 @@ def test_a_dead_worker_is_one_line_and_a_restart_finishes(tmp_path, synthetic):
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
 
-    with pytest.raises(InputError, match=r"a worker process of .*city\.zarr died.*give fewer --workers") as error:
+    with pytest.raises(ResourceError, match=r"a worker process of .*city\.zarr died.*give fewer --workers") as error:
         prepare(plan, tmp_path / "city.zarr", workers=2, progress=kill_one)
     assert "\n" not in str(error.value) and _names(tmp_path) == ["city.zarr.partial"]
     assert prepare(plan, tmp_path / "city.zarr").digest == synthetic
@@ -268,7 +268,7 @@ def test_a_full_disk_is_one_line_and_a_restart_finishes(tmp_path, digest, monkey
         patch.setattr(_local, "_put", limited)
         prepare(_plan(), tmp_path / "counted.zarr")
         limit, calls = max(1, int(share * calls)), 0
-        with pytest.raises(InputError, match=r"no space is left for .*toy\.zarr\.partial; free some") as error:
+        with pytest.raises(ResourceError, match=r"toy\.zarr\.partial: no space is left; free some") as error:
             prepare(_plan(), tmp_path / "toy.zarr")
     assert "\n" not in str(error.value) and _names(tmp_path) == ["counted.zarr", "toy.zarr.partial"]
     assert prepare(_plan(), tmp_path / "toy.zarr").digest == digest

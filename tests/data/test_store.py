@@ -30,7 +30,7 @@ def test_plain_xarray_opens_it(make_store, values):
     assert plain["observed_internet"].dtype == bool and plain["observed_internet"].dims == plain["internet"].dims
     # CF time in UTC: local midnight of 1 November is 23:00 the day before.
     assert plain["time"].values[0] == np.datetime64("2013-10-31T23:00")
-    assert plain.attrs["utc_offset_minutes"] == 60 and plain.attrs["units"] == "activity"
+    assert plain.attrs["utc_offset_minutes"] == 60 and plain.attrs["units"] == "unknown units"
     assert plain["cell_id"].values[1, 0] == 505 and plain["row"].values.tolist() == [0, 1, 2, 3]
     assert plain["inside"].values.all() and plain["present"].values.all()
     known = ~np.isnan(values)
@@ -46,7 +46,7 @@ def test_metadata_is_consolidated_and_names_dimensions(make_store, values):
     assert arrays["internet"]["codecs"][0]["name"] == "sharding_indexed"
     # One shard is one local day of the whole grid.
     assert arrays["internet"]["chunk_grid"]["configuration"]["chunk_shape"] == [144, 4, 5]
-    assert arrays["internet"]["attributes"]["units"] == "activity"
+    assert arrays["internet"]["attributes"]["units"] == "unknown units"
 
 
 def test_large_grids_are_sharded_in_tiles():
@@ -160,7 +160,7 @@ def test_what_is_no_store_is_one_clear_line(make_store, values, tmp_path):
     shutil.copytree(root, tmp_path / "cut")
     text = (root / "zarr.json").read_text()
     (tmp_path / "cut" / "zarr.json").write_text(text[: len(text) // 2])
-    with pytest.raises(InputError, match=r"zarr\.json is not as it was written"):
+    with pytest.raises(InputError, match=r"zarr\.json is damaged .*prepare or copy the store again"):
         open_store(tmp_path / "cut")
     (tmp_path / "cut" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     with pytest.raises(InputError, match="not a grid store"):

@@ -131,7 +131,7 @@ def test_sensors_with_ids_and_places(tmp_path, read_plan):
     )
     plan = xarray_source.plan([_write(data, tmp_path / "net.nc")])
     assert plan.spec.dims == ("node",) and plan.spec.node_ids.tolist() == ["a1", "b2", "c3"]
-    assert plan.spec.latitude.tolist() == [3, 1, 2] and plan.spec.units == "unknown"
+    assert plan.spec.latitude.tolist() == [3, 1, 2] and plan.spec.units == "unknown units"
     np.testing.assert_array_equal(read_plan(plan)[0], values[:, 0].astype(np.float32))
     bare = data.drop_vars(["station", "latitude", "longitude"])
     plan = xarray_source.plan([_write(bare, tmp_path / "bare.zarr")], node_dim="station")

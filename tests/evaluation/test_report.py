@@ -40,7 +40,7 @@ def laid_out(as_people_see_them, monkeypatch):
 def metrics(store):
     """Of forecasts a little off the truth, so that every baseline is beaten."""
     windows = store.windows("test", 6, 4, channel="flow", region=Region(0, 4, 0, 3))
-    scores = score(make_forecasts(windows, error=3.0), store).to_json()
+    scores = score(make_forecasts(windows, error=1.0), store).to_json()
     contract = scores.pop("contract")
     stages = {
         "sft": {"before": {"nrmse": 1.25}, "after": {"nrmse": 0.5}, "summary": "Learns the day."},
@@ -59,7 +59,7 @@ def metrics(store):
 def run_dir(tmp_path, store, metrics):
     run = tmp_path / "runs" / "toy-run"
     windows = store.windows("test", 6, 4, channel="flow", region=Region(0, 4, 0, 3))
-    write_forecasts(make_forecasts(windows, error=3.0, quantiles=True), run / "forecasts" / "test.zarr")
+    write_forecasts(make_forecasts(windows, error=1.0, quantiles=True), run / "forecasts" / "test.zarr")
     (run / "config.yaml").write_text(f"data:\n  store: {store.path}\nseed: 11\n")
     lines = [
         {"stage": "sft", "step": s, "loss": 3.0 / s, "learning_rate": 1e-3, "time": 1.7e9 + s} for s in range(1, 30)
@@ -114,7 +114,7 @@ def node_run(tmp_path):
     def make(**places):
         store = write_nodes(tmp_path / "sensors.zarr", **places)
         run, windows = tmp_path / "run", store.windows("test", 6, 4, channel="flow", region=NodeRange(1, 10))
-        forecasts = make_forecasts(windows, error=3.0)
+        forecasts = make_forecasts(windows, error=1.0)
         write_forecasts(forecasts, run / "forecasts" / "test.zarr")
         (run / "config.yaml").write_text(f"data:\n  store: {store.path}\n")
         scores = score(forecasts, store).to_json()
@@ -195,12 +195,12 @@ def test_a_lost_comparison_is_said_plainly(run_dir, metrics):
     metrics["baselines"]["ridge"]["pooled"]["nrmse"] = metrics["model"]["pooled"]["nrmse"] / 1.25
     write_metrics(run_dir, metrics)
     text = text_of(build_report(run_dir))
-    assert "The model loses to 1 of 5 baselines: ridge (error 1.25 times as large). It beats the other 4." in text
+    assert "The model loses to 1 of 5 baselines: ridge (by NRMSE 1.25 ×). It beats the other 4." in text
     assert "model worse: 1.25" in text
     for scores in metrics["baselines"].values():
         scores["pooled"]["nrmse"] = 1e-6
     lost = verdict(RunMetrics.model_validate(metrics))
-    assert lost.startswith("The model loses to 5 of 5 baselines") and lost.endswith("It beats none.")
+    assert lost.startswith("The model loses to 5 of 5 baselines") and lost.endswith("It beats none by all of them.")
 
 
 def test_what_weakens_the_figures_is_said(run_dir, metrics):
@@ -216,7 +216,8 @@ def test_what_weakens_the_figures_is_said(run_dir, metrics):
     assert "Scored on 83 of the 93 windows" in text
     assert "they were not made together" in text
     fallbacks = metrics["baselines"]["same time last week"]["fallbacks"]
-    assert not fallbacks or f"{fallbacks:,} values had no source" in text
+    points = metrics["baselines"]["same time last week"]["pooled"]["points"]
+    assert not fallbacks or f"{fallbacks:,} of {points:,} points had no source" in text
 
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path):

@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdist[clu
 from ray.job_submission import JobDetails, JobStatus
 
 from stdist.config import LearnersConfig
-from stdist.errors import InputError
+from stdist.errors import InputError, ResourceError
 from stdist.orchestration import jobs
 
 CLOSED = "http://127.0.0.1:1"
@@ -68,7 +68,7 @@ def test_a_broken_connection_shows_nothing_twice():
 
 
 def test_a_lost_cluster_is_one_line():
-    with pytest.raises(InputError, match=f"{CLOSED} answers no more; as long as the cluster lives job one goes on"):
+    with pytest.raises(ResourceError, match=f"{CLOSED} answers no more; as long as the cluster lives job one goes on"):
         follow(Client([[OSError()]], ConnectionError()))
 
 

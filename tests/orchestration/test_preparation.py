@@ -15,7 +15,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdi
 from data_prep import Plan, prepare  # noqa: E402
 from stdist.data import GridSpec  # noqa: E402
 from stdist.data.parts import Day, Part, PartResult  # noqa: E402
-from stdist.errors import InputError  # noqa: E402
+from stdist.errors import ResourceError  # noqa: E402
 from stdist.orchestration import preparation  # noqa: E402
 from stdist.orchestration.preparation import ray_executor  # noqa: E402
 
@@ -87,7 +87,7 @@ def test_a_part_that_kills_every_worker_ends_it_and_a_restart_finishes(local_ray
     flag.write_bytes(b"xx")
     deadly = replace(plan, read=dying(plan.read, "days 2", flag))
     with ray_executor("auto") as executor:
-        with pytest.raises(InputError, match="died, perhaps killed for want of memory"):
+        with pytest.raises(ResourceError, match="died, perhaps killed for want of memory"):
             prepare(deadly, out, executor=executor)
         assert flag.read_bytes() == b"" and not out.exists()
         assert prepare(plan, out, executor=executor).digest == digest

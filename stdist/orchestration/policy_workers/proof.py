@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.orchestration.policy_workers.ledger import LEDGER
 from stdist.runs.recipes import read_run_config
 from stdist.training.checkpoint import StageCheckpoints
@@ -71,27 +71,34 @@ def prove(path: Path, steps: Collection[int] | None = None) -> Proof:
         )
     proof, units = Proof(), dict[tuple[int, int, int], _Unit]()
     for number, line in _lines(path):
-        event = line.pop("event")
-        proof.events[event] = proof.events.get(event, 0) + 1
-        if event == "resumed":
-            proof.stage, proof.every = line["stage"], line["every"]
-            for (step, *_), unit in units.items():
-                if step >= line["step"]:
-                    unit.trained, unit.may_be_issued = 0, True
-            continue
-        where = f"line {number}: step {line['step']}, window {line['window']}"
-        if event == "issued":
-            key = (line["step"], line["window"], line["cells"][0])
-            if key in units and not units[key].may_be_issued:
-                proof.problems.append(f"{where} was issued twice")
-            units[key] = _Unit(tuple(line["cells"]))
-            continue
-        known = units.get((line["step"], line["window"], line["first"]))
-        if known is None:
-            proof.problems.append(f"{where} was {event} and never issued")
-        else:
-            _count(proof, known, event, line, where)
+        try:
+            _take(proof, units, line, f"line {number}")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise _damage(path, number) from None
     return _judge(proof, units, steps)
+
+
+def _take(proof: Proof, units: dict[tuple[int, int, int], _Unit], line: dict[str, Any], where: str) -> None:
+    event = line.pop("event")
+    proof.events[event] = proof.events.get(event, 0) + 1
+    if event == "resumed":
+        proof.stage, proof.every = line["stage"], line["every"]
+        for (step, *_), unit in units.items():
+            if step >= line["step"]:
+                unit.trained, unit.may_be_issued = 0, True
+        return
+    where += f": step {line['step']}, window {line['window']}"
+    if event == "issued":
+        key = (line["step"], line["window"], line["cells"][0])
+        if key in units and not units[key].may_be_issued:
+            proof.problems.append(f"{where} was issued twice")
+        units[key] = _Unit(tuple(line["cells"]))
+        return
+    known = units.get((line["step"], line["window"], line["first"]))
+    if known is None:
+        proof.problems.append(f"{where} was {event} and never issued")
+    else:
+        _count(proof, known, event, line, where)
 
 
 def _count(proof: Proof, unit: _Unit, event: str, line: dict[str, Any], where: str) -> None:
@@ -142,11 +149,15 @@ def _few(cells: tuple[int, ...]) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for number, text in enumerate(file, 1):
             if not text.endswith("\n"):
                 return  # the half line of a process that was killed; nothing that counts was in it
             try:
                 yield number, json.loads(text)
-            except json.JSONDecodeError:
-                raise InputError(f"{path} is damaged in line {number}; what it proved it proves no more") from None
+            except ValueError:
+                raise _damage(path, number) from None
+
+
+def _damage(path: Path, number: int) -> DamageError:
+    return DamageError(f"{path} is damaged in line {number}; what it proved it proves no more")

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError, is_damage
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.policy.adapters import LORA_TARGETS, active_adapter, adapter_names, add_lora
 from stdist.vision_llm.policy.model import PolicyModel, first_numeral_id
@@ -81,7 +81,7 @@ def load_policy(path: Path) -> PolicyModel:
     except FileNotFoundError:
         raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
     except ValidationError as error:
-        raise InputError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
+        raise DamageError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
     policy = _empty_policy(spec, path) if spec.base_is_trained else build_policy(spec, seed=0)
     if (path / ADAPTER).is_dir() and not adapter_names(policy):
         add_lora(policy)
@@ -199,6 +199,8 @@ def _load_pretrained(spec: PolicySpec):
     except InputError:
         raise
     except (OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
         why, presets = why_not_loaded(error), ", ".join(SHAPES)
         raise InputError(f"policy.base {base} cannot be loaded ({why}); give a folder or one of {presets}") from None
     keep_trainable(model)

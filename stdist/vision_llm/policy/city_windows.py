@@ -102,5 +102,10 @@ class CityWindows:
         return "windows at " + ", ".join(str(time.astype("datetime64[m]")) for time in times)
 
     def evenly(self, count: int) -> np.ndarray:
-        """At most ``count`` windows, evenly spaced: the same ones at every validation."""
-        return np.unique(np.linspace(0, len(self.windows) - 1, min(count, len(self.windows))).round().astype(int))
+        """See the function of this name."""
+        return evenly(self.windows, count)
+
+
+def evenly(windows: Windows, count: int) -> np.ndarray:
+    """At most ``count`` windows, evenly spaced: the same ones at every validation."""
+    return np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int))
