@@ -19,6 +19,7 @@ from stdist.errors import InputError
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
+from stdist.training.inference import inference
 from stdist.vision_llm.config import AlignmentConfig, Drawing, ForecastStageConfig, GRPOConfig
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.learning import begin_stage
@@ -282,7 +283,7 @@ def _sampling(
     uniforms = torch.rand(windows * cells * generations, most, device=META)
     with (
         metered(policy, uniforms) as meter,
-        torch.no_grad(),
+        inference(policy),
         suppress(_EnoughError),
         patch.object(policy, "decode", side_effect=_EnoughError),
     ):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stdist.data.sampler import uniform
 from stdist.training.checkpoint import checksums
+from stdist.training.inference import inference
 from stdist.vision_llm.config import Drawing, GRPOConfig
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
@@ -132,7 +133,6 @@ class LocalRollouts:
         self.metrics = {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return candidates
 
-    @torch.no_grad()
     def sample(self, step: int, batch: PolicyBatch, weights: str) -> list[Candidates]:
         """Candidates that say ``weights`` wrote them. Leaves the ``seconds`` of both phases: of the windows' prefixes
         (prefill), and of their cells' prompts and tokens (decode)."""
@@ -141,7 +141,8 @@ class LocalRollouts:
         tokens = max_tokens(policy, self._candidates)
         quantiles = uniforms(((self.seed, step, *key, g_) for key in keys for g_ in range(g)), tokens).to(policy.device)
         began = time.perf_counter()
-        prefix = policy.prefix(batch.shared, batch.grids)
+        with inference(policy):
+            prefix = policy.prefix(batch.shared, batch.grids)
         encoded = time.perf_counter()
         if self._candidates == "direct":
             completions = self._sampler.draw(prefix, batch.prompts, quantiles)

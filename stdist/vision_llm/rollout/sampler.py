@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from stdist.training.inference import inference
 from stdist.vision_llm.kernels.prefix import Prefix, parents_of
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.model import PolicyModel
@@ -108,7 +109,6 @@ class Sampler:
         self._order = (torch.cat([order, order.new_tensor([len(values)])]) if allow_eos else order).to(policy.device)
         self._values = values.to(policy.device, torch.float32)
 
-    @torch.no_grad()
     def generate(
         self,
         prefix: Prefix,
@@ -131,22 +131,22 @@ class Sampler:
         head = self._head(prefix.last.dtype)
         batch = DecodeBatch(policy, prefix, prompts, self.num_generations, max_tokens)
         hidden = prefix.last[:0]
-        while len(batch) or batch.waiting:
-            hidden = torch.cat([hidden, batch.admit()])
-            at = batch.number, batch.step
-            drawn, drawn_log_probs = self._next_tokens(hidden, head, quantiles[at][:, None])
-            tokens = drawn[:, 0]
-            answer_ids[at], log_probs[at], mask[at] = tokens, drawn_log_probs[:, 0], True
-            stays = (tokens != end) & (batch.step + 1 < max_tokens)
-            ids = tokens[batch.keep(stays)] + policy.first_numeral_id
-            hidden = batch.feed(ids) if len(batch) else hidden[:0]
+        with inference(self.policy):
+            while len(batch) or batch.waiting:
+                hidden = torch.cat([hidden, batch.admit()])
+                at = batch.number, batch.step
+                drawn, drawn_log_probs = self._next_tokens(hidden, head, quantiles[at][:, None])
+                tokens = drawn[:, 0]
+                answer_ids[at], log_probs[at], mask[at] = tokens, drawn_log_probs[:, 0], True
+                stays = (tokens != end) & (batch.step + 1 < max_tokens)
+                ids = tokens[batch.keep(stays)] + policy.first_numeral_id
+                hidden = batch.feed(ids) if len(batch) else hidden[:0]
         longest = int(mask.sum(1).max())
         answer_ids, mask, log_probs = answer_ids[:, :longest], mask[:, :longest], log_probs[:, :longest]
         numeral = mask & (answer_ids != end)
         values = torch.where(numeral, self._values[answer_ids.clamp(max=end - 1)], 0.0)
         return Completions(answer_ids, mask, log_probs, values, numeral.sum(1))
 
-    @torch.no_grad()
     def draw(
         self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], uniforms: Float[Tensor, "sequences K"]
     ) -> Completions:
@@ -159,11 +159,12 @@ class Sampler:
         g, horizon, head = self.num_generations, uniforms.shape[1], self._head(prefix.last.dtype)
         answer_ids: list[Tensor] = []
         log_probs: list[Tensor] = []
-        for cells, states in self._states_behind_blanks(prefix, prompts):
-            of_cells = uniforms[cells.start * g : cells.stop * g].view(-1, g, horizon).transpose(1, 2)
-            drawn = self._next_tokens(states.flatten(0, 1), head, of_cells.flatten(0, 1))
-            for parts, x in zip((answer_ids, log_probs), drawn, strict=True):
-                parts.append(x.view(-1, horizon, g).transpose(1, 2).flatten(0, 1))
+        with inference(self.policy):
+            for cells, states in self._states_behind_blanks(prefix, prompts):
+                of_cells = uniforms[cells.start * g : cells.stop * g].view(-1, g, horizon).transpose(1, 2)
+                drawn = self._next_tokens(states.flatten(0, 1), head, of_cells.flatten(0, 1))
+                for parts, x in zip((answer_ids, log_probs), drawn, strict=True):
+                    parts.append(x.view(-1, horizon, g).transpose(1, 2).flatten(0, 1))
         ids = torch.cat(answer_ids)
         mask, lengths = torch.ones_like(ids, dtype=torch.bool), ids.new_full((len(ids),), horizon)
         return Completions(ids, mask, torch.cat(log_probs), self._values[ids], lengths)
@@ -204,7 +205,6 @@ class Sampler:
             return self._direct(prefix, prompts, horizon)[:, None]
         return self.generate(prefix, prompts, horizon, uniforms).values.view(len(prompts), -1, horizon)
 
-    @torch.no_grad()
     def _direct(self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], horizon: int) -> Float[Tensor, "cells K"]:
         """All steps in one pass: the mean of each step's distribution given the history alone, in units.
 
@@ -212,9 +212,10 @@ class Sampler:
         policies that learned to answer behind blanks (``sft.blank_share``).
         """
         means = []
-        for _, states in self._states_behind_blanks(prefix, prompts):
-            logits = head_logits(states.flatten(0, 1), self.policy.answer_head[:1])
-            means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
+        with inference(self.policy):
+            for _, states in self._states_behind_blanks(prefix, prompts):
+                logits = head_logits(states.flatten(0, 1), self.policy.answer_head[:1])
+                means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
         return torch.cat(means)
 
     def _states_behind_blanks(
