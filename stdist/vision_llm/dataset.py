@@ -5,7 +5,7 @@ import numpy as np
 from stdist.data import GridStore, Region, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
-from stdist.runs.dataset import Dataset, open_windows, split_of, training_days
+from stdist.runs.dataset import Dataset, open_windows, split_of, training_span
 from stdist.vision_llm.config import StageConfig, VisionLLMConfig
 from stdist.vision_llm.policy.frames import pixels_per_cell
 from stdist.vision_llm.policy.presets import SHAPES
@@ -20,7 +20,7 @@ def open_dataset(config: VisionLLMConfig) -> Dataset:
     split = split_of(data.split, store)
     region = Region.parse(data.region) if data.region else Region(0, store.shape[0], 0, store.shape[1])
     windows = open_windows(data, store, split, region.within(store.shape), store.region())
-    return Dataset(store, *windows, store.statistics(data.channel, training_days(data, split)))
+    return Dataset(store, *windows, store.statistics(data.channel, training_span(data, store, split)))
 
 
 def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
