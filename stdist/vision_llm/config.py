@@ -80,9 +80,11 @@ class ForecastStageConfig(StageConfig):
 
 class SFTConfig(ForecastStageConfig):
     """``blank_share``: share of training sequences whose previous answer values are blanks, so that far steps are
-    learned directly and not only as a chain of one-step guesses (docs/decisions.md); 0 is the paper."""
+    learned directly and not only as a chain of one-step guesses (docs/decisions.md); 0 is the paper. ``patience``
+    evaluations without a fall end the stage, as GRPO's do; without it the stage runs to ``max_steps``."""
 
     blank_share: float = Field(0.0, ge=0, le=1)
+    patience: int | None = Field(None, ge=1)
 
 
 class GRPOConfig(ForecastStageConfig):

@@ -150,6 +150,27 @@ def test_the_report_says_so_where_grpo_gained_nothing(store: GridStore, tmp_path
     assert opened.notes == ([NOTHING_GAINED] if kept == "step-0" else [])
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "patience"),
+    [("sft", {}, None), ("sft", {"patience": 2}, 2), ("grpo", {}, 3), ("alignment", {}, None)],
+)
+def test_a_stage_is_as_patient_as_its_config(
+    store: GridStore, tmp_path: Path, stage: str, changes: dict[str, int], patience: int | None
+) -> None:
+    class Recorded(Exception):
+        group = ProcessGroup()
+
+        def fit(self, *arguments: Any, **_: object) -> None:
+            self.patience = arguments[3].patience
+            raise self
+
+    config = config_of(store, tmp_path)
+    config = config.model_copy(update={"sft": config.sft.model_copy(update=changes)})
+    with pytest.raises(Recorded) as recorded:
+        VisionLLMRecipe().open(config, ProcessGroup()).fit(stage, Recorded())  # type: ignore[arg-type]
+    assert recorded.value.patience == patience
+
+
 def test_every_step_is_logged_once_and_evaluations_stand_at_both_ends(run: Path, result: dict[str, Any]) -> None:
     assert [(s, n) for s, n, _ in trained_losses(run)] == [(s, n + 1) for s, k in STAGES.items() for n in range(k)]
     for stage, steps in STAGES.items():
