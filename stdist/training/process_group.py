@@ -63,7 +63,7 @@ class ProcessGroup:
 
 
 def collective_backend(on_gpu: bool) -> str:
-    """What a group of learners is made with: NCCL for tensors on GPUs, gloo for those on the CPU, objects among them."""
+    """Returns what a group is made with: NCCL for tensors on GPUs, gloo for those on the CPU, objects among them."""
     return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 

@@ -127,9 +127,14 @@ class LocalRollouts:
     def close(self) -> None:
         """Nothing is in flight."""
 
+    def release(self) -> None:
+        """Gives the memory back that is kept for more samples."""
+        self._sampler.release()
+
     def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
         (name,) = self.versions
         candidates = self.sample(step, batch, name)
+        self.release()  # this process trains now
         self.metrics = {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return candidates
 
