@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stdist.config.base import OptimizerConfig, RunConfig, Strict, WorkersConfig
+from stdist.vision_llm.base_folder import why_no_base
 
 StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
 Trainable = Literal["rows", "lora", "full"]
@@ -41,7 +42,11 @@ class PolicyConfig(Strict):
     def _absolute_folder(cls, base: str) -> str:
         """A folder is the same folder for every learner; anything else is a name."""
         folder = Path(base).expanduser()
-        return str(folder.absolute()) if folder.is_dir() else base
+        if not folder.is_dir():
+            return base
+        if reason := why_no_base(folder.absolute()):
+            raise ValueError(reason)
+        return str(folder.absolute())
 
 
 class StageConfig(OptimizerConfig):
