@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from stdist.errors import InputError
@@ -29,6 +29,7 @@ from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings
 from stdist.vision_llm.policy.presets import SHAPES, build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.policy.published import PUBLISHED, published_config
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.rollout.rollouts import max_tokens
 from stdist.vision_llm.rollout.sampler import Completions, Sampler
@@ -99,13 +100,15 @@ def shape_policy(spec: PolicySpec, stages: Stages) -> PolicyModel:
 
 
 def _base_config(name: str) -> Qwen2_5_VLConfig:
+    if known := published_config(name):
+        return known
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"policy.base {name} has no configuration to plan with ({reason}); "
-            f"give a folder with its config.json or one of {', '.join(SHAPES)}"
+            f"give a folder with its config.json or one of {', '.join([*SHAPES, *PUBLISHED])}"
         ) from None
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"policy.base {name} is a {config.model_type}; stdist needs a Qwen2.5-VL")
@@ -185,7 +188,7 @@ def micro_batches(windows: int, families: list[int], sizes: Sequence[int]) -> tu
     the sequences of the largest. Counted on the tree's own walk, over a policy that encodes nothing."""
     calls, largest = [0] * len(sizes), [0] * len(sizes)
 
-    class Nothing:
+    class Nothing(nn.Module):
         def prefix(self, ids: Tensor, grids: Tensor | None = None, parent: Prefix | None = None) -> Prefix:
             depth = depth_of(parent)
             calls[depth] += 1
