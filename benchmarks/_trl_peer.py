@@ -35,8 +35,8 @@ except ModuleNotFoundError as error:
 from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import LORA_TARGETS
-from stdist.vision_llm.policy.checkpoints import full_tokenizer
 from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.policy.tokenizer_files import full_tokenizer
 from stdist.vision_llm.stages.reward import reward
 
 TRL_VERSION = trl.__version__
@@ -89,7 +89,7 @@ class Peer:
     def __init__(self, policy: PolicyModel, samples: Samples, config: GRPOConfig, batches: Batches, output_dir: Path):
         self._vocabulary, self._first = policy.vocabulary, policy.first_numeral_id
         self._half_score, self._horizon = config.half_score, policy.spec.setting.horizon
-        tokenizer = full_tokenizer(policy)
+        tokenizer = full_tokenizer(policy.tokenizer, policy.vocabulary)
         self._sequences = len(samples.prompts) * config.num_generations
         self.model = plain_model(policy)
         self.tokens_per_candidate: list[float] = []

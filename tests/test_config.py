@@ -285,3 +285,26 @@ def test_every_shipped_configuration_loads(path):
         assert all(getattr(config, stage).max_steps >= 1 for stage in config.stages)
     else:
         assert config.recipe in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "why"),
+    [
+        ("sft/step-4/policy.json", "sft/step-4", "is a checkpoint of a stdist run.*as this one's own, org/base"),
+        ("sft/step-4/policy.json", "sft", "holds checkpoints of a stdist run"),
+        ("run/checkpoints/sft/step-4/policy.json", "run", "is the folder of a run"),
+        ("peft/adapter_config.json", "peft", "is an adapter without its model"),
+    ],
+)
+def test_a_base_that_is_no_base_says_what_it_is(tmp_path, file, given, why):
+    """transformers would open the first, numerals forgotten, and call the others an unrecognized model."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text('{"base": "org/base"}')
+    line = _refusal(tmp_path, f"policy.base={tmp_path / given}")
+    assert re.search(why, line) and "policy.base" in line and "Qwen2.5-VL as published" in line and "\n" not in line
+
+
+def test_a_folder_with_a_model_may_be_a_base(tmp_path):
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    assert _load(tmp_path, f"policy.base={tmp_path}").policy.base == str(tmp_path)

@@ -44,7 +44,8 @@ class SplitConfig(Strict):
 
 
 class DataConfig(Strict):
-    """The windows of a store that a run reads. ``fraction`` takes the first part of the training days (few-shot)."""
+    """The windows of a store that a run reads. ``fraction`` takes the first part of the training days'
+    frames (few-shot)."""
 
     store: AbsolutePath
     channel: str = "internet"

@@ -155,9 +155,10 @@ class StoreMetadata:
         return channel
 
     def step_range(self, span: DaySpan) -> tuple[int, int]:
-        """Half-open time steps of a span of local days; InputError where it leaves the store's days."""
+        """Half-open time steps of a span; InputError where it leaves the store's days."""
         days = self.days
         if span.first_day < days.first_day or span.last_day > days.last_day:
             raise InputError(f"span {span} leaves the days of {self.path}, {days}; choose days within")
-        start = int((span.first_day - days.first_day).astype(int))
-        return start * self.slots_per_day, (start + len(span)) * self.slots_per_day
+        start = int((span.first_day - days.first_day).astype(int)) * self.slots_per_day
+        steps = len(span) * self.slots_per_day if span.steps is None else span.steps
+        return start, start + steps

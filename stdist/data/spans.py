@@ -16,10 +16,12 @@ MILAN_LAST_DAY = np.datetime64("2014-01-01", "D")
 
 @dataclass(frozen=True)
 class DaySpan:
-    """Local calendar days ``first_day`` … ``last_day``, both inside the span."""
+    """Local calendar days ``first_day`` … ``last_day``, both inside the span; of these, where ``steps`` is given, only
+    as many time steps, from the first day's midnight on: the rest of the last day is outside."""
 
     first_day: np.datetime64
     last_day: np.datetime64
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "first_day", parse_day(self.first_day))
@@ -44,14 +46,8 @@ class DaySpan:
         return int((self.last_day - self.first_day).astype(int)) + 1
 
     def __str__(self) -> str:
-        return f"{self.first_day}:{self.last_day}"
-
-    def fraction(self, share: float) -> "DaySpan":
-        """The first ``share`` of the days, at least one: the few-shot span (docs/decisions.md, 12)."""
-        if not 0 < share <= 1:
-            raise InputError(f"fraction {share} of a span must lie in (0, 1]")
-        days = max(1, int(np.floor(len(self) * share + 1e-9)))
-        return DaySpan(self.first_day, self.first_day + np.timedelta64(days - 1, "D"))
+        part = f" (its first {self.steps} time steps)" if self.steps is not None else ""
+        return f"{self.first_day}:{self.last_day}{part}"
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def fit_statistics(store: StoredArrays, channel: str, span: DaySpan, region: Any
     """Reads ``span`` and ``region`` with a day of a tile in memory; InputError where there is no observed value."""
     first, stop = store.step_range(span)
     state = StatisticsState(region.shape)
-    days = [(start, start + store.slots_per_day) for start in range(first, stop, store.slots_per_day)]
+    days = [(start, min(start + store.slots_per_day, stop)) for start in range(first, stop, store.slots_per_day)]
     present = [day for day in days if store.present[slice(*day)].any()]
     for tile in tiles_of(store.slots_per_day, region.shape):
         of_tile = StatisticsState(tuple(side.stop - side.start for side in tile))

@@ -13,7 +13,7 @@ from stdist.data.chunk_cache import ChunkCache
 from stdist.data.integrity import ROOT_METADATA, VerifiedStore
 from stdist.data.metadata import StoreMetadata
 from stdist.data.schema import observed_name, true_segments
-from stdist.data.spans import AnyRegion, all_cells, parse_region
+from stdist.data.spans import AnyRegion, DaySpan, all_cells, parse_region
 from stdist.files import own_file
 from stdist.memory import fits
 
@@ -117,6 +117,18 @@ class StoredArrays(StoreMetadata):
     def segments(self) -> list[tuple[int, int]]:
         """Half-open time steps of every gap-free stretch."""
         return true_segments(self.present)
+
+    def first_part(self, span: DaySpan, share: float) -> DaySpan:
+        """The first ``share``, in (0, 1], of a span's time steps that exist, to the nearest one and at least one: the
+        few-shot span (docs/decisions.md, 12). InputError where the span leaves the store's days."""
+        start, stop = self.step_range(span)
+        exist = np.flatnonzero(self.present[start:stop])
+        if share == 1 or len(exist) == 0:
+            return span
+        steps = int(exist[max(1, round(share * len(exist))) - 1]) + 1
+        days = -(-steps // self.slots_per_day)
+        last_day = span.first_day + np.timedelta64(days - 1, "D")
+        return DaySpan(span.first_day, last_day, None if steps == days * self.slots_per_day else steps)
 
     def values(self, channel: str, start: int, stop: int, region: AnyRegion | None = None) -> np.ndarray:
         """Steps [start, stop) of a channel, imputed, float32 [T, h, w] or [T, n]; NaN where one is not present."""

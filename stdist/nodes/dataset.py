@@ -11,7 +11,7 @@ from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.nodes.config import PeriodConfig
 from stdist.nodes.node_set import NodeSet
-from stdist.runs.dataset import Dataset, open_windows, split_of, training_days
+from stdist.runs.dataset import Dataset, open_windows, split_of, training_span
 
 DAYS_PER_WEEK = 7
 
@@ -30,7 +30,8 @@ class NodeDataset(Dataset):
     @property
     def holds_weeks(self) -> bool:
         """True where the training days hold every weekday twice: in one alone a weekday and that day look the same."""
-        return len(self.train.span) >= 2 * DAYS_PER_WEEK
+        start, stop = self.store.step_range(self.train.span)
+        return stop - start >= 2 * DAYS_PER_WEEK * self.store.slots_per_day
 
     @property
     def node_means(self) -> np.ndarray:
@@ -62,7 +63,7 @@ def _open(
 ) -> NodeDataset:
     """``without_them``: how this recipe leaves nodes out; ``or_else``: what else serves where nodes join later."""
     region = region.within(store.shape)
-    fitted_on = training_days(data, split)
+    fitted_on = training_span(data, store, split)
     if isinstance(region, NodeRange):
         _require_there(store, region, fitted_on.first_day, without_them, or_else)
 

@@ -8,7 +8,6 @@ from operator import add
 from statistics import median
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from stdist.nodes.config import EpochsConfig
 from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners
 from stdist.nodes.node_set import NodeSet
+from stdist.training.inference import inference
 from stdist.training.loop import Stage
 
 
@@ -49,14 +49,12 @@ class WindowForecasts:
             self.windows, share, rank=self.learners.data_rank, world=self.learners.data_ranks, **settings
         )
 
-    @torch.no_grad()
     def all(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "B K N"], TensorBatch]]:
         """Every window once, in time order, in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
         for batch in WindowLoader(self.sampler(batch_size, shuffle=False)):
-            yield self(batch)
-        self.model.train(training)
+            with inference(self.model):
+                made = self(batch)
+            yield made
 
     def errors(self, batch_size: int, nodes: slice = slice(None)) -> ErrorState:
         """On the observed points of all windows and of ``nodes``, counted within this learner's; over all learners."""

@@ -24,7 +24,7 @@ from stdist.runs import recipes
 from stdist.runs.recipes import parse_config, recipe_of
 from stdist.runs.run_folder import held, require_writable_run
 from stdist.runs.workers import WorkerProgram
-from stdist.training.process_group import ProcessGroup
+from stdist.training.process_group import ProcessGroup, collective_backend
 
 try:
     import ray
@@ -66,7 +66,7 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
             _learn,  # type: ignore[arg-type]
             train_loop_config={"config": config.model_dump(mode="json"), "coordinator": coordinator},
             torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if resources.get("GPU") else "gloo", timeout_s=int(learners.timeout)
+                backend=collective_backend(bool(resources.get("GPU"))), timeout_s=int(learners.timeout)
             ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=learners.num_workers,

@@ -28,9 +28,9 @@ def split_of(config: SplitConfig | None, store: GridStore) -> Split:
     return Split.parse(**config.model_dump(mode="json")) if config else store.default_split
 
 
-def training_days(data: DataConfig, split: Split) -> DaySpan:
-    """The first ``data.fraction`` of the training days."""
-    return split.named("train").fraction(data.fraction)
+def training_span(data: DataConfig, store: GridStore, split: Split) -> DaySpan:
+    """The first ``data.fraction`` of the training days' frames."""
+    return store.first_part(split.named("train"), data.fraction)
 
 
 def open_windows(
@@ -38,7 +38,7 @@ def open_windows(
 ) -> tuple[Windows, Windows, Windows]:
     """Windows of the training, validation and test days. Raises InputError for days, a channel or sizes that cannot
     be, and for days without an observed target."""
-    spans = {"train": training_days(data, split)} | {name: split.named(name) for name in ("validation", "test")}
+    spans = {"train": training_span(data, store, split)} | {name: split.named(name) for name in ("validation", "test")}
     opened = tuple(
         store.windows(
             span,

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from stdist.runs import memory_plan
 from stdist.runs.memory_plan import Ranks, StateBytes, Weights
-from stdist.runs.meter import META, metered
-from stdist.training.engine import ParameterGroup, adamw
+from stdist.training.engine import ParameterGroup
 
 UNITS = {"GiB": 2**30, "MiB": 2**20}
 Changes = dict[str, Any]
@@ -109,23 +108,12 @@ class RunPlan:
 
 
 def update_bytes(groups: Iterable[ParameterGroup], ranks: Ranks) -> float:
-    """Temporaries of the optimizer's step on a device, measured on the shapes of what trains. ZeRO's ranks update their
-    part of each group as one flat float32 tensor, from float32 copies of its gradients."""
-    if ranks.offload_optimizer:
+    """Temporaries of the optimizer's step on a device. It updates in place; ZeRO's ranks update their part of each
+    group as one flat tensor, from float32 copies of its gradients."""
+    if ranks.offload_optimizer or not ranks.zero_stage:
         return 0
-    most = 0.0
-    for group in groups:
-        trained = [torch.empty_like(p, device=META) for p in group.parameters.values()]
-        if ranks.zero_stage:
-            trained = [torch.empty(ceil(sum(p.numel() for p in trained) / ranks.world_size), device=META)]
-        shapes = torch.nn.ParameterList(trained)
-        optimizer = adamw([ParameterGroup({str(i): p for i, p in enumerate(shapes)}, 1e-3, group.weight_decay)])
-        optimizer.param_groups[0]["foreach"] = True  # as torch chooses on a GPU
-        with metered(shapes) as meter:
-            optimizer.step()
-        copies = sum(p.nbytes for p in shapes) if ranks.zero_stage else 0
-        most = max(most, meter.peak - meter.live + copies)
-    return most
+    counts = [sum(p.numel() for p in group.parameters.values()) for group in groups]
+    return max((torch.float32.itemsize * ceil(count / ranks.world_size) for count in counts), default=0)
 
 
 def verdict(

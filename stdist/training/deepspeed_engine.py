@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stdist.training import deepspeed_internals as internals
 from stdist.training.deepspeed_internals import deepspeed
 from stdist.training.engine import MOMENTS, ParameterGroup, Scheduled, adamw
+from stdist.training.process_group import collective_backend
 
 
 class DeepSpeedEngine(Scheduled):
@@ -40,7 +41,8 @@ class DeepSpeedEngine(Scheduled):
         mpu: Any = None,
     ):
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            backend = collective_backend(torch.cuda.is_available())
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; launchers of many learners set it
         super().__init__(groups, schedule)
         self._module = module

@@ -190,7 +190,10 @@ def make_moments(zero: Any, stage: int, steps: int) -> None:
     flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     for parameter in flat:
         moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
-        zero.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        zero.optimizer.state[parameter] = {
+            "step": torch.tensor(float(steps), device=parameter.device),
+            **moments,
+        }
 
 
 def link_moments(zero: Any) -> None:

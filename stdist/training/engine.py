@@ -86,13 +86,15 @@ def cosine_schedule(warmup_steps: int, max_steps: int) -> Callable[[int], float]
 
 
 def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
-    """The optimizer of every engine."""
+    """The optimizer of every engine. Fused, it updates in place, where torch's other ways make temporaries as large as
+    a weight, or on a GPU as all that trains."""
     return torch.optim.AdamW(
         [
             {"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay}
             for g in groups
         ],
         betas=(0.9, 0.95),
+        fused=True,
     )
 
 
@@ -157,7 +159,7 @@ class TorchEngine(Scheduled):
             # A parameter counts the steps in which it had a gradient; DeepSpeed counts all.
             count = tensors.get(f"{name}/step", torch.tensor(float(steps)))
             moments = {key: tensors[f"{name}/{key}"].view_as(parameter).to(parameter) for key in MOMENTS}
-            self._optimizer.state[parameter] = {"step": count.clone(), **moments}
+            self._optimizer.state[parameter] = {"step": count.clone().to(parameter.device), **moments}
         self._steps = steps
 
     def close(self) -> None:

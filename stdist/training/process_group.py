@@ -62,6 +62,11 @@ class ProcessGroup:
         return items[0]
 
 
+def collective_backend(on_gpu: bool) -> str:
+    """Returns what a group is made with: NCCL for tensors on GPUs, gloo for those on the CPU, objects among them."""
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
 def collective_timeout() -> timedelta:
     """The time that the launcher's collectives wait for a silent learner. A group made later waits for half an hour
     unless it is told."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stdist.config.base import OptimizerConfig, RunConfig, Strict, WorkersConfig
+from stdist.vision_llm.base_folder import why_no_base
 
 StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
 Trainable = Literal["rows", "lora", "full"]
@@ -41,7 +42,11 @@ class PolicyConfig(Strict):
     def _absolute_folder(cls, base: str) -> str:
         """A folder is the same folder for every learner; anything else is a name."""
         folder = Path(base).expanduser()
-        return str(folder.absolute()) if folder.is_dir() else base
+        if not folder.is_dir():
+            return base
+        if reason := why_no_base(folder.absolute()):
+            raise ValueError(reason)
+        return str(folder.absolute())
 
 
 class StageConfig(OptimizerConfig):
@@ -80,9 +85,11 @@ class ForecastStageConfig(StageConfig):
 
 class SFTConfig(ForecastStageConfig):
     """``blank_share``: share of training sequences whose previous answer values are blanks, so that far steps are
-    learned directly and not only as a chain of one-step guesses (docs/decisions.md); 0 is the paper."""
+    learned directly and not only as a chain of one-step guesses (docs/decisions.md); 0 is the paper. ``patience``
+    evaluations without a fall end the stage, as GRPO's do; without it the stage runs to ``max_steps``."""
 
     blank_share: float = Field(0.0, ge=0, le=1)
+    patience: int | None = Field(None, ge=1)
 
 
 class GRPOConfig(ForecastStageConfig):

@@ -7,7 +7,7 @@ import numpy as np
 from stdist.data import GridStore, Region, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
-from stdist.runs.dataset import Dataset, open_windows, require_observed, split_of, training_days
+from stdist.runs.dataset import Dataset, open_windows, require_observed, split_of, training_span
 from stdist.vision_llm.config import ForecastStageConfig, StageConfig, VisionLLMConfig
 from stdist.vision_llm.policy.city_windows import evenly
 from stdist.vision_llm.policy.frames import pixels_per_cell
@@ -24,7 +24,7 @@ def open_dataset(config: VisionLLMConfig) -> Dataset:
     split = split_of(data.split, store)
     region = Region.parse(data.region) if data.region else Region(0, store.shape[0], 0, store.shape[1])
     windows = open_windows(data, store, split, region.within(store.shape), store.region())
-    dataset = Dataset(store, *windows, store.statistics(data.channel, training_days(data, split)))
+    dataset = Dataset(store, *windows, store.statistics(data.channel, training_span(data, store, split)))
     for stage in (stage_config(config, name) for name in config.stages):
         if isinstance(stage, ForecastStageConfig):
             require_observed(dataset.validation, evenly(dataset.validation, stage.eval_windows), positive=True)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from stdist.errors import InputError
 from stdist.training.checkpoint import require_undamaged_part
+from stdist.training.inference import inference
 from stdist.vision_llm.policy.checkpoints import build_policy, load_policy
 from stdist.vision_llm.policy.city_windows import encode_windows
 from stdist.vision_llm.policy.model import PolicyModel
@@ -36,7 +37,6 @@ class Policy:
         spec = PolicySpec(base=str(name_or_path), setting=setting, base_is_trained=True)
         return cls(build_policy(spec, seed=0).eval())
 
-    @torch.no_grad()
     def forecast(
         self,
         frames: Float[np.ndarray, "S H W"],
@@ -67,5 +67,7 @@ class Policy:
         uniforms = None
         if decoding == "sample":
             uniforms = torch.rand(len(prompts), spec.setting.horizon, device=model.device)
-        values = Sampler(model, decoding).forecast(model.prefix(shared, grids), prompts, uniforms)
+        with inference(model):
+            prefix = model.prefix(shared, grids)
+        values = Sampler(model, decoding).forecast(prefix, prompts, uniforms)
         return values[:, 0].cpu().numpy()

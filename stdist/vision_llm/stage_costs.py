@@ -12,13 +12,14 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from stdist.errors import InputError, is_damage
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
+from stdist.training.inference import inference
 from stdist.vision_llm.config import AlignmentConfig, Drawing, ForecastStageConfig, GRPOConfig
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.learning import begin_stage
@@ -28,6 +29,7 @@ from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings
 from stdist.vision_llm.policy.presets import SHAPES, build_image_processor, build_model, build_tokenizer
+from stdist.vision_llm.policy.published import PUBLISHED, published_config
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.rollout.rollouts import max_tokens
 from stdist.vision_llm.rollout.sampler import Completions, Sampler
@@ -98,6 +100,8 @@ def shape_policy(spec: PolicySpec, stages: Stages) -> PolicyModel:
 
 
 def _base_config(name: str) -> Qwen2_5_VLConfig:
+    if known := published_config(name):
+        return known
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -105,7 +109,7 @@ def _base_config(name: str) -> Qwen2_5_VLConfig:
             raise
         raise InputError(
             f"policy.base {name} has no configuration to plan with ({why_not_loaded(error)}); "
-            f"give a folder with its config.json or one of {', '.join(SHAPES)}"
+            f"give a folder with its config.json or one of {', '.join([*SHAPES, *PUBLISHED])}"
         ) from None
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"policy.base {name} is a {config.model_type}; stdist needs a Qwen2.5-VL")
@@ -185,7 +189,7 @@ def micro_batches(windows: int, families: list[int], sizes: Sequence[int]) -> tu
     the sequences of the largest. Counted on the tree's own walk, over a policy that encodes nothing."""
     calls, largest = [0] * len(sizes), [0] * len(sizes)
 
-    class Nothing:
+    class Nothing(nn.Module):
         def prefix(self, ids: Tensor, grids: Tensor | None = None, parent: Prefix | None = None) -> Prefix:
             depth = depth_of(parent)
             calls[depth] += 1
@@ -283,7 +287,7 @@ def _sampling(
     uniforms = torch.rand(windows * cells * generations, most, device=META)
     with (
         metered(policy, uniforms) as meter,
-        torch.no_grad(),
+        inference(policy),
         suppress(_EnoughError),
         patch.object(policy, "decode", side_effect=_EnoughError),
     ):

@@ -18,14 +18,6 @@ def test_span_counts_both_ends(value):
     assert len(span) == 20 and str(span) == "2013-11-01:2013-11-20"
 
 
-@pytest.mark.parametrize(("share", "days"), [(0.1, 2), (0.01, 1), (0.29999, 5), (0.3, 6), (1, 20)])
-def test_few_shot_is_the_first_days(share, days):
-    few = DaySpan.parse("2013-11-01:2013-11-20").fraction(share)
-    assert few.first_day == np.datetime64("2013-11-01") and len(few) == days
-    # 0.29 * 100 is 28.999999999999996 in floating point.
-    assert len(DaySpan.parse("2013-01-01:2013-04-10").fraction(0.29)) == 29
-
-
 @pytest.mark.parametrize(
     ("value", "line"),
     [
@@ -38,12 +30,6 @@ def test_few_shot_is_the_first_days(share, days):
 def test_bad_spans_say_what_to_write(value, line):
     with pytest.raises(InputError, match=line):
         DaySpan.parse(value)
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 1.5])
-def test_bad_fractions_are_refused(share):
-    with pytest.raises(InputError, match="fraction"):
-        DaySpan.parse("2013-11-01:2013-11-20").fraction(share)
 
 
 def test_overlapping_splits_are_refused():

@@ -126,6 +126,38 @@ def test_later_data_does_not_reach_the_training_statistics(make_store, values):
     np.testing.assert_array_equal(stored[0].cell_mean, stored[1].cell_mean)
 
 
+@pytest.mark.parametrize(
+    ("share", "span"),
+    [
+        (0.1, "2013-11-01:2013-11-01 (its first 40 time steps)"),  # 39.6 of 396
+        (0.001, "2013-11-01:2013-11-01 (its first 1 time steps)"),
+        (144 / 396, "2013-11-01:2013-11-01"),
+        (0.5, "2013-11-01:2013-11-02 (its first 234 time steps)"),  # 198 exist of these
+        (252 / 396, "2013-11-01:2013-11-02"),
+        (258 / 396, "2013-11-01:2013-11-03 (its first 294 time steps)"),
+        (1, "2013-11-01:2013-11-03"),
+    ],
+)
+def test_the_first_part_of_a_span_counts_frames_that_exist(make_store, share, span):
+    """docs/decisions.md, 12: 10 % of the training data, not of its days rounded down."""
+    present = np.ones(432, bool)
+    present[150:186] = False  # 36 frames of the second day
+    store = make_store(np.ones((432, 1, 1), np.float32), present)
+    assert str(store.first_part(DaySpan.parse("2013-11-01:2013-11-03"), share)) == span
+
+
+def test_a_part_of_a_day_is_all_that_its_windows_and_statistics_see(make_store):
+    """Frames hold their own number: 10 % of 432 are 43, and nothing behind them is fitted."""
+    store = make_store(np.arange(432, dtype=np.float32)[:, None, None])
+    few = store.first_part(DaySpan.parse("2013-11-01:2013-11-03"), 0.1)
+    assert store.statistics("internet", few).maximum == 42 and store.statistics("internet", few).count == 43
+    windows = store.windows(few, 4, 3, channel="internet", history_inside=True)
+    assert len(windows) == 43 - 4 - 3 + 1
+    assert windows.read([len(windows) - 1]).target[0, -1, 0, 0] == 42
+    with pytest.raises(InputError, match=r"no window fits span .*first 4 time steps.*has 4 frames"):
+        store.windows(store.first_part(DaySpan.parse("2013-11-01:2013-11-03"), 0.01), 4, 3, channel="internet")
+
+
 def test_statistics_of_an_empty_span_are_refused(make_store):
     values = np.ones((432, 1, 1), np.float32)
     present = np.arange(432) < 144

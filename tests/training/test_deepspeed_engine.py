@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from stdist.errors import InputError
 
 pytest.importorskip("deepspeed")
+from stdist.training.deepspeed_engine import DeepSpeedEngine
 
 SCRIPT = Path(__file__).with_name("zero_worker.py")
 KINDS = [f"zero{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "-offload")]
@@ -254,3 +256,20 @@ def test_learners_share_a_checkpoint_by_bytes(results):
         total = sum(4 * len(values) for values in results[2, 0][kind]["halfway"]["state"].values())
         # ZeRO pads what it cannot share evenly: up to an element a tensor.
         assert sum(sizes) == total and abs(sizes[0] - sizes[1]) <= 4 * len(names)
+
+
+@pytest.mark.parametrize(("on_gpu", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_one_learner_makes_the_group_of_its_device(monkeypatch, on_gpu, backend):
+    """gloo alone would send a GPU's tensors through the CPU, and knows not all collectives for them."""
+    made = []
+
+    def init(backend: str, **_: Any) -> None:
+        made.append(backend)
+        raise ConnectionError  # nothing further is to be made
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(ConnectionError):
+        DeepSpeedEngine(torch.nn.Linear(1, 1), [], lambda step: 1.0, {})
+    assert made == [backend]

@@ -1,17 +1,26 @@
 """Continuous batching over cells: the same candidates as all at once, no work for finished ones, no copied keys."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from stdist.vision_llm.policy.city_windows import PolicyBatch
+from stdist.data import GridStore
+from stdist.vision_llm.config import GRPOConfig
+from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.rollout import decode_batch
-from stdist.vision_llm.rollout.decode_batch import DecodeBatch, Family, RecordedStep
+from stdist.vision_llm.rollout.decode_batch import DecodeBatch
+from stdist.vision_llm.rollout.decode_memory import DecodeMemory, Family
+from stdist.vision_llm.rollout.forecaster import validation_errors
+from stdist.vision_llm.rollout.recorded_step import RECORDINGS
+from stdist.vision_llm.rollout.rollouts import LocalRollouts
 from stdist.vision_llm.rollout.sampler import Completions, Decoding, Sampler
 
 MAX_TOKENS = 6
@@ -51,24 +60,28 @@ def make_cells(talkative: PolicyModel, make_batch: Callable[..., PolicyBatch]) -
 def calls(talkative: PolicyModel, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Every call of the decoder from here on."""
     recorded: list[Call] = []
-    decode = talkative.decode
+    feed = DecodeBatch.feed
 
-    def spy(ids: Tensor, positions: Tensor, tree: DecodeBatch) -> Tensor:
-        recorded.append(Call(len(ids), tree.number.tolist(), tree.step.tolist()))
-        return decode(ids, positions, tree)
+    def spy(batch: DecodeBatch, ids: Tensor) -> Tensor:
+        recorded.append(Call(len(ids), batch.number.tolist(), batch.step.tolist()))
+        return feed(batch, ids)
 
-    monkeypatch.setattr(talkative, "decode", spy)
+    monkeypatch.setattr(DecodeBatch, "feed", spy)
     return recorded
 
 
 def complete(
     policy: PolicyModel, cells: PolicyBatch, decoding: Decoding, g: int, max_tokens: int = MAX_TOKENS
 ) -> Completions:
-    prefix, uniforms = policy.prefix(cells.shared, cells.grids), None
-    if decoding == "sample":
-        shape = len(cells.prompts) * g, max_tokens
+    return generate(Sampler(policy, decoding, g, allow_eos=True), cells, max_tokens)
+
+
+def generate(sampler: Sampler, cells: PolicyBatch, max_tokens: int = MAX_TOKENS) -> Completions:
+    prefix, uniforms = sampler.policy.prefix(cells.shared, cells.grids), None
+    if sampler.decoding == "sample":
+        shape = len(cells.prompts) * sampler.num_generations, max_tokens
         uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(5))
-    return Sampler(policy, decoding, g, allow_eos=True).generate(prefix, cells.prompts, max_tokens, uniforms)
+    return sampler.generate(prefix, cells.prompts, max_tokens, uniforms)
 
 
 def assert_same(ours: Completions, theirs: Completions) -> None:
@@ -140,53 +153,160 @@ def test_cells_are_let_in_while_others_still_run(
     assert int(reads.sum()) / 5 <= len(calls) < int(reads.view(3, 5).amax(1).sum())
 
 
+# --- recorded steps --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Graphs:
+    """Stand-ins of CUDA graphs: how many sequences each was recorded with, and those that are alive."""
+
+    sizes: list[int] = field(default_factory=list)
+    alive: WeakSet = field(default_factory=WeakSet)
+
+    def record(self, run: Callable[[], Tensor]) -> "Graph":
+        graph = Graph(run)
+        self.sizes.append(len(graph.result))
+        self.alive.add(graph)
+        return graph
+
+
+class Graph:
+    """Computes into the same memory at every replay, as a CUDA graph does."""
+
+    def __init__(self, run: Callable[[], Tensor]):
+        self._run, self.result = run, run()
+
+    def replay(self) -> None:
+        self.result.copy_(self._run())
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """CPUs record too, and nothing is freed but what nobody holds."""
+    made = Graphs()
+    monkeypatch.setitem(RECORDINGS, "cpu", made.record)
+    gc.disable()
+    yield made
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("windows", "g", "most", "sizes"),
+    [
+        (1, 3, 6, [6]),
+        (3, 3, 1024, [45]),  # all at once
+        (3, 1, 10, [10]),  # two windows, then one with the same recording
+        (3, 3, 6, [6]),  # a third of a window at a time
+    ],
+)
 def test_a_step_of_fixed_size_writes_the_same(
     talkative: PolicyModel,
     let_end: Callable[[str], None],
     make_cells: Callable[[int], PolicyBatch],
     monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    windows: int,
+    g: int,
+    most: int,
+    sizes: list[int],
 ) -> None:
     """As it is recorded for GPUs: rows of finished candidates run on, and nobody reads what they write."""
     let_end("sample")
-    cells = make_cells(1)
-    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
-    expected = complete(talkative, cells, "sample", 3)
-    sizes: list[int] = []
+    cells = make_cells(windows)
     with monkeypatch.context() as patch:
-        fixed_size(patch, talkative, sizes)
-        assert_same(complete(talkative, cells, "sample", 3), expected)
-    assert set(sizes) == {6}
+        patch.delitem(RECORDINGS, "cpu")
+        expected = complete(talkative, cells, "sample", g)
+    graphs.sizes.clear()
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", most)
+    assert_same(complete(talkative, cells, "sample", g), expected)
+    assert graphs.sizes == sizes
 
 
-def fixed_size(patch: pytest.MonkeyPatch, policy: PolicyModel, sizes: list[int]) -> None:
-    begin, decode = DecodeBatch.__init__, policy.decode
+def test_one_graph_serves_every_window_and_ends_with_its_sampler(
+    talkative: PolicyModel, make_batch: Callable[..., PolicyBatch], graphs: Graphs
+) -> None:
+    sampler = Sampler(talkative, "greedy")
+    for window in range(12):
+        generate(sampler, make_batch(talkative, windows=(window,)), max_tokens=2)
+    assert graphs.sizes == [3] and len(graphs.alive) == 1
+    generate(sampler, make_batch(talkative, windows=(0,), cells=(1, 2, 3, 4)), max_tokens=2)
+    assert graphs.sizes == [3, 4] and len(graphs.alive) == 1, "a larger one takes the place of what has no room"
+    sampler.release()
+    assert len(graphs.alive) == 0
 
-    def begin_recorded(batch: DecodeBatch, *args: Any) -> None:
-        begin(batch, *args)
-        batch._recorded = RecordedStep(batch)
 
-    def spy(ids: Tensor, positions: Tensor, tree: DecodeBatch) -> Tensor:
-        sizes.append(len(ids))
-        return decode(ids, positions, tree)
+def test_what_the_last_batch_left_behind_is_not_read(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], graphs: Graphs
+) -> None:
+    """A value that is masked counts zero times, and zero times infinity is no number."""
+    sampler, cells = Sampler(talkative, "greedy"), make_cells(1)
+    expected = generate(sampler, cells)
+    assert sampler._recorded is not None
+    for buffer in sampler._recorded.memory.own_values:
+        buffer.fill_(torch.inf)
+    assert_same(generate(sampler, cells), expected)
+    assert len(graphs.sizes) == 1
 
-    patch.setattr(DecodeBatch, "__init__", begin_recorded)
-    patch.setattr(policy, "decode", spy)
+
+def test_weights_that_moved_are_recorded_anew(
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], graphs: Graphs
+) -> None:
+    """A graph reads weights where they lay; changed in place they are the weights that it reads."""
+    sampler, cells = Sampler(talkative, "greedy"), make_cells(1)
+    generate(sampler, cells)
+    talkative.rows.output.data.mul_(2)
+    generate(sampler, cells)
+    assert len(graphs.sizes) == 1
+    talkative.rows.input.data = talkative.rows.input.data.clone()
+    generate(sampler, cells)
+    assert len(graphs.sizes) == 2 and len(graphs.alive) == 1
+
+
+def test_a_learner_samples_with_one_graph_and_trains_with_none(
+    talkative: PolicyModel, make_batch: Callable[..., PolicyBatch], graphs: Graphs
+) -> None:
+    """A worker, which only samples, keeps it; what an evaluation recorded ends with the evaluation."""
+    rollouts = LocalRollouts(talkative, GRPOConfig(num_generations=2), seed=0)
+    for window in range(3):
+        rollouts.sample(window, make_batch(talkative, windows=(window,)), "")
+    assert graphs.sizes == [6] and len(graphs.alive) == 1
+    rollouts.versions = {"now": 0}
+    rollouts.generate(0, make_batch(talkative, windows=(0,)))
+    assert graphs.sizes == [6] and len(graphs.alive) == 0
+
+
+def test_a_sweep_over_many_windows_has_one_graph(
+    talkative: PolicyModel, store: GridStore, monkeypatch: pytest.MonkeyPatch, graphs: Graphs
+) -> None:
+    """Nine windows of 20 cells, four windows at a time, of which two decode at once."""
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 40)
+    city = CityWindows(talkative, store.windows("validation", 4, 3, channel="internet"))
+    validation_errors(talkative, city, np.arange(9), 4, "median")
+    assert graphs.sizes == [40] and len(graphs.alive) == 0
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_a_recorded_graph_writes_what_single_steps_write(
-    make_policy: Callable[..., PolicyModel], make_batch: Callable[..., PolicyBatch], monkeypatch: pytest.MonkeyPatch
+    make_policy: Callable[..., PolicyModel],
+    make_batch: Callable[..., PolicyBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    windows: int,
+    gradient_checkpointing: bool,
 ) -> None:
-    """In float32, where another batch size changes last digits only."""
+    """In float32, where another batch size changes last digits only; the policy is in training mode, as in a run."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    policy = make_policy().eval().requires_grad_(False).cuda()
-    cells = make_batch(policy, windows=(0,), cells=(1, 3, 7, 10, 18))
-    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 6)
-    recorded = complete(policy, cells, "greedy", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(RecordedStep, "__call__", lambda self, step: self._batch.run(step))
-        assert_same(recorded, complete(policy, cells, "greedy", 1))
+    policy = make_policy(gradient_checkpointing=gradient_checkpointing).cuda().train()
+    cells = make_batch(policy, windows=(0, 9, 31)[:windows], cells=(1, 3, 7, 10, 18))
+    monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 10)
+    sampler = Sampler(policy, "greedy", allow_eos=True)
+    recorded = [generate(sampler, cells) for _ in range(2)]
+    monkeypatch.delitem(RECORDINGS, "cuda")
+    expected = complete(policy, cells, "greedy", 1)
+    for completions in recorded:
+        assert_same(completions, expected)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -206,7 +326,7 @@ def test_no_shared_key_is_copied_for_a_sequence(
     made: list[tuple[int, int]] = []
     decode = talkative.decode
 
-    def spy(ids: Tensor, positions: Tensor, tree: DecodeBatch) -> Tensor:
+    def spy(ids: Tensor, positions: Tensor, tree: DecodeMemory) -> Tensor:
         with largest_made() as mode:
             hidden = decode(ids, positions, tree)
         made.append((len(ids), mode.elements))
@@ -233,7 +353,9 @@ def test_a_cells_keys_are_held_once_however_many_candidates_it_has(
         batch.admit()
         batch.feed(torch.full((10 * g,), talkative.first_numeral_id))
     held = {
-        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(vars(batch)) if x.ndim == 4
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in tensors_of(vars(batch.memory))
+        if x.ndim == 4
     }
     # Places of as many cells again, for those that are let in while a last candidate still runs.
     own_tokens, cell_tokens = 10 * g * MAX_TOKENS, 2 * 10 * t
@@ -242,7 +364,7 @@ def test_a_cells_keys_are_held_once_however_many_candidates_it_has(
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Of the batch's own attributes; the windows belong to the caller."""
+    """Of the memory's own attributes; the windows belong to the caller."""
     if isinstance(value, dict):
         return [x for key, item in value.items() if key not in ("prefix", "policy") for x in tensors_of(item)]
     if isinstance(value, (list, tuple)):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stdist.vision_llm.policy.adapters import train_only
 from stdist.vision_llm.policy.city_windows import PolicyBatch
@@ -127,6 +130,25 @@ def peak_bytes(policy: PolicyModel, tree: Tree, sizes: list[int]) -> int:
     return live.peak
 
 
+class Living(TorchDispatchMode):
+    """Bytes of what operations made that are alive at the same time, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and (storage := x.untyped_storage())._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return result
+
+
 @pytest.fixture(scope="module")
 def trained(make_policy: MakePolicy) -> PolicyModel:
     policy = make_policy()
@@ -224,6 +246,22 @@ def test_less_is_kept_with_checkpointing_and_of_a_frozen_backbone(
     # layer's worth of the rest comes back for a while.
     for level, full, recomputed in zip(tree.levels, counts["full"][1:], counts["recomputed"][1:], strict=True):
         assert recomputed > level.ids.shape[1] * (4 * (128 + 2 * 64) + 128) * 4 + full // 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_counting_keeps_nothing_of_what_it_counts(
+    make_policy: MakePolicy, make_batch: Callable[..., PolicyBatch], checkpointing: bool
+) -> None:
+    """A window without checkpointing is many times what checkpointing keeps, and outside of any budget."""
+    policy = make_policy(gradient_checkpointing=checkpointing)
+    train_only(policy, "full")
+    tree = window_cell_candidate(policy, make_batch(policy))
+    whole = make_policy()
+    train_only(whole, "full")
+    one_path = sum(activation_bytes(whole, tree))
+    with Living() as living:
+        activation_bytes(policy, tree)
+    assert living.peak < one_path / 3
 
 
 def test_sizes_share_the_budget_evenly_and_are_at_least_one(trained: PolicyModel, tree: Tree) -> None:

@@ -1,6 +1,7 @@
 """The plan against what it plans: real tiny policies, their trees, a real AdamW; and the 7B's published shape."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig
 
 from data_prep import READERS
 from stdist import cli
@@ -18,8 +18,9 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs.memory_plan import Weights, parse_memory
 from stdist.runs.plan import StagePlan
-from stdist.runs.recipes import parse_config
+from stdist.runs.recipes import load_config, parse_config
 from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.vision_llm import stage_costs
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.kernels.attention import MATH, Choice
@@ -49,6 +50,8 @@ from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
 HISTORY, HORIZON, MIB, GIB = 4, 3, 2**20, 2**30
 MEMORY = "40MiB"
+SEVEN_B, THREE_B = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"
+PROJECT = Path(__file__).resolve().parents[2]
 DEEPSPEED = {"engine": "deepspeed", "num_workers": 8}
 
 
@@ -70,31 +73,6 @@ def config(store: GridStore) -> Callable[..., VisionLLMConfig]:
         return parse_config(tree, "test")
 
     return make
-
-
-@pytest.fixture(scope="session")
-def seven_b(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the configuration of Qwen2.5-VL-7B and nothing else."""
-    folder = tmp_path_factory.mktemp("base") / "7b"
-    Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 3584,
-        },
-        tie_word_embeddings=False,
-    ).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -323,21 +301,42 @@ def test_activations_are_what_autograd_keeps(config, trainable, dtype, checkpoin
     assert plan.phases["training"]["activations"] == pytest.approx(sum(window_and_child), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_makes_no_temporary_of_what_trains(config, dtype, largest_made):
+    """AdamW's second step, which has its moments; clipping makes a norm of each tensor and their norm."""
+    run = config(stages=["sft"], sft={"trainable": "full"}, policy={"dtype": dtype})
+    policy = policy_at(run, "sft")
+    engine = TorchEngine(parameter_groups(policy, run.sft), cosine_schedule(1, 2), 1.0)
+    for _ in range(2):
+        for parameter in engine.parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        with largest_made() as made:
+            engine.step()
+    assert made.elements <= len(engine.parameters)
+    assert plan_stage(run, "sft").phases["update"]["temporaries"] == 0
+
+
+def test_zero_updates_from_float32_copies_of_a_ranks_gradients(config):
+    """The numerals' rows, the largest group that LoRA trains, in eight equal parts."""
+    plan = plan_stage(config(stages=["sft"], sft={"windows_per_step": 8}, learners=DEEPSPEED), "sft")
+    rows = next(w for w in plan.weights if w.kind == ROWS and w.trainable)
+    assert plan.phases["update"]["temporaries"] == 4 * rows.count / 8
+
+
 def test_temporaries_are_those_of_the_head_and_of_look_ups(config):
     """The dense gradients of the numerals' rows, as large as these, come beside the gradients that are there."""
     plan = plan_stage(config(stages=["sft"], sft={"activation_memory": 1e-6}), "sft")
     rows = next(w for w in plan.weights if w.kind == ROWS)
     assert plan.phases["training"]["temporaries"] > rows.bytes / 2
-    assert plan.phases["update"]["temporaries"] == pytest.approx(rows.bytes, rel=1e-3)
 
 
 # --- the 7B ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def weights_of_7b(seven_b) -> dict[str, Weights]:
+def weights_of_7b() -> dict[str, Weights]:
     spec = PolicySpec(
-        base=seven_b, dtype="bfloat16", setting=Setting(city="", channel="", cadence=10, history=4, horizon=3)
+        base=SEVEN_B, dtype="bfloat16", setting=Setting(city="", channel="", cadence=10, history=4, horizon=3)
     )
     policy = shape_policy(spec, (("sft", "lora"),))
     return {w.kind: w for w in policy_weights(policy, four_bit=True)}
@@ -352,6 +351,34 @@ def test_the_7b_is_counted_to_the_last_parameter(weights_of_7b):
     assert rows == 2 * 199_801 * 3584
     in_and_out = (3584 + 3584) + 2 * (3584 + 512) + (3584 + 3584) + 2 * (3584 + 18944) + (18944 + 3584)
     assert lora == 16 * 28 * in_and_out
+
+
+def test_the_3b_is_counted_to_the_last_parameter():
+    """3,754,622,976 is what its files hold: its head is its embedding."""
+    setting = Setting(city="", channel="", cadence=10, history=4, horizon=3)
+    policy = shape_policy(PolicySpec(base=THREE_B, dtype="bfloat16", setting=setting), (("sft", "rows"),))
+    counts = {w.kind: w.count for w in policy_weights(policy, four_bit=False)}
+    rows = counts.pop(ROWS)
+    counts.pop(LORA)
+    assert rows == 2 * 199_801 * 2048 and sum(counts.values()) == 3_754_622_976
+
+
+def test_a_published_base_asks_no_hub(monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(stage_costs.AutoConfig, "from_pretrained", refuse)
+    for name in (SEVEN_B, THREE_B):
+        assert stage_costs._base_config(name).model_type == "qwen2_5_vl"
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/milan*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_configuration_fits_the_device_that_its_header_names(path, monkeypatch, tmp_path):
+    """With a tenth of it free, on a grid of 100 x 100 cells where there is no store. Other recipes plan on a store."""
+    (named,) = re.findall(r"^# Device: .*?(\d+) GB\.", path.read_text(), re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    plan = plan_run(load_config(path, []), int(0.9 * int(named) * 10**9))
+    assert len(plan.verdicts) == 4 and all(line.endswith(", fits") for line in plan.verdicts), plan.verdicts
 
 
 def test_four_bits_are_the_decoders_alone(weights_of_7b):

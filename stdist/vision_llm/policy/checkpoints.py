@@ -38,6 +38,7 @@ from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings, initi
 from stdist.vision_llm.policy.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.quantised import keep_trainable, loading_options, refuse_unfrozen
 from stdist.vision_llm.policy.spec import PolicySpec
+from stdist.vision_llm.policy.tokenizer_files import load_text_tokenizer, save_full_tokenizer
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter"
@@ -97,7 +98,7 @@ def snapshot_policy(policy: PolicyModel) -> Callable[[Path], None]:
 
     def write(path: Path) -> None:
         (path / "policy.json").write_text(spec)
-        full_tokenizer(policy).save_pretrained(path)
+        save_full_tokenizer(policy.tokenizer, policy.vocabulary, path)
         policy.image_processor.save_pretrained(path)
         for part in parts:
             part(path)
@@ -134,17 +135,10 @@ def load_weights(policy: PolicyModel, path: Path) -> None:
     _overwrite(policy.rows.output.data, rows[HEAD], "numeral rows", path)
 
 
-def full_tokenizer(policy: PolicyModel) -> PreTrainedTokenizerBase:
-    """A copy of the text tokenizer that also knows every numeral, numeral i at ``first_numeral_id`` + i."""
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    tokenizer.add_tokens(policy.vocabulary.tokens())
-    return tokenizer
-
-
 def _empty_policy(spec: PolicySpec, path: Path) -> PolicyModel:
     """The policy of a checkpoint that carries its base, from the checkpoint's own files, its weights still to come."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
+    tokenizer = load_text_tokenizer(path, vocabulary)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.get_text_config().vocab_size = first_numeral_id(tokenizer, vocabulary)
     with torch.random.fork_rng(devices=[]):

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from stdist.evaluation import Chunk, ChunkGrid, ErrorState
 from stdist.evaluation.forecast_header import QUANTILES
+from stdist.training.inference import inference
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import ForecastConfig
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
@@ -50,7 +51,7 @@ def forecast_pieces(
             cells = city.cells[piece.cells]
             batch = city.batch_of(read, cells)
             if prefix is None:
-                with torch.no_grad():
+                with inference(policy):
                     prefix = policy.prefix(batch.shared, batch.grids)
             uniforms = None
             if decoding == "sample":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stdist.data.sampler import uniform
 from stdist.training.checkpoint import checksums
+from stdist.training.inference import inference
 from stdist.vision_llm.config import Drawing, GRPOConfig
 from stdist.vision_llm.policy.city_windows import PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
@@ -126,13 +127,17 @@ class LocalRollouts:
     def close(self) -> None:
         """Nothing is in flight."""
 
+    def release(self) -> None:
+        """Gives the memory back that is kept for more samples."""
+        self._sampler.release()
+
     def generate(self, step: int, batch: PolicyBatch) -> list[Candidates]:
         (name,) = self.versions
         candidates = self.sample(step, batch, name)
+        self.release()  # this process trains now
         self.metrics = {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return candidates
 
-    @torch.no_grad()
     def sample(self, step: int, batch: PolicyBatch, weights: str) -> list[Candidates]:
         """Candidates that say ``weights`` wrote them. Leaves the ``seconds`` of both phases: of the windows' prefixes
         (prefill), and of their cells' prompts and tokens (decode)."""
@@ -141,7 +146,8 @@ class LocalRollouts:
         tokens = max_tokens(policy, self._candidates)
         quantiles = uniforms(((self.seed, step, *key, g_) for key in keys for g_ in range(g)), tokens).to(policy.device)
         began = time.perf_counter()
-        prefix = policy.prefix(batch.shared, batch.grids)
+        with inference(policy):
+            prefix = policy.prefix(batch.shared, batch.grids)
         encoded = time.perf_counter()
         if self._candidates == "direct":
             completions = self._sampler.draw(prefix, batch.prompts, quantiles)

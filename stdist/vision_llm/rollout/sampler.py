@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from stdist.training.inference import inference
 from stdist.vision_llm.kernels.prefix import Prefix, parents_of
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.rollout.decode_batch import PREFILL_TOKENS, DecodeBatch
+from stdist.vision_llm.rollout.decode_batch import PREFILL_TOKENS, DecodeBatch, batch_sizes, most_cells
+from stdist.vision_llm.rollout.recorded_step import RECORDINGS, RecordedStep
 from stdist.vision_llm.tree.prefix_tree import slices
 
 # Logits are made for as many sequences at a time as keep them within this.
@@ -107,8 +109,8 @@ class Sampler:
         order = values.argsort()
         self._order = (torch.cat([order, order.new_tensor([len(values)])]) if allow_eos else order).to(policy.device)
         self._values = values.to(policy.device, torch.float32)
+        self._recorded: RecordedStep | None = None
 
-    @torch.no_grad()
     def generate(
         self,
         prefix: Prefix,
@@ -122,31 +124,58 @@ class Sampler:
         whatever is decoded beside it.
         """
         assert (uniforms is not None) == (self.decoding == "sample"), "samples, and only they, are drawn at uniforms"
-        policy, end = self.policy, len(self.policy.vocabulary)
-        shape = (len(prompts) * self.num_generations, max_tokens)
+        end, shape = len(self.policy.vocabulary), (len(prompts) * self.num_generations, max_tokens)
         quantiles = torch.full(shape, 0.5, device=prompts.device) if uniforms is None else uniforms
         answer_ids = prompts.new_full(shape, end)
         log_probs = torch.zeros(shape, device=prompts.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=prompts.device)
         head = self._head(prefix.last.dtype)
-        batch = DecodeBatch(policy, prefix, prompts, self.num_generations, max_tokens)
-        hidden = prefix.last[:0]
-        while len(batch) or batch.waiting:
-            hidden = torch.cat([hidden, batch.admit()])
-            at = batch.number, batch.step
-            drawn, drawn_log_probs = self._next_tokens(hidden, head, quantiles[at][:, None])
-            tokens = drawn[:, 0]
-            answer_ids[at], log_probs[at], mask[at] = tokens, drawn_log_probs[:, 0], True
-            stays = (tokens != end) & (batch.step + 1 < max_tokens)
-            ids = tokens[batch.keep(stays)] + policy.first_numeral_id
-            hidden = batch.feed(ids) if len(batch) else hidden[:0]
+        per_window = len(prompts) // prefix.sequences
+        with inference(self.policy):
+            for start, stop in self._windows_at_once(prefix, per_window, max_tokens):
+                batch = self._batch(
+                    prefix.part(start, stop), prompts[start * per_window : stop * per_window], max_tokens
+                )
+                first = start * per_window * self.num_generations
+                hidden = prefix.last[:0]
+                while len(batch) or batch.waiting:
+                    hidden = torch.cat([hidden, batch.admit()])
+                    at = batch.number + first, batch.step
+                    drawn, drawn_log_probs = self._next_tokens(hidden, head, quantiles[at][:, None])
+                    tokens = drawn[:, 0]
+                    answer_ids[at], log_probs[at], mask[at] = tokens, drawn_log_probs[:, 0], True
+                    stays = (tokens != end) & (batch.step + 1 < max_tokens)
+                    ids = tokens[batch.keep(stays)] + self.policy.first_numeral_id
+                    hidden = batch.feed(ids) if len(batch) else hidden[:0]
         longest = int(mask.sum(1).max())
         answer_ids, mask, log_probs = answer_ids[:, :longest], mask[:, :longest], log_probs[:, :longest]
         numeral = mask & (answer_ids != end)
         values = torch.where(numeral, self._values[answer_ids.clamp(max=end - 1)], 0.0)
         return Completions(answer_ids, mask, log_probs, values, numeral.sum(1))
 
-    @torch.no_grad()
+    def _windows_at_once(self, prefix: Prefix, cells_per_window: int, max_tokens: int) -> list[tuple[int, int]]:
+        """All windows; where steps are recorded, as many as decode at once, since a fixed step has room for all
+        sequences of each window that it reads."""
+        if prefix.last.device.type not in RECORDINGS:
+            return [(0, prefix.sequences)]
+        at_once = max(1, most_cells(self.policy, self.num_generations, max_tokens) // cells_per_window)
+        return slices(prefix.sequences, at_once, 1)
+
+    def _batch(self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], max_tokens: int) -> DecodeBatch:
+        """A batch on the one recorded step, made anew only where that one has no room."""
+        policy, g = self.policy, self.num_generations
+        if prefix.last.device.type in RECORDINGS:
+            sizes = batch_sizes(policy, prefix, prompts, g, max_tokens)
+            if self._recorded is None or not self._recorded.serves(policy, sizes):
+                self._recorded = None  # its memory is free before another is made
+                self._recorded = RecordedStep(policy, prefix, sizes)
+            self._recorded.begin(prefix)
+        return DecodeBatch(policy, prefix, prompts, g, max_tokens, self._recorded)
+
+    def release(self) -> None:
+        """Gives the memory back that is kept for more batches of the same sizes."""
+        self._recorded = None
+
     def draw(
         self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], uniforms: Float[Tensor, "sequences K"]
     ) -> Completions:
@@ -159,11 +188,12 @@ class Sampler:
         g, horizon, head = self.num_generations, uniforms.shape[1], self._head(prefix.last.dtype)
         answer_ids: list[Tensor] = []
         log_probs: list[Tensor] = []
-        for cells, states in self._states_behind_blanks(prefix, prompts):
-            of_cells = uniforms[cells.start * g : cells.stop * g].view(-1, g, horizon).transpose(1, 2)
-            drawn = self._next_tokens(states.flatten(0, 1), head, of_cells.flatten(0, 1))
-            for parts, x in zip((answer_ids, log_probs), drawn, strict=True):
-                parts.append(x.view(-1, horizon, g).transpose(1, 2).flatten(0, 1))
+        with inference(self.policy):
+            for cells, states in self._states_behind_blanks(prefix, prompts):
+                of_cells = uniforms[cells.start * g : cells.stop * g].view(-1, g, horizon).transpose(1, 2)
+                drawn = self._next_tokens(states.flatten(0, 1), head, of_cells.flatten(0, 1))
+                for parts, x in zip((answer_ids, log_probs), drawn, strict=True):
+                    parts.append(x.view(-1, horizon, g).transpose(1, 2).flatten(0, 1))
         ids = torch.cat(answer_ids)
         mask, lengths = torch.ones_like(ids, dtype=torch.bool), ids.new_full((len(ids),), horizon)
         return Completions(ids, mask, torch.cat(log_probs), self._values[ids], lengths)
@@ -204,7 +234,6 @@ class Sampler:
             return self._direct(prefix, prompts, horizon)[:, None]
         return self.generate(prefix, prompts, horizon, uniforms).values.view(len(prompts), -1, horizon)
 
-    @torch.no_grad()
     def _direct(self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], horizon: int) -> Float[Tensor, "cells K"]:
         """All steps in one pass: the mean of each step's distribution given the history alone, in units.
 
@@ -212,9 +241,10 @@ class Sampler:
         policies that learned to answer behind blanks (``sft.blank_share``).
         """
         means = []
-        for _, states in self._states_behind_blanks(prefix, prompts):
-            logits = head_logits(states.flatten(0, 1), self.policy.answer_head[:1])
-            means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
+        with inference(self.policy):
+            for _, states in self._states_behind_blanks(prefix, prompts):
+                logits = head_logits(states.flatten(0, 1), self.policy.answer_head[:1])
+                means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
         return torch.cat(means)
 
     def _states_behind_blanks(

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from stdist.runs.workers import Version, VersionError
+from stdist.training.inference import inference
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.city_windows import encode_windows
 from stdist.vision_llm.policy.model import PolicyModel
@@ -81,7 +82,6 @@ def unpack(policy: PolicyModel, version: Version) -> None:
         )
 
 
-@torch.no_grad()
 def probe(policy: PolicyModel) -> Float[np.ndarray, "numerals"]:
     """Log-probabilities of evenly spaced numerals behind one cell of a made-up window."""
     spec, count = policy.spec, len(policy.vocabulary)
@@ -92,8 +92,9 @@ def probe(policy: PolicyModel) -> Float[np.ndarray, "numerals"]:
     cell = np.array([[height // 2, width // 2]])
     origin = np.datetime64("2013-11-04T08:00")
     shared, grids, prompts = encode_windows(policy, history, [origin], cell, cell + spec.setting.first_cell)
-    hidden, _ = policy.branch(policy.prefix(shared, grids), prompts)
-    log_p = head_logits(hidden[:, -1], policy.answer_head[:1]).log_softmax(-1)[0]
+    with inference(policy):
+        hidden, _ = policy.branch(policy.prefix(shared, grids), prompts)
+        log_p = head_logits(hidden[:, -1], policy.answer_head[:1]).log_softmax(-1)[0]
     return log_p[torch.linspace(0, count - 1, PROBED).long()].double().cpu().numpy()
 
 

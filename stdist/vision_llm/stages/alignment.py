@@ -22,6 +22,7 @@ from stdist.numerals.alignment_tasks import (
     relative_error,
     transcription_batch,
 )
+from stdist.training.inference import inference
 from stdist.training.loop import Stage
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig
@@ -76,7 +77,6 @@ class AlignmentStage(Stage):
     def describe_batch(self, step: int) -> str:
         return f"examples {self._share.start} to {self._share.stop - 1} of step {step + 1} of seed {self.seed}"
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Exact matches and, where the answer is numerals, relative errors, on permutations of their own.
 
@@ -94,15 +94,16 @@ class AlignmentStage(Stage):
         for first in self.group.local_items(range(0, total, size)):
             chunk = examples[first : first + size]
             ids, is_target = tokenise(self.policy, chunk)
-            hidden, targets = _answers(self.policy, ids, is_target)
-            head = self.policy.full_head
-            loss += example_loss(hidden, head, targets, is_target).item() * len(chunk) / total
             right = torch.zeros_like(is_target[:, 1:])
-            right[is_target[:, 1:]] = argmax_tokens(hidden, head) == targets
+            best = torch.full_like(ids[:, 1:], -1)
+            with inference(self.policy):
+                hidden, targets = _answers(self.policy, ids, is_target)
+                head = self.policy.full_head
+                loss += example_loss(hidden, head, targets, is_target).item() * len(chunk) / total
+                right[is_target[:, 1:]] = argmax_tokens(hidden, head) == targets
+                best[is_target[:, 1:]] = argmax_tokens(hidden, [self.policy.rows.output])
             all_right = (right | ~is_target[:, 1:]).all(1)
             numeral = self.policy.first_numeral_id
-            best = torch.full_like(ids[:, 1:], -1)
-            best[is_target[:, 1:]] = argmax_tokens(hidden, [self.policy.rows.output])
             for i, example in enumerate(chunk):
                 exact[example.task].append(bool(all_right[i]))
                 if isinstance(example.answer[0], np.ndarray):

@@ -167,6 +167,7 @@ class GRPOStage(Stage):
             records = self._evaluator.sample(EVALUATION, batch, EVALUATED)
             completions = completions_of(records, EVALUATION, batch, (EVALUATED,), self.policy)
             rewards.append(self._reward(batch, completions).reward.cpu())
+        self._evaluator.release()
         return errors | {"reward": float(torch.cat(self.group.all_gather_object(torch.cat(rewards))).mean())}
 
     def describe_batch(self, step: int) -> str:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.policy.model import PolicyModel
@@ -49,7 +50,9 @@ def activation_bytes(policy: PolicyModel, tree: Tree) -> list[int]:
 
 
 def _kept(policy: PolicyModel, tree: Tree) -> list[int]:
-    seen: set[int] = set()
+    """What would be kept, and is not: a window of a 7B without checkpointing is some 8 GB."""
+    # Storages by their address, which is nobody else's while somebody refers to them, if only weakly.
+    seen: dict[int, StorageWeakRef] = {}
     total = 0
 
     # Sharded weights have their storage only while their module is at work: they are asked when one is met.
@@ -61,21 +64,20 @@ def _kept(policy: PolicyModel, tree: Tree) -> list[int]:
     def is_weight(storage: torch.UntypedStorage) -> bool:
         return storage._cdata in held or any(p.untyped_storage()._cdata == storage._cdata for p in sharded)
 
-    def pack(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
         nonlocal total
         storage = tensor.untyped_storage()
         if storage._cdata not in seen and not is_weight(storage):
-            seen.add(storage._cdata)
+            seen[storage._cdata] = StorageWeakRef(storage)
             total += storage.nbytes()
-        return tensor.detach()  # an output of its own operation would keep itself alive
 
     sums: list[int] = []
-    nodes: list[Prefix] = []  # kept, since freed memory could be counted as seen
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    nodes: list[Prefix] = []
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing):
         nodes.append(policy.prefix(tree.shared[:1], tree.grids[:1]))
         for level in (*tree.levels, None):
             for tensor in nodes[-1].tensors:  # a layer that is recomputed has not saved its keys and values
-                pack(tensor)
+                count(tensor)
             sums.append(total)
             if level:
                 nodes.append(policy.branch(nodes[-1], level.ids[:1])[1])

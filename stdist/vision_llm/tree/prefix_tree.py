@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stdist.training.inference import inference
 from stdist.vision_llm.kernels.prefix import Prefix, parents_of
 from stdist.vision_llm.policy.model import PolicyModel
 
@@ -65,10 +66,10 @@ def backward(
     return _Walk(policy, tree, loss, sizes, engine_backward).run()
 
 
-@torch.no_grad()
 def forward(policy: PolicyModel, tree: Tree, visit: Visit, sizes: Sequence[int]) -> None:
-    """Calls ``visit`` for every micro-batch of leaves, without gradients."""
-    _Walk(policy, tree, visit, sizes, None).run()
+    """Calls ``visit`` for every micro-batch of leaves, in evaluation mode and without gradients."""
+    with inference(policy):
+        _Walk(policy, tree, visit, sizes, None).run()
 
 
 def slices(count: int, size: int, *families: int) -> list[tuple[int, int]]:
