@@ -62,17 +62,16 @@ def prepare(
         out, sources = out.absolute(), [source.absolute() for source in sources or []]
         options = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items()}
     plan = READERS[reader].plan(sources or [], **options)
+    for remark in plan.said:
+        log(remark)
     with cluster(ray) as executor, progress_bar("prepare") as progress:
         summary = write_store(plan, out, workers, progress, executor)
     missing, absent = sum(summary.missing.values()), summary.absent_days
     line = f"{summary.path}: {summary.city}, {summary.cells} cells, {summary.frames} frames in {summary.runs} runs"
     if absent:
         line += f", {len(absent)} days absent ({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''})"
-    finish(
-        summary.as_dict(),
-        as_json,
-        f"{line}, {', '.join(summary.channels)}; {missing} values missing and imputed",
-    )
+    line += f", {', '.join(summary.channels)}; {missing} values missing and imputed"
+    finish(summary.as_dict() | {"said": [*plan.said]}, as_json, line)
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:
