@@ -78,8 +78,8 @@ def _reader_of_one_array(
     units: str,
     example: str,
 ) -> Callable[..., Plan]:
-    """A reader of one array (T, N, C), or (T, N), of consecutive time steps. key: the array, the only one where None. minutes: its
-    usual cadence. known_channels: names by their number. example: of a start."""
+    """A reader of one array (T, N, C), or (T, N), of consecutive time steps. key: the array, the only one where None.
+    minutes: its usual cadence. known_channels: names by their number. example: of a start."""
 
     @reader(name, facts)
     def plan(
@@ -95,8 +95,9 @@ def _reader_of_one_array(
     ) -> Plan:
         """Plan of one file.
 
-        array: its name in a file that holds several. channels: names in order, ``a,b``; the usual ones of their number by default. start: local ISO time of the
-        first frame, required. Raises InputError where a file or an option does not fit.
+        array: its name in a file that holds several. channels: names in order, ``a,b``; the usual ones of their number
+        by default. start: local ISO time of the first frame, required. Raises InputError where a file or an option does
+        not fit.
         """
         path = only_source(sources, name)
         values = array_file(path, array, "T, N", "T, N, C")

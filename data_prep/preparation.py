@@ -28,8 +28,8 @@ class Plan:
     recipe: what made the store, JSON. sources: raw files (or folders that are one data set), whose names,
     sizes and digests the store keeps. split: the store's default split; where None,
     ``stdist.data.spans.default_split`` of the days that hold data. read: yields the days of one part; a
-    top-level function, a ``functools.partial`` of one, or a method of a picklable object. said: how the sources were
-    read, for the user, where a reader had to choose.
+    top-level function, a ``functools.partial`` of one, or a method of a picklable object. read_as: how the sources
+    were understood, where a reader had to choose; said: what else the user should know of them.
     """
 
     spec: GridSpec | NodeSpec
@@ -38,6 +38,7 @@ class Plan:
     split: Split | None
     parts: list[Part]
     read: Callable[[Part], Iterator[Day]]
+    read_as: str = ""
     said: tuple[str, ...] = ()
 
 

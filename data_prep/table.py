@@ -43,7 +43,7 @@ from data_prep.preparation import Plan
 from data_prep.reader import reader
 from data_prep.steps import cadence_of, part_of, plan_of, slices_of_days, stamps_from, steps_of, whole_minutes
 from data_prep.table_arrays import array_piece, frame_piece, series_piece
-from data_prep.table_columns import Named, Roles, roles_of
+from data_prep.table_columns import Named, Roles, roles_of, shown
 from data_prep.table_grid import PlacedGrid
 from data_prep.table_parquet import SLICE_BYTES, Parquet
 from data_prep.table_reading import Piece, Source, described, read_long, read_turned, read_wide
@@ -130,8 +130,8 @@ def _plan(
         utc_offset = min(piece.offsets)
     offset = utc_offset_of(town, utc_offset)
     stamps, cadence = _stamps(piece, options, offset)
-    said = [*([read_as] if read_as else []), *piece.said, *([order] if order and piece.stamps is None else [])]
-    recipe: dict[str, Any] = {"reader": "table", "start": str(stamps[0]), "read_as": said}
+    said = [*piece.said, *([order] if order and piece.stamps is None else [])]
+    recipe: dict[str, Any] = {"reader": "table", "start": str(stamps[0]), "read_as": read_as, "said": said}
     channels = [*piece.rows]
     spec: GridSpec | NodeSpec
     columns: np.ndarray | None = None
@@ -151,7 +151,7 @@ def _plan(
         rows = {name: Slice(source, piece.order[a:b]) for name, source in piece.rows.items()}
         load = partial(_load, piece.label, rows, stamps[a:b], piece.ids, columns, spec.shape)
         parts.append(part_of(spec, steps[a:b], load, piece.label))
-    return replace(plan_of(spec, recipe, [*files, *about], parts), said=tuple(said))
+    return replace(plan_of(spec, recipe, [*files, *about], parts), read_as=read_as, said=tuple(said))
 
 
 def _stamps(piece: Piece, options: _Options, utc_offset: int) -> tuple[np.ndarray, int]:
@@ -207,7 +207,10 @@ def _piece(files: Sequence[Path], options: _Options) -> tuple[Piece, str]:
     if pieces:
         if options.start is not None and pieces[0].stamps is not None:
             raise InputError(f"{pieces[0].label} has stamps of its own; leave --start out")
-        return _joined(pieces), ""
+        joined = _joined(pieces)
+        every = f", every {joined.cadence} minutes" if joined.cadence else ""
+        places = f"{len(joined.ids)} places {shown(joined.ids, 3)}"
+        return joined, f"read as: {joined.steps} steps{every}, {places}, channels {', '.join(joined.rows)}"
     roles = [roles_of(table, named, options.start is not None) for table in tables]
     roles = _one_layout(tables, roles, named)
     layout, zoned = roles[0].layout, {role.time.zoned for role in roles if role.time}
@@ -318,7 +321,7 @@ def _load(
             value = values[row, column]
             number = f"{float(value):g}"
             raise InputError(
-                f"{label}: {channel} is {float(value)} at {stamps[row]}, place {ids[column]} ({int(wrong.sum())} such "
+                f"{label}: {channel} is {number} at {stamps[row]}, place {ids[column]} ({int(wrong.sum())} such "
                 f"values in these days); traffic is finite and not negative: give --missing {number} where it means "
                 "missing, --values to choose other columns"
             )

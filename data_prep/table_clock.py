@@ -61,7 +61,9 @@ def _column(sample: pl.DataFrame, name: str, format: str | None) -> TimeColumns 
     if whole is not None:
         unit = epoch_unit(whole)
         steps = np.diff(whole)
-        runs = len(steps) > 1 and bool((steps >= 0).all()) and len({*steps[steps > 0].tolist()}) == 1
+        rising = {*steps[steps > 0].tolist()} if (steps >= 0).all() else {0, 1}
+        # So large a number is hardly a count, even where the first rows share it.
+        runs = len(steps) > 1 and (len(rising) == 1 or (not rising and unit != "s"))
         if unit and (plain(name) in TIMES or "time" in plain(name) or runs):
             return TimeColumns((name,), "epoch", unit=unit, zoned=True)
         if column.dtype != pl.String and plain(name) not in TIMES:

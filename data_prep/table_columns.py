@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from data_prep.table_clock import clock_of
-from data_prep.table_sniff import BLANKS, is_number
+from data_prep.table_sniff import is_number, is_time
 from data_prep.table_times import TimeColumns, epoch_unit, fitting, pairs, plain, sample_of, whole_numbers
 from stdist.errors import InputError
 
@@ -31,6 +31,8 @@ CALENDAR = (
 )
 DEGREES = ("lat", "latitude", "lon", "lng", "long", "longitude", "elevation", "altitude")
 TOTALS = ("total", "sum", "totals", "mean", "average", "all")
+MANIFOLD = 1.5
+"""Rows a stamp from which on rows are of several places."""
 MANY = 8
 """More columns of values than this beside a column of text: the table may be wide."""
 
@@ -90,7 +92,7 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
         return turned
     free = [name for name in table.names if not (time and name in time.columns) and name != place]
     numeric = [name for name in free if is_numeric(table.sample[name])]
-    text = [name for name in free if name not in numeric]
+    text = [name for name in free if name not in numeric and not _is_time(table.sample[name])]
     values = [name for name in numeric if not _is_no_measurement(table, name, time is not None)]
     if place is None and named.layout != "wide":
         place = _place(table, time, values, text, asked, named.layout)
@@ -103,7 +105,7 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
         if time is None:
             raise InputError(f"{table.label} has no column of time beside the places in {place!r}; name it with --time")
         if not asked:
-            values = [name for name in values if plain(name) not in DEGREES and plain(name) not in PLACES[:22]]
+            values = [name for name in values if plain(name) not in (*DEGREES, *PLACES)]
     if not values:
         raise InputError(f"{table.label} has no column of values; it has {', '.join(map(repr, table.names[:12]))}")
     layout = named.layout or ("long" if place else _layout(table, time, values, text, asked))
@@ -112,14 +114,19 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
     if layout == "wide" and not asked:
         values = _without_total(table, values)
     used = {*values, place, *(time.columns if time else ())}
-    return Roles(layout, time, place, tuple(values), tuple(n or "(no name)" for n in table.names if n not in used))
+    return Roles(layout, time, place, tuple(values), tuple(name for name in table.names if name not in used))
 
 
 def is_numeric(column: pl.Series) -> bool:
-    """True where what a sample holds are numbers, or nothing."""
+    """True where what a sample holds are mostly numbers, or nothing: reading names what is none among them."""
     if column.dtype == pl.String:
-        return all(is_number(field.strip()) for field in column.drop_nulls().to_list() if field.strip() not in BLANKS)
+        fields = [field.strip() for field in column.drop_nulls().to_list()]
+        return 2 * sum(not is_number(field) for field in fields) <= len(fields)
     return column.dtype.is_numeric() or column.dtype == pl.Null
+
+
+def _is_time(column: pl.Series) -> bool:
+    return column.dtype.is_temporal() or (column.dtype == pl.String and is_time(sample_of(column).to_list()))
 
 
 def _is_no_measurement(table: Table, name: str, timed: bool) -> bool:
@@ -185,8 +192,9 @@ def _counts_rows(table: Table, name: str) -> bool:
 
 
 def _stamps_repeat(table: Table, time: TimeColumns) -> bool:
+    """True where rows share their stamps as those of places do, not now and then as repeated rows do."""
     columns = table.sample.select(time.columns).drop_nulls()
-    return columns.n_unique() < len(columns)
+    return len(columns) > MANIFOLD * columns.n_unique()
 
 
 def _layout(table: Table, time: TimeColumns | None, values: list[str], text: list[str], asked: list[str]) -> str:
@@ -237,7 +245,7 @@ def _turned(table: Table, place: str | None) -> Roles | None:
     place = place or next(iter([*usual, *(n for n in others if not is_numeric(table.sample[n])), *others]), None)
     if place is None:
         raise InputError(f"{table.label}: columns are times, and no column names the places; add one")
-    left_out = tuple(name or "(no name)" for name in others if name != place)
+    left_out = tuple(name for name in others if name != place)
     return Roles("turned", TimeColumns((names[0],), "text", formats), place, tuple(names), left_out)
 
 
@@ -260,5 +268,5 @@ def _one(table: Table, option: str, name: str | None) -> str | None:
 
 def shown(names: Sequence[str], most: int = 4) -> str:
     """Names for people, the first ones of many."""
-    quoted = [f"`{name}`" for name in names[:most]]
+    quoted = [f"`{name}`" if name else "(no name)" for name in names[:most]]
     return ", ".join([*quoted, f"… ({len(names)})"] if len(names) > most else quoted)

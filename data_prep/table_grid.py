@@ -56,7 +56,7 @@ class PlacedGrid(GridPlace):
     def _shape(self, path: Path | str, places: int) -> tuple[int, int]:
         """(H, W); InputError where the places are too many, or too few to be told."""
         height, width = self.height, self.width
-        if min(height or 1, width or 1) < 1:
+        if any(side is not None and side < 1 for side in (height, width)):
             raise InputError(f"a grid of {height} x {width} has no cell; check --height and --width")
         if height is None and width is None:
             height = width = isqrt(places)
@@ -72,7 +72,8 @@ class PlacedGrid(GridPlace):
         numbers = ids_of([*names])
         if numbers.dtype.kind == "i":
             position = {number: place for place, number in enumerate(numbers.tolist())}
-            for expected in (ids.tolist(), list(range(len(ids)))):
+            counted = len(names) != len(ids) and sorted(position) == list(range(len(names)))
+            for expected in (ids.tolist(), [] if counted else list(range(len(ids)))):
                 if set(position) <= set(expected):
                     return np.array([position.get(number, -1) for number in expected])
         if len(names) != len(ids):

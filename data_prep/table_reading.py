@@ -18,6 +18,7 @@ from data_prep.table_values import Held, Measure, Records, Rows, dense, in_order
 from stdist.errors import InputError
 
 LISTED = 3
+MERGED = {"refuse": "merged", "sum": "added", "mean": "averaged"}
 
 
 class Source(Protocol):
@@ -108,7 +109,9 @@ class Stamps:
                 f"{self.label}, line {line}: {text[:40]!r} is no time as the others, such as {stamps[0]}; "
                 "fill it or drop the row"
             )
-        said = [f"{len(bad)} rows without a time at the end left out ({self._wrong[-1][1][:30]!r})"] if len(bad) else []
+        said = (
+            [f"rows left out at the end, without a time: {len(bad)} ({self._wrong[-1][1][:30]!r})"] if len(bad) else []
+        )
         return read[format], there, format, said
 
 
@@ -125,16 +128,21 @@ def read_wide(table: Source, roles: Roles, channel: str, measure: Measure) -> Pi
     steps = sum(map(len, blocks))
     if not steps:
         raise InputError(f"{table.label} holds no row{' below its header' if table.header else ''}; give data")
-    ids, rows = list(roles.values), dict[str, Rows]({channel: Held(blocks)})
+    ids, rows = _ids(table, roles), dict[str, Rows]({channel: Held(blocks)})
     if stamps is None:
         return Piece(table.label, None, steps, ids, rows, np.arange(steps))
     read, there, format, said = stamps.finish(np.concatenate([np.isnan(block).all(axis=1) for block in blocks]))
     if not there.all():
         rows = {channel: Held([Held(blocks).take(np.flatnonzero(there))])}
     read, order, again = in_order(table.label, read[there], rows, ids)
-    said += [f"{again} rows that repeat others merged"] if again else []
+    said += [f"rows merged that repeat others: {again}"] if again else []
     zoned = roles.time.zoned if roles.time else False
-    return Piece(table.label, read, len(read), ids, rows, order, zoned, frozenset(stamps.offsets), format, said)
+    return Piece(table.label, read, len(read), ids, rows, order, zoned, frozenset(stamps.offsets), format, said=said)
+
+
+def _ids(table: Source, roles: Roles) -> list[str]:
+    """Columns without names are counted, from 0."""
+    return list(roles.values) if table.header else list(map(str, range(len(roles.values))))
 
 
 def _left_on_disk(table: Parquet, roles: Roles, channel: str, measure: Measure) -> Piece | None:
@@ -143,7 +151,7 @@ def _left_on_disk(table: Parquet, roles: Roles, channel: str, measure: Measure) 
         raise InputError(f"{table.label} holds no row; give a file that holds data")
     order, rows = np.arange(table.rows), {channel: ParquetRows(table.path, roles.values, measure)}
     if roles.time is None:
-        return Piece(table.label, None, table.rows, list(roles.values), {**rows}, order)
+        return Piece(table.label, None, table.rows, _ids(table, roles), {**rows}, order)
     stamps = Stamps(table.label, roles.time)
     for lines, frame in table.blocks((), roles.time.columns):
         stamps.add(lines, frame)
@@ -177,7 +185,7 @@ def read_turned(table: Source, roles: Roles, channel: str, measure: Measure) -> 
                 raise InputError(f"{table.label}: place {name!r} has two rows that differ; give each place once")
             kept[name] = merged
         values = np.stack(list(kept.values()), axis=1)
-        said.append(f"{len(names) - len(places)} rows that repeat others merged")
+        said.append(f"rows merged that repeat others: {len(names) - len(places)}")
     header = cleaned(pl.Series(list(roles.values)))
     readings = [(format, parse(header, format).to_numpy().astype("datetime64[us]")) for format in roles.time.formats]
     format, stamps = chosen_reading(table.label, readings, "header")
@@ -215,14 +223,14 @@ def read_long(
     del parts
     records, dropped = _on_the_grid(records)
     if dropped:
-        said.append(f"{dropped} rows without a value, off the grid of the other stamps, left out")
+        said.append(f"rows left out without a value, off the grid of the other stamps: {dropped}")
     names = list(position)
     if all(name.endswith(".0") and name[:-2].isdigit() for name in names):
         names = [name[:-2] for name in names]
     axis = np.unique(records.stamps)
     values, again = dense(records, axis, names, duplicates)
     if again:
-        said.append(f"{again} rows that repeat others {'merged' if duplicates == 'refuse' else duplicates + ' taken'}")
+        said.append(f"rows {MERGED[duplicates]} that repeat others: {again}")
     order = np.argsort(
         np.array(names, dtype=object) if not all(map(str.isdigit, names)) else np.array([*map(int, names)], object),
         kind="stable",
@@ -230,7 +238,9 @@ def read_long(
     held = dict[str, Rows]({channel: Held([grid[:, order]]) for channel, grid in values.items()})
     zoned = bool(roles[0].time and roles[0].time.zoned)
     ids = [names[number] for number in order]
-    return Piece(label, axis, len(axis), ids, held, np.arange(len(axis)), zoned, frozenset(offsets), formats[0], said)
+    return Piece(
+        label, axis, len(axis), ids, held, np.arange(len(axis)), zoned, frozenset(offsets), formats[0], said=said
+    )
 
 
 def _records(

@@ -4,8 +4,9 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
-from data_prep.table_times import formats_of
+from data_prep.table_times import few_of, formats_of
 from stdist.errors import InputError
 
 BLANKS = [
@@ -16,6 +17,8 @@ BLANKS = [
 SEPARATORS = ",;\t|"
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
 GROUPED = re.compile(r"[+-]?\d{1,3}([.,' \u00a0\u202f]\d{3})+([.,]\d+)?")
+CHANCE = 1e-3
+"""At less than this a row of values would hold whole numbers alone."""
 ALIKE = 0.1
 """Share of rows that must be as orderly as a first row of whole numbers for it to be one of them."""
 
@@ -79,7 +82,8 @@ def is_header(label: str, rows: list[list[str]]) -> bool:
     if not all(field.isdigit() for field in numbers) or len(set(numbers)) < len(numbers):
         return False
     body = [field for row in below for field in row if field not in BLANKS]
-    if sum("." in field or "," in field or "e" in field.lower() for field in body) > len(body) / 2:
+    share = sum("." in field or "," in field or "e" in field.lower() for field in body) / max(1, len(body))
+    if (1 - share) ** len(numbers) < CHANCE:
         # Whole numbers above fractions: ids, as sensors have them.
         return True
     blank = [column for column, field in zip(columns, first, strict=True) if field in BLANKS]
@@ -97,27 +101,35 @@ def is_header(label: str, rows: list[list[str]]) -> bool:
 def is_time(column: Sequence[str]) -> bool:
     """True where all first fields of a column are stamps."""
     fields = [field for field in column[:20] if field not in BLANKS]
-    return bool(fields) and all(map(formats_of, fields))
+    return bool(fields) and sum(not formats_of(field) for field in fields) <= few_of(len(fields))
 
 
 def _is_alike(first: list[float], below: list[list[str]]) -> bool:
     """True where a first row of whole numbers, all different, is like the rows below: within their bounds, and they
-    too are often without a repetition, and in rising order where it is."""
+    too are often without a repetition, and in rising order, or counted by ones, where it is."""
     rows = [[float(f.replace(",", ".")) for f in row if NUMBER.fullmatch(f)] for row in below]
     rows = [row for row in rows if row]
     if not rows:
         return False
     low, high = min(map(min, rows)), max(map(max, rows))
-    kin = [row for row in rows if len(set(row)) == len(row) and (row == sorted(row) or first != sorted(first))]
-    return all(low <= value <= high for value in first) and len(kin) >= ALIKE * len(rows)
+    kin = [row for row in rows if len({*row}) == len(row) and (row == sorted(row) or first != sorted(first))]
+    share = ALIKE
+    if len(first) > 2 and _counts(first):
+        kin, share = [row for row in rows if _counts(row)], 0.5
+    return all(low <= value <= high for value in first) and len(kin) >= share * len(rows)
+
+
+def _counts(row: list[float]) -> bool:
+    return all(after == before + 1 for before, after in pairwise(row))
 
 
 def is_number(field: str) -> bool:
     return bool(NUMBER.fullmatch(field) or GROUPED.fullmatch(field))
 
 
-def marks_of(label: str, rows: Sequence[Sequence[str]], decimal: str | None) -> tuple[str, str]:
-    """The decimal mark, and the marks of thousands. InputError naming --decimal where a comma may be either."""
+def marks_of(label: str, rows: Sequence[Sequence[str]], separator: str, decimal: str | None) -> tuple[str, str]:
+    """The decimal mark, and the marks of thousands. InputError naming --decimal where a comma may be either: between
+    commas, quoted ones before three digits are marks of thousands."""
     if decimal not in (None, ",", "."):
         raise InputError(f"--decimal {decimal!r} is neither , nor .; give one of the two")
     fields = [field for row in rows for field in row if not field.isalnum() and is_number(field)]
@@ -125,7 +137,10 @@ def marks_of(label: str, rows: Sequence[Sequence[str]], decimal: str | None) -> 
     blanks = "".join({mark for field in fields for mark in "' \u00a0\u202f" if mark in field})
     if decimal is None:
         decimal = "." if not commas or _groups_by_comma(commas, dots) else ","
-        if decimal == "," and not dots and all(re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", field) for field in commas):
+        grouped = all(re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", field) for field in commas)
+        if decimal == "," and grouped and separator == ",":
+            decimal = "."
+        elif decimal == "," and grouped and not dots:
             either = commas[0].replace(",", ""), commas[0].replace(",", ".")
             raise InputError(
                 f"{label}: {commas[0]!r} may be {either[0]} or {either[1]}; say --decimal . or --decimal ,"

@@ -135,10 +135,14 @@ class Text:
             if schema[name] != pl.Float64:
                 columns.append(text.set(blank, None).alias(name))
                 continue
-            plain = text.str.replace_all(f"[{re.escape(self.thousands)}]", "") if self.thousands else text
+            plain, odd = text, pl.Series([False]).new_from_index(0, len(text))
+            if self.thousands:
+                mark = f"[{re.escape(self.thousands)}]"
+                odd = text.str.contains(mark) & ~text.str.contains(rf"^[+-]?\d{{1,3}}({mark}\d{{3}})+(\D\d+)?$")
+                plain = text.str.replace_all(mark, "")
             plain = plain.str.replace(",", ".", literal=True) if self.decimal == "," else plain
             numbers = plain.cast(pl.Float64, strict=False)
-            wrong = ~blank & (numbers.is_null() | ~numbers.is_finite())
+            wrong = ~blank & (odd | numbers.is_null() | ~numbers.is_finite())
             if wrong.any():
                 row = int(wrong.arg_max() or 0)
                 said = f"column {name!r}" if self.header else f"column {column}"
@@ -264,7 +268,12 @@ def _behind_record(block: bytes) -> bytes:
 
 
 def _sniffed(table: Text, header: bool | None, decimal: str | None) -> Text:
-    text = next(_blocks(table), b"")[:HEAD].decode(errors="ignore")
+    head = b""
+    for block in _blocks(table):
+        head += block
+        if len(head) >= HEAD or head.count(b"\n") > 2 * SAMPLED:
+            break
+    text = head[:HEAD].decode(errors="ignore")
     lines = text.split("\n")[:-1] or [text]
     plain = [line for line in lines if not line.startswith("#")]
     if not any(line.strip() for line in plain):
@@ -278,7 +287,7 @@ def _sniffed(table: Text, header: bool | None, decimal: str | None) -> Text:
     rows = [[field.strip() for field in row] for row in rows]
     titled = is_header(table.label, rows) if header is None else header
     body = tuple(map(tuple, rows[1:] if titled else rows))
-    decimal, thousands = marks_of(table.label, body, decimal)
+    decimal, thousands = marks_of(table.label, body, separator, decimal)
     names = _named(table, rows[0]) if titled else tuple(f"column_{n}" for n in range(1, len(rows[0]) + 1))
     comments = len(plain) < len(lines)
     return replace(

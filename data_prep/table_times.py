@@ -101,13 +101,17 @@ def offsets_in(text: pl.Series) -> set[int]:
 
 
 def fitting(sample: pl.Series) -> tuple[str, ...]:
-    """Formats that every stamp of a sample, text without nulls, is written in."""
+    """Formats that the stamps of a sample, text without nulls, are written in, but few: reading names those."""
     text = cleaned(sample)
     if not len(text):
         return ()
-    longest = text[int(text.str.len_chars().arg_max() or 0)]
-    candidates = dict.fromkeys([*formats_of(text[0]), *formats_of(longest)])
-    return tuple(format for format in candidates if parse(text, format).null_count() == 0)
+    candidates = dict.fromkeys([*formats_of(text[0]), *formats_of(text[text.str.len_chars().arg_max() or 0])])
+    return tuple(format for format in candidates if parse(text, format).null_count() <= few_of(len(text)))
+
+
+def few_of(fields: int) -> int:
+    """Fields of a column that may be otherwise than its others: a summary at the end, a slip."""
+    return max(int(fields >= 3), fields // 10)
 
 
 def epoch_unit(sample: np.ndarray) -> str | None:
@@ -189,9 +193,13 @@ def chosen_reading(path: Path | str, readings: Sequence[tuple[str, np.ndarray]],
         return steady[0]
     formats = " or ".join(f"--time-format '{format}'" for format, _ in readings)
     raise InputError(
-        f"{path}: column {column!r} may have the day or the month first, as {readings[0][1][0]} or "
-        f"{readings[1][1][0]}; give {formats}"
+        f"{path}: column {column!r} may have the day or the month first, as {_shown(readings[0][1])} or "
+        f"{_shown(readings[1][1])}; give {formats}"
     )
+
+
+def _shown(stamps: np.ndarray) -> str:
+    return str(stamps[0].astype("datetime64[m]")).replace("T", " ")
 
 
 def _is_steady(stamps: np.ndarray) -> bool:
@@ -219,7 +227,8 @@ def whole_numbers(column: pl.Series) -> np.ndarray | None:
             return None
     else:
         return None
-    return values.cast(pl.Int64, strict=False).to_numpy() if len(values) and not values.null_count() else None
+    values = values.cast(pl.Int64, strict=False)
+    return values.to_numpy() if len(values) and not values.null_count() else None
 
 
 def pairs(names: Sequence[str], usual: Sequence[str]) -> Iterator[str]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from stdist.errors import InputError
 
-FLOOR = np.iinfo(np.int64).min
+ONCE = "give each time once; --place names the column of places of a long table"
+PLACED = "give each place and time once, name the column of places with --place, or say --duplicates sum or mean"
 
 
 class Rows(Protocol):
@@ -119,7 +120,7 @@ def in_order(
             merged = merge(kept, again)
             if merged is None:
                 place = int(np.flatnonzero(~np.isnan(kept) & ~np.isnan(again) & (kept != again))[0])
-                raise conflict(label, ranked[row], places[place], channel, kept[place], again[place])
+                raise conflict(label, ranked[row], places[place], channel, kept[place], again[place], ONCE)
             if not np.array_equal(merged, kept, equal_nan=True):
                 _set(source, int(order[owner[row]]), merged)
     return ranked[first], order[first], int((~first).sum())
@@ -141,16 +142,14 @@ def _set(rows: Rows, row: int, values: np.ndarray) -> None:
         row -= len(block)
 
 
-def conflict(label: str, stamp: np.datetime64, place: str, channel: str, one: float, other: float) -> InputError:
-    night = clock_change(stamp)
+def conflict(
+    label: str, stamp: np.datetime64, place: str, channel: str, one: float, other: float, advice: str
+) -> InputError:
+    if clock_change(stamp):
+        advice = "it may be the hour that clocks repeat when summer time ends: give stamps in UTC or with their offset"
+    values = f"{channel} of {place}: {one:g} and {other:g}"
     return InputError(
-        f"{label}: {stamp.astype('datetime64[s]')} occurs twice with different values ({channel} of {place}: {one:g} "
-        f"and {other:g}); "
-        + (
-            "it is the hour that clocks repeat when summer time ends: give stamps in UTC or with their offset"
-            if night
-            else "give each place and time once, or say --duplicates sum or mean"
-        )
+        f"{label}: {stamp.astype('datetime64[s]')} occurs twice with different values ({values}); {advice}"
     )
 
 
@@ -202,7 +201,7 @@ def dense(
             for row in _differing(grid, where, values, again):
                 if not np.isnan(grid[where[row]]):
                     stamp, place = records.stamps[row], places[records.places[row]]
-                    raise conflict(records.label, stamp, place, channel, grid[where[row]], values[row])
+                    raise conflict(records.label, stamp, place, channel, grid[where[row]], values[row], PLACED)
                 grid[where[row]] = values[row]
         filled[channel] = grid.reshape(len(axis), count)
     return filled, len(again)
@@ -235,6 +234,6 @@ def union(
             both = ~np.isnan(values) & ~np.isnan(there) & (values != there)
             if both.any():
                 row, column = np.argwhere(both)[0]
-                raise conflict(label, stamps[row], ids[column], channel, there[row, column], values[row, column])
+                raise conflict(label, stamps[row], ids[column], channel, there[row, column], values[row, column], ONCE)
             out[channel][np.ix_(steps, columns)] = np.where(np.isnan(there), values, there)
     return axis, list(position), out

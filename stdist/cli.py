@@ -62,8 +62,8 @@ def prepare(
         out, sources = out.absolute(), [source.absolute() for source in sources or []]
         options = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items()}
     plan = READERS[reader].plan(sources or [], **options)
-    for remark in plan.said:
-        log(remark)
+    if plan.read_as:
+        log(plan.read_as)
     with cluster(ray) as executor, progress_bar("prepare") as progress:
         summary = write_store(plan, out, workers, progress, executor)
     missing, absent = sum(summary.missing.values()), summary.absent_days
@@ -71,7 +71,8 @@ def prepare(
     if absent:
         line += f", {len(absent)} days absent ({', '.join(absent[:3])}{', …' if len(absent) > 3 else ''})"
     line += f", {', '.join(summary.channels)}; {missing} values missing and imputed"
-    finish(summary.as_dict() | {"said": [*plan.said]}, as_json, line)
+    said = {"read_as": plan.read_as, "said": [*plan.said]}
+    finish(summary.as_dict() | said, as_json, "; ".join([line, *plan.said]))
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:

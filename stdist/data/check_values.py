@@ -11,6 +11,7 @@ import numpy as np
 from stdist.data.check_report import CheckReport, Severity, listed
 from stdist.data.imputation import interpolate
 from stdist.data.parts import Tile
+from stdist.data.rhythm import rhythm_of
 from stdist.data.schema import CHUNK, observed_name, tiles_of, true_segments
 from stdist.data.statistics import StatisticsState
 from stdist.data.store import GridStore
@@ -56,7 +57,8 @@ def _strips(tile: Tile) -> Iterator[Tile]:
 
 @dataclass
 class _Channel:
-    """Counts and extremes of a channel so far. Counts are by cell, int64 [H, W] or [N]."""
+    """Counts and extremes of a channel so far. Counts are by cell, int64 [H, W] or [N]; ``sums`` and ``counts_of`` of
+    measured values by time step, float64 [T]."""
 
     store: GridStore
     channel: str
@@ -66,6 +68,8 @@ class _Channel:
     zeros: np.ndarray = field(init=False)
     lowest: float = np.inf
     highest: float = -np.inf
+    sums: np.ndarray = field(init=False)
+    counts_of: np.ndarray = field(init=False)
     counts: Counter[tuple[Severity, str]] = field(default_factory=Counter)
     first: dict[tuple[Severity, str], str] = field(default_factory=dict)
 
@@ -73,6 +77,7 @@ class _Channel:
         self.state = StatisticsState(self.store.shape)
         self.expected, self.seen, self.zeros = np.zeros((3, *self.store.shape), np.int64)
         self._train = self.store.default_split.train
+        self.sums, self.counts_of = np.zeros((2, len(self.store.present)))
 
     def day(self, day: int, tile: Tile, part: StatisticsState) -> None:
         """Look at one day of a tile; ``part`` takes in what of it lies in the training span."""
@@ -93,6 +98,9 @@ class _Channel:
         self.expected[tile] += (present & inside & exists).sum(axis=0)
         self.seen[tile] += (measured & inside & exists).sum(axis=0)
         self.zeros[tile] += (measured & (values == 0)).sum(axis=0)
+        steps, of_cells = slice(start, start + store.slots_per_day), tuple(range(1, measured.ndim))
+        self.sums[steps] += np.where(measured & inside, values, 0).sum(axis=of_cells, dtype=np.float64)
+        self.counts_of[steps] += (measured & inside).sum(axis=of_cells)
         if measured.any():
             self.lowest = min(self.lowest, float(values[measured].min()))
             self.highest = max(self.highest, float(values[measured].max()))
@@ -143,9 +151,25 @@ class _Channel:
             "zero_share": zeros / max(1, int(self.seen.sum())),
             "lowest": self.lowest if np.isfinite(self.lowest) else None,
             "highest": self.highest if np.isfinite(self.highest) else None,
+            **self._rhythm(report),
             "cells": {what: int(cells.sum()) for what, cells in groups.items()},
             "worst_cells": {str(i): float(s) for i, s in zip(worst_ids, shares, strict=True) if s > 0},
         }
+
+    def _rhythm(self, report: CheckReport) -> dict[str, Any]:
+        """The period and the hours of peak and trough; a warning where the period is neither a day nor a week."""
+        seen = self.counts_of > 0
+        means = np.divide(self.sums, self.counts_of, out=np.full(len(self.sums), np.nan), where=seen)
+        rhythm = rhythm_of(means, self.store.slots_per_day)
+        if rhythm is None:
+            return {}
+        told = rhythm.as_dict()
+        if not rhythm.is_of_days:
+            what = (
+                f"values repeat after {told['period_hours']:g} hours, neither a day nor a week: is the cadence right?"
+            )
+            report.add("warning", what, self.channel)
+        return told
 
     def _statistics(self, report: CheckReport) -> None:
         stored = self.store.attributes["train_statistics"].get(self.channel)

@@ -62,14 +62,14 @@ def test_an_unknown_reader(refused, tmp_path):
 
 def test_an_option_the_reader_does_not_take(refused, csv_command):
     line = refused(*csv_command("city"), "--days", "3")
-    assert line.startswith("No such option: --days") and line.endswith("prepare wide-csv --help`")
+    assert line.startswith("No such option: --days") and line.endswith("prepare table --help`")
     line = refused("prepare", "synthetic", "--out", "a.zarr", "--id-width", "100")
     assert line.startswith("No such option: --id-width")
 
 
 def test_options_that_are_no_numbers_or_lacking(refused, csv_command):
     line = refused(*csv_command("city"), "--width", "many")
-    assert line.startswith("Invalid value for '--width'") and line.endswith("prepare wide-csv --help`")
+    assert line.startswith("Invalid value for '--width'") and line.endswith("prepare table --help`")
     line = refused("prepare", "synthetic")
     assert line.startswith("Missing option '--out'")
 
@@ -103,7 +103,7 @@ def test_a_store_is_never_overwritten(stdist, refused, csv_command):
 
 
 def test_a_source_that_is_not_there(refused, tmp_path):
-    line = refused("prepare", "wide-csv", tmp_path / "a.csv", "--out", tmp_path / "a.zarr", "--start", "2013-11-01")
+    line = refused("prepare", "table", tmp_path / "a.csv", "--out", tmp_path / "a.zarr", "--start", "2013-11-01")
     assert f"{tmp_path / 'a.csv'} is not a file" in line
 
 

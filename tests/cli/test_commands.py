@@ -46,11 +46,11 @@ def test_prepare(stdist, csv_command):
 
 
 def test_a_reader_explains_its_data_and_its_own_options(stdist):
-    page = stdist("prepare", "wide-csv", "--help").out
-    assert "one row a frame, one column a cell" in page  # the data's facts
+    page = stdist("prepare", "table", "--help").out
+    assert "long ones a row a place and time" in " ".join(page.split())  # the data's facts
     assert "--id-width" in page and "--workers" in page and "--days" not in page
     flat = " ".join(page.replace("│", " ").split())
-    assert "local ISO time of the first row, required" in flat  # of the docstring
+    assert "local ISO time of the first row, where there is no column of time" in flat  # of the docstring
     assert "--days" in stdist("prepare", "synthetic", "--help").out
 
 

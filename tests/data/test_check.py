@@ -408,7 +408,7 @@ def test_public_data_through_prepare_and_check(real_data, tmp_path):
     assert only(report, "warning") == ("cells zero all the time (4)", "volume, cells 121, 195, 198, 200")
     assert report.ok and round(report.channels["volume"]["zero_share"], 2) == 0.65
     week = real_data / "metr_la_week"
-    options = {"nodes": True, "adjacency": week / "los_adj.csv", "start": "2012-03-01", "cadence": 5}
-    los = READERS["wide-csv"].prepare([week / "los_speed.csv"], tmp_path / "los.zarr", channel="speed", **options)
+    options = {"adjacency": week / "los_adj.csv", "start": "2012-03-01", "cadence": 5}
+    los = READERS["table"].prepare([week / "los_speed.csv"], tmp_path / "los.zarr", channel="speed", **options)
     report = check_store(los.path)
     assert report.findings == [] and report.channels["speed"]["highest"] == 70
