@@ -23,6 +23,12 @@ MAGIC = (
     (b"SQLite format 3", "sqlite"),
     (b"%PDF", "pdf"),
     (b"\xd0\xcf\x11\xe0", "xls"),
+    (b"version https:/", "lfs"),
+    (b"<!doctype", "html"),
+    (b"<!DOCTYPE", "html"),
+    (b"<html", "html"),
+    (b'{"', "json"),
+    (b"[{", "json"),
 )
 WORDS = {
     "parquet": "a Parquet file; read it with `stdist prepare table`",
@@ -42,6 +48,9 @@ WORDS = {
     "netcdf3": "a NetCDF 3 file; make it NetCDF 4: nccopy -k nc4 {name} new.nc",
     "sqlite": "an SQLite database; write its table as CSV",
     "pdf": "a PDF; give the table itself as CSV",
+    "html": "a page of HTML, as servers send in place of a file; fetch the file again",
+    "json": "JSON; write it as a table, CSV or Parquet",
+    "lfs": "a pointer of Git LFS, not the file; fetch it: git lfs pull",
     "pickle": (
         "a pickle, which could run any program and is never loaded; where you trust it, write its frame as Parquet: "
         "pandas.read_pickle('{name}').to_parquet('new.parquet'), or its array with numpy.save"

@@ -34,7 +34,9 @@ def whole_minutes(path: Path | str, stamps: np.ndarray) -> np.ndarray:
     Raises InputError where one is absent or at odd seconds: nothing says which step of the cadence it belongs to.
     """
     if (lost := np.isnat(stamps)).any():
-        raise InputError(f"{path}: stamp {int(lost.argmax())}, counted from 0, is missing; give every frame its time")
+        raise InputError(
+            f"{path}: the stamp of row {int(lost.argmax())}, counted from 0, is missing; give every frame its time"
+        )
     if np.datetime_data(stamps.dtype)[0] in ("ms", "us", "ns"):
         stamps = (stamps.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
     minutes = stamps.astype("datetime64[m]")

@@ -93,7 +93,7 @@ def plan(
     if nodes and grid.asked:
         raise InputError("--nodes makes nodes of the places, --height, --width, … a grid; give one kind")
     options = _Options(channel, start, cadence, duplicates, header, decimal, array, named, measure)
-    return _plan(sources, options, city, units, utc_offset, grid if grid.asked else None, sensors)
+    return _plan(sources, options, city, units, utc_offset, grid if grid.asked else None, sensors, nodes)
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def _plan(
     utc_offset: int | None,
     grid: PlacedGrid | None,
     sensors: SensorFiles,
+    nodes: bool,
 ) -> Plan:
     if grid and (sensors.adjacency or sensors.meta):
         option = "--adjacency" if sensors.adjacency else "--meta"
@@ -136,14 +137,16 @@ def _plan(
     spec: GridSpec | NodeSpec
     columns: np.ndarray | None = None
     about: list[Path] = []
+    if grid is None and not nodes and piece.cells:
+        grid = PlacedGrid()
     if grid is not None:
         spec, columns = grid.placed(piece.label, piece.ids, town, channels, stamps, cadence, offset, units)
         recipe |= {"row0": grid.row0, "col0": grid.col0}
         about = [grid.geometry] if grid.geometry else []
     else:
-        nodes = sensors.nodes(ids_of(piece.ids))
-        spec = nodes.spec(town, channels, stamps, cadence, offset, units)
-        recipe, about = recipe | nodes.notes, nodes.files
+        known = sensors.nodes(ids_of(piece.ids))
+        spec = known.spec(town, channels, stamps, cadence, offset, units)
+        recipe, about = recipe | known.notes, known.files
     steps = steps_of(piece.label, spec, stamps)
     days_at_once = max(1, SLICE_BYTES // (4 * len(piece.ids) * len(channels) * spec.slots_per_day))
     parts = []
@@ -357,7 +360,7 @@ def _alias(name: str) -> None:
         column of time. header: the first line names the columns, or is a row."""
         cadence = 10 if cadence is None and start is not None else cadence
         options = _Options(channel, start, cadence, named=Named(layout="wide"), header=header)
-        return _plan(sources, options, city, "unknown", utc_offset, None if nodes else grid, sensors)
+        return _plan(sources, options, city, "unknown", utc_offset, None if nodes else grid, sensors, nodes)
 
 
 for _name in ("wide-csv", "wide-parquet"):

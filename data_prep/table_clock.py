@@ -19,6 +19,7 @@ from data_prep.table_times import (
     plain,
     sample_of,
     whole_numbers,
+    words_of,
 )
 from stdist.errors import InputError
 
@@ -100,10 +101,13 @@ def _with_hours(sample: pl.DataFrame, time: TimeColumns) -> TimeColumns:
     """A column of days with the one of hours, or of times of day, beside it; itself where there is none."""
     if not _is_of_days(sample, time):
         return time
-    for usual in HOURS:
-        for name in pairs(sample.columns, (usual,)):
-            if name not in time.columns and (kind := _of_day(sample_of(sample[name]))):
-                return replace(time, columns=(*time.columns, name), kind=kind)
+    names = [name for usual in HOURS for name in pairs(sample.columns, (usual,))]
+    if sample[time.columns[0]].n_unique() < len(sample):
+        # Days that repeat have hours, however the column is called.
+        names += [name for name in sample.columns if {*words_of(name)} & {*HOURS}]
+    for name in names:
+        if name not in time.columns and (kind := _of_day(sample_of(sample[name]))):
+            return replace(time, columns=(*time.columns, name), kind=kind)
     return time
 
 

@@ -11,7 +11,17 @@ import polars as pl
 
 from data_prep.table_clock import clock_of
 from data_prep.table_sniff import is_number, is_time
-from data_prep.table_times import TimeColumns, epoch_unit, fitting, pairs, plain, sample_of, whole_numbers
+from data_prep.table_times import (
+    CLOCKS,
+    TimeColumns,
+    epoch_unit,
+    fitting,
+    pairs,
+    plain,
+    sample_of,
+    whole_numbers,
+    words_of,
+)
 from stdist.errors import InputError
 
 PLACES = (
@@ -29,7 +39,14 @@ CALENDAR = (
     *("weekday", "dayofweek", "dow", "week", "weekofyear", "dayofyear", "quarter", "season", "holiday", "workingday"),
     *("isholiday", "isweekend", "weekend", "timeofday", "tod", "date", "time", "timestamp", "datetime", "epoch"),
 )
-DEGREES = ("lat", "latitude", "lon", "lng", "long", "longitude", "elevation", "altitude")
+ID_WORDS = ("id", "ids", "identifiant", "identifier", "code", "nummer", "number")
+PLACE_WORDS = ("station", "sensor", "detector", "zone", "cell", "site", "node", "link", "segment", "location", "arc")
+DEGREES = (
+    *("lat", "latitude", "lon", "lng", "long", "longitude", "elevation", "altitude", "x", "y"),
+    *("xcoord", "ycoord", "ekoord", "nkoord", "easting", "northing"),
+)
+CELLS = (("rowid", "row"), ("columnid", "column", "colid", "col"))
+"""Usual names of rows and columns of a grid's cells."""
 TOTALS = ("total", "sum", "totals", "mean", "average", "all")
 MANIFOLD = 1.5
 """Rows a stamp from which on rows are of several places."""
@@ -51,9 +68,9 @@ class Table(Protocol):
 @dataclass(frozen=True)
 class Named:
     """Options: the columns of a table, where their names and first lines do not tell. time: column of time, or those
-    that tell it together, as date,hour. place: column of places, which makes the table long. values: columns of
-    values, a,b,…, each a channel; in a wide table the places to take. layout: wide (a column a place) or long (a row a
-    place and time). time_format: how stamps are written, as %d/%m/%Y %H:%M."""
+    that tell it together, as date,hour. place: column of places, which makes the table long, or row,column of a grid's
+    cells. values: columns of values, a,b,…, each a channel; in a wide table the places to take. layout: wide (a column
+    a place) or long (a row a place and time). time_format: how stamps are written, as %d/%m/%Y %H:%M."""
 
     time: str | None = None
     place: str | None = None
@@ -70,12 +87,13 @@ class Named:
 
 @dataclass(frozen=True)
 class Roles:
-    """The part of every column. layout: ``wide``, ``long``, ``turned`` (a row a place, a column a time), or ``one``
+    """The part of every column. place: the column of places, or those of rows and columns of a grid; none of a wide
+    table. layout: ``wide``, ``long``, ``turned`` (a row a place, a column a time), or ``one``
     (values of one place). left_out: what is no measurement."""
 
     layout: str
     time: TimeColumns | None
-    place: str | None
+    place: tuple[str, ...]
     values: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -85,35 +103,43 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
 
     Raises InputError in one line that names the option where the columns can be read in several ways.
     """
-    place = _one(table, "--place", named.place)
+    place = tuple(_listed(table, "--place", named.place))
+    if len(place) > 2:
+        raise InputError(f"--place {named.place!r} names {len(place)} columns; give the one of places, or row,column")
     asked = _listed(table, "--values", named.values)
     time = clock_of(table.label, table.sample, _listed(table, "--time", named.time), named.time_format, stampless)
     if time is None and not stampless and (turned := _turned(table, place)):
         return turned
-    free = [name for name in table.names if not (time and name in time.columns) and name != place]
+    hours = [name for name in table.names if any(re.fullmatch(clock, name) for clock in CLOCKS)]
+    if len(hours) > 2 and 2 * len(hours) > len(table.names):
+        raise InputError(
+            f"{table.label}: columns are times of day ({hours[0]}, {hours[1]}, …), rows days; write a row a time, as "
+            "frame.unpivot or pandas' melt does"
+        )
+    free = [name for name in table.names if not (time and name in time.columns) and name not in place]
     numeric = [name for name in free if is_numeric(table.sample[name])]
     text = [name for name in free if name not in numeric and not _is_time(table.sample[name])]
     values = [name for name in numeric if not _is_no_measurement(table, name, time is not None)]
-    if place is None and named.layout != "wide":
-        place = _place(table, time, values, text, asked, named.layout)
+    if not place and named.layout != "wide" and time is not None:
+        place = _cells(values) or _place(table, time, values, text, asked, named.layout)
     if asked:
         if wrong := next((name for name in asked if name not in numeric), None):
             raise InputError(f"{table.label}: column {wrong!r} of --values holds no numbers; choose others")
         values = asked
-    if place is not None:
-        values = [name for name in values if name != place]
+    if place:
+        values = [name for name in values if name not in place]
         if time is None:
-            raise InputError(f"{table.label} has no column of time beside the places in {place!r}; name it with --time")
+            raise InputError(f"{table.label} has no column of time beside {place[0]!r}; name it with --time")
         if not asked:
             values = [name for name in values if plain(name) not in (*DEGREES, *PLACES)]
     if not values:
         raise InputError(f"{table.label} has no column of values; it has {', '.join(map(repr, table.names[:12]))}")
     layout = named.layout or ("long" if place else _layout(table, time, values, text, asked))
-    if layout == "long" and place is None:
+    if layout == "long" and not place:
         layout = "one"
     if layout == "wide" and not asked:
         values = _without_total(table, values)
-    used = {*values, place, *(time.columns if time else ())}
+    used = {*values, *place, *(time.columns if time else ())}
     return Roles(layout, time, place, tuple(values), tuple(name for name in table.names if name not in used))
 
 
@@ -155,35 +181,49 @@ def _repeats(table: Table) -> bool:
     return False
 
 
+def _cells(values: list[str]) -> tuple[str, ...]:
+    """The columns of rows and columns of a grid's cells, none where the table has not both."""
+    found = [name for usual in CELLS for name in [n for known in usual for n in pairs(values, (known,))][:1]]
+    return tuple(found) if len(found) == len(CELLS) else ()
+
+
 def _place(
-    table: Table, time: TimeColumns | None, values: list[str], text: list[str], asked: list[str], layout: str | None
-) -> str | None:
-    """The column of places of a long table; None where the table has none."""
-    if time is None:
-        return None
+    table: Table, time: TimeColumns, values: list[str], text: list[str], asked: list[str], layout: str | None
+) -> tuple[str, ...]:
+    """The column of places of a long table; none where the table has none."""
     named = [name for usual in PLACES for name in pairs(table.names, (usual,)) if name in {*values, *text}]
+    if _stamps_repeat(table, time):
+        named += [name for name in (*values, *text) if _is_called_a_place(name) and name not in named]
     named = [name for name in named if name not in asked]
     counters = [name for name in named if _counts_rows(table, name)]
     if others := [name for name in named if name not in counters]:
-        return others[0]
+        return (others[0],)
     if counters and _stamps_repeat(table, time):
-        return counters[0]
+        return (counters[0],)
     words = [name for name in text if plain(name) not in CALENDAR]
     varied = [name for name in words if table.sample[name].n_unique() > 1]
     if asked or layout == "long":
-        return varied[0] if len(varied) == 1 and _stamps_repeat(table, time) else None
+        return tuple(varied) if len(varied) == 1 and _stamps_repeat(table, time) else ()
     few = len(values) <= MANY
     if len(varied) == 1 and few and (len(words) == 1 or _stamps_repeat(table, time)):
-        return varied[0]
+        return tuple(varied)
     if len(words) == 1 and len(values) == 1:
-        return words[0]
+        return tuple(words)
     if _stamps_repeat(table, time):
         whole = [name for name in values if whole_numbers(sample_of(table.sample[name])) is not None]
         raise InputError(
             f"{table.label}: several rows share a stamp, and no column is known to be the place "
             f"({', '.join(map(repr, [*words, *whole][:6]))} might); name it with --place"
         )
-    return None
+    return ()
+
+
+def _is_called_a_place(name: str) -> bool:
+    """True of names as start_station_id, detid_15."""
+    words = words_of(name)
+    return bool({*words} & {*ID_WORDS} and {*words} & {*PLACE_WORDS}) or any(
+        word.endswith("id") and len(word) > 3 for word in words
+    )
 
 
 def _counts_rows(table: Table, name: str) -> bool:
@@ -231,7 +271,7 @@ def _without_total(table: Table, values: list[str]) -> list[str]:
     return others if len(rows) and is_total else values
 
 
-def _turned(table: Table, place: str | None) -> Roles | None:
+def _turned(table: Table, asked: Sequence[str]) -> Roles | None:
     """The roles of a table with a row a place and a column a time; None where its header holds no times."""
     names = pl.Series([name for name in table.names if re.match(r"\d", name) and not name.isdigit()], dtype=pl.String)
     formats = fitting(names)
@@ -242,11 +282,11 @@ def _turned(table: Table, place: str | None) -> Roles | None:
         return None
     others = [name for name in table.names if name not in {*names}]
     usual = [name for known in PLACES for name in pairs(others, (known,))]
-    place = place or next(iter([*usual, *(n for n in others if not is_numeric(table.sample[n])), *others]), None)
+    place = next(iter([*asked, *usual, *(n for n in others if not is_numeric(table.sample[n])), *others]), None)
     if place is None:
         raise InputError(f"{table.label}: columns are times, and no column names the places; add one")
     left_out = tuple(name for name in others if name != place)
-    return Roles("turned", TimeColumns((names[0],), "text", formats), place, tuple(names), left_out)
+    return Roles("turned", TimeColumns((names[0],), "text", formats), (place,), tuple(names), left_out)
 
 
 def _listed(table: Table, option: str, text: str | None) -> list[str]:
@@ -260,10 +300,6 @@ def _listed(table: Table, option: str, text: str | None) -> list[str]:
             known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, table.names[:12]))}"
             raise InputError(f"{table.label} has no column {name!r} of {option}; {known}")
     return names
-
-
-def _one(table: Table, option: str, name: str | None) -> str | None:
-    return _listed(table, option, name)[0] if name is not None else None
 
 
 def shown(names: Sequence[str], most: int = 4) -> str:

@@ -1,7 +1,8 @@
 """Places of a table as cells of a grid: by their ids, by a geometry, or row by row."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from stdist.data import GridSpec
 from stdist.errors import InputError
 
 OUTSIDE = -1
+CELL = ","
+"""Between row and column of a cell that a table names so."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,22 @@ class PlacedGrid(GridPlace):
             if self != PlacedGrid(geometry=self.geometry):
                 raise InputError("--geometry tells rows and columns itself; leave the other options of a grid out")
             return self._by_geometry(path, names, city, channels, stamps, cadence, utc_offset, units)
+        if all(re.fullmatch(rf"-?\d+{CELL}-?\d+", name) for name in names):
+            around, numbers = self._by_row_and_column([*names])
+            return around.placed(path, numbers, city, channels, stamps, cadence, utc_offset, units)
         shape = self._shape(path, len(names))
         spec = self.spec(city, channels, stamps, shape, cadence=cadence, utc_offset=utc_offset, units=units)
         return spec, self._cells(path, names, spec.cell_ids.reshape(-1))
+
+    def _by_row_and_column(self, names: list[str]) -> tuple["PlacedGrid", list[str]]:
+        """The grid around cells that are named by row and column, and their numbers in it, counted from 0."""
+        cells = np.array([[int(part) for part in name.split(CELL)] for name in names])
+        (row0, col0), (rows, cols) = cells.min(axis=0), np.ptp(cells, axis=0) + 1
+        height, width = self.height or int(rows), self.width or int(cols)
+        grid = replace(self, row0=int(row0), col0=int(col0), height=height, width=width)
+        if width < cols or height < rows:
+            raise InputError(f"cells span {rows} rows and {cols} columns, not {height} x {width}; check both")
+        return grid, [str(number) for number in ((cells - cells.min(axis=0)) @ (width, 1)).tolist()]
 
     def _shape(self, path: Path | str, places: int) -> tuple[int, int]:
         """(H, W); InputError where the places are too many, or too few to be told."""

@@ -11,6 +11,7 @@ import polars as pl
 
 from data_prep.steps import cadence_of_most, minutes_of_day
 from data_prep.table_columns import TOTALS, Roles, shown
+from data_prep.table_grid import CELL
 from data_prep.table_parquet import Parquet, ParquetRows
 from data_prep.table_text import array_of
 from data_prep.table_times import TimeColumns, chosen_reading, cleaned, offsets_in, parse, plain
@@ -46,7 +47,7 @@ class Piece:
     stamps: datetime64[us] [T], ascending, each once; None where the table has none. steps: T. ids: of places, N.
     rows: per channel; order: the row of each time step. zoned: stamps are UTC; offsets: minutes from UTC that they were
     written in. format: of stamps, ``""`` where not text. cadence: minutes, where the file itself tells them. said:
-    remarks for the user.
+    remarks for the user. cells: places are named by row and column of a grid.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Piece:
     offsets: frozenset[int] = frozenset()
     format: str = ""
     cadence: int | None = None
+    cells: bool = False
     said: list[str] = field(default_factory=list)
 
 
@@ -79,7 +81,7 @@ class Stamps:
             read = stamps.to_numpy().astype("datetime64[us]")
             self._read.setdefault(format, []).append(read)
             missing = np.isnat(read) if missing is None else missing & np.isnat(read)
-        if any(format.endswith("%z") for format in self.time.formats):
+        if any(format.endswith("z") for format in self.time.formats):
             self.offsets |= offsets_in(cleaned(fields.to_series()))
         for row in np.flatnonzero(missing)[:LISTED]:
             self._wrong.append((int(lines[row]), ", ".join(str(v) for v in fields.row(int(row)) if v is not None)))
@@ -105,8 +107,9 @@ class Stamps:
         if len(bad) and bad[0] < last:
             line = int(np.concatenate(self._lines)[bad[0]])
             text = next((text for number, text in self._wrong if number == line), "")
+            other = str(stamps[0].astype("datetime64[s]"))
             raise InputError(
-                f"{self.label}, line {line}: {text[:40]!r} is no time as the others, such as {stamps[0]}; "
+                f"{self.label}, line {line}: {text[:40]!r} is no time as the others, such as {other}; "
                 "fill it or drop the row"
             )
         said = (
@@ -165,12 +168,13 @@ def _left_on_disk(table: Parquet, roles: Roles, channel: str, measure: Measure) 
 
 def read_turned(table: Source, roles: Roles, channel: str, measure: Measure) -> Piece:
     """A row a place, a column a time step."""
-    assert roles.place is not None and roles.time is not None
+    assert roles.time is not None
+    (place,) = roles.place
     names: list[str] = []
     blocks: list[np.ndarray] = []
-    for _, frame in table.blocks(roles.values, [roles.place]):
+    for _, frame in table.blocks(roles.values, [place]):
         blocks.append(measure.of(array_of(frame.select(roles.values))))
-        names += frame[roles.place].cast(pl.String).fill_null("").str.strip_chars().to_list()
+        names += frame[place].cast(pl.String).fill_null("").str.strip_chars().to_list()
     if not names:
         raise InputError(f"{table.label} holds no row below its header; give a file that holds data")
     values, said = np.concatenate(blocks).T, list[str]()
@@ -207,7 +211,7 @@ def read_long(
         formats.append(format)
         offsets |= seen
         said += notes
-    if roles[0].place is None and len(tables) > 1 and _lie_apart(parts):
+    if not roles[0].place and len(tables) > 1 and _lie_apart(parts):
         name = _common_name([table.stem for table in tables])
         position = {name: 0}
         for part in parts:
@@ -239,8 +243,9 @@ def read_long(
     zoned = bool(roles[0].time and roles[0].time.zoned)
     ids = [names[number] for number in order]
     return Piece(
-        label, axis, len(axis), ids, held, np.arange(len(axis)), zoned, frozenset(offsets), formats[0], said=said
-    )
+        label, axis, len(axis), ids, held, np.arange(len(axis)), zoned, frozenset(offsets), formats[0],
+        cells=len(roles[0].place) == 2, said=said,
+    )  # fmt: skip
 
 
 def _records(
@@ -250,15 +255,16 @@ def _records(
     assert roles.time is not None
     stamps = Stamps(table.label, roles.time)
     places, values = list[np.ndarray](), dict[str, list[np.ndarray]]({channel: [] for channel in channels})
-    text = dict.fromkeys([*roles.time.columns, *([roles.place] if roles.place else [])])
+    text = dict.fromkeys([*roles.time.columns, *roles.place])
     for lines, frame in table.blocks(roles.values, [*text]):
         stamps.add(lines, frame)
         for channel, name in zip(channels, roles.values, strict=True):
             values[channel].append(measure.of(array_of(frame.select(name))[:, 0]))
-        if roles.place is None:
+        if not roles.place:
             places.append(np.full(len(frame), position.setdefault(table.stem, len(position)), np.int32))
             continue
-        names = frame[roles.place].cast(pl.String).str.strip_chars()
+        parts = [pl.col(name).cast(pl.String).str.strip_chars() for name in roles.place]
+        names = frame.select(pl.concat_str(parts, separator=CELL)).to_series()
         known = names.drop_nulls().unique(maintain_order=True)
         codes = [position.setdefault(name, len(position)) for name in known]
         places.append(names.replace_strict(known, codes, default=-1, return_dtype=pl.Int32).to_numpy())
@@ -269,7 +275,7 @@ def _records(
     read, there, format, said = stamps.finish(empty)
     codes_of = np.concatenate(places)
     if len(lost := np.flatnonzero(there & (codes_of < 0))):
-        raise InputError(f"{table.label}: row {lost[0] + 1} has no place in {roles.place!r}; fill it or drop the row")
+        raise InputError(f"{table.label}: row {lost[0] + 1} has no place in {roles.place[0]!r}; fill or drop it")
     columns = {channel: column[there] for channel, column in joined.items()}
     return Records(table.label, read[there], codes_of[there], columns), format, stamps.offsets, said
 
@@ -308,7 +314,7 @@ def described(tables: Sequence[Source], roles: Roles, piece: Piece, zone: str, c
     if not getattr(tables[0], "header", True):
         said.append("no header")
     if roles.place:
-        said.append(f"place = {shown([roles.place])}")
+        said.append(f"place = {shown(roles.place)}")
     if roles.time and roles.layout != "turned":
         said.append(f"time = {' + '.join(shown([name]) for name in roles.time.columns)} ({zone})")
     elif roles.time:

@@ -41,6 +41,10 @@ def separator_of(lines: list[str]) -> str:
         even = widths.count(usual) / len(widths)
         best[mark] = (usual > 1 and even >= 0.9, mark == ";" or even, usual)
     if not any(fits for fits, _, _ in best.values()):
+        widths = {len(line.split(" ")) for line in lines if line}
+        if len(widths) == 1 and widths != {1} and all(map(is_number, lines[-1].split(" "))):
+            # numpy.savetxt
+            return " "
         return max(SEPARATORS, key=lambda mark: sum(line.count(mark) for line in lines))
     return max(SEPARATORS, key=lambda mark: best[mark])
 
@@ -132,6 +136,7 @@ def marks_of(label: str, rows: Sequence[Sequence[str]], separator: str, decimal:
     commas, quoted ones before three digits are marks of thousands."""
     if decimal not in (None, ",", "."):
         raise InputError(f"--decimal {decimal!r} is neither , nor .; give one of the two")
+    given = decimal
     fields = [field for row in rows for field in row if not field.isalnum() and is_number(field)]
     commas, dots = ([field for field in fields if mark in field] for mark in ",.")
     blanks = "".join({mark for field in fields for mark in "' \u00a0\u202f" if mark in field})
@@ -145,6 +150,10 @@ def marks_of(label: str, rows: Sequence[Sequence[str]], separator: str, decimal:
             raise InputError(
                 f"{label}: {commas[0]!r} may be {either[0]} or {either[1]}; say --decimal . or --decimal ,"
             )
+    german = given is None and separator == ";" and bool(dots) and not commas
+    if german and all(re.fullmatch(r"[+-]?[1-9]\d{0,2}\.\d{3}", field) for field in dots):
+        whole = dots[0].replace(".", "")
+        raise InputError(f"{label}: {dots[0]!r} may be {dots[0]} or {whole}; say --decimal . or --decimal ,")
     other, marked = (",", commas) if decimal == "." else (".", dots)
     return decimal, (other if marked else "") + blanks
 

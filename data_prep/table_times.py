@@ -57,14 +57,15 @@ def formats_of(stamp: str) -> tuple[str, ...]:
         if not rest:
             return dates
         for clock, format in CLOCKS.items():
-            found = re.fullmatch(rf"(T|, | +|:)({clock})( ?[AaPp][Mm])?( ?Z| ?UTC| ?GMT| ?[+-]\d\d:?\d\d)?", rest)
+            found = re.fullmatch(rf"(T|, | +|:)({clock})( ?[AaPp][Mm])?( ?Z| ?UTC| ?GMT| ?[+-]\d\d(?::?\d\d)?)?", rest)
             if found:
                 half, zone = found[3], found[4]
                 if half:
                     format = format.replace("%H", "%I") + half[:-2] + "%p"
                 if zone:
                     blank = " " if zone[0] == " " else ""
-                    format += blank + ("%z" if zone.strip()[0] in "+-" else zone.strip())
+                    offset = "%z" if len(zone.strip()) > 3 else "%#z"
+                    format += blank + (offset if zone.strip()[0] in "+-" else zone.strip())
                 return tuple(date + found[1] + format for date in dates)
     return ()
 
@@ -78,26 +79,32 @@ def cleaned(text: pl.Series) -> pl.Series:
 
 
 def parse(text: pl.Series, format: str) -> pl.Series:
-    """Datetime[us] without a zone, UTC where the format tells a zone; null where a stamp is not written so."""
+    """Datetime[us] without a zone, UTC where the format tells a zone; null where a stamp is not written so.
+
+    A date alone among stamps with a time of day is its midnight: so Excel writes it.
+    """
     if not re.search("%[HI]", format):
-        # Excel writes midnights as dates alone, beside stamps with a time of day.
         days = text.str.strptime(pl.Date, format, strict=False)
         return days.cast(pl.Datetime("us"))
     try:
         stamps = text.str.strptime(pl.Datetime("us"), format, strict=False)
     except pl.exceptions.PolarsError as error:
         raise InputError(f"--time-format {format!r} is no format of dates; write %Y-%m-%d %H:%M") from error
-    return stamps.dt.replace_time_zone(None) if stamps.dtype.time_zone else stamps
+    stamps = stamps.dt.replace_time_zone(None) if stamps.dtype.time_zone else stamps
+    date, clock = re.match(r"(.*?)(?:T|, | +|:)?%[HI]", format), stamps.null_count()
+    if not clock or not date or not date[1] or is_zoned(format):
+        return stamps
+    return stamps.fill_null(text.str.strptime(pl.Date, date[1], strict=False).cast(pl.Datetime("us")))
 
 
 def is_zoned(format: str) -> bool:
-    return format.endswith(("%z", "Z", "UTC", "GMT"))
+    return format.endswith(("z", "Z", "UTC", "GMT"))
 
 
 def offsets_in(text: pl.Series) -> set[int]:
     """Minutes ahead of UTC that stamps with an offset are written in."""
-    ends = text.str.extract(r"([+-]\d\d:?\d\d)$").unique().drop_nulls()
-    return {(1 if end[0] == "+" else -1) * (int(end[1:3]) * 60 + int(end[-2:])) for end in ends}
+    ends = text.str.extract(r"([+-]\d\d(?::?\d\d)?)$").unique().drop_nulls()
+    return {(1 if end[0] == "+" else -1) * (int(end[1:3]) * 60 + int(end[3:].strip(":") or 0)) for end in ends}
 
 
 def fitting(sample: pl.Series) -> tuple[str, ...]:
@@ -105,7 +112,7 @@ def fitting(sample: pl.Series) -> tuple[str, ...]:
     text = cleaned(sample)
     if not len(text):
         return ()
-    candidates = dict.fromkeys([*formats_of(text[0]), *formats_of(text[text.str.len_chars().arg_max() or 0])])
+    candidates = dict.fromkeys([*formats_of(text[text.str.len_chars().arg_max() or 0]), *formats_of(text[0])])
     return tuple(format for format in candidates if parse(text, format).null_count() <= few_of(len(text)))
 
 
@@ -229,6 +236,11 @@ def whole_numbers(column: pl.Series) -> np.ndarray | None:
         return None
     values = values.cast(pl.Int64, strict=False)
     return values.to_numpy() if len(values) and not values.null_count() else None
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a column's name, in small letters: start, station and id of ``start_station_id``."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def pairs(names: Sequence[str], usual: Sequence[str]) -> Iterator[str]:

@@ -60,7 +60,7 @@ def test_the_old_name_reads_nodes_every_ten_minutes(tmp_path):
         ("1.5,2,3\n", {"start": None}, "--start"),
         ("1.5,2,3\n", {"start": "yesterday"}, "--start 'yesterday'"),
         ("1.5,2,3\n", {"start": "2013-11-01T01:00"}, "off the 360-minute grid"),
-        ("1.5,2,3\n", {"height": None, "width": None}, "3 columns, which is no square grid"),
+        ("1.5,2,3\n", {"height": None, "width": None, "row0": 1}, "3 columns, which is no square grid"),
         ("1.5,2,3\n", {"height": 2, "width": 2}, "3 places for 4 cells"),
         ("1.5,2,3\n", {"height": 2, "width": None}, "3 columns, not 2 x 1"),
         ("1.5,2,3\n", {"cadence": 7}, "does not divide a day"),

@@ -207,7 +207,7 @@ def test_spans_and_places_in_several_files(tables, tmp_path):
         order = [read.ids.index(f"c{i}") for i in range(4)]
         np.testing.assert_array_equal(np.array(read.values["value"])[:, order], data)
     parquet(tmp_path, data[20:30] + 1, None, hours(48)[20:30], name="w")
-    with pytest.raises(InputError, match="w.parquet: 2013-11-01T20:00:00 occurs twice with different values"):
+    with pytest.raises(InputError, match=r"w.parquet: 2013-11-01T20:00:00 occurs twice with different values"):
         READERS["table"].plan([*files, tmp_path / "w.parquet"])
 
 

@@ -136,6 +136,42 @@ def test_atomic_files(read_table):
     assert read.values == {"traffic_speed": [[60, 61], [61, 62]]}
 
 
+def test_cells_by_row_and_column(read_table):
+    """LibCity's .grid: the cells make a grid, whose corner keeps the data's own rows and columns."""
+    rows = [(f"2012-03-01T0{h}:00:00Z", r, c, 10 * r + c + h, h) for h in (0, 1) for r in (5, 6) for c in (2, 4)]
+    read = read_table(lines("time,row_id,column_id,inflow,outflow", *rows))
+    spec = read.plan.spec
+    assert spec.shape == (2, 3) and spec.rows.tolist() == [5, 6] and spec.cols.tolist() == [2, 3, 4]
+    assert read.values["inflow"] == [[52, None, 54, 62, None, 64], [53, None, 55, 63, None, 65]]
+    assert read_table(lines("time,row_id,column_id,inflow,outflow", *rows), nodes=True).ids == [
+        "5,2",
+        "5,4",
+        "6,2",
+        "6,4",
+    ]
+
+
+@pytest.mark.parametrize("name", ["start_station_id", "detid_15", "Identifiant arc", "MSID", "stationId"])
+def test_columns_called_after_places(read_table, name):
+    """Beside names of the places, which stand in another column."""
+    rows = [(place, f"Name {place}", stamp, i + place) for i, stamp in enumerate(HOURS) for place in (72, 79)]
+    read = read_table(lines(f"{name},label,time,trips", *rows))
+    assert read.ids == [72, 79] and read.values == {"trips": [[i + 72, i + 79] for i in range(4)]}
+
+
+def test_hours_that_count_to_24_and_midnights_of_excel(read_table):
+    read = read_table(lines("OPR_DATE,OPR_HR,MW", *[("2019-01-01", hour, hour) for hour in (1, 2, 23, 24)]))
+    assert read.stamps == ["2019-01-01 01:00", "2019-01-01 02:00", "2019-01-01 23:00", "2019-01-02 00:00"]
+    read = read_table("Date;a;b\n01.01.2019;1;2\n01.01.2019 12:00;3;4\n02.01.2019;5;6\n")
+    assert read.stamps == ["2019-01-01 00:00", "2019-01-01 12:00", "2019-01-02 00:00"]
+
+
+def test_numbers_between_blanks(read_table):
+    """numpy.savetxt."""
+    read = read_table({"a.txt": "1.5 2 3\n4 5 6.25\n"}, start="2019-01-01", cadence=60)
+    assert read.values == {"value": [[1.5, 2, 3], [4, 5, 6.25]]}
+
+
 def test_countries_are_added(read_table):
     """Telecom Italia's re-release: a row a square, hour and country."""
     rows = [

@@ -93,6 +93,9 @@ def test_values(read_table, refused, text, values):
         ("a,b\n1,2\n", {}, "has no column of time; .*--start"),
         ("a,b\n1,2\n", {"start": "2019-01-01"}, "has no column of time; .*--cadence"),
         ("time;a\n2019-01-01;1,234\n2019-01-02;5\n", {}, "'1,234' may be 1234 or 1.234; say --decimal"),
+        ("time;a;b\n2019-01-01;1.234;2.500\n2019-01-02;5;1.100\n", {}, "'1.234' may be 1.234 or 1234; say --decimal"),
+        ("day,00:00,01:00,02:00\n2019-01-01,1,2,3\n", {}, "columns are times of day .00:00, 01:00"),
+        (TIMED, {"place": "a,b,time"}, "names 3 columns; give the one of places"),
         (TIMED, STEPS, "stamps of its own in column 'time'; leave --start out"),
         (TIMED + "2019-01-01 01:00,3,5\n", {}, r"2019-01-01T01:00:00 occurs twice .* \(value of b: 4 and 5\)"),
         (TIMED + "soon,3,5\n2019-01-01 03:00,3,5\n", {}, "line 4: 'soon' is no time as the others"),
@@ -171,6 +174,8 @@ def test_a_wide_table_is_read_once_and_lines_are_counted_through_blocks(read_tab
         ("a.zip", b"PK\x03\x04 cut", "is a zip archive that was cut short"),
         ("a.csv.gz", b"\x1f\x8b\x08\x00cut", "gzip stream is damaged or was cut short"),
         ("a.parquet", b"PAR1", "no Parquet file, or was cut short"),
+        ("a.csv", b"<!DOCTYPE html><html>", "is a page of HTML, as servers send"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid x\n", "is a pointer of Git LFS"),
         ("a.h5", b"\x89HDF\r\n\x1a\n", "no HDF5 file|cut short|is damaged"),
     ],
 )

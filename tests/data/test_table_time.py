@@ -35,6 +35,7 @@ def wide(*stamps: object) -> str:
         (["2019-02-13 00:00:00+00:00", "2019-02-13 01:00:00+00:00"], {}),
         (["2019-02-12T23:00:00Z", "2019-02-13T00:00:00Z"], {"utc_offset": 60}),
         (["1550012400", "1550016000"], {"utc_offset": 60}),
+        (["2019-02-13 00:00:00+02", "2019-02-13 01:00:00+02"], {}),
         (["2019-02-13T00:00:00+05:30", "2019-02-13T01:00:00+05:30"], {}),
         (["13 Feb 19 // 00h00", "13 Feb 19 // 01h00"], {"time_format": "%d %b %y // %Hh%M", "time": "time"}),
         (["02/13/2019 00:00", "02/13/2019 01:00"], {"time_format": "%m/%d/%Y %H:%M"}),
@@ -97,7 +98,7 @@ def test_odd_seconds_are_refused_by_one_rule(unit):
         whole_minutes("x", stamps)
     exact = np.array(["2019-02-13T00:59:59.9996", "2019-02-13T01:00:00.0004"], "datetime64[us]")
     assert whole_minutes("x", exact).astype(str).tolist() == ["2019-02-13T01:00"] * 2
-    with pytest.raises(InputError, match="stamp 1, counted from 0, is missing"):
+    with pytest.raises(InputError, match="stamp of row 1, counted from 0, is missing"):
         whole_minutes("x", np.array(["2019-02-13", "NaT"], "datetime64[ns]"))
 
 
