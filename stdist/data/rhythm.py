@@ -11,8 +11,8 @@ SHORTEST, LONGEST = 3 * 60, (60 * 60, 8 * 1440)
 """Periods that are looked for, minutes: of days, said to be up to 60 hours long; only then of weeks."""
 LIKE = 0.9
 """A shorter period is taken where it explains this share of what the best one does: a day, not two."""
-CLEAR = 0.2
-"""Autocorrelation from which on there is a period at all."""
+CLEAR, SIGMAS = 0.2, 4
+"""Autocorrelation from which on there is a period at all, and how many times that of noise it must be."""
 DAY, WEEK = 1440, 7 * 1440
 
 
@@ -65,7 +65,7 @@ def _period(means: np.ndarray, seen: np.ndarray, cadence: int) -> int | None:
     ]
     for longest in LONGEST:
         near = [lag for lag in tops if lag * cadence <= longest]
-        if near and (best := max(alike[lag] for lag in near)) >= CLEAR:
+        if near and (best := max(alike[lag] for lag in near)) >= max(CLEAR, SIGMAS / np.sqrt(seen.sum())):
             return int(next(lag for lag in near if alike[lag] >= LIKE * best)) * cadence
     return None
 
