@@ -13,6 +13,7 @@ from stdist.errors import InputError
 
 UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
+MOST_AHEAD = 14 * 60
 PACIFIC = -480
 """Pacific standard time, minutes: that of California's detectors in winter."""
 PACIFIC_CLOCK = "local times are the source's, with daylight saving; UTC stamps are one hour late in summer"
@@ -86,6 +87,9 @@ def city_of(path: Path) -> str:
 
 
 def utc_offset_of(city: str, utc_offset: int | None) -> int:
+    """Minutes that a city is ahead of UTC; InputError where no clock on Earth is."""
+    if utc_offset is not None and abs(utc_offset) > MOST_AHEAD:
+        raise InputError(f"--utc-offset {utc_offset} is no offset of a clock; give minutes ahead of UTC, as 60 or -480")
     return UTC_OFFSETS.get(city.lower(), 0) if utc_offset is None else utc_offset
 
 

@@ -50,6 +50,7 @@ from data_prep.table_reading import Piece, Source, described, read_long, read_tu
 from data_prep.table_text import open_text
 from data_prep.table_values import Held, Measure, Rows, Slice, union
 from stdist.data import GridSpec, NodeSpec
+from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
 
 CHANNEL = "value"
@@ -119,6 +120,8 @@ def _plan(
     sensors: SensorFiles,
     nodes: bool,
 ) -> Plan:
+    if options.cadence is not None and (options.cadence < 1 or MINUTES_PER_DAY % options.cadence):
+        raise InputError(f"cadence {options.cadence} min does not divide a day; give whole minutes")
     if grid and (sensors.adjacency or sensors.meta):
         option = "--adjacency" if sensors.adjacency else "--meta"
         raise InputError(f"{option} is for nodes; give --nodes too where columns are nodes")

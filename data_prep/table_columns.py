@@ -134,6 +134,8 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
             values = [name for name in values if plain(name) not in (*DEGREES, *PLACES)]
     if not values:
         raise InputError(f"{table.label} has no column of values; it has {', '.join(map(repr, table.names[:12]))}")
+    if named.layout == "long" and time is None:
+        raise InputError(f"{table.label} has no column of time, which a long table needs; name it with --time")
     layout = named.layout or ("long" if place else _layout(table, time, values, text, asked))
     if layout == "long" and not place:
         layout = "one"
@@ -211,9 +213,10 @@ def _place(
         return tuple(words)
     if _stamps_repeat(table, time):
         whole = [name for name in values if whole_numbers(sample_of(table.sample[name])) is not None]
+        might = ", ".join(map(repr, [*words, *whole][:6])) or "none might"
         raise InputError(
-            f"{table.label}: several rows share a stamp, and no column is known to be the place "
-            f"({', '.join(map(repr, [*words, *whole][:6]))} might); name it with --place"
+            f"{table.label}: several rows share a stamp, and no column is known to be the place ({might}); "
+            "name it with --place"
         )
     return ()
 
@@ -239,7 +242,7 @@ def _stamps_repeat(table: Table, time: TimeColumns) -> bool:
 
 def _layout(table: Table, time: TimeColumns | None, values: list[str], text: list[str], asked: list[str]) -> str:
     """``wide`` or ``one``, of a table without a column of places."""
-    if asked or (time is not None and len(values) == 1 and not values[0].lstrip("-").isdigit()):
+    if time is not None and (asked or (len(values) == 1 and not values[0].lstrip("-").isdigit())):
         return "one"
     calendar = [name for name in pairs(table.names, CALENDAR[:24]) if not (time and name in time.columns)]
     words = [
@@ -251,7 +254,7 @@ def _layout(table: Table, time: TimeColumns | None, values: list[str], text: lis
             f"or values of one place (beside {', '.join(map(repr, [*words, *calendar][:3]))}); give --values a,b for "
             "the values, --place NAME for the column of places, or --layout wide"
         )
-    if time is None and words:
+    if time is None and words and not asked:
         raise InputError(
             f"{table.label}: column {words[0]!r} holds text, neither a number nor a time known "
             f"({sample_of(table.sample[words[0]])[0][:30]!r}); name columns with --time, --place and --values"

@@ -193,6 +193,9 @@ def read_turned(table: Source, roles: Roles, channel: str, measure: Measure) -> 
     header = cleaned(pl.Series(list(roles.values)))
     readings = [(format, parse(header, format).to_numpy().astype("datetime64[us]")) for format in roles.time.formats]
     format, stamps = chosen_reading(table.label, readings, "header")
+    if (lost := np.isnat(stamps)).any():
+        name = roles.values[int(lost.argmax())]
+        raise InputError(f"{table.label}: column {name[:40]!r} is no time as the others; rename or drop it")
     rows = dict[str, Rows]({channel: Held([np.ascontiguousarray(values)])})
     stamps, order, _ = in_order(table.label, stamps, rows, places)
     return Piece(table.label, stamps, len(stamps), places, rows, order, roles.time.zoned, format=format, said=said)

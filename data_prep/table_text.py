@@ -127,7 +127,10 @@ class Text:
             rows = pl.read_csv(block, has_header=False, separator=self.separator, schema=as_text)
         except pl.exceptions.PolarsError as error:
             self._explain_lengths(block, lines)
-            raise InputError(f"{self.label}, from line {lines[0]}: no table ({str(error).splitlines()[0]})") from error
+            raise InputError(
+                f"{self.label}, from line {lines[0]} on: quotes are not closed, or stand within a field; double them, "
+                "as CSV does"
+            ) from error
         columns = []
         for column, name in enumerate(schema, start=1):
             text = rows[name].fill_null("").str.strip_chars()
@@ -281,8 +284,10 @@ def _sniffed(table: Text, header: bool | None, decimal: str | None) -> Text:
         raise InputError(f"{table.label} {what}; give a file that holds data")
     separator = separator_of(plain[: SAMPLED + 1])
     rows = [fields for _, fields in islice(records("\n".join(plain), separator), SAMPLED + 1)]
-    while not any(field.strip() for field in rows[-1]):
+    while rows and not any(field.strip() for field in rows[-1]):
         rows.pop()
+    if not rows:
+        raise InputError(f"{table.label} holds blank fields alone; give a file that holds data")
     require_even(table.label, rows)
     rows = [[field.strip() for field in row] for row in rows]
     titled = is_header(table.label, rows) if header is None else header

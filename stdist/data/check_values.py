@@ -19,6 +19,8 @@ from stdist.progress import Progress
 
 LARGEST = 999_950.0
 """Magnitudes from here on have no numeral (docs/decisions.md, 1)."""
+SMALLEST = 5e-5
+"""Magnitudes below this have the numeral of 0."""
 SAMPLED_DAYS = 16
 """Days of each channel and tile whose imputed values are computed again."""
 MOSTLY = 0.5
@@ -131,6 +133,8 @@ class _Channel:
         coverage = {"missing": missing, "true_zeros": zeros}
         if coverage != self.store.coverage[self.channel]:
             report.add("error", f"coverage is {coverage}, recorded {self.store.coverage[self.channel]}", self.channel)
+        if 0 < self.highest < SMALLEST:
+            report.add("warning", f"all values are below {SMALLEST}, which numerals read as 0: --scale", self.channel)
         self._statistics(report)
         share = (self.expected - self.seen) / np.maximum(self.expected, 1)
         never, dead = (self.expected > 0) & (self.seen == 0), (self.seen > 0) & (self.zeros == self.seen)

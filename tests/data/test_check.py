@@ -255,6 +255,12 @@ def test_values_out_of_range(store, frame, value, severity, what):
     assert report.ok is (severity == "warning")
 
 
+def test_values_too_small_for_numerals(tmp_path):
+    values, present = numbers()
+    report = check_store(write(tmp_path / "small.zarr", grid(), values * np.float32(1e-7), present))
+    assert only(report, "warning") == ("all values are below 5e-05, which numerals read as 0: --scale", "flow")
+
+
 @pytest.mark.parametrize("frame", [5, 23])
 def test_imputed_values_are_computed_again(store, frame):
     """Frame 23 is a day's last: what it is made of lies in two days."""

@@ -102,6 +102,11 @@ def test_values(read_table, refused, text, values):
         (TIMED, {"values": "c"}, "has no column 'c' of --values; it has"),
         (TIMED, {"values": "aa"}, "did you mean 'a'?"),
         (TIMED, {"place": "a", "layout": "wide"}, "--place names the column of places"),
+        ("a,b\n1,2\n", {"layout": "long"}, "no column of time, which a long table needs"),
+        (";;\n;;\n", {}, "holds blank fields alone"),
+        (TIMED, {"cadence": 0}, "cadence 0 min does not divide a day"),
+        (TIMED, {"utc_offset": 10000}, "--utc-offset 10000 is no offset of a clock"),
+        ("z,2019-01-01,2019-01-02,2019-01-32,2019-01-04\na,1,2,3,4\n", {}, "column .2019-01-32. is no time"),
         (TIMED, {"layout": "broad"}, "neither wide nor long"),
         (TIMED, {"duplicates": "first"}, "choose refuse, sum, mean"),
         (TIMED, {"missing": "none"}, "--missing 'none' are no numbers"),
@@ -113,7 +118,7 @@ def test_values(read_table, refused, text, values):
          "v,2019-01-04 00:00,1,2\n", {"layout": "wide", "city": "x", "height": 1, "width": 3}, "2 places for 3 cells"),
         ("yr,time,a,b\n2019,2019-01-01 00:00,1,2\n2019,2019-01-01 01:00,3,4\n", {}, "may be places or values of one"),
         ("time,k,v\n2019-01-01 00:00,1,5\n2019-01-01 00:00,2,6\n2019-01-01 01:00,1,7\n2019-01-01 01:00,2,8\n", {},
-         "several rows share a stamp, .*'k'.* name it with --place"),
+         "several rows share a stamp, .*'k', 'v'.; name it with --place"),
     ],
 )  # fmt: skip
 def test_what_is_refused(read_table, refused, text, options, line):
