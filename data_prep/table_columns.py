@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from data_prep.table_times import (
     whole_numbers,
     words_of,
 )
+from data_prep.table_zone import require_zone
 from stdist.errors import InputError
 
 PLACES = (
@@ -70,15 +71,19 @@ class Named:
     """Options: the columns of a table, where their names and first lines do not tell. time: column of time, or those
     that tell it together, as date,hour. place: column of places, which makes the table long, or row,column of a grid's
     cells. values: columns of values, a,b,…, each a channel; in a wide table the places to take. layout: wide (a column
-    a place) or long (a row a place and time). time_format: how stamps are written, as %d/%m/%Y %H:%M."""
+    a place) or long (a row a place and time). time_format: how stamps are written, as %d/%m/%Y %H:%M.
+    timezone: the zone of stamps without an offset, as Europe/Madrid: they become UTC, also in the hours that its clocks
+    repeat and skip; the store's clock is the zone's standard time all year."""
 
     time: str | None = None
     place: str | None = None
     values: str | None = None
     layout: str | None = None
     time_format: str | None = None
+    timezone: str | None = None
 
     def __post_init__(self) -> None:
+        require_zone(self.timezone)
         if self.layout not in (None, "wide", "long"):
             raise InputError(f"--layout {self.layout!r} is neither wide nor long; give one of the two")
         if self.layout == "wide" and self.place:
@@ -108,7 +113,9 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
         raise InputError(f"--place {named.place!r} names {len(place)} columns; give the one of places, or row,column")
     asked = _listed(table, "--values", named.values)
     time = clock_of(table.label, table.sample, _listed(table, "--time", named.time), named.time_format, stampless)
-    if time is None and not stampless and (turned := _turned(table, place)):
+    if time is not None and not time.zoned:
+        time = replace(time, zone=named.timezone)
+    if time is None and not stampless and (turned := _turned(table, place, named.timezone)):
         return turned
     hours = [name for name in table.names if any(re.fullmatch(clock, name) for clock in CLOCKS)]
     if len(hours) > 2 and 2 * len(hours) > len(table.names):
@@ -274,7 +281,7 @@ def _without_total(table: Table, values: list[str]) -> list[str]:
     return others if len(rows) and is_total else values
 
 
-def _turned(table: Table, asked: Sequence[str]) -> Roles | None:
+def _turned(table: Table, asked: Sequence[str], zone: str | None) -> Roles | None:
     """The roles of a table with a row a place and a column a time; None where its header holds no times."""
     names = pl.Series([name for name in table.names if re.match(r"\d", name) and not name.isdigit()], dtype=pl.String)
     formats = fitting(names)
@@ -289,7 +296,7 @@ def _turned(table: Table, asked: Sequence[str]) -> Roles | None:
     if place is None:
         raise InputError(f"{table.label}: columns are times, and no column names the places; add one")
     left_out = tuple(name for name in others if name != place)
-    return Roles("turned", TimeColumns((names[0],), "text", formats), (place,), tuple(names), left_out)
+    return Roles("turned", TimeColumns((names[0],), "text", formats, zone=zone), (place,), tuple(names), left_out)
 
 
 def _listed(table: Table, option: str, text: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from data_prep.table_parquet import Parquet, ParquetRows
 from data_prep.table_text import array_of
 from data_prep.table_times import TimeColumns, chosen_reading, cleaned, offsets_in, parse, plain
 from data_prep.table_values import Held, Measure, Records, Rows, dense, in_order, merge
+from data_prep.table_zone import utc_of
 from stdist.errors import InputError
 
 LISTED = 3
@@ -134,12 +135,16 @@ def read_wide(table: Source, roles: Roles, channel: str, measure: Measure) -> Pi
     ids, rows = _ids(table, roles), dict[str, Rows]({channel: Held(blocks)})
     if stamps is None:
         return Piece(table.label, None, steps, ids, rows, np.arange(steps))
-    read, there, format, said = stamps.finish(np.concatenate([np.isnan(block).all(axis=1) for block in blocks]))
+    empty = np.concatenate([np.isnan(block).all(axis=1) for block in blocks])
+    read, there, format, said = stamps.finish(empty)
+    zone, zoned = stamps.time.zone, stamps.time.zoned or stamps.time.zone is not None
+    if zone:
+        read[there] = utc_of(table.label, read[there], zone, empty[there])
+        there &= ~np.isnat(read)
     if not there.all():
         rows = {channel: Held([Held(blocks).take(np.flatnonzero(there))])}
     read, order, again = in_order(table.label, read[there], rows, ids)
     said += [f"rows merged that repeat others: {again}"] if again else []
-    zoned = roles.time.zoned if roles.time else False
     return Piece(table.label, read, len(read), ids, rows, order, zoned, frozenset(stamps.offsets), format, said=said)
 
 
@@ -149,12 +154,14 @@ def _ids(table: Source, roles: Roles) -> list[str]:
 
 
 def _left_on_disk(table: Parquet, roles: Roles, channel: str, measure: Measure) -> Piece | None:
-    """None where rows are out of order, repeated or without a stamp."""
+    """None where rows are out of order, repeated or without a stamp, or of a zone whose clock repeats hours."""
     if not table.rows:
         raise InputError(f"{table.label} holds no row; give a file that holds data")
     order, rows = np.arange(table.rows), {channel: ParquetRows(table.path, roles.values, measure)}
     if roles.time is None:
         return Piece(table.label, None, table.rows, _ids(table, roles), {**rows}, order)
+    if roles.time.zone:
+        return None
     stamps = Stamps(table.label, roles.time)
     for lines, frame in table.blocks((), roles.time.columns):
         stamps.add(lines, frame)
@@ -196,9 +203,13 @@ def read_turned(table: Source, roles: Roles, channel: str, measure: Measure) -> 
     if (lost := np.isnat(stamps)).any():
         name = roles.values[int(lost.argmax())]
         raise InputError(f"{table.label}: column {name[:40]!r} is no time as the others; rename or drop it")
+    if roles.time.zone:
+        stamps = utc_of(table.label, stamps, roles.time.zone, np.isnan(values).all(axis=1))
+        values, stamps = values[~np.isnat(stamps)], stamps[~np.isnat(stamps)]
     rows = dict[str, Rows]({channel: Held([np.ascontiguousarray(values)])})
     stamps, order, _ = in_order(table.label, stamps, rows, places)
-    return Piece(table.label, stamps, len(stamps), places, rows, order, roles.time.zoned, format=format, said=said)
+    zoned = roles.time.zoned or roles.time.zone is not None
+    return Piece(table.label, stamps, len(stamps), places, rows, order, zoned, format=format, said=said)
 
 
 def read_long(
@@ -228,6 +239,8 @@ def read_long(
         {channel: np.concatenate([part.values[channel] for part in parts]) for channel in channels},
     )
     del parts
+    if zone := roles[0].time and roles[0].time.zone:
+        records = _in_utc(records, zone)
     records, dropped = _on_the_grid(records)
     if dropped:
         said.append(f"rows left out without a value, off the grid of the other stamps: {dropped}")
@@ -238,12 +251,10 @@ def read_long(
     values, again = dense(records, axis, names, duplicates)
     if again:
         said.append(f"rows {MERGED[duplicates]} that repeat others: {again}")
-    order = np.argsort(
-        np.array(names, dtype=object) if not all(map(str.isdigit, names)) else np.array([*map(int, names)], object),
-        kind="stable",
-    )
+    numeric = all(name.isdigit() for name in names)
+    order = sorted(range(len(names)), key=lambda number: (int(names[number]) if numeric else 0, names[number]))
     held = dict[str, Rows]({channel: Held([grid[:, order]]) for channel, grid in values.items()})
-    zoned = bool(roles[0].time and roles[0].time.zoned)
+    zoned = bool(zone or (roles[0].time and roles[0].time.zoned))
     ids = [names[number] for number in order]
     return Piece(
         label, axis, len(axis), ids, held, np.arange(len(axis)), zoned, frozenset(offsets), formats[0],
@@ -295,9 +306,22 @@ def _lie_apart(parts: Sequence[Records]) -> bool:
     return all(after[0] > before[1] for before, after in pairwise(spans))
 
 
+def _in_utc(records: Records, zone: str) -> Records:
+    """Without the rows of hours that the clock skips."""
+    stamps = utc_of(records.label, records.stamps, zone, _empty(records), records.places)
+    keep = ~np.isnat(stamps)
+    values = {channel: column[keep] for channel, column in records.values.items()}
+    return Records(records.label, stamps[keep], records.places[keep], values)
+
+
+def _empty(records: Records) -> np.ndarray:
+    """True of rows without a value, bool [n]."""
+    return np.logical_and.reduce([np.isnan(column) for column in records.values.values()])
+
+
 def _on_the_grid(records: Records) -> tuple[Records, int]:
     """Records without those that hold no value and lie off the grid of all others; their number."""
-    empty = np.logical_and.reduce([np.isnan(column) for column in records.values.values()])
+    empty = _empty(records)
     if not empty.any() or empty.all():
         return records, 0
     cadence = cadence_of_most(np.unique(records.stamps[~empty]))

@@ -136,7 +136,8 @@ class TimeColumns:
 
     columns: their names. kind: ``text``, ``epoch``, ``typed``, ``date+hour``, ``date+clock`` or ``parts`` (year,
     month, day, and hour and minute where there). formats: of text, several where day and month cannot be told apart
-    by the first lines. unit: of epochs. zoned: the stamps are instants, else the clock's.
+    by the first lines. unit: of epochs. zoned: the stamps are instants, else the clock's, of
+    ``zone`` where the user tells it.
     """
 
     columns: tuple[str, ...]
@@ -144,6 +145,7 @@ class TimeColumns:
     formats: tuple[str, ...] = ()
     unit: str = ""
     zoned: bool = False
+    zone: str | None = None
 
     def readings(self, frame: pl.DataFrame) -> dict[str, pl.Series]:
         """Datetime[us] of every row by the format read in, null where there is no time."""

@@ -146,7 +146,7 @@ def conflict(
     label: str, stamp: np.datetime64, place: str, channel: str, one: float, other: float, advice: str
 ) -> InputError:
     if clock_change(stamp):
-        advice = "it may be the hour that clocks repeat when summer time ends: give stamps in UTC or with their offset"
+        advice = "it may be the hour that clocks repeat when summer time ends: give --timezone, as Europe/Madrid"
     values = f"{channel} of {place}: {one:g} and {other:g}"
     return InputError(
         f"{label}: {stamp.astype('datetime64[s]')} occurs twice with different values ({values}); {advice}"

@@ -39,7 +39,8 @@ def test_prepare(stdist, csv_command):
     result = stdist(*command, "--json")
     assert result.code == 0 and len(result.out.splitlines()) == 1
     summary = result.json
-    assert summary["path"] == command[4] and Path(command[4]).is_dir()
+    assert summary["read_as"] == result.err.strip() and "4 places `0`, `1`, `2`" in summary["read_as"]
+    assert summary["said"] == [] and summary["path"] == command[4] and Path(command[4]).is_dir()
     assert (summary["city"], summary["channels"], summary["cells"]) == ("milan", ["internet"], 4)
     assert (summary["frames"], summary["runs"]) == (192, 1)
     assert summary["missing"] == {"internet": 1} and summary["true_zeros"] == {"internet": 1}

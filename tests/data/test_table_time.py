@@ -84,10 +84,69 @@ def test_another_cadence_than_the_stamps_is_refused(read_table, refused, cadence
 
 def test_the_hour_that_clocks_repeat_is_named(read_table, refused):
     stamps = [f"2019-10-27 0{hour}:00" for hour in (0, 1, 2, 2, 3)]
-    with refused("2019-10-27T02:00:00 occurs twice .* the hour that clocks repeat .* in UTC or with their offset"):
+    with refused("2019-10-27T02:00:00 occurs twice .* the hour that clocks repeat .* --timezone, as Europe/Madrid"):
         read_table(wide(*stamps))
     with refused("2019-10-26T02:00:00 occurs twice .* give each time once"):
         read_table(wide(*(stamp.replace("27", "26") for stamp in stamps)))
+
+
+@pytest.mark.parametrize(
+    ("zone", "night", "standard", "first"),
+    [
+        ("Europe/Madrid", "2019-10-27", 60, "2019-10-26T22:00"),
+        ("America/New_York", "2019-11-03", -300, "2019-11-03T04:00"),
+        ("Australia/Lord_Howe", "2019-04-07", 630, "2019-04-06T13:00"),
+    ],
+)
+def test_the_night_that_clocks_go_back(read_table, zone, night, standard, first):
+    """All half-hours of a day: 50 in Madrid and New York, 49 on Lord Howe, whose summer is half an hour; from local
+    midnight on they follow one another in UTC without a gap."""
+    repeated = {
+        "Europe/Madrid": ["02:00", "02:30"],
+        "America/New_York": ["01:00", "01:30"],
+        "Australia/Lord_Howe": ["01:30"],
+    }
+    clock = [f"{half // 2:02}:{half % 2 * 30:02}" for half in range(48)]
+    at = clock.index(repeated[zone][-1]) + 1
+    clock = [*clock[:at], *repeated[zone], *clock[at:]]
+    read = read_table(wide(*(f"{night} {time}" for time in clock)), timezone=zone)
+    spec = read.plan.spec
+    assert spec.utc_offset_minutes == standard and spec.cadence_minutes == 30
+    expected = np.datetime64(first) + np.arange(len(clock)) * np.timedelta64(30, "m")
+    utc = np.array(read.stamps, "datetime64[m]") - np.timedelta64(standard, "m")
+    np.testing.assert_array_equal(utc, expected)
+    assert read.values == {"value": [[i, i + 0.5] for i in range(len(clock))]} and f"({zone})" in read.plan.read_as
+    rows = "".join(f"{place},{night} {time},{i + 100 * place}\n" for place in (1, 2) for i, time in enumerate(clock))
+    long = read_table("id,time,v\n" + rows, timezone=zone)
+    assert long.stamps == read.stamps and long.values == {"v": [[i + 100, i + 200] for i in range(len(clock))]}
+
+
+def test_the_night_that_clocks_go_forward(read_table, refused):
+    """The hour that is not has a row without a value, or none; a value there is not of this zone."""
+    stamps = [f"2019-03-31 0{hour}:00" for hour in range(5)]
+    expected = ["2019-03-31 00:00", "2019-03-31 01:00", "2019-03-31 02:00", "2019-03-31 03:00"]
+    for text in (wide(*stamps).replace("02:00,2,2.5", "02:00,,"), wide(*stamps[:2], *stamps[3:])):
+        read = read_table(text, timezone="Europe/Madrid")
+        # The store's clock stays that of the winter.
+        assert read.stamps == expected and read.plan.spec.utc_offset_minutes == 60
+    with refused("2019-03-31T02:00 does not exist in Europe/Madrid"):
+        read_table(wide(*stamps), timezone="Europe/Madrid")
+    turned = "z," + ",".join(stamps) + "\na,1,2,,4,5\n"
+    assert read_table(turned, timezone="Europe/Madrid").values == {"value": [[1], [2], [4], [5]]}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"timezone": "Europe/Madird"}, "--timezone 'Europe/Madird' is no zone"),
+        ({"timezone": "Europe/Madrid", "utc_offset": 60}, "both tell the city's clock"),
+        ({"timezone": "Europe/Madrid", "duplicates": "sum"}, "cannot tell the hours .* with --duplicates sum"),
+        ({"timezone": "Europe/Madrid", "start": "2019-01-01"}, "cannot tell the hours .* with --start"),
+    ],
+)
+def test_zones_that_do_not_fit(read_table, refused, options, line):
+    with refused(line):
+        read_table(wide(*TWO), **options)
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
