@@ -8,7 +8,8 @@ frame of pandas in HDF5, Monash's .tsf; zip, gzip, bzip2 and xz.
 
 Time may be ISO text (with T or a blank, with an offset or Z), day first where days or dots say so, names of months,
 epochs of s, ms, us or ns, spans (``a - b``: their beginning), a date and an hour, or year, month, day and hour. Stamps
-without an offset are the clock's, which --timezone sets forward and back. Without a column of time, rows follow one another from --start at --cadence.
+without an offset are the clock's; --timezone tells which hours that clock repeats and skips. Without a column of time,
+rows follow one another from --start at --cadence.
 
 What is made of it: a blank field, NaN, NA, null, ``-`` or ``?`` is a missing value, as are the numbers of --missing; 0
 is measured; traffic is never negative. Rows may come in any order; equal repetitions are merged, others refused unless

@@ -267,3 +267,32 @@ def test_a_frame_of_pandas_in_any_order(tables, tmp_path, write_frame):
     read = tables.read_plan(READERS["table"].plan([path], channel="speed"))
     np.testing.assert_array_equal(read.values["speed"], data.astype(np.float32))
     assert read.ids == [7, 8, 9] and read.stamps[0] == "2013-11-01 00:00"
+
+
+def test_great_ids_of_a_frame_are_text(tmp_path, write_frame):
+    """They were wrapped to negative numbers."""
+    ids = np.array([2**63 + 1, 7], np.uint64)
+    path = write_frame(tmp_path / "metr.h5", hours(30), ids, values(30, 2).astype(float))
+    assert READERS["dcrnn-h5"].plan([path]).spec.node_ids.tolist() == [str(2**63 + 1), "7"]
+
+
+@pytest.mark.parametrize("reader", ["dcrnn-h5", "pems-npz", "city-npz", "xarray"])
+def test_every_reader_names_a_pickle_and_an_archive(tmp_path, reader, refused):
+    options = {} if reader in ("dcrnn-h5", "xarray") else {"start": "2019-01-01"}
+    for name, content, what in (
+        ("metr-la.pkl", pickle.dumps({"a": 1}), "is a pickle, which could run any program"),
+        ("metr-la.zip", b"PK\x05\x06" + bytes(18), "is a zip archive; unpack it first: unzip metr-la.zip"),
+        ("metr-la.h5", b"<!DOCTYPE html>", "is a page of HTML"),
+    ):
+        (path := tmp_path / name).write_bytes(content)
+        with refused(what):
+            READERS[reader].plan([path], **options)
+
+
+def test_a_byte_order_mark_before_places_and_geometry(tmp_path, geometry_files, read_table):
+    (meta := tmp_path / "meta.csv").write_text("sensor_id,latitude,longitude\n7,45.5,9.25\n8,46.5,9.5\n", "utf-8-sig")
+    read = read_table("time,7,8\n2019-01-01,1,2\n2019-01-02,3,4\n", meta=meta)
+    assert read.plan.spec.latitude.tolist() == [45.5, 46.5]
+    path = geometry_files.write_geometry(tmp_path / "city.geojson", {7: (0, 0), 8: (0, 1)})
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert read_table("time,7,8\n2019-01-01,1,2\n2019-01-02,3,4\n", geometry=path).ids == [7, 8]
