@@ -54,7 +54,7 @@ def _column(sample: pl.DataFrame, name: str, format: str | None) -> TimeColumns 
     """The column as one of time; None where it is none."""
     column = sample_of(sample[name])
     if column.dtype.is_temporal() and column.dtype not in (pl.Time, pl.Duration):
-        zoned = getattr(column.dtype, "time_zone", None) is not None
+        zoned = getattr(column.dtype, "time_zone", None) is not None or _says_utc(name)
         return TimeColumns((name,), "typed", zoned=zoned)
     if not len(column):
         return None
@@ -73,7 +73,11 @@ def _column(sample: pl.DataFrame, name: str, format: str | None) -> TimeColumns 
     if column.dtype != pl.String:
         return None
     formats = (format,) if format and parse(cleaned(column), format).null_count() == 0 else fitting(column)
-    return TimeColumns((name,), "text", formats, zoned=is_zoned(formats[0])) if formats else None
+    return TimeColumns((name,), "text", formats, zoned=is_zoned(formats[0]) or _says_utc(name)) if formats else None
+
+
+def _says_utc(name: str) -> bool:
+    return bool({*words_of(name)} & {"utc", "gmt"})
 
 
 def _agreed(label: str, sample: pl.DataFrame, times: list[TimeColumns]) -> TimeColumns:
@@ -105,6 +109,7 @@ def _with_hours(sample: pl.DataFrame, time: TimeColumns) -> TimeColumns:
     if sample[time.columns[0]].n_unique() < len(sample):
         # Days that repeat have hours, however the column is called.
         names += [name for name in sample.columns if {*words_of(name)} & {*HOURS}]
+        names += [name for name in sample.columns if _of_day(sample_of(sample[name])) == "date+clock"]
     for name in names:
         if name not in time.columns and (kind := _of_day(sample_of(sample[name]))):
             return replace(time, columns=(*time.columns, name), kind=kind)

@@ -161,7 +161,10 @@ def is_numeric(column: pl.Series) -> bool:
 
 
 def _is_time(column: pl.Series) -> bool:
-    return column.dtype.is_temporal() or (column.dtype == pl.String and is_time(sample_of(column).to_list()))
+    if column.dtype != pl.String:
+        return column.dtype.is_temporal()
+    fields = sample_of(column).to_list()
+    return is_time(fields) or (bool(fields) and all(any(re.fullmatch(c, f) for c in CLOCKS) for f in fields))
 
 
 def _is_no_measurement(table: Table, name: str, timed: bool) -> bool:

@@ -46,6 +46,18 @@ def test_stamps(read_table, stamps, options):
     assert read.stamps == TWO and read.values == {"value": [[0, 0.5], [1, 1.5]]}
 
 
+def test_a_column_called_utc_holds_instants(read_table):
+    read = read_table(wide("2019-02-12 23:00", "2019-02-13 00:00").replace("time", "MTU (UTC)"), utc_offset=60)
+    assert read.stamps == TWO and "time = `MTU (UTC)` (UTC)" in read.plan.read_as
+
+
+def test_a_time_of_day_of_any_name_beside_days_that_repeat(read_table):
+    """German grid operators: from and to."""
+    rows = "".join(f"13.02.2019;0{h}:00;0{h + 1}:00;1.{h}00,5;2\n" for h in range(2))
+    read = read_table("Datum;Uhrzeit von;Uhrzeit bis;Nord;S\u00fcd\n" + rows)
+    assert read.stamps == TWO and read.values == {"value": [[1000.5, 2], [1100.5, 2]]}
+
+
 def test_stamps_with_an_offset_give_the_store_its_own(read_table):
     """Where they change between summer and winter, the winter's is the store's; UTC is exact."""
     read = read_table(wide("2019-10-27T02:00:00+02:00", "2019-10-27T02:00:00+01:00", "2019-10-27T03:00:00+01:00"))
