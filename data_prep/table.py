@@ -300,15 +300,16 @@ def _joined(pieces: list[Piece]) -> Piece:
         return first
     said = [remark for piece in pieces for remark in piece.said]
     label = f"{first.label} … {pieces[-1].label}"
-    if all(piece.stamps is not None for piece in pieces):
-        stamps, ids, values = union([(p.label, p.stamps, p.ids, p.rows, p.order) for p in pieces])  # type: ignore[misc]
+    stamped = [(p.label, p.stamps, p.ids, p.rows, p.order) for p in pieces if p.stamps is not None]
+    if len(stamped) == len(pieces):
+        stamps, ids, values = union(stamped)
         rows = dict[str, Rows]({name: Held([grid]) for name, grid in values.items()})
         offsets = frozenset(offset for piece in pieces for offset in piece.offsets)
         return replace(
             first, label=label, stamps=stamps, steps=len(stamps), ids=ids, rows=rows, order=np.arange(len(stamps)),
             offsets=offsets, said=said,
         )  # fmt: skip
-    if any(piece.stamps is not None for piece in pieces):
+    if stamped:
         raise InputError(f"{label}: some files tell their time and others none; prepare them apart")
     for piece in pieces[1:]:
         if piece.ids != first.ids:

@@ -26,8 +26,8 @@ MERGED = {"refuse": "merged", "sum": "added", "mean": "averaged"}
 class Source(Protocol):
     """A table whose rows are read in blocks; see ``table_text.Text``."""
 
-    header: bool
-
+    @property
+    def header(self) -> bool: ...
     @property
     def path(self) -> Path: ...
     @property
@@ -218,7 +218,8 @@ def read_long(
     """A row a place and time, all tables together; without a column of places each table is a place of its own, or,
     where their times lie apart, a span of one."""
     position: dict[str, int] = {}
-    parts, formats, offsets, said = [], list[str](), set[int](), list[str]()
+    parts: list[Records] = []
+    formats, offsets, said = list[str](), set[int](), list[str]()
     for table, role in zip(tables, roles, strict=True):
         part, format, seen, notes = _records(table, role, channels, measure, position)
         parts.append(part)
@@ -338,7 +339,7 @@ def described(tables: Sequence[Source], roles: Roles, piece: Piece, zone: str, c
     """One line that shows how the tables were read."""
     words = {"wide": "wide, a column a place", "turned": "a row a place, a column a time", "one": "values of one place"}
     said = [f"read as: {words.get(roles.layout, 'long')}"]
-    if not getattr(tables[0], "header", True):
+    if not tables[0].header:
         said.append("no header")
     if roles.place:
         said.append(f"place = {shown(roles.place)}")

@@ -12,12 +12,12 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import polars as pl
@@ -31,7 +31,7 @@ BLOCK = 1 << 24
 HEAD = 1 << 20
 SAMPLED = 200
 """Rows that are looked at to see what a table is."""
-PACKED = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+PACKED: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 

@@ -90,7 +90,7 @@ def parse(text: pl.Series, format: str) -> pl.Series:
         stamps = text.str.strptime(pl.Datetime("us"), format, strict=False)
     except pl.exceptions.PolarsError as error:
         raise InputError(f"--time-format {format!r} is no format of dates; write %Y-%m-%d %H:%M") from error
-    stamps = stamps.dt.replace_time_zone(None) if stamps.dtype.time_zone else stamps
+    stamps = stamps.dt.replace_time_zone(None) if getattr(stamps.dtype, "time_zone", None) else stamps
     date, clock = re.match(r"(.*?)(?:T|, | +|:)?%[HI]", format), stamps.null_count()
     if not clock or not date or not date[1] or is_zoned(format):
         return stamps
