@@ -237,8 +237,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / "milan_block.zarr").exists():
         files = [Path(options.data) / "milan_block_5x5" / "milan_grid_data.csv"]
-        place = {"start": "2013-11-01T00:00", "row0": 41, "col0": 41, "id_width": 100}
-        READERS["wide-csv"].prepare(files, options.work / "milan_block.zarr", **place)
+        place = {"start": "2013-11-01T00:00", "cadence": 10, "row0": 41, "col0": 41, "id_width": 100}
+        READERS["table"].prepare(files, options.work / "milan_block.zarr", channel="internet", **place)
     by_seed = {seed: study_seed(options.work, seed, options, options.variants) for seed in options.seeds}
     with_headline = [results for results in by_seed.values() if options.headline in results]
     if not with_headline:

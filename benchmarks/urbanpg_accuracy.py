@@ -87,10 +87,10 @@ def prepare(data: Path, work: Path) -> None:
             {"start": "2019-01-01T00:00", "utc_offset": -300, "adjacency": zones / "adjacency.csv", **splits},
         ),
         "metr": (
-            "wide-csv",
+            "table",
             [week / "los_speed.csv"],
             {
-                **{"nodes": True, "start": "2012-03-01T00:00", "cadence": 5, "channel": "speed", "utc_offset": -480},
+                **{"header": True, "start": "2012-03-01T00:00", "cadence": 5, "channel": "speed", "utc_offset": -480},
                 **{"adjacency": week / "los_adj.csv", "meta": week / "graph_sensor_locations.csv"},
                 # 6 : 2 : 2 of seven days, in whole days
                 **{"train": "2012-03-01:2012-03-04", "validation": "2012-03-05:2012-03-05"},
@@ -98,19 +98,19 @@ def prepare(data: Path, work: Path) -> None:
             },
         ),
         "milan": (
-            "wide-csv",
+            "table",
             [_with_ids(next((data / "milan_block_5x5").glob("*.csv")), work / "milan_nodes.csv")],
             {
-                **{"nodes": True, "start": "2013-11-01T00:00", "cadence": 10, "utc_offset": 60},
+                **{"header": True, "start": "2013-11-01T00:00", "cadence": 10, "utc_offset": 60},
                 **{"channel": "internet", "train": "2013-11-01:2013-11-20"},
                 **{"validation": "2013-11-21:2013-11-25", "test": "2013-11-26:2013-11-30"},
             },
         ),
         "taxi": (
-            "wide-csv",
+            "table",
             [_as_nodes(data / "nyc_taxi_10x20", work / "taxi_nodes.csv")],
             {
-                **{"nodes": True, "start": "2015-01-01T00:00", "cadence": 30, "utc_offset": -300},
+                **{"header": True, "start": "2015-01-01T00:00", "cadence": 30, "utc_offset": -300},
                 **{"channel": "flow_in", "train": "2015-01-01:2015-01-20"},
                 **{"validation": "2015-01-21:2015-01-25", "test": "2015-01-26:2015-01-31"},
             },

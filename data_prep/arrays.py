@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 
 from data_prep.common import existing
+from data_prep.kinds import kind_of, refuse_kind
 from stdist.errors import InputError, is_damage
 
 
@@ -50,7 +51,7 @@ def array_file(path: Path, key: str | None, *dims: str) -> ArrayFile:
     headers = array_headers(existing(path))
     axes = " or ".join(f"({axis_names})" for axis_names in dims)
     if key is None and len(headers) != 1:
-        raise InputError(f"{path} holds {len(headers)} arrays ({', '.join(headers)}); keep the one of the frames")
+        raise InputError(f"{path} holds {len(headers)} arrays ({', '.join(headers)}); choose with --array")
     name = next(iter(headers)) if key is None or list(headers) == [""] else key
     if name not in headers:
         raise InputError(f"{path} has no array {key!r} {axes}; it has {', '.join(headers) or 'none'}")
@@ -76,6 +77,8 @@ def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if not is_damage(error):
             raise
+        if kind_of(path) not in ("npy", "npz"):
+            refuse_kind(path)
         raise InputError(f"{path} is no .npy or .npz file, or was cut short; download or write it again") from error
     if missing > 0 and not dtype.hasobject:
         raise InputError(f"{path} was cut short, {missing} bytes are missing; download or write it again")

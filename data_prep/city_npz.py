@@ -16,13 +16,14 @@ What is made of it: zeros are measured, NaN is missing, integers become float32.
 POI are turned alike and stored as static features ``poi_0`` ….
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.arrays import ArrayFile, array_file, parse_channels
-from data_prep.common import GridPlace, city_of
+from data_prep.common import GridPlace, city_of, in_time
 from data_prep.preparation import Plan
 from data_prep.reader import reader
 from data_prep.steps import part_of, plan_of, stamps_from, steps_of
@@ -39,21 +40,25 @@ def plan(
     cadence: int = 60,
     utc_offset: int | None = None,
     poi: Path | None = None,
+    array: str | None = None,
     north_first: bool = False,
     transpose: bool = False,
 ) -> Plan:
     """Plan of one city, in one part.
 
     channels: names in order: of the channel axis where there is one; else one a file, or one for all files where
-    they follow one another in time, in the order given. start: local ISO time of the first frame, required.
+    they follow one another in time, in the order of train, validation and test or of the numbers in their names, else
+    as given. array: name of the array in files that hold several. start: local ISO time of the first frame, required.
     cadence: minutes between time steps. poi: file of static features (H, W, F). north_first: row 0 of the files is the
     northern one. transpose: the files are (T, x, y), longitude before latitude.
     Raises InputError where files or options do not fit.
     """
-    arrays = [array_file(path, None, "T, H, W", "T, H, W, C") for path in sources]
-    if not arrays:
+    if not sources:
         raise InputError("city-npz needs the files of one city; none was given")
+    arrays = [array_file(path, array, "T, H, W", "T, H, W, C") for path in sources]
     names, stacked = _channels(arrays, channels)
+    ordered, order = ([*sources], "") if stacked else in_time(sources)
+    arrays.sort(key=lambda file: ordered.index(file.path))
     _require_one_raster(arrays, stacked)
     path, shape = arrays[0].path, arrays[0].shape
     steps = shape[0] if stacked else sum(array.shape[0] for array in arrays)
@@ -71,7 +76,8 @@ def plan(
     load = partial(_load, arrays, names, stacked, transpose, north_first)
     part = part_of(spec, steps_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
     recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
-    return plan_of(spec, recipe, [*(array.path for array in arrays), *([Path(poi)] if poi else [])], [part])
+    files = [*(array.path for array in arrays), *([Path(poi)] if poi else [])]
+    return replace(plan_of(spec, recipe, files, [part]), said=(order,) if order else ())
 
 
 def _load(

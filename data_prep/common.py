@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,31 @@ from stdist.errors import InputError
 
 UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
+MOST_AHEAD = 14 * 60
 PACIFIC = -480
 """Pacific standard time, minutes: that of California's detectors in winter."""
 PACIFIC_CLOCK = "local times are the source's, with daylight saving; UTC stamps are one hour late in summer"
+
+STORE_NAMES = {
+    "time",
+    "row",
+    "col",
+    "node",
+    "cell_id",
+    "node_id",
+    "inside",
+    "present",
+    "latitude",
+    "longitude",
+    "adjacency",
+}
+"""Names of the store's own arrays."""
+PARTS_IN_TIME = {
+    **dict.fromkeys(("train", "training"), 0),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), 1),
+    **dict.fromkeys(("test", "testing"), 2),
+}
+"""Parts of a data set by the words in names of files, as they follow one another."""
 
 
 def only_source(sources: Sequence[Path], reader: str) -> Path:
@@ -39,12 +62,37 @@ def files_in(sources: Sequence[Path], pattern: str) -> list[Path]:
     return [file for folder in folders for file in folder]
 
 
+def in_time(paths: Sequence[Path]) -> tuple[list[Path], str]:
+    """Files that tell no time themselves, in order of time as their names tell it, and a line that says so.
+
+    Names that differ in train, validation and test alone come in this order, names that differ in numbers by these;
+    others stay as they are given. The line is empty for one file.
+    """
+    if len(paths) < 2:
+        return [*paths], ""
+    words = [re.findall(r"[a-z]+|[0-9]+", path.name.lower()) for path in paths]
+    parts = [next((PARTS_IN_TIME[word] for word in name if word in PARTS_IN_TIME), None) for name in words]
+    others = {tuple(word for word in name if word not in PARTS_IN_TIME) for name in words}
+    keys: list[Any] = []
+    if None not in parts and len(set(parts)) == len(parts) and len(others) == 1:
+        keys, how = parts, "train, validation, test"
+    elif len({tuple("0" if word.isdigit() else word for word in name) for name in words}) == 1:
+        keys, how = [[int(word) for word in name if word.isdigit()] for name in words], "the numbers in their names"
+    if not keys:
+        return [*paths], f"files taken one after the other as given: {', '.join(path.name for path in paths)}"
+    ordered = [path for _, path in sorted(zip(keys, paths, strict=True), key=lambda pair: pair[0])]
+    return ordered, f"files taken in the order of {how}: {', '.join(path.name for path in ordered)}"
+
+
 def city_of(path: Path) -> str:
     """First word of a file name: ``milan`` of milan_grid_data.csv."""
     return re.split(r"[^a-z0-9]+", path.stem.lower())[0] or path.stem
 
 
 def utc_offset_of(city: str, utc_offset: int | None) -> int:
+    """Minutes that a city is ahead of UTC; InputError where no clock on Earth is."""
+    if utc_offset is not None and abs(utc_offset) > MOST_AHEAD:
+        raise InputError(f"--utc-offset {utc_offset} is no offset of a clock; give minutes ahead of UTC, as 60 or -480")
     return UTC_OFFSETS.get(city.lower(), 0) if utc_offset is None else utc_offset
 
 

@@ -17,8 +17,11 @@ from data_prep.arrays import array_headers, load_array
 from data_prep.common import GridPlace, city_of, only_source
 from data_prep.preparation import Plan
 from data_prep.reader import reader
-from data_prep.steps import part_of, plan_of, steps_of
+from data_prep.steps import cadence_of, part_of, plan_of, steps_of, whole_minutes
 from stdist.errors import InputError
+
+CADENCE = 10
+"""Minutes, of a file with one frame: Telecom Italia's."""
 
 
 @reader("frames-npz")
@@ -27,19 +30,20 @@ def plan(
     *,
     city: str | None = None,
     channel: str | None = None,
-    cadence: int = 10,
+    cadence: int | None = None,
     utc_offset: int | None = None,
     place: GridPlace,
 ) -> Plan:
     """Plan of one file, read in one part.
 
-    channel: the one array to read; all of them by default.
-    Raises InputError where an array is absent or has no (T, H, W) shape, or where stamps are repeated or off
-    the cadence's grid.
+    channel: the one array to read; all of them by default. cadence: minutes between time steps, as the stamps say, 10
+    of one frame. Raises InputError where an array is absent or has no (T, H, W) shape, where stamps are repeated or
+    irregular, or say another cadence.
     """
     path = only_source(sources, "frames-npz")
     names, shape = _channels(path, channel)
-    stamps = load_array(path, "time").astype("datetime64[m]")
+    stamps = whole_minutes(path, load_array(path, "time"))
+    cadence = cadence_of(path, np.sort(stamps), cadence or (CADENCE if len(stamps) < 2 else None))
     spec = place.spec(city or city_of(path), names, stamps, shape, cadence=cadence, utc_offset=utc_offset)
     part = part_of(spec, steps_of(path, spec, stamps), partial(_load, path, names), path)
     return plan_of(spec, {"reader": "frames-npz", "row0": place.row0, "col0": place.col0}, [path], [part])

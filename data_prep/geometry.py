@@ -99,7 +99,7 @@ def require_orientation(geometry: Geometry, ids: np.ndarray) -> None:
 def _features(path: Path) -> dict[int, Any]:
     """Geometry objects by square id."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         features = content["features"]
         named = content.get("crs", {}).get("properties", {}).get("name", "CRS84")
     except OSError as error:

@@ -13,6 +13,7 @@ import polars as pl
 
 from data_prep.arrays import array_file
 from data_prep.common import existing, utc_offset_of
+from data_prep.kinds import kind_of, refuse_kind
 from stdist.data.schema import UNKNOWN_UNITS, NodeSpec
 from stdist.errors import InputError
 
@@ -107,7 +108,8 @@ def ids_of(names: list[str]) -> np.ndarray:
         raise InputError(f"node {twice!r} occurs twice; give each node once")
     try:
         integers = np.array([int(name) for name in names], np.int64)
-    except ValueError:
+    except (ValueError, OverflowError):
+        # No whole numbers, or beyond int64.
         return np.array(names)
     return integers if [str(number) for number in integers] == names else np.array(names)
 
@@ -211,6 +213,8 @@ def rows_of(path: Path, listed: list[str], ids: np.ndarray) -> np.ndarray:
 
 def read_table(path: Path, header: bool = True) -> pl.DataFrame:
     """A CSV file as text; InputError where it is none."""
+    if (kind := kind_of(path)) != "gzip":
+        refuse_kind(path, kind)
     try:
         table = pl.read_csv(existing(path), has_header=header, infer_schema=False)
     except pl.exceptions.NoDataError as error:

@@ -78,8 +78,8 @@ def _reader_of_one_array(
     units: str,
     example: str,
 ) -> Callable[..., Plan]:
-    """A reader of one array (T, N, C) of consecutive time steps. key: the array, the only one where None. minutes: its
-    usual cadence. known_channels: names by their number. example: of a start."""
+    """A reader of one array (T, N, C), or (T, N), of consecutive time steps. key: the array, the only one where None.
+    minutes: its usual cadence. known_channels: names by their number. example: of a start."""
 
     @reader(name, facts)
     def plan(
@@ -90,20 +90,23 @@ def _reader_of_one_array(
         start: str | None = None,
         cadence: int = minutes,
         utc_offset: int | None = None,
+        array: str | None = key,
         files: NodeFiles,
     ) -> Plan:
         """Plan of one file.
 
-        channels: names in order, ``a,b``; the usual ones of their number by default. start: local ISO time of the
-        first frame, required. Raises InputError where a file or an option does not fit.
+        array: its name in a file that holds several. channels: names in order, ``a,b``; the usual ones of their number
+        by default. start: local ISO time of the first frame, required. Raises InputError where a file or an option does
+        not fit.
         """
         path = only_source(sources, name)
-        array = array_file(path, key, "T, N, C")
-        names = parse_channels(channels, array.shape[2], known_channels, str(path))
-        stamps = stamps_from(path, start, array.shape[0], cadence, example)
-        nodes = files.nodes(array.shape[1])
+        values = array_file(path, array, "T, N", "T, N, C")
+        steps, count, *more = values.shape
+        names = parse_channels(channels, more[0] if more else 1, known_channels, str(path))
+        stamps = stamps_from(path, start, steps, cadence, example)
+        nodes = files.nodes(count)
         spec = nodes.spec(city or city_of(path), names, stamps, cadence, utc_offset, units)
-        part = part_of(spec, steps_of(path, spec, stamps), partial(_load_channels, array, names), path)
+        part = part_of(spec, steps_of(path, spec, stamps), partial(_load_channels, values, names), path)
         recipe = {"reader": name, "start": str(stamps[0]), **nodes.notes}
         return plan_of(spec, recipe, [path, *nodes.files], [part])
 
@@ -112,6 +115,7 @@ def _reader_of_one_array(
 
 def _load_channels(array: ArrayFile, names: Sequence[str]) -> dict[str, np.ndarray]:
     values = array.load()
+    values = values.reshape(*values.shape[:2], -1)
     return {name: values[:, :, index] for index, name in enumerate(names)}
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from data_prep.kinds import kind_of, refuse_kind
+from data_prep.steps import whole_minutes
 from stdist.errors import InputError, is_damage
 
 BLOSC = 32001
@@ -40,11 +42,7 @@ class PandasFrame:
         """Index of rows [start, stop), all by default, datetime64[m]; InputError where one is no whole minute."""
         with _opened(self.path) as file:
             stamps = file[self.group]["axis1"][start:stop].view(f"datetime64[{self.unit}]")
-        minutes = stamps.astype("datetime64[m]")
-        wrong = np.flatnonzero(np.isnat(stamps) | (minutes != stamps))
-        if len(wrong):
-            raise InputError(f"{self.path}, row {wrong[0]}: {stamps[wrong[0]]} is no whole minute; check the index")
-        return minutes
+        return whole_minutes(self.path, stamps)
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop), float64 [stop - start, N]."""
@@ -108,7 +106,9 @@ def _labels(where: str, labels: h5py.Dataset) -> np.ndarray:
     """Sensor ids, int64 or str [N]."""
     _require_decoder(where, labels)
     if labels.dtype.kind in "iu":
-        return labels[:].astype(np.int64)
+        ids = labels[:]
+        # Beyond int64 they are text.
+        return ids.astype(np.int64) if not len(ids) or ids.max() < 2**63 else ids.astype(str)
     if labels.dtype.kind == "S":
         return np.array([label.decode() for label in labels[:].tolist()], dtype=np.str_)
     raise InputError(f"{where}: its columns are named by {labels.dtype}; sensor ids are whole numbers or text")
@@ -132,6 +132,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     except (OSError, RuntimeError) as error:
         if not is_damage(error):
             raise
+        if kind_of(path) != "hdf5":
+            refuse_kind(path)
         why = "was cut short" if "truncated" in str(error) else "is no HDF5 file, or is damaged"
         raise InputError(f"{path} {why}; fetch the file again") from error
 

@@ -27,7 +27,8 @@ class Plan:
     recipe: what made the store, JSON. sources: raw files (or folders that are one data set), whose names,
     sizes and digests the store keeps. split: the store's default split; where None,
     ``stdist.data.spans.default_split`` of the days that hold data. read: yields the days of one part; a
-    top-level function, a ``functools.partial`` of one, or a method of a picklable object.
+    top-level function, a ``functools.partial`` of one, or a method of a picklable object. read_as: how the sources
+    were understood, where a reader had to choose; said: what else the user should know of them.
     """
 
     spec: GridSpec | NodeSpec
@@ -36,6 +37,8 @@ class Plan:
     split: Split | None
     parts: list[Part]
     read: Callable[[Part], Iterator[Day]]
+    read_as: str = ""
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

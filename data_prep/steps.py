@@ -27,13 +27,35 @@ def stamps_from(
     return parse_start(start) + np.arange(steps) * np.timedelta64(cadence, "m")
 
 
-def cadence_of(path: Path, stamps: np.ndarray) -> int:
+def whole_minutes(path: Path | str, stamps: np.ndarray) -> np.ndarray:
+    """Stamps of any unit as datetime64[m]: what all readers make of them.
+
+    Fractions of a second are rounded, since stamps that are stored as fractions (days since …) are exact to no more.
+    Raises InputError where one is absent or at odd seconds: nothing says which step of the cadence it belongs to.
+    """
+    if (lost := np.isnat(stamps)).any():
+        raise InputError(
+            f"{path}: the stamp of row {int(lost.argmax())}, counted from 0, is missing; give every frame its time"
+        )
+    if np.datetime_data(stamps.dtype)[0] in ("ms", "us", "ns"):
+        stamps = (stamps.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
+    minutes = stamps.astype("datetime64[m]")
+    if (odd := minutes != stamps).any():
+        raise InputError(f"{path}: stamp {stamps[odd][0]} is not a whole minute; round the stamps to the cadence")
+    return minutes
+
+
+def cadence_of(path: Path | str, stamps: np.ndarray, given: int | None = None) -> int:
     """Minutes between time steps: the shortest step of stamps, datetime64[m] [T], in local time.
 
-    Raises InputError where stamps are repeated, run backwards, or do not lie on a regular grid from midnight
+    given: as the user says; it must be what the stamps show, and counts alone where there is one stamp. Raises
+    InputError where it is not, where stamps are repeated, run backwards, or do not lie on a regular grid from midnight
     whose step divides a day. Absent stamps are no error.
     """
     if len(stamps) < 2:
+        if given is not None and len(stamps):
+            require_on_grid(path, stamps, given)
+            return given
         raise InputError(f"{path} holds {len(stamps)} frames, too few to tell the cadence; give at least two")
     steps = np.diff(stamps).astype(np.int64)
     wrong = np.flatnonzero(steps <= 0)
@@ -42,6 +64,8 @@ def cadence_of(path: Path, stamps: np.ndarray) -> int:
         what = f"stamp {at} occurs twice" if steps[wrong[0]] == 0 else f"stamps run backwards at {at}"
         raise InputError(f"{path}: {what}; give each frame once, in order of time")
     cadence = int(steps.min())
+    if given not in (None, cadence):
+        raise InputError(f"{path}: frames are {cadence} minutes apart, not {given}; check --cadence")
     if MINUTES_PER_DAY % cadence:
         before = stamps[int(steps.argmin())]
         raise InputError(
@@ -52,7 +76,15 @@ def cadence_of(path: Path, stamps: np.ndarray) -> int:
     return cadence
 
 
-def require_on_grid(path: Path, stamps: np.ndarray, cadence: int) -> None:
+def cadence_of_most(stamps: np.ndarray) -> int | None:
+    """Minutes between whole-minute stamps, ascending; None where they make no grid that divides a day."""
+    if len(stamps) < 2 or (stamps != stamps.astype("datetime64[m]")).any():
+        return None
+    cadence = int(np.diff(stamps.astype("datetime64[m]")).astype(np.int64).min())
+    return None if MINUTES_PER_DAY % cadence or (minutes_of_day(stamps) % cadence).any() else cadence
+
+
+def require_on_grid(path: Path | str, stamps: np.ndarray, cadence: int) -> None:
     """Raise InputError for a local stamp (datetime64[m] [n]) that is repeated or off the cadence's grid."""
     off = stamps[minutes_of_day(stamps) % cadence != 0]
     if len(off):
@@ -69,7 +101,7 @@ def minutes_of_day(stamps: np.ndarray) -> np.ndarray:
     return (stamps - stamps.astype("datetime64[D]")).astype("timedelta64[m]").astype(np.int64)
 
 
-def steps_of(path: Path, spec: GridSpec | NodeSpec, stamps: np.ndarray) -> np.ndarray:
+def steps_of(path: Path | str, spec: GridSpec | NodeSpec, stamps: np.ndarray) -> np.ndarray:
     """Index of each local stamp on the spec's time axis, int64 [n]; InputError where one is not on it."""
     require_on_grid(path, stamps, spec.cadence_minutes)
     return (stamps - spec.first_day.astype("datetime64[m]")).astype(np.int64) // spec.cadence_minutes

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xarray
 
+from data_prep.kinds import kind_of, refuse_kind
 from data_prep.steps import require_traffic, slices_of_days, slots_filled
 from data_prep.xarray_missing import never_written, open_decoded
 from stdist.data import Day, Part
@@ -230,17 +231,6 @@ class SourceReader:
         return read
 
 
-def minutes_of(path: Path, times: np.ndarray) -> np.ndarray:
-    """datetime64[m]; float stamps (days since …) are exact to the second, not more."""
-    if np.isnat(times).any():
-        raise InputError(f"{path}: stamp {int(np.isnat(times).argmax())} is missing; give every frame its time")
-    seconds = (times.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
-    wrong = seconds != seconds.astype("datetime64[m]")
-    if wrong.any():
-        raise InputError(f"{path}: stamp {seconds[wrong][0]} is no whole minute; give frames at a regular cadence")
-    return seconds.astype("datetime64[m]")
-
-
 def valid_range(array: xarray.DataArray) -> tuple[float, float]:
     """Bounds outside of which a value is missing (CF 2.5.1); infinite where not told.
 
@@ -262,8 +252,8 @@ def opened(path: Path) -> Iterator[xarray.Dataset]:
     """A NetCDF 4 file or a Zarr store, lazily; InputError where it is neither, or damaged."""
     if not path.exists():
         raise InputError(f"{path} does not exist; give a NetCDF file or a Zarr store")
-    if path.is_file() and path.open("rb").read(3) == b"CDF":
-        raise InputError(f"{path} is NetCDF 3; make it NetCDF 4: nccopy -k nc4 {path.name} new.nc")
+    if path.is_file() and (kind := kind_of(path)) not in ("hdf5", "text"):
+        refuse_kind(path, kind)
     try:
         data = open_decoded(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

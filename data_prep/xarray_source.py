@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import xarray
 
-from data_prep.common import city_of
+from data_prep.common import STORE_NAMES, city_of
 from data_prep.graphs import Nodes
 from data_prep.preparation import Plan
 from data_prep.reader import reader
-from data_prep.steps import cadence_of, slices_of_days
+from data_prep.steps import cadence_of, slices_of_days, whole_minutes
 from data_prep.xarray_missing import may_lack_chunks
 from data_prep.xarray_reading import (
     BUDGET,
@@ -32,7 +32,6 @@ from data_prep.xarray_reading import (
     Axes,
     AxisOptions,
     SourceReader,
-    minutes_of,
     opened,
     place,
     reversal,
@@ -41,21 +40,6 @@ from data_prep.xarray_reading import (
 from stdist.data import GridSpec, NodeSpec, Part
 from stdist.data.schema import FORMAT, UNKNOWN_UNITS
 from stdist.errors import InputError
-
-STORE_NAMES = {
-    "time",
-    "row",
-    "col",
-    "node",
-    "cell_id",
-    "node_id",
-    "inside",
-    "present",
-    "latitude",
-    "longitude",
-    "adjacency",
-}
-"""Names of the store's own arrays."""
 
 
 @reader("xarray")
@@ -151,7 +135,7 @@ def _inspect(path: Path, variable: str | None, axis_names: AxisOptions) -> Sourc
         kinds = [*units.values()] if len({*units.values()}) == 1 else [f"{name}: {u}" for name, u in units.items()]
         return Source(
             path=path,
-            stamps=minutes_of(path, data[time].values),
+            stamps=whole_minutes(path, data[time].values),
             chunk=max(int(array.encoding.get("preferred_chunks", {}).get(time, 1)) for array in arrays),
             variables=tuple(units),
             axes=axes,

@@ -74,6 +74,8 @@ def prepare(
         out, sources = out.absolute(), [source.absolute() for source in sources or []]
         options = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items()}
     plan = READERS[reader].plan(sources or [], **options)
+    if plan.read_as:
+        log(plan.read_as)
     with cluster(ray) as executor, progress_bar("prepare") as progress:
         summary = write_store(plan, out, workers, progress, executor)
     missing, absent = sum(summary.missing.values()), summary.absent_days
@@ -86,7 +88,8 @@ def prepare(
             line += f"; {channel}: {counts['never_observed']} cells never observed"
         if counts["never_in_training"]:
             line += f"; {channel}: {counts['never_in_training']} cells scored but never observed in training"
-    finish(summary.as_dict(), as_json, line)
+    said = {"read_as": plan.read_as, "said": [*plan.said]}
+    finish(summary.as_dict() | said, as_json, "; ".join([line, *plan.said]))
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:

@@ -82,6 +82,8 @@ def require_working_folder(folder: Path, is_ours: bool) -> None:
         raise InputError(f"{folder} is no folder, and work in progress needs that name; remove it or choose another")
     if folder.is_dir() and not is_ours and any(folder.iterdir()):
         raise InputError(f"{folder} holds other files, and work in progress needs that name; choose another")
+
+
 def require_writable(folder: Path) -> None:
     """Tries whether files can be made in ``folder``, or in the folder that it would be made in; leaves nothing there.
 

@@ -100,6 +100,8 @@ def option_help(plan: Callable[..., Any]) -> dict[str, str | None]:
     said = [m for m in re.finditer(r"(?:\w+, )*\w+(?=: )", text) if set(m[0].split(", ")) <= set(names)]
     helps: dict[str, str | None] = {name: USUAL.get(name) for name in names}
     for match, following in zip(said, [*said[1:], None], strict=True):
-        what = text[match.end() + 2 : following.start() if following else None].strip().rstrip(".").replace("``", "")
+        what = text[match.end() + 2 : following.start() if following else None]
+        # What introduces the next class of options is no help of the last one of this.
+        what = re.split(r"\.? (?:Options\b|Plan of\b)", what)[0].strip().rstrip(".").replace("``", "")
         helps |= dict.fromkeys(match[0].split(", "), what)
     return helps

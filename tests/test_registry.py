@@ -82,7 +82,7 @@ def test_two_packages_with_one_name_are_refused(install):
 
 
 def test_a_readers_module_registers_what_it_defines():
-    assert {"telecom-italia", "wide-csv", "wide-parquet", "pems-npz", "yearly-npz", "xarray"} <= set(READERS)
+    assert {"telecom-italia", "table", "pems-npz", "yearly-npz", "xarray"} <= set(READERS)
 
 
 def test_an_outside_reader_is_a_command(install, tmp_path, monkeypatch, capsys):

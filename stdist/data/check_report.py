@@ -63,11 +63,16 @@ STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 def as_table(report: CheckReport) -> Group:
     """Errors first. Prints on any console of rich."""
     channels = Table(
-        "channel", "missing", "zero", "lowest", "highest", title=escape(str(report.store)), title_justify="left"
+        *("channel", "missing", "zero", "lowest", "highest", "period", "daily peak"),
+        title=escape(str(report.store)),
+        title_justify="left",
     )
     for name, summary in report.channels.items():
         bounds = ["" if summary[key] is None else f"{summary[key]:.6g}" for key in ("lowest", "highest")]
-        channels.add_row(escape(name), f"{summary['missing_share']:.3%}", f"{summary['zero_share']:.3%}", *bounds)
+        shares = [f"{summary[key]:.3%}" for key in ("missing_share", "zero_share")]
+        hours = summary.get("period_hours")
+        rhythm = ["none clear" if hours is None else f"{hours:g} h", f"{summary['peak']} local"]
+        channels.add_row(escape(name), *shares, *bounds, *(rhythm if "peak" in summary else ["", ""]))
     findings = Table("", "what", "where")
     for severity, style in STYLES.items():
         for finding in report.findings:

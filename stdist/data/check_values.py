@@ -11,6 +11,7 @@ import numpy as np
 from stdist.data.check_report import CheckReport, Severity, listed
 from stdist.data.imputation import interpolate
 from stdist.data.parts import Tile
+from stdist.data.rhythm import rhythm_of
 from stdist.data.schema import CHUNK, observed_name, tiles_of, true_segments
 from stdist.data.statistics import StatisticsState
 from stdist.data.store import GridStore
@@ -18,6 +19,8 @@ from stdist.progress import Progress
 
 LARGEST = 999_950.0
 """Magnitudes from here on have no numeral (docs/decisions.md, 1)."""
+SMALLEST = 5e-5
+"""Magnitudes below this have the numeral of 0."""
 SAMPLED_DAYS = 16
 """Days of each channel and tile whose imputed values are computed again."""
 MOSTLY = 0.5
@@ -56,7 +59,8 @@ def _strips(tile: Tile) -> Iterator[Tile]:
 
 @dataclass
 class _Channel:
-    """Counts and extremes of a channel so far. Counts are by cell, int64 [H, W] or [N]."""
+    """Counts and extremes of a channel so far. Counts are by cell, int64 [H, W] or [N]; ``sums`` and ``counts_of`` of
+    measured values by time step, float64 [T]."""
 
     store: GridStore
     channel: str
@@ -68,6 +72,8 @@ class _Channel:
     """Cells that were observed in validation or test days, bool."""
     lowest: float = np.inf
     highest: float = -np.inf
+    sums: np.ndarray = field(init=False)
+    counts_of: np.ndarray = field(init=False)
     counts: Counter[tuple[Severity, str]] = field(default_factory=Counter)
     first: dict[tuple[Severity, str], str] = field(default_factory=dict)
 
@@ -77,6 +83,7 @@ class _Channel:
         self.scored = np.zeros(self.store.shape, bool)
         split = self.store.default_split
         self._train, self._scoring = split.train, [span for span in (split.validation, split.test) if span]
+        self.sums, self.counts_of = np.zeros((2, len(self.store.present)))
 
     def day(self, day: int, tile: Tile, part: StatisticsState) -> None:
         """Look at one day of a tile; ``part`` takes in what of it lies in the training span."""
@@ -97,6 +104,9 @@ class _Channel:
         self.expected[tile] += (present & inside & exists).sum(axis=0)
         self.seen[tile] += (measured & inside & exists).sum(axis=0)
         self.zeros[tile] += (measured & (values == 0)).sum(axis=0)
+        steps, of_cells = slice(start, start + store.slots_per_day), tuple(range(1, measured.ndim))
+        self.sums[steps] += np.where(measured & inside, values, 0).sum(axis=of_cells, dtype=np.float64)
+        self.counts_of[steps] += (measured & inside).sum(axis=of_cells)
         if measured.any():
             self.lowest = min(self.lowest, float(values[measured].min()))
             self.highest = max(self.highest, float(values[measured].max()))
@@ -130,6 +140,8 @@ class _Channel:
         coverage = {"missing": missing, "true_zeros": zeros}
         if coverage != self.store.coverage[self.channel]:
             report.add("error", f"coverage is {coverage}, recorded {self.store.coverage[self.channel]}", self.channel)
+        if 0 < self.highest < SMALLEST:
+            report.add("warning", f"all values are below {SMALLEST}, which numerals read as 0: --scale", self.channel)
         self._statistics(report)
         share = (self.expected - self.seen) / np.maximum(self.expected, 1)
         never, dead = (self.expected > 0) & (self.seen == 0), (self.seen > 0) & (self.zeros == self.seen)
@@ -151,9 +163,25 @@ class _Channel:
             "zero_share": zeros / max(1, int(self.seen.sum())),
             "lowest": self.lowest if np.isfinite(self.lowest) else None,
             "highest": self.highest if np.isfinite(self.highest) else None,
+            **self._rhythm(report),
             "cells": {what: int(cells.sum()) for what, cells in groups.items()},
             "worst_cells": {str(i): float(s) for i, s in zip(worst_ids, shares, strict=True) if s > 0},
         }
+
+    def _rhythm(self, report: CheckReport) -> dict[str, Any]:
+        """The period and the hours of peak and trough; a warning where the period is neither a day nor a week."""
+        seen = self.counts_of > 0
+        means = np.divide(self.sums, self.counts_of, out=np.full(len(self.sums), np.nan), where=seen)
+        rhythm = rhythm_of(means, self.store.slots_per_day)
+        if rhythm is None:
+            return {}
+        told = rhythm.as_dict()
+        if not rhythm.is_of_days:
+            what = (
+                f"values repeat after {told['period_hours']:g} hours, neither a day nor a week: is the cadence right?"
+            )
+            report.add("warning", what, self.channel)
+        return told
 
     def _statistics(self, report: CheckReport) -> None:
         stored = self.store.attributes["train_statistics"].get(self.channel)

@@ -205,8 +205,8 @@ def forecast_store(
 
     A split's name means the run's own days on the store it was trained on, else the store's default split. The same
     command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises,
-    InputError where ``request.out`` lies in a store or a run, or something else has its name, and as writing would where
-    it cannot be written.
+    InputError where ``request.out`` lies in a store or a run, or something else has its name, and as writing would
+    where it cannot be written.
     """
     require_outside(request.out)
     require_writable(request.out.parent)

@@ -118,7 +118,8 @@ def csv_command(tmp_path) -> Callable[..., list[str]]:
     def command(name: str, changes: dict[int, str] | None = None) -> list[str]:
         source, out = tmp_path / f"{name}.csv", tmp_path / f"{name}.zarr"
         source.write_text(wide_csv(changes))
-        return ["prepare", "wide-csv", str(source), "--out", str(out), "--start", "2013-11-01", "--cadence", "60"]
+        command = ["prepare", "table", str(source), "--out", str(out), "--start", "2013-11-01", "--cadence", "60"]
+        return [*command, "--height", "2", "--channel", "internet"]
 
     return command
 

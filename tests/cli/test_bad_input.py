@@ -22,9 +22,9 @@ from stdist.errors import DivergenceError, InputError, Interrupted
     [
         ("1,quite a lot,3,4", ["line 6, column 2", "'quite a lot' is not a finite number", "blank means missing"]),
         ("1,inf,3,4", ["line 6, column 2", "not a finite number"]),
-        ("1,2,3", ["line 6", "3 columns instead of 4", "broken or the file was cut short"]),
+        ("1,2,3", ["line 6", "3 columns instead of 4", "broken, blank, or the file was cut short"]),
         ("1,2,3,4,5", ["line 6", "5 columns instead of 4"]),
-        ("1,-2,3,4", ["row 6, column 2", "traffic -2.0 is negative", "blank it if it means missing"]),
+        ("1,-2,3,4", ["internet is -2 at 2013-11-01T05:00, place 1", "--missing -2 where it means missing"]),
     ],
 )
 def test_a_broken_csv(refused, csv_command, row, expected):
@@ -35,14 +35,15 @@ def test_a_broken_csv(refused, csv_command, row, expected):
 def test_missing_values_of_a_csv_are_counted_not_refused(stdist, csv_command):
     command = csv_command("gaps", {5: "1,NaN,3,4", 9: "1,,,4"})
     result = stdist(*command)
-    assert result.code == 0 and "3 values missing and imputed" in result.out and result.err == ""
+    assert result.code == 0 and "3 values missing and imputed" in result.out
+    assert result.err.startswith("read as: wide, a column a place, no header")
 
 
 def test_a_csv_without_its_start(refused, csv_command):
     command = csv_command("city")
     del command[command.index("--start") :][:2]
     line = refused(*[part for part in command if part not in ("--start", "2013-11-01")])
-    assert "has no time column" in line and "--start 2013-11-01T00:00" in line
+    assert "has no column of time" in line and "--start 2013-11-01T00:00" in line
 
 
 def test_the_hourly_look_alike_of_the_raw_files(refused, tmp_path):
@@ -62,14 +63,14 @@ def test_an_unknown_reader(refused, tmp_path):
 
 def test_an_option_the_reader_does_not_take(refused, csv_command):
     line = refused(*csv_command("city"), "--days", "3")
-    assert line.startswith("No such option: --days") and line.endswith("prepare wide-csv --help`")
+    assert line.startswith("No such option: --days") and line.endswith("prepare table --help`")
     line = refused("prepare", "synthetic", "--out", "a.zarr", "--id-width", "100")
     assert line.startswith("No such option: --id-width")
 
 
 def test_options_that_are_no_numbers_or_lacking(refused, csv_command):
     line = refused(*csv_command("city"), "--width", "many")
-    assert line.startswith("Invalid value for '--width'") and line.endswith("prepare wide-csv --help`")
+    assert line.startswith("Invalid value for '--width'") and line.endswith("prepare table --help`")
     line = refused("prepare", "synthetic")
     assert line.startswith("Missing option '--out'")
 
@@ -103,7 +104,7 @@ def test_a_store_is_never_overwritten(stdist, refused, csv_command):
 
 
 def test_a_source_that_is_not_there(refused, tmp_path):
-    line = refused("prepare", "wide-csv", tmp_path / "a.csv", "--out", tmp_path / "a.zarr", "--start", "2013-11-01")
+    line = refused("prepare", "table", tmp_path / "a.csv", "--out", tmp_path / "a.zarr", "--start", "2013-11-01")
     assert f"{tmp_path / 'a.csv'} is not a file" in line
 
 

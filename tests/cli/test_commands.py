@@ -39,18 +39,19 @@ def test_prepare(stdist, csv_command):
     result = stdist(*command, "--json")
     assert result.code == 0 and len(result.out.splitlines()) == 1
     summary = result.json
-    assert summary["path"] == command[4] and Path(command[4]).is_dir()
+    assert summary["read_as"] == result.err.strip() and "4 places `0`, `1`, `2`" in summary["read_as"]
+    assert summary["said"] == [] and summary["path"] == command[4] and Path(command[4]).is_dir()
     assert (summary["city"], summary["channels"], summary["cells"]) == ("milan", ["internet"], 4)
     assert (summary["frames"], summary["runs"]) == (192, 1)
     assert summary["missing"] == {"internet": 1} and summary["true_zeros"] == {"internet": 1}
 
 
 def test_a_reader_explains_its_data_and_its_own_options(stdist):
-    page = stdist("prepare", "wide-csv", "--help").out
-    assert "one row a frame, one column a cell" in page  # the data's facts
+    page = stdist("prepare", "table", "--help").out
+    assert "long ones a row a place and time" in " ".join(page.split())  # the data's facts
     assert "--id-width" in page and "--workers" in page and "--days" not in page
     flat = " ".join(page.replace("│", " ").split())
-    assert "local ISO time of the first row, required" in flat  # of the docstring
+    assert "local ISO time of the first row, where there is no column of time" in flat  # of the docstring
     assert "--days" in stdist("prepare", "synthetic", "--help").out
 
 

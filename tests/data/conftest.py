@@ -121,3 +121,19 @@ def geometry_files() -> ModuleType:
 def raw_telecom() -> ModuleType:
     """benchmarks/_raw_telecom.py: writes raw text of the Telecom Italia challenge."""
     return _load(Path(__file__).parents[2] / "benchmarks" / "_raw_telecom.py")
+
+
+@pytest.fixture(scope="session")
+def tables() -> ModuleType:
+    """table_case.py: writes tables and reads them."""
+    return _load(Path(__file__).with_name("table_case.py"))
+
+
+@pytest.fixture
+def read_table(tables, tmp_path) -> Callable[..., object]:
+    """``read_table`` of table_case.py, in a folder of its own: of files by name, or of the text of ``city.csv``."""
+
+    def read(files: dict[str, str | bytes] | str | bytes, **options: object) -> object:
+        return tables.read_table(tmp_path, files if isinstance(files, dict) else {"city.csv": files}, **options)
+
+    return read

@@ -43,7 +43,7 @@ def write_frame(
             },
         )
         text = labels.dtype.kind in "US"
-        axis = labels.astype("S") if text else labels.astype(np.int64)
+        axis = labels.astype("S") if text else labels
         named = {"kind": b"string", "nan_rep": h5py.Empty("S1")} if text else {"kind": b"integer"}
         named["name"] = b"N."
         _array(group, "axis0", axis, compression, named)

@@ -255,6 +255,12 @@ def test_values_out_of_range(store, frame, value, severity, what):
     assert report.ok is (severity == "warning")
 
 
+def test_values_too_small_for_numerals(tmp_path):
+    values, present = numbers()
+    report = check_store(write(tmp_path / "small.zarr", grid(), values * np.float32(1e-7), present))
+    assert only(report, "warning") == ("all values are below 5e-05, which numerals read as 0: --scale", "flow")
+
+
 @pytest.mark.parametrize("frame", [5, 23])
 def test_imputed_values_are_computed_again(store, frame):
     """Frame 23 is a day's last: what it is made of lies in two days."""
@@ -409,7 +415,7 @@ def test_public_data_through_prepare_and_check(real_data, tmp_path):
     assert only(report, "warning") == ("cells zero all the time (4)", "volume, cells 121, 195, 198, 200")
     assert report.ok and round(report.channels["volume"]["zero_share"], 2) == 0.65
     week = real_data / "metr_la_week"
-    options = {"nodes": True, "adjacency": week / "los_adj.csv", "start": "2012-03-01", "cadence": 5}
-    los = READERS["wide-csv"].prepare([week / "los_speed.csv"], tmp_path / "los.zarr", channel="speed", **options)
+    options = {"adjacency": week / "los_adj.csv", "start": "2012-03-01", "cadence": 5}
+    los = READERS["table"].prepare([week / "los_speed.csv"], tmp_path / "los.zarr", channel="speed", **options)
     report = check_store(los.path)
     assert report.findings == [] and report.channels["speed"]["highest"] == 70

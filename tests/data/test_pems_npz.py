@@ -71,6 +71,14 @@ def test_flow_alone_and_named_channels(tmp_path):
     )
 
 
+def test_an_array_of_two_axes_under_any_name(tmp_path):
+    path = pems(tmp_path, "loop.npz", flows=frames(1)[..., 0], mean=np.zeros(N))
+    plan = plan_pems([path], start="2018-09-01", array="flows")
+    (day, *_) = plan.read(plan.parts[0])
+    assert plan.spec.channels == ("flow",) and plan.spec.shape == (N,)
+    np.testing.assert_array_equal(day.values["flow"][day.present], frames(1)[: day.present.sum(), :, 0])
+
+
 def test_edges_become_weights_of_their_distance(tmp_path):
     """exp(-(d / sigma)^2), hand-computed: distances 1 and 3 have sigma 1; direction is the file's."""
     edges = text(tmp_path, "distance.csv", "from,to,cost\n0,1,1.0\n2,0,3.0\n")
@@ -122,8 +130,8 @@ def test_square_tables_with_a_named_first_column_and_as_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "options", "line"),
     [
-        ({"x": frames()}, {}, r"no array 'data' \(T, N, C\); it has x"),
-        ({"data": frames()[0]}, {}, r"float64 \(4, 3\); it must hold numbers \(T, N, C\)"),
+        ({"x": frames()}, {}, r"no array 'data' \(T, N\) or \(T, N, C\); it has x"),
+        ({"data": frames()[0, 0]}, {}, r"float64 \(3,\); it must hold numbers \(T, N\) or \(T, N, C\)"),
         ({"data": frames().astype(str)}, {}, r"must hold numbers"),
         ({"data": frames()[:0]}, {}, r"\(0, 4, 3\); it must hold"),
         ({"data": np.array([[[object()]]])}, {}, "pickled Python objects, which are never loaded"),

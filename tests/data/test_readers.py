@@ -1,4 +1,4 @@
-"""wide-csv, frames-npz and synthetic: what they read, and what they refuse."""
+"""table, under its old name too, frames-npz and synthetic: what they read, and what they refuse."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,16 @@ from stdist.data import open_store
 from stdist.errors import InputError
 
 
-def _csv(folder: Path, text: str, name: str = "milan_block.csv") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
+def _prepare_csv(folder: Path, text: str, reader: str = "wide-csv", **options: object):
+    (path := folder / "milan_block.csv").write_text(text)
+    return READERS[reader].prepare([path], folder / "out.zarr", **options)
 
 
-def _prepare_csv(folder: Path, text: str, **options: object):
-    options = {"start": "2013-11-01", "height": 1, "width": 3, "cadence": 360, **options}
-    return READERS["wide-csv"].prepare([_csv(folder, text)], folder / "out.zarr", **options)
-
-
-def test_wide_csv_reads_rows_as_frames(tmp_path):
-    """Four frames of six hours from 06:00; a blank and a NaN are missing, 0 is not."""
-    summary = _prepare_csv(tmp_path, "1,2,3\n0,,6\n7,NaN,9\n10,11,12\n", start="2013-11-01T06:00")
+def test_rows_of_a_csv_are_frames(tmp_path):
+    """Four frames of six hours from 06:00; a blank and a NaN are missing, 0 is not. The old name reads a grid of
+    internet traffic by default."""
+    text = "1,2,3\n0,,6\n7,NaN,9\n10,11,12\n"
+    summary = _prepare_csv(tmp_path, text, start="2013-11-01T06:00", height=1, width=3, cadence=360, header=False)
     store = open_store(summary.path)
     assert (summary.frames, summary.cells, summary.city) == (4, 3, "milan")
     assert summary.missing == {"internet": 2} and summary.true_zeros == {"internet": 1}
@@ -37,55 +33,53 @@ def test_wide_csv_reads_rows_as_frames(tmp_path):
     assert store.observed("internet", 2, 3)[0].tolist() == [[True, False, True]]
 
 
-def test_wide_csv_places_the_grid_in_the_datas_ids(tmp_path):
-    summary = _prepare_csv(
-        tmp_path,
-        "1,2,3,4\n",
-        height=None,
-        width=None,
-        row0=41,
-        col0=43,
-        id_width=100,
-        city="milan",
-        channel="sms_in",
-    )
+def test_a_table_is_placed_in_the_datas_ids(tmp_path):
+    options = {"start": "2013-11-01", "cadence": 360, "row0": 41, "col0": 43, "id_width": 100, "city": "milan"}
+    summary = _prepare_csv(tmp_path, "1.5,2,3,4\n", "table", channel="sms_in", **options)
     store = open_store(summary.path)
     assert store.cell_ids.tolist() == [[4144, 4145], [4244, 4245]] and store.channels == ("sms_in",)
     assert store.dataset["row"].values.tolist() == [41, 42]
 
 
+def test_the_old_name_reads_nodes_every_ten_minutes(tmp_path):
+    text = '773869,"767541"\n1.5,2.5\n0.5,\n'
+    summary = _prepare_csv(tmp_path, text, nodes=True, start="2013-11-01", city="milan")
+    store = open_store(summary.path)
+    assert store.cell_ids.tolist() == [773869, 767541] and store.cadence == np.timedelta64(10, "m")
+    assert store.attributes["utc_offset_minutes"] == 60 and summary.missing == {"internet": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "options", "line"),
     [
-        ("1,2,3\n4,five,6\n", {}, r"line 2, column 2: 'five' is not a finite number"),
-        ("a,b,c\n4,5,6\n", {}, r"line 1, column 1: 'a' .*remove the header"),
-        ("1,2,3\n4,5\n", {}, "line 2: 2 columns instead of 3"),
-        ("1,2,3\n4,5\n6,7,8,9\n", {}, "line 2: 2 columns instead of 3"),
-        ("1,2,3\n\n4,5,6\n", {}, "line 2: 1 columns instead of 3"),
-        ("1,2,3\n4,inf,6\n", {}, r"line 2, column 2: 'inf'"),
-        ('1,2,3\n4,"5,6\n', {}, r"line 2, column 2: '\"5' is not a finite number"),
-        ("1,2,3\n4,5,6\n7,-8.5,9\n", {}, r"row 3, column 2: traffic -8.5 is negative \(1 such"),
-        ("", {}, "is empty"),
-        ("1,2,3\n", {"start": None}, "--start"),
-        ("1,2,3\n", {"start": "yesterday"}, "--start 'yesterday'"),
-        ("1,2,3\n", {"start": "2013-11-01T01:00"}, "off the 360-minute grid"),
-        ("1,2,3\n", {"height": None, "width": None}, "3 columns, which is no square grid"),
-        ("1,2,3\n", {"height": 2, "width": 2}, "3 columns, not 2 x 2"),
-        ("1,2,3\n", {"height": 2, "width": None}, "3 columns, not 2 x 1"),
-        ("1,2,3\n", {"cadence": 7}, "does not divide a day"),
-        ("1,2,3\n", {"col0": 98, "id_width": 100}, "98:101 leave rows of 100 ids"),
-        ("1,2,3\n", {"train": "2013-11-01:2013-11-02"}, "leaves the data's days"),
+        ("1.5,2,3\n4,five,6\n", {}, r"line 2, column 2: 'five' is not a finite number"),
+        ("1.5,2,3\n4,5\n", {}, "line 2: 2 columns instead of 3"),
+        ("1.5,2,3\n\n4,5,6\n", {}, "line 2: 1 columns instead of 3"),
+        ('1.5,2,3\n4,"5,6\n', {}, r"line 2: 2 columns instead of 3"),
+        ("1.5,2,3\n4,5,6\n7,-8.5,9\n", {}, r"is -8.5 at 2013-11-01T12:00, place 1 \(1 such"),
+        ("1.5,2,3\n", {"start": None}, "--start"),
+        ("1.5,2,3\n", {"start": "yesterday"}, "--start 'yesterday'"),
+        ("1.5,2,3\n", {"start": "2013-11-01T01:00"}, "off the 360-minute grid"),
+        ("1.5,2,3\n", {"height": None, "width": None, "row0": 1}, "3 columns, which is no square grid"),
+        ("1.5,2,3\n", {"height": 2, "width": 2}, "3 places for 4 cells"),
+        ("1.5,2,3\n", {"height": 2, "width": None}, "3 columns, not 2 x 1"),
+        ("1.5,2,3\n", {"cadence": 7}, "does not divide a day"),
+        ("1.5,2,3\n", {"col0": 98, "id_width": 100}, "98:101 leave rows of 100 ids"),
+        ("1.5,2,3\n", {"train": "2013-11-01:2013-11-02"}, "leaves the data's days"),
     ],
 )
-def test_wide_csv_refuses(tmp_path, text, options, line, refused):
+def test_a_table_is_refused(tmp_path, text, options, line, refused):
+    given = {"start": "2013-11-01", "height": 1, "width": 3, "cadence": 360, **options}
     with refused(line):
-        _prepare_csv(tmp_path, text, **options)
+        _prepare_csv(tmp_path, text, "table", **given)
     assert [path.name for path in tmp_path.iterdir()] == ["milan_block.csv"]
 
 
-@pytest.mark.parametrize("reader", ["wide-csv", "frames-npz"])
-def test_one_file_is_needed(tmp_path, reader):
-    for sources, line in (([], "reads one file, 0 given"), ([tmp_path / "absent"], "is not a file")):
+@pytest.mark.parametrize(
+    ("reader", "none"), [("table", "reads one file or more, 0"), ("frames-npz", "one file, 0 given")]
+)
+def test_a_file_is_needed(tmp_path, reader, none):
+    for sources, line in (([], none), ([tmp_path / "absent"], "is not a file")):
         with pytest.raises(InputError, match=line):
             READERS[reader].prepare(sources, tmp_path / "out.zarr")
 
@@ -126,7 +120,7 @@ def test_npz_channel_chooses_one_array(tmp_path):
         ({"x": np.ones((2, 2, 2))}, {}, "no array 'time'"),
         ({"time": np.arange(2), "x": np.ones((2, 2, 2))}, {}, "no array 'time' of datetime64"),
         ({"time": _stamps(0, 0), "x": np.ones((2, 2, 2))}, {}, "occurs twice"),
-        ({"time": _stamps(0, 1), "x": np.ones((2, 2, 2))}, {"cadence": 60}, "off the 60-minute grid"),
+        ({"time": _stamps(0, 1), "x": np.ones((2, 2, 2))}, {"cadence": 60}, "10 minutes apart, not 60"),
         ({"time": _stamps(0, 1), "x": np.ones((3, 2, 2))}, {}, r"frames are numbers \(2, H, W\)"),
         ({"time": _stamps(0, 1), "x": np.ones((2, 4))}, {}, "holds no frames"),
         ({"time": _stamps(0, 1), "x": np.ones((2, 2, 2))}, {"channel": "y"}, "no array 'y'; it has x"),

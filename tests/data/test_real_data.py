@@ -16,8 +16,8 @@ from stdist.errors import InputError
 @pytest.fixture
 def block(real_data, tmp_path) -> GridStore:
     path = real_data / "milan_block_5x5" / "milan_grid_data.csv"
-    options = {"start": "2013-11-01", "row0": 41, "col0": 41, "id_width": 100}
-    return open_store(READERS["wide-csv"].prepare([path], tmp_path / "block.zarr", **options).path)
+    options = {"start": "2013-11-01", "cadence": 10, "channel": "internet", "row0": 41, "col0": 41, "id_width": 100}
+    return open_store(READERS["table"].prepare([path], tmp_path / "block.zarr", **options).path)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ def week(real_data) -> dict[str, object]:
 
 def test_metr_la_week_as_csv_and_as_the_published_frame(week, tmp_path, write_frame):
     """One store from the CSV, one from the same values in pandas' layout: all values, graph and places agree."""
-    options = {"nodes": True, "start": "2012-03-01", "cadence": 5, "channel": "speed", "utc_offset": -480}
-    as_csv = READERS["wide-csv"].prepare([week["file"]], tmp_path / "csv.zarr", **options, **week["graph"])
+    options = {"start": "2012-03-01", "cadence": 5, "channel": "speed", "utc_offset": -480}
+    as_csv = READERS["table"].prepare([week["file"]], tmp_path / "csv.zarr", **options, **week["graph"])
     with week["file"].open() as file:
         ids = file.readline().strip().split(",")
     speeds = np.loadtxt(week["file"], delimiter=",", skiprows=1)

@@ -280,7 +280,7 @@ def test_a_prepared_raster_is_read_region_by_region(tmp_path):
         (lambda d: d.isel(time=[0]), {}, "holds 1 frames, too few"),
         (lambda d: d.assign_coords(time=d.time + np.array([0] * 7 + [60], "m8[m]")), {}, "off the 360-minute grid"),
         (lambda d: d.assign_coords(time=_stamps("2020-05-01", 8, 7)), {}, "7 minutes pass"),
-        (lambda d: d.assign_coords(time=d.time + np.array([0] * 7 + [30], "m8[s]")), {}, "is no whole minute"),
+        (lambda d: d.assign_coords(time=d.time + np.array([0] * 7 + [30], "m8[s]")), {}, "is not a whole minute"),
         (lambda d: d.rename(lat="a", lon="b").drop_vars(["a", "b"]), {}, "say which are rows and columns"),
         (lambda d: d.expand_dims(level=2), {}, "choose one level first, a grid has rows and columns only"),
         (lambda d: d, {"node_dim": "lat"}, "choose one lon first, a node has one series"),
@@ -308,7 +308,7 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="is no NetCDF 4 file, or is damaged"):
         xarray_source.plan([path])
     path.write_bytes(b"CDF\x01" + bytes(100))
-    with pytest.raises(InputError, match=r"is NetCDF 3; make it NetCDF 4: nccopy -k nc4 x.nc"):
+    with pytest.raises(InputError, match=r"is a NetCDF 3 file; make it NetCDF 4: nccopy -k nc4 x.nc"):
         xarray_source.plan([path])
     path.write_text("time,flow\n")
     with pytest.raises(InputError, match="is no NetCDF 4 file"):

@@ -55,15 +55,15 @@ def load_text_tokenizer(path: Path, vocabulary: Vocabulary) -> PreTrainedTokeniz
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     zero = next((t["id"] for t in tree.get("added_tokens", ()) if t["content"] == vocabulary.token(0)), None)
     if zero is None:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     tree["added_tokens"] = [t for t in tree["added_tokens"] if not zero <= t["id"] < zero + len(vocabulary)]
     with tempfile.TemporaryDirectory() as folder:
         for other in path.iterdir():
             if other.is_file() and other.suffix not in WEIGHTS:
                 shutil.copy(other, folder)
         (Path(folder) / TOKENIZER).write_text(json.dumps(tree), encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer) != zero:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     tokenizer.name_or_path = str(path)
     return tokenizer
