@@ -235,7 +235,9 @@ def cut_off() -> None:
         raise FirstStep
 
     loop._StageRun.train = first_step  # type: ignore[method-assign]
-    stdist.orchestration.learners.connected = first_step  # type: ignore[assignment]
+    for module in (stdist.orchestration.learners, stdist.orchestration.preparation):
+        module.connected = first_step  # type: ignore[attr-defined]
+    stdist.orchestration.policy_workers.sweep.connected = first_step  # type: ignore[assignment]
     list(RECIPES.values()), list(BACKBONES.values())
 
 
@@ -259,6 +261,7 @@ def harmless(trial: Trial) -> bool:
     key = trial.where.split()[-1].removeprefix("--").split(".")[-1].replace("-", "_")
     return (
         key in NAMES  # a name is any text
+        or key in ("row0", "col0", "id_width")  # ids are the data's own, whatever they are
         or key in ("out", "output_dir", "working_dir")  # so is the name of a file or folder that is made
         or key in LIMITS  # what is never reached limits nothing, and holds nothing
         or key in CUT_TO_SIZE  # no more are taken than there are
