@@ -35,6 +35,8 @@ def plan(
     """
     if sources:
         raise InputError(f"synthetic reads no file, {sources[0]} given; leave it out")
+    if seed < 0:
+        raise InputError(f"--seed {seed} is negative; give 0 or more")
     first = parse_day(start)
     source = SyntheticCity(height, width, str(first), days, cadence, seed, city)
     ends = first + np.array([0, days - 1])

@@ -15,14 +15,13 @@ from stdist import __version__
 from stdist.boundary import ended
 from stdist.errors import InputError
 from stdist.files import to_json
-from stdist.memory import LARGEST
 from stdist.reader_commands import Group, reader_commands
 from stdist.runs.memory_plan import PEAK_FLOPS
 from stdist.scalars import figure
 
 FORECAST_FORMATS = (".zarr", ".parquet")
-MOST_PROCESSES = 1024
-"""That a preparation may ask of one machine."""
+MOST_PROCESSES, MOST_WORKERS = 1024, 65536
+"""That a command may ask of one machine, and of a cluster."""
 DAMAGED = 4
 """Exit code where something is not as it was written, of ``stdist check`` and of ``stdist ledger``."""
 
@@ -174,7 +173,7 @@ def forecast(
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
     split: Annotated[str, typer.Option(help="train, validation, test, or local days A:B")] = "test",
     workers: Annotated[
-        int | None, typer.Option(max=LARGEST, help="Ray actors that forecast; as many as fit if --ray alone")
+        int | None, typer.Option(max=MOST_WORKERS, help="Ray actors that forecast; as many as fit if --ray alone")
     ] = None,
     ray: Annotated[str | None, typer.Option(help="their cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
@@ -261,7 +260,9 @@ def submit(
     out: Annotated[Path | None, typer.Option(help="of --forecast, as of stdist forecast")] = None,
     region: Annotated[str | None, typer.Option(help="of --forecast")] = None,
     split: Annotated[str, typer.Option(help="of --forecast")] = "test",
-    workers: Annotated[int | None, typer.Option(max=LARGEST, help="of --forecast; as many as fit if absent")] = None,
+    workers: Annotated[
+        int | None, typer.Option(max=MOST_WORKERS, help="of --forecast; as many as fit if absent")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run stdist train CONFIG, or with --forecast stdist forecast RUN STORE, on a Ray cluster and follow its log; the

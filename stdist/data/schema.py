@@ -4,6 +4,7 @@ Time is regular at the cadence, from local midnight of the first day to the end 
 one shard is one local day. Time steps that the source lacks are not written: fill values cost nothing.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +21,8 @@ FORMAT_VERSION = 1
 MINUTES_PER_DAY = 1440
 UNKNOWN_UNITS = "unknown units"
 """Of data that does not name them."""
+LONGEST_NAME = 100
+"""Of a channel, in characters: names of its arrays are longer, and a file system takes 255 bytes."""
 CHUNK = 32
 """Side of a chunk, in cells."""
 TILE = 256
@@ -47,6 +50,12 @@ class _Axes:
             parse_day(day)
         if not self.channels:
             raise InputError(f"city {self.city!r} has no channel; name at least one")
+        for channel in self.channels:  # each is a folder of the store
+            if not re.fullmatch(r"[^\W_][\w .+()-]*", channel) or len(channel) > LONGEST_NAME:
+                raise InputError(
+                    f"channel {channel!r} is no name of an array; begin with a letter or digit, go on with these, _, "
+                    f"-, dots or spaces, {LONGEST_NAME} characters at most"
+                )
         for name in ("inside", "since", "latitude", "longitude"):
             self._require_shape(name, getattr(self, name, None), self.shape)
         for name, values in (self.static or {}).items():

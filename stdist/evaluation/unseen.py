@@ -14,7 +14,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Unseen:
-    """Ids, as text, of every ``what``, cell or node: ``scored`` though never observed in training, or ``never``."""
+    """Ids, as text, of cells or nodes: ``scored`` though never observed in training, or ``never`` observed at all."""
 
     what: str
     scored: list[str]

@@ -1,7 +1,7 @@
 """Every count and every baseline on three real data sets, against numpy that shares no code with this package."""
 
 import csv
-from itertools import pairwise
+import itertools
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def write(path, values, first, cadence, days):
     first, total, slots = np.datetime64(first), sum(days), 1440 // cadence
     spec = NodeSpec("real", ("flow",), first, first + total - 1, np.arange(values.shape[1]), cadence)
     edges = np.cumsum([0, *days])
-    split = Split.parse(*([str(first + a), str(first + b - 1)] for a, b in pairwise(edges)))
+    split = Split.parse(*([str(first + a), str(first + b - 1)] for a, b in itertools.pairwise(edges)))
     with Writer(path, spec, {"made by": "a test"}) as writer:
         for day in range(total):
             writer.write_day(day, {"flow": values[day * slots : (day + 1) * slots].astype(np.float32)})

@@ -52,6 +52,10 @@ MEMORY = 6 * 2**30
 """Bytes of address space that a trial may have beyond what it begins with."""
 
 
+KEPT: set[str] = set()
+"""Names in the world's folder that trials leave there."""
+
+
 @dataclass(frozen=True)
 class Trial:
     where: str
@@ -152,7 +156,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def attempt(trial: Trial) -> Outcome:
     """Runs a trial in a fork, in the current folder."""
-    shutil.rmtree("out", ignore_errors=True)
+    _clear()
     os.mkdir("out")
     for path in ("stdout", "stderr"):
         Path(path).unlink(missing_ok=True)
@@ -169,6 +173,13 @@ def attempt(trial: Trial) -> Outcome:
     text = Path("stderr").read_text(errors="replace")
     code = os.waitstatus_to_exitcode(ended[1])
     return Outcome(trial, judge(trial, code, text), text)
+
+
+def _clear() -> None:
+    """Removes what a trial wrote beside the world's own inputs."""
+    for path in Path().iterdir():
+        if path.name not in KEPT:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def judge(trial: Trial, code: int, text: str) -> str:
@@ -235,7 +246,9 @@ def cut_off() -> None:
         raise FirstStep
 
     loop._StageRun.train = first_step  # type: ignore[method-assign]
-    stdist.orchestration.learners.connected = first_step  # type: ignore[assignment]
+    for module in (stdist.orchestration.learners, stdist.orchestration.preparation):
+        module.connected = first_step  # type: ignore[attr-defined]
+    stdist.orchestration.policy_workers.sweep.connected = first_step  # type: ignore[assignment]
     list(RECIPES.values()), list(BACKBONES.values())
 
 
@@ -259,6 +272,8 @@ def harmless(trial: Trial) -> bool:
     key = trial.where.split()[-1].removeprefix("--").split(".")[-1].replace("-", "_")
     return (
         key in NAMES  # a name is any text
+        or key == "seed"  # one number draws as well as another
+        or key in ("row0", "col0", "id_width")  # ids are the data's own, whatever they are
         or key in ("out", "output_dir", "working_dir")  # so is the name of a file or folder that is made
         or key in LIMITS  # what is never reached limits nothing, and holds nothing
         or key in CUT_TO_SIZE  # no more are taken than there are
@@ -294,6 +309,7 @@ def fuzz(chosen: list[Trial], folder: Path) -> list[Outcome]:
             outcomes = [json.loads(line) for line in Path("outcomes.jsonl").read_text().splitlines()]
             return [Outcome(Trial(*outcome[0]), *outcome[1:]) for outcome in outcomes]
         cut_off()
+        KEPT.update({path.name for path in Path().iterdir()}, {"outcomes.jsonl"})
         with open("outcomes.jsonl", "w") as file:
             for trial in chosen:
                 made = attempt(trial)

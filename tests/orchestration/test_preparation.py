@@ -15,7 +15,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdi
 from data_prep import Plan, prepare  # noqa: E402
 from stdist.data import GridSpec  # noqa: E402
 from stdist.data.parts import Day, Part, PartResult  # noqa: E402
-from stdist.errors import ResourceError  # noqa: E402
+from stdist.errors import InputError, ResourceError  # noqa: E402
 from stdist.orchestration import preparation  # noqa: E402
 from stdist.orchestration.preparation import ray_executor  # noqa: E402
 

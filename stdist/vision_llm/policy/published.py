@@ -1,6 +1,7 @@
 """Shapes of published bases, facts of their ``config.json``: a run is planned in seconds and without a network."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import Qwen2_5_VLConfig
 
@@ -28,7 +29,7 @@ def published_config(name: str) -> Qwen2_5_VLConfig | None:
     """The configuration of a published base; None of one whose shape is not known here."""
     if (shape := PUBLISHED.get(name)) is None:
         return None
-    tied = {"tie_word_embeddings": shape.tied}
+    tied: dict[str, Any] = {"tie_word_embeddings": shape.tied}
     text = {
         "hidden_size": shape.d,
         "intermediate_size": shape.mlp,

@@ -42,7 +42,7 @@ def pack(policy: PolicyModel, step: int) -> Version:
     trained, dtypes = Weights.of(policy).tensors, _sent_dtypes(policy)
     changed = _changed_rows(policy)
     rows = trained[EMBEDDING].index_select(0, changed)
-    weights = {name: _copied(x, dtypes[name]) for name, x in (trained | {EMBEDDING: rows}).items()}
+    weights = {name: _copied(x, dtypes[name]) for name, x in {**trained, EMBEDDING: rows}.items()}
     weights[CHANGED] = changed.to("cpu")
     tensors = {name: x.view(-1).view(torch.uint8).numpy() for name, x in weights.items()}
     digests = _digests(tensors)
