@@ -29,7 +29,10 @@ def published_config(name: str) -> Qwen2_5_VLConfig | None:
     """The configuration of a published base; None of one whose shape is not known here."""
     if (shape := PUBLISHED.get(name)) is None:
         return None
+<<<<<<< HEAD
     tied: dict[str, Any] = {"tie_word_embeddings": shape.tied}
+=======
+>>>>>>> card
     text = {
         "hidden_size": shape.d,
         "intermediate_size": shape.mlp,
@@ -37,6 +40,7 @@ def published_config(name: str) -> Qwen2_5_VLConfig | None:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "vocab_size": shape.tokens,
+        "tie_word_embeddings": shape.tied,
     }
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": shape.d}
-    return Qwen2_5_VLConfig(text_config=text | tied, vision_config=vision, **tied)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied)
