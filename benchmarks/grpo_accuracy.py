@@ -48,6 +48,7 @@ COMMON: dict[str, Any] = {
 CHAIN = {"candidates": "chain", "max_steps": 40}
 DIRECT = {"candidates": "direct", "max_steps": 80}
 MANY: dict[str, Any] = DIRECT | {"num_generations": 32}
+MEAN = {"reward": "error_of_mean"}
 SQUARED = {"reward": "squared_error"}
 # A numeral from far up the scale is nearly all that squared errors tell of a step where one is drawn.
 CUT = {"top_p": 0.99}
@@ -62,6 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "direct, eq17": DIRECT,
     "direct, eq17, G 32": MANY,
     HEADLINE: MANY | SQUARED | CUT | FREE,
+    "direct, mean, G 32": MANY | MEAN | CUT | FREE,
+    "direct, mean, G 32, city": MANY | MEAN | CUT | FREE | {"normalizer": "city_mean"},
+    "direct, mean, G 32, 4 updates": MANY | MEAN | CUT | FREE | {"num_iterations": 4},
     f"{HEADLINE}, clipped": MANY | SQUARED | CUT | FREE | CLIPPED,
     f"{HEADLINE}, clipped, rate 1e-3": MANY | SQUARED | CUT | FREE | CLIPPED | FAST,
     "direct, squared, G 32, scaled, beta 0": MANY | SQUARED | FREE | {"scale_rewards": "group"},
