@@ -1,5 +1,6 @@
 """Whether GRPO lowers the error: on the real 5 x 5 block of Milan, from one fine-tuned checkpoint a seed, candidates
-written step by step or in one pass, Eq. 17 or the squared error as reward, and what advantages know of squared errors.
+written step by step or in one pass, rewarded by Eq. 17, their squared error or that of their mean, and what advantages
+know of squared errors.
 
 A seed is fine-tuned once (``stages: [sft]``, no alignment, ``--sft-steps``); every variant begins with that checkpoint
 and makes its steps to the end, without early stopping, so that the last weights are scored and not the luckiest ones.
@@ -55,15 +56,22 @@ FREE = {"beta": 0.0}
 # Where one is drawn all the same, it does not fill Adam's second moments.
 CLIPPED = {"max_grad_norm": 0.02}
 FAST = {"learning_rate": 1e-3, "numeral_learning_rate": 1e-4}
-HEADLINE = "direct, squared, G 32, top-p, beta 0"
+# Each step is judged by what it does to the mean of the draws, with so little noise that more steps can be smaller.
+OF_MEAN: dict[str, Any] = {"reward": "error_of_mean", "windows_per_step": 4, "max_steps": 152}
+OF_MEAN |= {"learning_rate": 1e-4, "numeral_learning_rate": 1e-5}
+ALONE = "direct, squared, G 32, top-p, beta 0"
+HEADLINE = "direct, error of mean, G 32, top-p, beta 0"
 VARIANTS: dict[str, dict[str, Any]] = {
+    HEADLINE: MANY | CUT | FREE | OF_MEAN,
+    f"{HEADLINE}, 4 updates": MANY | CUT | FREE | OF_MEAN | {"num_iterations": 4},
     "chain, eq17": CHAIN,
+    "chain, eq17, 4 updates": CHAIN | {"num_iterations": 4},
     "chain, squared, top-p": CHAIN | SQUARED | CUT,
     "direct, eq17": DIRECT,
     "direct, eq17, G 32": MANY,
-    HEADLINE: MANY | SQUARED | CUT | FREE,
-    f"{HEADLINE}, clipped": MANY | SQUARED | CUT | FREE | CLIPPED,
-    f"{HEADLINE}, clipped, rate 1e-3": MANY | SQUARED | CUT | FREE | CLIPPED | FAST,
+    ALONE: MANY | SQUARED | CUT | FREE,
+    f"{ALONE}, clipped": MANY | SQUARED | CUT | FREE | CLIPPED,
+    f"{ALONE}, clipped, rate 1e-3": MANY | SQUARED | CUT | FREE | CLIPPED | FAST,
     "direct, squared, G 32, scaled, beta 0": MANY | SQUARED | FREE | {"scale_rewards": "group"},
 }
 SLOW: tuple[tuple[str, Decoding, int], ...] = (

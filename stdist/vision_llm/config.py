@@ -95,8 +95,9 @@ class SFTConfig(ForecastStageConfig):
 class GRPOConfig(ForecastStageConfig):
     """Eq. 17–19 and TRL's names. ``candidates`` are written step by step and end themselves (``chain``, the paper), or
     all steps at once behind blanks, each drawn by itself (``direct``, for a policy trained with ``blank_share``).
-    ``reward``: Eq. 17 with ``half_score`` x_h, or minus the squared error over d², which is what RMSE adds up
-    (``stages/reward.py``). ``patience`` evaluations without a fall end the stage.
+    ``reward``: Eq. 17 with ``half_score`` x_h; minus the squared error over d², which is what RMSE adds up; or, of
+    ``direct`` candidates, each step's part in that of the group's mean, which is the forecast (``stages/reward.py``).
+    ``patience`` evaluations without a fall end the stage.
     ``loss_type`` says what the loss is averaged over (``stages/loss.py``); ``num_iterations`` updates are made on the
     candidates of one rollout, and checkpoints fall between rollouts."""
 
@@ -112,7 +113,7 @@ class GRPOConfig(ForecastStageConfig):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     scale_rewards: Literal["none", "group"] = "none"
-    reward: Literal["eq17", "squared_error"] = "eq17"
+    reward: Literal["eq17", "squared_error", "error_of_mean"] = "eq17"
     half_score: float = Field(0.2, gt=0)
     normalizer: Literal["cell_mean", "window_mean", "city_mean"] = "cell_mean"
     patience: int = Field(3, ge=1)
@@ -123,6 +124,15 @@ class GRPOConfig(ForecastStageConfig):
         if num_generations < 2:
             raise ValueError("a group of 1 has no baseline: its advantage is always 0; use at least 2")
         return num_generations
+
+    @model_validator(mode="after")
+    def _steps_that_are_independent(self) -> "GRPOConfig":
+        if self.reward == "error_of_mean" and self.candidates != "direct":
+            raise ValueError(
+                "reward error_of_mean judges each step by itself, and a chain's later steps follow from its earlier "
+                "ones; set candidates: direct"
+            )
+        return self
 
     @model_validator(mode="after")
     def _checkpoints_between_rollouts(self) -> "GRPOConfig":

@@ -1,11 +1,13 @@
 """Candidates whose steps are drawn behind blanks: against sequences of their own, one distribution at a time."""
 
 import pickle
+import statistics
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from stdist.data import GridStore
@@ -163,7 +165,8 @@ def stage_of(policy: PolicyModel, store: GridStore, **changes: object) -> GRPOSt
 
 @pytest.mark.parametrize("memory", [1.0, 1e-9])
 @pytest.mark.parametrize(
-    ("loss_type", "reward", "scale"), [("grpo", "squared_error", "group"), ("dr_grpo", "eq17", "none")]
+    ("loss_type", "reward", "scale"),
+    [("grpo", "squared_error", "group"), ("dr_grpo", "eq17", "none"), ("grpo", "error_of_mean", "group")],
 )
 def test_the_gradient_is_that_of_one_sequence_per_draw(
     make_policy: MakePolicy, store: GridStore, memory: float, loss_type: str, reward: str, scale: str
@@ -185,7 +188,9 @@ def test_the_gradient_is_that_of_one_sequence_per_draw(
     policy.zero_grad()
 
     rewards = stage._reward(batch, completions).reward.view(-1, G)
-    advantages = group_advantages(rewards, scale).flatten().tolist()
+    advantages = group_advantages(rewards, scale).flatten()[:, None].expand(-1, K).tolist()
+    if reward == "error_of_mean":
+        advantages = naive_credit(stage, batch, completions)
     total = torch.zeros(())
     for i in range(len(advantages)):
         for step in range(K):
@@ -194,7 +199,9 @@ def test_the_gradient_is_that_of_one_sequence_per_draw(
             with as_reference(policy), torch.no_grad():
                 r = naive_log_probs(policy, batch, i // G, step, 0.8)[token]
             difference = r - log_p
-            total = total + 0.3 * (difference.exp() - difference - 1) - advantages[i] * (log_p - log_p.detach()).exp()
+            total = (
+                total + 0.3 * (difference.exp() - difference - 1) - advantages[i][step] * (log_p - log_p.detach()).exp()
+            )
     total = total / (len(advantages) * K)
     total.backward()
     naive = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
@@ -205,6 +212,29 @@ def test_the_gradient_is_that_of_one_sequence_per_draw(
     assert scalars["tokens"] == 2 * (v + 2 * (t + K - 1)), "no tokens of candidates"
     assert scalars["tokens_saved"] == 2 * 2 * G * (v + t + K - 1) - scalars["tokens"]
     assert ("reward_under_0.05" in scalars) == (reward == "eq17")
+
+
+def naive_credit(stage: GRPOStage, batch: PolicyBatch, completions: Completions) -> list[list[float]]:
+    """Of each candidate and step: minus 2 (m − y)(x − m) / d², m the mean of the others' draws, less its group's mean
+    and over its group's deviation; the error of the group's mean, (x̄ − y)² / d², is the whole group's and drops out."""
+    values, truth = completions.values.tolist(), batch.truth.reshape(-1, K).tolist()
+    credit = [[0.0] * K for _ in values]
+    for group, y in enumerate(truth):
+        members = range(group * G, group * G + G)
+        d = stage.cell_mean[batch.cells][group % len(batch.cells)]
+        for step in range(K):
+            for i in members:
+                others = sum(values[j][step] for j in members if j != i) / (G - 1)
+                credit[i][step] = -2 * (others - y[step]) * (values[i][step] - others) / d**2
+            of_group = [credit[i][step] for i in members]
+            for i in members:
+                credit[i][step] = (credit[i][step] - statistics.mean(of_group)) / (statistics.stdev(of_group) + 1e-4)
+    return credit
+
+
+def test_a_chain_cannot_be_judged_step_by_step() -> None:
+    with pytest.raises(ValidationError, match="set candidates: direct"):
+        GRPOConfig(candidates="chain", reward="error_of_mean")
 
 
 def test_evaluation_draws_in_one_pass_too(make_policy: MakePolicy, store: GridStore) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stdist.vision_llm.stages.reward import group_advantages, nrmse, reward, reward_terms
+from stdist.vision_llm.stages.reward import error_of_mean, group_advantages, nrmse, reward, reward_terms
 
 TRUTH = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
 
@@ -84,6 +84,47 @@ def test_squared_error_orders_groups_as_rmse_does() -> None:
     assert rewards("squared_error").tolist() == pytest.approx([-0.04, -0.04, -20.25])
     flat = rewards("eq17")
     assert flat[0] == flat[1] == 0.5 and flat[2] < 1e-6
+
+
+def test_the_error_of_a_groups_mean_by_hand() -> None:
+    """Two groups of two, K = 2, d = 2. The first: draws (1, 8) and (5, 4) of (2, 5); mean (3, 6), error (1 + 1) / 2;
+    parts 2 (m − y)(x − m) with m the other draw: 2·3·(−4) and 2·(−1)·4, then 2·(−1)·4 and 2·3·(−4)."""
+    values = torch.tensor([[1.0, 8.0], [5.0, 4.0], [7.0, 7.0], [7.0, 9.0]])
+    truth = torch.tensor([[2.0, 5.0]] * 2 + [[7.0, 7.0]] * 2)
+    terms = reward_terms(
+        *(values, torch.tensor([2, 2, 2, 1]), truth, torch.full((4,), 2.0), 0.2),
+        kind="error_of_mean",
+        num_generations=2,
+    )
+    # What was not written is 0: the last draw is (7, 0), its group's mean (7, 3.5).
+    last = [3.5**2 / 2 + 2 * (0 - 7) * (7 - 0) / 2, 3.5**2 / 2 + 2 * (7 - 7) * (0 - 7) / 2]
+    expected = [1 + (-24 - 8) / 2, 1 + (-8 - 24) / 2, *last]
+    assert terms.accuracy.tolist() == pytest.approx([-error / 4 for error in expected])
+    assert terms.length.tolist() == [0, 0, 0, -0.25]
+
+
+def test_a_candidates_part_in_the_error_of_the_mean_teaches_the_mean_alone() -> None:
+    """All 27 draws of three of a distribution of three values, each with its probability: parts times scores add up to
+    the gradient of (E[x] − y)², errors of single draws to that of E[(x − y)²], the spread included."""
+    values, truth = torch.tensor([1.0, 4.0, 10.0], dtype=torch.float64), 6.0
+    logits = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(0)
+    draws = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    drawn, probability = values[draws], p[draws].prod(1).detach()
+    of_mean = error_of_mean(drawn[:, :, None], torch.full_like(drawn, truth)[:, :, None])
+    parts = of_mean[:, :, 0] - (drawn.mean(1, keepdim=True) - truth) ** 2
+
+    def taught(errors: torch.Tensor) -> torch.Tensor:
+        loss = (probability[:, None] * errors * p.log()[draws]).sum() / 3
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    def gradient_of(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    assert torch.allclose(taught(parts), gradient_of(((p * values).sum() - truth) ** 2))
+    single = taught((drawn - truth) ** 2)
+    assert torch.allclose(single, gradient_of((p * (values - truth) ** 2).sum()))
+    assert not torch.allclose(single, taught(parts), rtol=0.2)
 
 
 def test_reward_reads_only_what_was_written() -> None:

@@ -31,7 +31,7 @@ from stdist.vision_llm.rollout.sampler import Completions, Decoding
 from stdist.vision_llm.stages import one_pass
 from stdist.vision_llm.stages.batches import StepBatches
 from stdist.vision_llm.stages.loss import LOSSES, LossInputs
-from stdist.vision_llm.stages.reward import RewardTerms, group_advantages, reward_terms
+from stdist.vision_llm.stages.reward import RewardTerms, error_of_mean, group_advantages, reward_terms
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
@@ -49,14 +49,15 @@ LogProbs = Callable[[PolicyModel, Tensor, Completions, slice, float], Float[Tens
 class Rollout:
     """This learner's candidates of a step, one tree of them, and what all updates on them share.
 
-    ``old_log_probs``: of the weights that begin to learn from them, filled in by the first update. ``tokens``: written
+    ``advantages``: one a candidate, or one a token. ``old_log_probs``: of the weights that begin to learn from them,
+    filled in by the first update. ``tokens``: written
     by the candidates of all learners. ``sizes``: the tree's micro-batches. ``per_leaf``: candidates of each of its
     leaves.
     """
 
     completions: Completions
     reference_log_probs: Float[Tensor, "candidates tokens"]
-    advantages: Float[Tensor, "candidates"]
+    advantages: Float[Tensor, "candidates"] | Float[Tensor, "candidates tokens"]
     old_log_probs: Float[Tensor, "candidates tokens"]
     tokens: int
     tree: Tree
@@ -202,7 +203,7 @@ class GRPOStage(Stage):
         return Rollout(
             completions,
             reference_log_probs,
-            group_advantages(rewards, config.scale_rewards).flatten(),
+            self._advantages(batch, completions, rewards),
             torch.zeros_like(completions.log_probs),
             sum(tokens),
             tree,
@@ -231,7 +232,10 @@ class GRPOStage(Stage):
         allowed = [name for name, at in self.rollouts.versions.items() if oldest <= at <= step]
         return completions_of(records, step, batch, allowed, self.policy)
 
-    def _reward(self, batch: PolicyBatch, completions: Completions) -> RewardTerms:
+    def _truth(
+        self, batch: PolicyBatch, completions: Completions
+    ) -> tuple[Float[Tensor, "candidates K"], Float[Tensor, "candidates"]]:
+        """Each candidate's truth, and its d of Eq. 19."""
         g, device = self.config.num_generations, completions.values.device
         truth = torch.from_numpy(batch.truth).flatten(0, 1).float().to(device)
         cell_mean = np.tile(self.cell_mean[batch.cells], len(batch.shared))
@@ -240,14 +244,33 @@ class GRPOStage(Stage):
             "window_mean": truth.mean(1),
             "city_mean": torch.full((len(truth),), self._city_mean, device=device),
         }[self.config.normalizer].clamp(min=NORMALIZER_FLOOR * self._city_mean)
+        return truth.repeat_interleave(g, 0), normalizer.repeat_interleave(g, 0)
+
+    def _reward(self, batch: PolicyBatch, completions: Completions) -> RewardTerms:
+        config = self.config
         return reward_terms(
             completions.values,
             completions.lengths,
-            truth.repeat_interleave(g, 0),
-            normalizer.repeat_interleave(g, 0),
-            self.config.half_score,
-            kind=self.config.reward,
+            *self._truth(batch, completions),
+            config.half_score,
+            kind=config.reward,
+            num_generations=config.num_generations,
         )
+
+    def _advantages(
+        self, batch: PolicyBatch, completions: Completions, rewards: Float[Tensor, "groups G"]
+    ) -> Float[Tensor, "candidates"] | Float[Tensor, "candidates tokens"]:
+        """A candidate's, from its reward; of each step by itself where the reward adds up steps that were drawn
+        independently, so that no step pays for another one's luck."""
+        config = self.config
+        if config.reward != "error_of_mean":
+            return group_advantages(rewards, config.scale_rewards).flatten()
+        truth, normalizer = self._truth(batch, completions)
+        groups, horizon = (len(rewards), config.num_generations, -1), truth.shape[1]
+        errors = error_of_mean(completions.values.view(groups), truth.view(groups))
+        of_steps = -(errors / normalizer.view(groups) ** 2).transpose(1, 2).flatten(0, 1)
+        advantages = group_advantages(of_steps, config.scale_rewards)
+        return advantages.view(-1, horizon, config.num_generations).transpose(1, 2).flatten(0, 1)
 
     def _statistics(self, terms: RewardTerms, completions: Completions) -> dict[str, float]:
         rewards = terms.reward.view(-1, self.config.num_generations)

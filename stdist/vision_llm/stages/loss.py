@@ -26,6 +26,7 @@ class LossInputs:
     """Some candidates of a step. ``rollout_log_probs`` are those of the weights that wrote them.
 
     Attributes:
+        advantages: of each candidate, or of each token where every one was an action of its own.
         old_log_probs: of the weights that began to learn from them, where those are newer than what wrote them; then
             the ratio is to these, and truncated importance weights make up for the difference (Yao et al. 2025).
         tokens: written in the whole step, by all learners' candidates.
@@ -36,7 +37,7 @@ class LossInputs:
     trainer_log_probs: Float[Tensor, "candidates tokens"]
     rollout_log_probs: Float[Tensor, "candidates tokens"]
     reference_log_probs: Float[Tensor, "candidates tokens"]
-    advantages: Float[Tensor, "candidates"]
+    advantages: Float[Tensor, "candidates"] | Float[Tensor, "candidates tokens"]
     mask: Bool[Tensor, "candidates tokens"]
     tokens: int
     sequences: int
@@ -100,7 +101,7 @@ def _clipped(
 ) -> tuple[Float[Tensor, "candidates tokens"], dict[str, float]]:
     """−min(ratio · A, clip(ratio) · A) + beta · KL at each token; and the details, as TRL counts them: a mean over
     tokens, of clipped sequences where each has one ratio."""
-    advantages = inputs.advantages[:, None]
+    advantages = inputs.advantages.view(len(inputs.mask), -1)
     low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     if (weights := inputs.importance_weights) is not None:

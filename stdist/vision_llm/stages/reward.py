@@ -1,7 +1,8 @@
 """Rewards and advantages as pure functions (Vision-LLMs for Spatiotemporal Traffic Forecasting, Eq. 17–19).
 
-``squared_error`` is no reward of the paper: Eq. 17 saturates, so that it tells typical errors apart and large ones
-hardly, where RMSE is made of the large ones.
+``squared_error`` and ``error_of_mean`` are no rewards of the paper: Eq. 17 saturates, so that it tells typical errors
+apart and large ones hardly, where RMSE is made of the large ones; and both judge one draw, where a forecast in one pass
+is a mean of all.
 """
 
 import math
@@ -22,6 +23,9 @@ def nrmse(
     inside = torch.arange(truth.shape[1], device=truth.device) < steps[:, None]
     squared = ((predicted - truth) ** 2 * inside).sum(1) / steps.clamp(min=1)
     return squared.sqrt() / normalizer
+
+
+RewardKind = Literal["eq17", "squared_error", "error_of_mean"]
 
 
 class RewardTerms(NamedTuple):
@@ -55,12 +59,15 @@ def reward_terms(
     normalizer: Float[Tensor, "candidates"],
     half_score: float,
     decoded: Bool[Tensor, "candidates"] | None = None,
-    kind: Literal["eq17", "squared_error"] = "eq17",
+    kind: RewardKind = "eq17",
+    num_generations: int = 1,
 ) -> RewardTerms:
     """Accuracy, minus half the relative length error, minus 0.5 if undecodable.
 
     ``eq17``: accuracy in [0, 1] of the common prefix. ``squared_error``: minus the mean squared error of all K values
-    over d², at most 0; what was not written counts as 0, or few values would be better than many.
+    over d², at most 0; what was not written counts as 0, or few values would be better than many. ``error_of_mean``:
+    the same of the mean of a group, ``num_generations`` consecutive candidates, with each one's part in it
+    (:func:`error_of_mean`).
 
     Args:
         predicted: decoded values in units; only the first ``lengths`` count.
@@ -75,14 +82,33 @@ def reward_terms(
     if predicted.shape[1] < k:
         predicted = torch.nn.functional.pad(predicted, (0, k - predicted.shape[1]))
     common = lengths.clamp(max=k)
+    written = predicted[:, :k].where(torch.arange(k, device=truth.device) < common[:, None], 0)
     if kind == "squared_error":
-        written = predicted[:, :k].where(torch.arange(k, device=truth.device) < common[:, None], 0)
         accuracy = -nrmse(written, truth, torch.full_like(common, k), normalizer).square()
+    elif kind == "error_of_mean":
+        groups = (x.view(-1, num_generations, k) for x in (written, truth))
+        accuracy = -error_of_mean(*groups).mean(2).flatten() / normalizer.square()
     else:
         error = nrmse(predicted[:, :k], truth, common, normalizer)
         accuracy = torch.exp(-math.log(2) / half_score * error) * (common > 0)
     failed = lengths == 0 if decoded is None else (lengths == 0) | ~decoded
     return RewardTerms(accuracy, -0.5 * (lengths - k).abs() / k, -0.5 * failed.float())
+
+
+def error_of_mean(
+    predicted: Float[Tensor, "groups G K"], truth: Float[Tensor, "groups G K"]
+) -> Float[Tensor, "groups G K"]:
+    """Squared error of the group's mean at each step, and each candidate's part in it: with m the mean of the others,
+    (x̄ − y)² + 2 (m − y)(x − m).
+
+    The first term is a whole group's, and falls out of its advantages. The second one, its part, does not know x in m:
+    times the score of x it is on average the gradient of (E[x] − y)², where the squared error of x itself also has that
+    of the spread, which no mean has.
+    """
+    g = predicted.shape[1]
+    mean = predicted.mean(1, keepdim=True)
+    others = (g * mean - predicted) / (g - 1)
+    return (mean - truth) ** 2 + 2 * (others - truth) * (predicted - others)
 
 
 def group_advantages(rewards: Float[Tensor, "groups G"], scale_rewards: str) -> Float[Tensor, "groups G"]:
