@@ -1,7 +1,6 @@
 """Shapes of published bases, facts of their ``config.json``: a run is planned in seconds and without a network."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import Qwen2_5_VLConfig
 
@@ -29,10 +28,6 @@ def published_config(name: str) -> Qwen2_5_VLConfig | None:
     """The configuration of a published base; None of one whose shape is not known here."""
     if (shape := PUBLISHED.get(name)) is None:
         return None
-<<<<<<< HEAD
-    tied: dict[str, Any] = {"tie_word_embeddings": shape.tied}
-=======
->>>>>>> card
     text = {
         "hidden_size": shape.d,
         "intermediate_size": shape.mlp,
