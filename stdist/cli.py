@@ -171,20 +171,25 @@ def forecast(
     store: Annotated[Path, typer.Argument(help="grid store")],
     out: Annotated[Path, typer.Option(help="NAME.zarr or NAME.parquet")] = ...,  # type: ignore[assignment]
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
-    split: Annotated[str, typer.Option(help="train, validation, test, or local days A:B")] = "test",
+    split: Annotated[str | None, typer.Option(help="train, validation, test (if absent), or local days A:B")] = None,
+    next_steps: Annotated[bool, typer.Option("--next", help="the steps behind the store's last frame instead")] = False,
+    origin: Annotated[str | None, typer.Option(help="of --next: another last frame, local time")] = None,
     workers: Annotated[
         int | None, typer.Option(max=MOST_WORKERS, help="Ray actors that forecast; as many as fit if --ray alone")
     ] = None,
     ray: Annotated[str | None, typer.Option(help="their cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
 ) -> None:
-    """Forecast a region of a store for every window of a split, in this process or by workers."""
+    """Forecast a region of a store for every window of a split, or what comes next, in this process or by workers."""
     from stdist.runs import recipes
-    from stdist.runs.forecasting import ForecastRequest
+    from stdist.runs.forecasting import NEXT, ForecastRequest
 
     if out.suffix not in FORECAST_FORMATS:
         raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
-    request = ForecastRequest(run, store, region, split, out)
+    next_steps = next_steps or origin is not None
+    if next_steps and split is not None:
+        raise InputError("--split names past windows, --next and --origin the steps behind one frame; give one of them")
+    request = ForecastRequest(run, store, region, NEXT if next_steps else split or "test", out, origin)
     if workers is None and ray is None:
         result = recipes.forecast(request, log)
     else:

@@ -68,11 +68,12 @@ class Windows:
         if self.S < 1 or self.K < 1:
             raise InputError(f"S = {self.S}, K = {self.K}: a window needs at least one frame of each")
         self._chunk_steps = self.store.steps_per_chunk(self.channel)
+        self.origins = self._find_origins()
+
+    def _find_origins(self) -> np.ndarray:
         first, stop = self.store.step_range(self.span)
-        self.origins = window_origins(
-            self.store.present, first, stop, self.S, self.K, history_inside=self.history_inside
-        )
-        if len(self.origins) == 0:
+        origins = window_origins(self.store.present, first, stop, self.S, self.K, history_inside=self.history_inside)
+        if len(origins) == 0:
             # Where history may lie before the span, a segment counts from its own start to the span's end.
             segments = [(max(a, first) if self.history_inside else a, min(b, stop)) for a, b in self.store.segments]
             longest = max((b - a for a, b in segments if b > first), default=0)
@@ -80,6 +81,7 @@ class Windows:
                 f"no window fits {self.span_name} {self.span}: its longest gap-free run has "
                 f"{max(longest, 0)} frames, S + K needs {self.S + self.K}; choose other days or a smaller S or K"
             )
+        return origins
 
     def __len__(self) -> int:
         return len(self.origins)

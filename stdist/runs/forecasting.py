@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from stdist.config import RunConfig
 from stdist.data import DaySpan, GridStore, Windows, open_store
 from stdist.data.audit import Fitted, data_digest, leak_line, leaks
+from stdist.data.next_window import NextWindow, next_window
 from stdist.data.spans import AnyRegion
+from stdist.dates import parse_local_time
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
 from stdist.files import require_outside, require_writable
@@ -25,18 +27,22 @@ from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line, req
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
 """In a run's folder."""
+NEXT = "next"
+"""As a request's split: the K steps behind one moment, of which no truth need be there."""
 
 
 @dataclass(frozen=True)
 class ForecastRequest:
     """The arguments of ``stdist forecast``: a finished run, a store, cells or nodes (the run's own where None), a
-    split's name or local days ``A:B``, and the file to write."""
+    split's name, local days ``A:B`` or ``NEXT``, and the file to write. ``origin``: of the next steps, the local time
+    of the last frame that is looked at, the store's last one where None."""
 
     run_dir: Path
     store: Path
     region: str | None
     split: str
     out: Path
+    origin: str | None = None
 
 
 Prediction = tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]
@@ -179,18 +185,30 @@ def open_sweep(
         predictor = load(checkpoint)
     store = open_store(request.store)
     region, history_region = predictor.regions(store, request, log)
+    windows = _windows(config, store, request, region, history_region)
+    notes = predictor.check(windows)
+    if isinstance(windows, NextWindow) and (missing := windows.missing()):
+        notes.append(f"{missing} values of the history are missing; they are imputed, as in training")
+    return Sweep(predictor, windows, checkpoint, summary, notes)
+
+
+def _windows(
+    config: RunConfig, store: GridStore, request: ForecastRequest, region: AnyRegion, history_region: AnyRegion
+) -> Windows:
+    data, regions = config.data, {"region": region, "history_region": history_region}
+    if request.split == NEXT:
+        origin = None if request.origin is None else parse_local_time(request.origin, "--origin")
+        return next_window(store, data.history, data.horizon, channel=data.channel, origin=origin, **regions)
     named = ":" not in request.split
-    windows = store.windows(
+    return store.windows(
         _days(config, store, request.split, request.run_dir) if named else DaySpan.parse(request.split),
-        config.data.history,
-        config.data.horizon,
-        channel=config.data.channel,
-        region=region,
-        history_region=history_region,
+        data.history,
+        data.horizon,
+        channel=data.channel,
         history_inside=request.split == "train",
         name=request.split if named else "span",
+        **regions,
     )
-    return Sweep(predictor, windows, checkpoint, summary, predictor.check(windows))
 
 
 def forecast_store(
@@ -223,6 +241,8 @@ def forecast_store(
 
 def _days(config: RunConfig, store: GridStore, part: str, run_dir: Path) -> DaySpan:
     if part not in ("train", "validation", "test"):
-        raise InputError(f"{store.path} has no {part} days; choose train, validation or test, or give local days A:B")
+        raise InputError(
+            f"{store.path} has no {part} days; choose train, validation or test, give local days A:B, or ask for --next"
+        )
     split = config.last_split if noted_digest(run_dir) == store.digest else None
     return split_of(split, store).named(part)

@@ -19,7 +19,7 @@ def find_unwritable(parts: Iterable[Windows], vocabulary: Vocabulary, clamp: boo
         # The history of validation and test windows reaches back into frames that were counted.
         begin = max(read, int(windows.origins[0]) - windows.S + 1)
         end = read = max(begin, int(windows.origins[-1]) + windows.K + 1)
-        values = store.values(channel, begin, end, windows.region)
+        values = store.values(channel, begin, min(end, len(store.times)), windows.region)
         outside = np.argwhere(np.abs(values) >= vocabulary.limit)  # NaN, where a frame is not present, is not
         count += len(outside)
         if len(outside) and not first:

@@ -10,7 +10,7 @@ import xarray
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs import recipes
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecasting import NEXT, ForecastRequest
 from stdist.runs.recipes import train
 from stdist.urbanpg.config import UrbanConfig
 
@@ -43,6 +43,25 @@ def test_a_copy_of_the_store_has_the_nodes_where_the_store_has_them(config, city
             assert "note:" not in said
     with pytest.raises(InputError, match=r"region 2:5 is not within the nodes 3:8 of .*copy\.zarr"):
         forecast_to(config.run_dir, copy, tmp_path / "x.zarr", "2:5")
+
+
+def test_what_comes_next_is_the_splits_forecast_of_that_origin_and_needs_no_truth(config, city, tmp_path):
+    """The last test window, asked for by its own last frame; and the last frame of all, behind which is nothing."""
+
+    def of(split: str, origin: str | None, name: str) -> xarray.Dataset:
+        request = ForecastRequest(config.run_dir, city.path, "4:7", split, tmp_path / name, origin)
+        recipes.forecast(request, lambda line: None)
+        with xarray.open_zarr(tmp_path / name) as made:
+            return made.load()
+
+    past = of("test", None, "test.zarr")
+    last = past["origin"].values[-1] + np.timedelta64(city.attributes["utc_offset_minutes"], "m")
+    again = of(NEXT, str(last.astype("datetime64[m]")), "again.zarr")
+    assert again["origin"].values.tolist() == past["origin"].values[-1:].tolist()
+    np.testing.assert_allclose(again["forecast"], past["forecast"][-1:], rtol=1e-5)
+    ahead = of(NEXT, None, "ahead.zarr")
+    assert ahead["origin"].values.tolist() == city.times[-1:].tolist() and np.isfinite(ahead["forecast"]).all()
+    assert ahead["forecast"].shape == again["forecast"].shape
 
 
 def test_later_days_may_have_the_nodes_elsewhere(config, make_city, tmp_path):

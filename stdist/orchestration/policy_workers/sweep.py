@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -39,9 +40,8 @@ def sweep(
     """
     require_workers(workers)
     read_run_config(request.run_dir)
-    request = ForecastRequest(
-        request.run_dir.absolute(), request.store.absolute(), request.region, request.split, request.out.absolute()
-    )
+    paths = {name: getattr(request, name).absolute() for name in ("run_dir", "store", "out")}
+    request = replace(request, **paths)
     with connected(address or "local", log_to_driver=False):
         count, resources = workers_that_fit(workers)
         settings = WorkersConfig(num_workers=count)
