@@ -77,11 +77,11 @@ class Stamps:
 
     def add(self, lines: np.ndarray, frame: pl.DataFrame) -> None:
         fields = frame.select(self.time.columns)
-        missing: np.ndarray | None = None
+        missing = np.ones(len(fields), bool)
         for format, stamps in self.time.readings(fields).items():
             read = stamps.to_numpy().astype("datetime64[us]")
             self._read.setdefault(format, []).append(read)
-            missing = np.isnat(read) if missing is None else missing & np.isnat(read)
+            missing &= np.isnat(read)
         if any(format.endswith("z") for format in self.time.formats):
             self.offsets |= offsets_in(cleaned(fields.to_series()))
         for row in np.flatnonzero(missing)[:LISTED]:

@@ -193,8 +193,8 @@ def dense(
             seen = ~np.isnan(values)
             totals = np.bincount(where[seen], values[seen].astype(np.float64), len(owner))
             counts = np.bincount(where[seen], minlength=len(owner))
-            totals = totals / np.maximum(counts, 1) if duplicates == "mean" else totals
-            grid = np.where(counts > 0, totals, np.nan).astype(np.float32)
+            divisor = np.maximum(counts, 1) if duplicates == "mean" else 1
+            grid = np.where(counts > 0, totals / divisor, np.nan).astype(np.float32)
         else:
             grid = np.full(len(owner), np.nan, np.float32)
             grid[where[::-1]] = values[::-1]
