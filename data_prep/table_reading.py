@@ -77,7 +77,7 @@ class Stamps:
 
     def add(self, lines: np.ndarray, frame: pl.DataFrame) -> None:
         fields = frame.select(self.time.columns)
-        missing = np.ones(len(lines), bool)
+        missing = np.ones(len(fields), bool)
         for format, stamps in self.time.readings(fields).items():
             read = stamps.to_numpy().astype("datetime64[us]")
             self._read.setdefault(format, []).append(read)

@@ -41,8 +41,8 @@ def separator_of(lines: list[str]) -> str:
         even = widths.count(usual) / len(widths)
         best[mark] = (usual > 1 and even >= 0.9, mark == ";" or even, usual)
     if not any(fits for fits, _, _ in best.values()):
-        blanks = {len(line.split(" ")) for line in lines if line}
-        if len(blanks) == 1 and blanks != {1} and all(map(is_number, lines[-1].split(" "))):
+        fields = {len(line.split(" ")) for line in lines if line}
+        if len(fields) == 1 and fields != {1} and all(map(is_number, lines[-1].split(" "))):
             # numpy.savetxt
             return " "
         return max(SEPARATORS, key=lambda mark: sum(line.count(mark) for line in lines))

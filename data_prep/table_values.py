@@ -191,10 +191,10 @@ def dense(
     for channel, values in records.values.items():
         if len(again) and duplicates != "refuse":
             seen = ~np.isnan(values)
-            sums = np.bincount(where[seen], values[seen].astype(np.float64), len(owner))
+            totals = np.bincount(where[seen], values[seen].astype(np.float64), len(owner))
             counts = np.bincount(where[seen], minlength=len(owner))
-            merged = sums / np.maximum(counts, 1) if duplicates == "mean" else sums
-            grid = np.where(counts > 0, merged, np.nan).astype(np.float32)
+            divisor = np.maximum(counts, 1) if duplicates == "mean" else 1
+            grid = np.where(counts > 0, totals / divisor, np.nan).astype(np.float32)
         else:
             grid = np.full(len(owner), np.nan, np.float32)
             grid[where[::-1]] = values[::-1]
