@@ -12,7 +12,7 @@ from stdist.errors import InputError
 
 def _day(value: Any) -> date:
     try:
-        return parse_day(value).item()
+        return date.fromisoformat(str(parse_day(value)))
     except InputError as error:
         raise ValueError(str(error)) from None
 

@@ -64,7 +64,7 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
             quantiles[:, windows] = values[1:]
     written = sorted(file for file in path.rglob("*") if file.is_file() and file != path / ROOT_METADATA)
     files = {file.relative_to(path).as_posix(): record_of(file) for file in written}
-    attributes = {METADATA_KEY: header.metadata.model_dump_json(), "files": files}
+    attributes: dict[str, Any] = {METADATA_KEY: header.metadata.model_dump_json(), "files": files}
     group.attrs.put({**attributes, "digest": combined_digest(files, attributes)})
     with warnings.catch_warnings():
         # Consolidated metadata is an extension of Zarr v3 that xarray and zarr both read.
