@@ -71,7 +71,6 @@ def change_root(change) -> None:
         (lambda a: a["coverage"].clear(), "coverage or statistics are of other channels"),
         (lambda a: a.pop("units"), "units: Field required"),
     ],
-    ids=str,
 )
 def test_attributes_that_cannot_be(stdist, world, change, words):
     change_root(change)
