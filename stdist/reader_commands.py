@@ -88,7 +88,7 @@ def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
     ]
 
 
-def _bounds(annotation: Any) -> dict[str, int]:
+def _bounds(annotation: Any) -> dict[str, Any]:
     """What an integer may be: beyond it no library counts."""
     return {"min": -LARGEST, "max": LARGEST} if int in (annotation, *get_args(annotation)) else {}
 
