@@ -29,7 +29,7 @@ def check(config: UrbanConfig, group: ProcessGroup) -> list[NodeDataset]:
                 f"training.train_batch_size {batch_size}; lower it, or train on more days"
             )
         width = dataset.train.S + dataset.train.K + len(dataset.nodes)
-        d = getattr(config.model, "d", None) or 1
+        d = getattr(config.model, "d", None) or 1  # a backbone from outside may have another name for it
         require_room(4 * d * width, f"model.d {d}", "lower it")
     refuse_foreign_folder(config, datasets[0].store.digest)
     require_gradients(config, stage_names(config), datasets)

@@ -124,7 +124,7 @@ def ridge(values, observed, filled, week, slots, fitted, origins):
         if not complete.any():
             continue
         windows = values[around[complete], node].astype(float)
-        mean, deviation = windows[:, :S].mean(), windows[:, :S].std()
+        mean, deviation = windows[:, :S].mean(), windows[:, :S].std() or 1.0  # a zone without any traffic
         x = np.hstack([(windows[:, :S] - mean) / deviation, calendar[starts[complete]]])
         y = (windows[:, S:] - mean) / deviation
         size = x.shape[1]

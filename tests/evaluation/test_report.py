@@ -253,7 +253,7 @@ def test_misshapen_metrics_are_refused_by_name(run_dir, metrics):
         write_metrics(run_dir, metrics)
     assert (run_dir / "report" / "metrics.json").read_text() == before
     (run_dir / "report" / "metrics.json").write_text(before[: len(before) // 2])
-    with pytest.raises(InputError, match=r"metrics\.json: no JSON"):
+    with pytest.raises(InputError, match=r"metrics\.json is damaged"):
         read_metrics(run_dir)
 
 

@@ -230,6 +230,7 @@ def _run(arguments: list[str]) -> typing.NoReturn:
 
 def cut_off() -> None:
     """From now on trainings end where they would begin, and nothing starts Ray."""
+    import stdist.orchestration.cluster
     import stdist.orchestration.jobs
     import stdist.orchestration.learners
     import stdist.orchestration.policy_workers.sweep
@@ -246,9 +247,7 @@ def cut_off() -> None:
         raise FirstStep
 
     loop._StageRun.train = first_step  # type: ignore[method-assign]
-    for module in (stdist.orchestration.learners, stdist.orchestration.preparation):
-        module.connected = first_step  # type: ignore[attr-defined]
-    stdist.orchestration.policy_workers.sweep.connected = first_step  # type: ignore[assignment]
+    stdist.orchestration.cluster.ray.init = first_step  # type: ignore[assignment]
     list(RECIPES.values()), list(BACKBONES.values())
 
 
