@@ -11,7 +11,7 @@ from data_prep.preparation import Plan
 from data_prep.reader import reader
 from stdist.data import Day, Part
 from stdist.data.synthetic import SyntheticCity, generate
-from stdist.dates import parse_day
+from stdist.dates import parse_local_time
 from stdist.errors import InputError
 
 
@@ -37,7 +37,7 @@ def plan(
         raise InputError(f"synthetic reads no file, {sources[0]} given; leave it out")
     if seed < 0:
         raise InputError(f"--seed {seed} is negative; give 0 or more")
-    first = parse_day(start)
+    first = parse_local_time(start, "--start").astype("datetime64[D]")
     source = SyntheticCity(height, width, str(first), days, cadence, seed, city)
     ends = first + np.array([0, days - 1])
     spec = GridPlace().spec(

@@ -45,6 +45,7 @@ def held(run_dir: Path) -> Iterator[None]:
     Makes the folder; where nothing was written in it, it is gone again afterwards. Raises InputError where another
     process holds it, and where it is no run's: a training must not write over what somebody else keeps there.
     """
+    require_writable(run_dir)
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     require_working_folder(run_dir.resolve(), is_ours=(run_dir / CONFIG).is_file() or (run_dir / LOCK).is_file())
     run_dir.mkdir(parents=True, exist_ok=True)

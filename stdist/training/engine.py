@@ -86,16 +86,14 @@ def cosine_schedule(warmup_steps: int, max_steps: int) -> Callable[[int], float]
 
 
 def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
-    """The optimizer of every engine. Fused, it updates in place, where torch's other ways make temporaries as large as
-    a weight, or on a GPU as all that trains."""
-    return torch.optim.AdamW(
-        [
-            {"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay}
-            for g in groups
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    """The optimizer of every engine. On a GPU it is fused and updates in place: torch's other way makes temporaries as
+    large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where in its tensor
+    an element lies, and learners that hold different parts of one would differ."""
+    given = [
+        {"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups
+    ]
+    on_gpu = all(parameter.device.type != "cpu" for group in given for parameter in group["params"])
+    return torch.optim.AdamW(given, betas=(0.9, 0.95), fused=on_gpu)
 
 
 class Scheduled:

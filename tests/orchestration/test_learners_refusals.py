@@ -58,13 +58,16 @@ def test_a_cluster_that_is_not_there(refused, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "missing"),
     [
-        ("learners.num_workers=4", "learners.num_workers 4 need 4 CPU and the cluster (1 nodes) has 2;"),
         (
-            "learners.resources_per_worker={GPU: 1}",
+            ["learners.engine=deepspeed", "learners.num_workers=4"],
+            "learners.num_workers 4 need 4 CPU and the cluster (1 nodes) has 2;",
+        ),
+        (
+            [*TWO, "learners.resources_per_worker={GPU: 1}"],
             "learners.num_workers 2 need 2 GPU and the cluster (1 nodes) has 0;",
         ),
     ],
 )
 def test_more_than_the_cluster_has(refused, local_ray, asked, missing):
-    line = refused("large", *TWO, "alignment.train_batch_size=4", "sft.windows_per_step=4", asked)
+    line = refused("large", "alignment.train_batch_size=4", "sft.windows_per_step=4", *asked)
     assert line.startswith(missing)

@@ -68,8 +68,8 @@ def test_no_object_is_made_of_a_numeral(tmp_path: Path, monkeypatch: pytest.Monk
     )
     read = AutoTokenizer.from_pretrained
 
-    def counted(path: Path) -> PreTrainedTokenizerBase:
-        tokenizer = read(path)
+    def counted(path: Path, **options: object) -> PreTrainedTokenizerBase:
+        tokenizer = read(path, **options)
         sizes.append(len(tokenizer))
         return tokenizer
 

@@ -135,7 +135,9 @@ def test_the_command_says_what_is_proven_and_exits_with_4_where_it_is_not(tmp_pa
     run = tmp_path / "run"
     (run / "checkpoints" / "grpo").mkdir(parents=True)
     (run / "config.yaml").write_text("name: run\ndata: {store: city.zarr}\n")
-    (run / "checkpoints" / "grpo" / "finished.json").write_text(json.dumps({"steps": 2 if whole else 3}))
+    (run / "checkpoints" / "grpo" / "finished.json").write_text(
+        json.dumps({"steps": 2 if whole else 3, "checkpoint": "step-2", "before": {}, "after": {}})
+    )
     ledger = Ledger(run / "rollouts" / "ledger.jsonl")
     ledger.resume(0, "grpo", 1)
     for key in KEYS:

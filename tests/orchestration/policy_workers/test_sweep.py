@@ -1,6 +1,5 @@
 """``stdist forecast --workers``: the file is the one that a single process writes, byte for byte, whoever dies."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from stdist.errors import InputError, ResourceError
+from stdist.files import read_sealed
 from stdist.orchestration.policy_workers import sweep as sweep_module
 from stdist.orchestration.policy_workers.pool import wait_for_answers
 from stdist.orchestration.policy_workers.sweep import sweep
@@ -81,8 +81,8 @@ def test_workers_write_the_file_of_one_process_whoever_dies(
 def pieces(out: Path) -> int:
     """Chunks that a sweep has kept."""
     try:
-        return json.loads((out.with_name(out.name + ".partial") / "progress.json").read_text())["whole"]
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_sealed(out.with_name(out.name + ".partial") / "progress.json")["whole"]
+    except FileNotFoundError:
         return 0
 
 

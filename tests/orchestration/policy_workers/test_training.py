@@ -34,8 +34,14 @@ def train(runs, name: str, *overrides: str) -> list[str]:
     from stdist.orchestration import learners
 
     said: list[str] = []
-    learners.train(load_config(runs.config, [f"name={name}", *WORKERS, *overrides]), said.append)
+    learners.train(load_config(runs.config, [f"name={name}", *workers_with(*overrides)]), said.append)
     return said
+
+
+def workers_with(*overrides: str) -> list[str]:
+    """WORKERS, but for the keys of ``overrides``: a key is given once."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return [*(given for given in WORKERS if given.partition("=")[0] not in keys), *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -204,4 +210,4 @@ def test_workers_that_the_cluster_cannot_hold_are_refused_at_once(local_ray: Non
 )
 def test_settings_that_cannot_work_are_refused(runs, override: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        load_config(runs.config, [*WORKERS, override])
+        load_config(runs.config, workers_with(override))
