@@ -47,9 +47,10 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "CHUNKS_PER_UNIT", 2)
 
 
-def workers() -> list[int]:
+def workers(doing: str = "") -> list[int]:
+    """Processes of workers; those at work are called by what they do, ``start`` or ``run``."""
     processes = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]]
-    return [p.pid for p in processes if p.info["cmdline"][0].startswith("ray::WorkerActor")]
+    return [p.pid for p in processes if p.info["cmdline"][0].startswith(f"ray::WorkerActor{doing}")]
 
 
 def test_workers_write_the_file_of_one_process_whoever_dies(
@@ -62,10 +63,9 @@ def test_workers_write_the_file_of_one_process_whoever_dies(
     def kill_one() -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
-            if pieces(two.out) >= 2:
-                victim = workers()[0]
-                os.kill(victim, signal.SIGKILL)
-                killed.append(victim)
+            if pieces(two.out) >= 2 and (at_work := workers(".run")):
+                os.kill(at_work[0], signal.SIGKILL)
+                killed.append(at_work[0])
             time.sleep(0.005)
 
     saboteur = Thread(target=kill_one, daemon=True)
