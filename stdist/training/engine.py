@@ -89,7 +89,7 @@ def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
     """The optimizer of every engine. On a GPU it is fused and updates in place: torch's other way makes temporaries as
     large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where in its tensor
     an element lies, and learners that hold different parts of one would differ."""
-    given = [
+    given: list[dict[str, Any]] = [
         {"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups
     ]
     on_gpu = all(parameter.device.type != "cpu" for group in given for parameter in group["params"])

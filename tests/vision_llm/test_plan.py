@@ -19,7 +19,7 @@ from stdist.errors import InputError
 from stdist.runs.memory_plan import Weights, parse_memory
 from stdist.runs.plan import StagePlan
 from stdist.runs.recipes import load_config, parse_config
-from stdist.training.engine import TorchEngine, cosine_schedule
+from stdist.training.engine import ParameterGroup, TorchEngine, adamw, cosine_schedule
 from stdist.vision_llm import stage_costs
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
@@ -303,10 +303,13 @@ def test_activations_are_what_autograd_keeps(config, trainable, dtype, checkpoin
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_update_makes_no_temporary_of_what_trains(config, dtype, largest_made):
-    """AdamW's second step, which has its moments; clipping makes a norm of each tensor and their norm."""
+    """AdamW's second step, which has its moments, fused as on a GPU; clipping makes a norm of each tensor and their
+    norm."""
     run = config(stages=["sft"], sft={"trainable": "full"}, policy={"dtype": dtype})
     policy = policy_at(run, "sft")
     engine = TorchEngine(parameter_groups(policy, run.sft), cosine_schedule(1, 2), 1.0)
+    for group in engine._optimizer.param_groups:
+        group["fused"] = True
     for _ in range(2):
         for parameter in engine.parameters.values():
             parameter.grad = torch.ones_like(parameter)
@@ -314,6 +317,12 @@ def test_an_update_makes_no_temporary_of_what_trains(config, dtype, largest_made
             engine.step()
     assert made.elements <= len(engine.parameters)
     assert plan_stage(run, "sft").phases["update"]["temporaries"] == 0
+
+
+@pytest.mark.parametrize(("device", "fused"), [("meta", True), ("cpu", False)])
+def test_adamw_is_fused_where_it_computes_alike_wherever_an_element_lies(device, fused):
+    group = ParameterGroup({"w": torch.nn.Parameter(torch.ones(3, device=device))}, 1e-3, 0.0)
+    assert adamw([group]).param_groups[0]["fused"] is fused
 
 
 def test_zero_updates_from_float32_copies_of_a_ranks_gradients(config):
