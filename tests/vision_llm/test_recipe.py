@@ -205,7 +205,7 @@ def test_other_data_at_the_same_path_is_refused(run: Path, config: VisionLLMConf
     digest = (run / "store_digest").read_text()
     (run / "store_digest").write_text("0" * 64)
     try:
-        with pytest.raises(InputError, match=rf"trained on other data: .* digest 0{{12}}… then, {digest[:12]}… now"):
+        with pytest.raises(InputError, match=rf"trained on other data, of digest 0{{12}}…, and .* has {digest[:12]}…;"):
             train(config, quiet)
     finally:
         (run / "store_digest").write_text(digest)
