@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from _harness import figure, parser, publish
+from _harness import figure, parser, processor, publish
 
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  no side is nicer than the other
@@ -155,7 +155,7 @@ def main() -> None:
             "value": result["steps"]["off_policy_ratio"],
             "unit": "a step with max_staleness 1 against its longer phase alone",
             "setting": f"preset tiny, {WINDOWS} windows x {CELLS} cells, G {GROUP}, S 6, K 6; 1 learner, 1 worker; "
-            f"a sweep of 19 windows of {SWEPT} x {SWEPT} cells",
+            f"a sweep of 19 windows of {SWEPT} x {SWEPT} cells; {processor()}",
             **result,
         },
         chosen.json,
