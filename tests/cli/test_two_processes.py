@@ -42,7 +42,7 @@ def test_a_folder_that_is_no_run_is_left_alone(refused, config, city, tmp_path, 
 
 def test_a_folder_of_the_name_that_is_a_file_is_left_alone(refused, config, tmp_path):
     (tmp_path / "thesis").write_text("years of work")
-    assert "thesis is no folder" in refused("train", config, "name=thesis", f"output_dir={tmp_path}")
+    assert "thesis is not a folder" in refused("train", config, "name=thesis", f"output_dir={tmp_path}")
 
 
 def test_a_refused_training_leaves_no_folder_behind(refused, config, tmp_path):
