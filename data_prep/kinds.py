@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: so that a refusal names it for what it is, and not as damaged."""
+"""Kinds of files by their first bytes: a refusal names a file for what it is, and not as damaged."""
 
 import zipfile
 from pathlib import Path

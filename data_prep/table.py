@@ -45,7 +45,7 @@ from data_prep.reader import reader
 from data_prep.steps import cadence_of, part_of, plan_of, slices_of_days, stamps_from, steps_of, whole_minutes
 from data_prep.table_arrays import array_piece, frame_piece, series_piece
 from data_prep.table_columns import Named, Roles, roles_of, shown
-from data_prep.table_grid import PlacedGrid
+from data_prep.table_grid import Contents, PlacedGrid
 from data_prep.table_parquet import SLICE_BYTES, Parquet
 from data_prep.table_reading import Piece, Source, described, read_long, read_turned, read_wide
 from data_prep.table_text import open_text
@@ -152,7 +152,7 @@ def _plan(
     if grid is None and not nodes and piece.cells:
         grid = PlacedGrid()
     if grid is not None:
-        spec, columns = grid.placed(piece.label, piece.ids, town, channels, stamps, cadence, offset, units)
+        spec, columns = grid.placed(Contents(piece.label, piece.ids, town, channels, stamps, cadence, offset, units))
         recipe |= {"row0": grid.row0, "col0": grid.col0}
         about = [grid.geometry] if grid.geometry else []
     else:

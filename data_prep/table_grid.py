@@ -19,6 +19,21 @@ CELL = ","
 """Between row and column of a cell that a table names so."""
 
 
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The contents of a table that a grid is made of: ids of its places, channels, and local stamps, datetime64[m] [T],
+    ``cadence`` minutes apart. ``label`` names the table in errors."""
+
+    label: str
+    places: Sequence[str]
+    city: str
+    channels: Sequence[str]
+    stamps: np.ndarray
+    cadence: int
+    utc_offset: int
+    units: str
+
+
 @dataclass(frozen=True)
 class PlacedGrid(GridPlace):
     """Options: a grid whose cells the places are; one of these options makes a grid of them. height, width: its rows
@@ -33,31 +48,22 @@ class PlacedGrid(GridPlace):
     def asked(self) -> bool:
         return self != PlacedGrid()
 
-    def placed(
-        self,
-        path: Path | str,
-        names: Sequence[str],
-        city: str,
-        channels: Sequence[str],
-        stamps: np.ndarray,
-        cadence: int,
-        utc_offset: int,
-        units: str,
-    ) -> tuple[GridSpec, np.ndarray]:
-        """The spec, and the place of each cell as a position in ``names``, -1 where it has none, int64 [H · W].
+    def placed(self, table: Contents) -> tuple[GridSpec, np.ndarray]:
+        """The spec, and the place of each cell as a position in ``table.places``, -1 where it has none, int64 [H · W].
 
         Raises InputError where places are no cells of the grid.
         """
         if self.geometry is not None:
             if self != PlacedGrid(geometry=self.geometry):
                 raise InputError("--geometry tells rows and columns itself; leave the other options of a grid out")
-            return self._by_geometry(path, names, city, channels, stamps, cadence, utc_offset, units)
-        if all(re.fullmatch(rf"-?\d+{CELL}-?\d+", name) for name in names):
-            around, numbers = self._by_row_and_column([*names])
-            return around.placed(path, numbers, city, channels, stamps, cadence, utc_offset, units)
-        shape = self._shape(path, len(names))
-        spec = self.spec(city, channels, stamps, shape, cadence=cadence, utc_offset=utc_offset, units=units)
-        return spec, self._cells(path, names, spec.cell_ids.reshape(-1))
+            return self._by_geometry(table)
+        if all(re.fullmatch(rf"-?\d+{CELL}-?\d+", name) for name in table.places):
+            around, numbers = self._by_row_and_column([*table.places])
+            return around.placed(replace(table, places=numbers))
+        shape = self._shape(table.label, len(table.places))
+        clock = {"cadence": table.cadence, "utc_offset": table.utc_offset}
+        spec = self.spec(table.city, table.channels, table.stamps, shape, **clock, units=table.units)
+        return spec, self._cells(table.label, table.places, spec.cell_ids.reshape(-1))
 
     def _by_row_and_column(self, names: list[str]) -> tuple["PlacedGrid", list[str]]:
         """The grid around cells that are named by row and column, and their numbers in it, counted from 0."""
@@ -104,35 +110,25 @@ class PlacedGrid(GridPlace):
             )
         return np.arange(len(names))
 
-    def _by_geometry(
-        self,
-        path: Path | str,
-        names: Sequence[str],
-        city: str,
-        channels: Sequence[str],
-        stamps: np.ndarray,
-        cadence: int,
-        utc_offset: int,
-        units: str,
-    ) -> tuple[GridSpec, np.ndarray]:
+    def _by_geometry(self, table: Contents) -> tuple[GridSpec, np.ndarray]:
         assert self.geometry is not None
         squares = read_geometry(self.geometry)
-        position = {name: place for place, name in enumerate(names)}
+        position = {name: place for place, name in enumerate(table.places)}
         known = set(map(str, squares.ids.tolist()))
-        if stranger := next((name for name in names if name not in known), None):
+        if stranger := next((name for name in table.places if name not in known), None):
             raise InputError(
-                f"{path}: place {stranger!r} is no square of {self.geometry}; give the city's own geometry"
+                f"{table.label}: place {stranger!r} is no square of {self.geometry}; give the city's own geometry"
             )
         ids = squares.on_grid(squares.ids, OUTSIDE)
         spec = GridSpec(
-            city=city,
-            channels=tuple(channels),
-            first_day=stamps.min().astype("datetime64[D]"),
-            last_day=stamps.max().astype("datetime64[D]"),
+            city=table.city,
+            channels=tuple(table.channels),
+            first_day=table.stamps.min().astype("datetime64[D]"),
+            last_day=table.stamps.max().astype("datetime64[D]"),
             cell_ids=ids,
-            cadence_minutes=cadence,
-            utc_offset_minutes=utc_offset_of(city, utc_offset),
-            units=units,
+            cadence_minutes=table.cadence,
+            utc_offset_minutes=utc_offset_of(table.city, table.utc_offset),
+            units=table.units,
             inside=squares.on_grid(squares.ids >= 0, False),
             latitude=squares.on_grid(squares.latitude, np.nan),
             longitude=squares.on_grid(squares.longitude, np.nan),

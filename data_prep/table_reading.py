@@ -296,7 +296,7 @@ def _records(
 
 
 def _common_name(stems: Sequence[str]) -> str:
-    """What several names begin with, without numbers at its end."""
+    """The common beginning of several names, without numbers at its end."""
     same = [len({*letters}) == 1 for letters in zip(*stems, strict=False)]
     return stems[0][: same.index(False) if False in same else len(same)].rstrip("_-. 0123456789") or stems[0]
 

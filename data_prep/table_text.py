@@ -263,7 +263,7 @@ def _plain(text: bytes) -> bytes:
 
 
 def _behind_record(block: bytes) -> bytes:
-    """What follows the first record, which may hold line breaks within quotes."""
+    """``block`` without its first record, which may hold line breaks within quotes."""
     end = block.find(b"\n") + 1
     while block.count(b'"', 0, end) % 2 and (more := block.find(b"\n", end) + 1):
         end = more

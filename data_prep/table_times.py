@@ -42,8 +42,8 @@ SINCE, UNTIL = 946_684_800, 4_102_444_800
 
 
 def formats_of(stamp: str) -> tuple[str, ...]:
-    """How a stamp may be written, as formats of strptime; none where it is no time. Two where day and month cannot be
-    told apart."""
+    """Returns the formats of strptime that a stamp may be written in: none where it is no time, two where day and month
+    cannot be told apart."""
     stamp = stamp.strip()
     for pattern, format in COMPACT.items():
         if re.fullmatch(pattern, stamp) and YEARS[0] <= stamp[:4] < YEARS[1]:

@@ -1,7 +1,7 @@
 """Values of tables on one axis of time and one of places: rows held or left on disk, gathered, put in order, merged."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -52,22 +52,6 @@ class Slice:
         if isinstance(self.rows, Held):
             return Slice, (Held([self.take()]), np.arange(len(self.which)))
         return Slice, (self.rows, self.which)
-
-
-@dataclass(frozen=True, eq=False)
-class Channels:
-    """What a preparation takes its values from.
-
-    stamps: of the time steps, datetime64[us] [T], ascending; None where the files tell none. steps: T. places: their
-    ids, N. rows: per channel; order: the row of each time step, int64 [T]. said: remarks for the user.
-    """
-
-    stamps: np.ndarray | None
-    steps: int
-    places: list[str]
-    rows: dict[str, Rows]
-    order: np.ndarray
-    said: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is missing in arrays that somebody else wrote, by what they say and not by what a library makes of it.
+"""Missing values of arrays that somebody else wrote, by what they say and not by what a library makes of it.
 
 * ``_FillValue`` and ``missing_value`` are attributes of an array, and mask the values that they name. Zarr 2 has no
   place of its own for the first, so that xarray keeps it as the array's fill value; but that is 0 where nobody chose
@@ -22,7 +22,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 NETCDF_FILLS = {"f": 9.969209968386869e36, "i2": -32767, "i4": -2147483647, "i8": -9223372036854775806}
-"""What NetCDF's library puts where nothing was written, where nobody chose another value."""
+"""Fill values of NetCDF's library by type: they stand where nothing was written and nobody chose another."""
 
 
 def open_decoded(path: Path) -> xarray.Dataset:
@@ -87,8 +87,8 @@ def _count(shape: Sequence[int], chunks: Sequence[int]) -> int:
 
 
 def _unwritten_in_zarr(path: Path, name: str, where: Sequence[slice | int]) -> np.ndarray | None:
-    """What is read as another value where the array is read with another fill value. No layout, neither of chunks nor
-    of shards, needs to be known for it."""
+    """True at values that change with the array's fill value, which nobody wrote; None where there are none. No layout,
+    neither of chunks nor of shards, needs to be known for it."""
     zeros, ones = (
         np.asarray(zarr.open_array(_OtherFill(LocalStore(path, read_only=True), fill), path=name, mode="r")[*where])
         for fill in (0, 1)

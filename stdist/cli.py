@@ -21,7 +21,7 @@ from stdist.scalars import figure
 
 FORECAST_FORMATS = (".zarr", ".parquet")
 MOST_PROCESSES, MOST_WORKERS = 1024, 65536
-"""That a command may ask of one machine, and of a cluster."""
+"""Processes that a command may ask of one machine, and of a cluster."""
 DAMAGED = 4
 """Exit code where something is not as it was written, of ``stdist check`` and of ``stdist ledger``."""
 

@@ -42,7 +42,7 @@ _PATHS = {
     errno.ELOOP: "a symbolic link that leads back to itself; give another path",
     errno.EINVAL: "the file system takes no such path; give another",
 }
-"""What is wrong with a path that a user gave, and what to do."""
+"""The system's refusals of a path by number: what is wrong with it, and what to do."""
 _MACHINE = {
     errno.ENOSPC: "no space is left; free some",
     errno.EDQUOT: "the disk quota is used up; free some space",
@@ -58,8 +58,8 @@ _NUMBERED = re.compile(r"\(os error (\d+)\)|\bcode: (\d+), kind:")
 
 
 def of_the_system(error: BaseException) -> InputError | ResourceError | None:
-    """What an operating system that refused a path, or a machine without room, memory, files or threads, has to say in
-    one line; None for every other error."""
+    """Returns a refusal of the operating system, of a path or for want of room, memory, files or threads, as an error
+    of one line; None for every other error."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | ImportError | OSError) and any(sign in text for sign in _OUT_OF_MEMORY)

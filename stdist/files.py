@@ -13,14 +13,15 @@ from stdist.errors import DamageError, InputError, is_damage
 
 
 @contextmanager
-def own_file(path: Path, remedy: str) -> Iterator[None]:
-    """Around the reading of a file that this program wrote: what a missing, empty, cut or foreign one raises becomes a
-    DamageError that names it and ends with ``remedy``; a refusal of the system is raised as it is."""
+def own_file(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Around the reading of a file that this program wrote: what a missing, empty, cut or foreign one raises, an error
+    of Python's own or of ``kinds``, becomes a DamageError that names it and ends with ``remedy``; a refusal of the
+    system is raised as it is."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, *kinds) as error:
         if not is_damage(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -54,7 +55,7 @@ def write_sealed(path: Path, content: Any) -> None:
 
 
 def read_sealed(path: Path) -> Any:
-    """What ``write_sealed`` wrote; None where it is not as it was written."""
+    """Returns the content that ``write_sealed`` wrote; None where it is not as it was written."""
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         return sealed["content"] if sealed["sha256"] == _digest(sealed["content"]) else None

@@ -21,7 +21,7 @@ from stdist.errors import InputError
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """One for all containers of a machine, another after it was started again."""
 TRIES = 50
-"""How often a lock is asked for whose holder removed the file just then."""
+"""Times that a lock is asked for whose holder removed the file just then."""
 
 
 class WriterLock:

@@ -1,4 +1,4 @@
-"""How much memory this process may have, asked before anything is made of a size that somebody wrote down."""
+"""The memory that this process may have, asked before anything is made of a size that somebody wrote down."""
 
 import os
 import resource
@@ -28,7 +28,7 @@ def available() -> int:
 
 
 def fits(size: int) -> bool:
-    """Whether ``size`` bytes can be had at all."""
+    """True where ``size`` bytes can be had at all."""
     return size <= available()
 
 

@@ -89,7 +89,7 @@ def _options(name: str, plan: Callable[..., Any]) -> list[Parameter]:
 
 
 def _bounds(annotation: Any) -> dict[str, Any]:
-    """What an integer may be: beyond it no library counts."""
+    """Bounds of an option that is an integer: beyond them no library counts."""
     return {"min": -LARGEST, "max": LARGEST} if int in (annotation, *get_args(annotation)) else {}
 
 

@@ -61,7 +61,7 @@ class _Coverage(BaseModel):
 
 
 class Attributes(BaseModel):
-    """What ``open_store`` relies on of a store's attributes; the arrays' shapes follow from it."""
+    """The attributes of a store that ``open_store`` relies on; the arrays' shapes follow from them."""
 
     city: str
     dims: tuple[Literal["row", "col", "node"], ...] = Field(("row", "col"), min_length=1, max_length=2)

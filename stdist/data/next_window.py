@@ -45,7 +45,7 @@ class NextWindow(Windows):
         return int((~observed & self.store.inside[self.history_region.slices]).sum())
 
     def read(self, indices: Sequence[int] | np.ndarray, empty: Empty = np.empty) -> WindowBatch:
-        """As of any windows, with targets of 0 that were not observed."""
+        """Reads the windows numbered ``indices``; targets are 0 and were not observed."""
         origins = self.origins[np.asarray(indices, np.int64)]
         history = empty((len(origins), self.S, *self.history_region.shape), np.float32)
         self._fill("values", self.history_region, [(history, origins - self.S + 1, ())])

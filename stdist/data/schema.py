@@ -20,9 +20,9 @@ FORMAT = "stdist grid store"
 FORMAT_VERSION = 1
 MINUTES_PER_DAY = 1440
 UNKNOWN_UNITS = "unknown units"
-"""Of data that does not name them."""
+"""The units of data that does not name them."""
 LONGEST_NAME = 100
-"""Of a channel, in characters: names of its arrays are longer, and a file system takes 255 bytes."""
+"""Characters of a channel's name at most: names of its arrays are longer, and a file system takes 255 bytes."""
 CHUNK = 32
 """Side of a chunk, in cells."""
 TILE = 256

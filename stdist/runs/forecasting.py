@@ -26,9 +26,9 @@ from stdist.runs.run_folder import noted_digest
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line, require_undamaged_model
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
-"""In a run's folder."""
+"""Path of the test forecasts in a run's folder."""
 NEXT = "next"
-"""As a request's split: the K steps behind one moment, of which no truth need be there."""
+"""The split of a request for the K steps behind one moment, of which no truth need be there."""
 
 
 @dataclass(frozen=True)

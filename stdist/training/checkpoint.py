@@ -11,7 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdist.errors import DamageError, InputError, ResourceError, is_damage
+from stdist.errors import DamageError, InputError, ResourceError
 from stdist.files import own_file, to_json, write_atomically
 from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
@@ -34,18 +34,9 @@ KEPT = 2
 """The newest checkpoints that are kept: where the last one is damaged, the one before serves."""
 
 
-@contextmanager
-def damage_as_one_line(path: Path) -> Iterator[None]:
+def damage_as_one_line(path: Path) -> AbstractContextManager[None]:
     """Turns all that a missing, cut or foreign file of the checkpoint ``path`` raises inside into one DamageError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if not is_damage(error):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DamageError(f"{path} is damaged ({reason}); delete {path.parent} to redo the stage") from error
+    return own_file(path, f"delete {path.parent} to redo the stage", SafetensorError)
 
 
 def require_undamaged_model(path: Path) -> None:

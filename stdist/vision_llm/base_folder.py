@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def why_no_base(folder: Path) -> str | None:
-    """What a folder is that a policy cannot begin from, and what to do; None for one that may be a base.
+    """Returns what a folder is that is no base, and what to do; None for one that may be a base.
 
     A checkpoint would open as a model of transformers, and what its numerals have learnt would be gone without a word.
     """

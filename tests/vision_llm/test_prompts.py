@@ -12,7 +12,7 @@ from stdist.errors import InputError
 from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.prompts import END, IMAGE, WEEKDAYS, PromptEncoder
-from stdist.vision_llm.policy.tokenizer_files import full_tokenizer
+from stdist.vision_llm.policy.tokenizer_files import save_full_tokenizer
 
 MONDAY = np.datetime64("2013-11-04T00:00")
 
@@ -33,7 +33,7 @@ def test_shared_part_holds_every_frame_and_the_time(policy: PolicyModel) -> None
 def test_a_name_that_spells_a_token_is_text(policy: PolicyModel, tmp_path: Path, token: str, where: str) -> None:
     """Also to the tokenizer of a checkpoint, which knows the numerals."""
     setting = policy.spec.setting.model_copy(update={where: f"Am {token} See"})
-    full_tokenizer(policy.tokenizer, policy.vocabulary).save_pretrained(tmp_path)
+    save_full_tokenizer(policy.tokenizer, policy.vocabulary, tmp_path)
     origin = np.datetime64("2013-11-04T08:00")
     prompts = []
     for tokenizer in (policy.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):

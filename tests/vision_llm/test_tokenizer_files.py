@@ -9,10 +9,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.policy import tokenizer_files
 from stdist.vision_llm.policy.presets import build_tokenizer
-from stdist.vision_llm.policy.tokenizer_files import full_tokenizer, load_text_tokenizer, save_full_tokenizer
+from stdist.vision_llm.policy.tokenizer_files import load_text_tokenizer, save_full_tokenizer
 
 TWO = Vocabulary(mantissa_digits=2)
 TEXT = "City milan, channel internet. Now: Monday, hour 07<|im_end|>\nrow 4 col 17"
+
+
+def full_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(TWO.tokens())
+    return tokenizer
 
 
 @pytest.fixture
@@ -23,7 +29,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_the_files_are_those_that_transformers_writes(saved: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
-    full_tokenizer(build_tokenizer(), TWO).save_pretrained(theirs)
+    full_tokenizer().save_pretrained(theirs)
     names = sorted(file.name for file in theirs.iterdir())
     assert names == sorted(file.name for file in saved.iterdir()) and "tokenizer.json" in names
     for name in names:
@@ -49,7 +55,7 @@ def test_stdist_reads_the_text_alone_and_saves_the_same_again(saved: Path, tmp_p
 
 def test_numerals_that_others_follow_are_read_and_stay(tmp_path: Path) -> None:
     """As where a user added tokens of their own behind them: ids are what they are in the files."""
-    tokenizer = full_tokenizer(build_tokenizer(), TWO)
+    tokenizer = full_tokenizer()
     tokenizer.add_tokens(["<|behind|>"])
     tokenizer.save_pretrained(tmp_path)
     loaded = load_text_tokenizer(tmp_path, TWO)

@@ -4,7 +4,6 @@ A numeral's token id is arithmetic. transformers makes several objects of each a
 digits copies them all more than once: half a minute a load. So they are written as text and left out when read.
 """
 
-import copy
 import json
 import shutil
 import tempfile
@@ -29,15 +28,9 @@ NUMERAL = """\
     }"""
 
 
-def full_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> PreTrainedTokenizerBase:
-    """A copy of the text tokenizer that also knows every numeral, numeral i at its length + i."""
-    full = copy.deepcopy(tokenizer)
-    full.add_tokens(vocabulary.tokens())
-    return full
-
-
 def save_full_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, path: Path) -> None:
-    """Writes into the folder ``path`` what ``full_tokenizer(...).save_pretrained(path)`` would, byte for byte."""
+    """Writes into the folder ``path`` what ``save_pretrained`` would write of the tokenizer with every numeral added,
+    numeral i at its length + i, byte for byte."""
     tokenizer.save_pretrained(path)
     if vocabulary.token(0) in tokenizer.get_vocab():
         return  # read from a base that has them

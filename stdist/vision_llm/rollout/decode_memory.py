@@ -80,7 +80,7 @@ class Sizes:
     tokens: int
 
     def hold(self, other: "Sizes") -> bool:
-        """Whether what has these sizes has room for what has the others."""
+        """True where memory of these sizes has room for a batch of the others."""
         lengths = "window_tokens", "cell_tokens", "tokens"
         numbers = "windows", "cells", "sequences", "of_window", "of_cell"
         return all(getattr(self, name) == getattr(other, name) for name in lengths) and all(

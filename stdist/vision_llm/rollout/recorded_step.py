@@ -18,7 +18,7 @@ from stdist.vision_llm.rollout.decode_memory import DecodeMemory, Family, Sizes,
 
 
 class Recording(Protocol):
-    """What a function over fixed memory did, to be done again."""
+    """A function over fixed memory, recorded so that it can be computed again."""
 
     result: Tensor
 
@@ -46,7 +46,7 @@ class CUDARecording:
 
 
 RECORDINGS: dict[str, Callable[[Callable[[], Tensor]], Recording]] = {"cuda": CUDARecording}
-"""By the type of device; on others every step is run."""
+"""Makers of recordings by type of device; on others every step is run."""
 
 
 class RecordedStep:
@@ -67,7 +67,7 @@ class RecordedStep:
         self._weights = _addresses(policy)
 
     def serves(self, policy: PolicyModel, sizes: Sizes) -> bool:
-        """Whether batches of these sizes fit in, and the weights still lie where the recording reads them."""
+        """True where batches of these sizes fit in, and the weights still lie where the recording reads them."""
         return self.memory.sizes.hold(sizes) and self._weights == _addresses(policy)
 
     def begin(self, prefix: Prefix) -> None:

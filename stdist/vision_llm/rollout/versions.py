@@ -28,13 +28,13 @@ from stdist.vision_llm.rollout.rollouts import Weights
 
 EMBEDDING, HEAD = "rows.input", "rows.output"
 CHANGED = "rows.input.changed"
-"""Which rows of the embedding a version holds, as indices."""
+"""Name of a version's indices of the rows of the embedding that it holds."""
 ROWS_AT_ONCE = 8192
 PROBED = 64
 """Numerals whose log-probabilities are compared."""
 PART_BYTES = 2**26
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Of a log-probability, by the dtype that computes it: kernels differ between devices, weights must not."""
+"""Differences of a log-probability that pass, by the dtype that computes it: kernels differ, weights must not."""
 
 
 def pack(policy: PolicyModel, step: int) -> Version:
@@ -106,7 +106,7 @@ def sent_bytes(policy: PolicyModel) -> dict[str, int]:
 
 
 def _sent_dtypes(policy: PolicyModel) -> dict[str, torch.dtype]:
-    """Of a version's tensors, by name."""
+    """Dtypes of a version's tensors by name."""
     trained = {name: x.dtype for name, x in Weights.of(policy).tensors.items()}
     return trained | dict.fromkeys((EMBEDDING, HEAD), policy.text_head.dtype) | {CHANGED: torch.int64}
 

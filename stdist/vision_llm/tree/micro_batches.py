@@ -50,7 +50,7 @@ def activation_bytes(policy: PolicyModel, tree: Tree) -> list[int]:
 
 
 def _kept(policy: PolicyModel, tree: Tree) -> list[int]:
-    """What would be kept, and is not: a window of a 7B without checkpointing is some 8 GB."""
+    """Bytes that autograd would keep of each depth, and does not: of a window of a 7B they may be 8 GB."""
     # Storages by their address, which is nobody else's while somebody refers to them, if only weakly.
     seen: dict[int, StorageWeakRef] = {}
     total = 0
