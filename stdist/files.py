@@ -17,11 +17,12 @@ def own_file(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]
     """Around the reading of a file that this program wrote: what a missing, empty, cut or foreign one raises, an error
     of Python's own or of ``kinds``, becomes a DamageError that names it and ends with ``remedy``; a refusal of the
     system is raised as it is."""
+    unreadable: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, AttributeError, *kinds)
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, *kinds) as error:
+    except unreadable as error:
         if not is_damage(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
