@@ -61,8 +61,12 @@ class PlacedGrid(GridPlace):
             around, numbers = self._by_row_and_column([*table.places])
             return around.placed(replace(table, places=numbers))
         shape = self._shape(table.label, len(table.places))
-        clock = {"cadence": table.cadence, "utc_offset": table.utc_offset}
-        spec = self.spec(table.city, table.channels, table.stamps, shape, **clock, units=table.units)
+        spec = self.spec(
+            *(table.city, table.channels, table.stamps, shape),
+            cadence=table.cadence,
+            utc_offset=table.utc_offset,
+            units=table.units,
+        )
         return spec, self._cells(table.label, table.places, spec.cell_ids.reshape(-1))
 
     def _by_row_and_column(self, names: list[str]) -> tuple["PlacedGrid", list[str]]:

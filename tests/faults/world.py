@@ -105,6 +105,7 @@ SOURCES = {
     "pems-npz": ["pems.npz"],
     "frames-npz": ["frames.npz"],
     "city-npz": ["volume_train.npz"],
+    "table": ["wide.csv"],
     "wide-csv": ["wide.csv"],
     "wide-parquet": ["wide.parquet"],
     "xarray": ["grid.nc"],
