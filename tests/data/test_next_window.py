@@ -49,6 +49,16 @@ def test_a_gap_at_the_end_is_behind_the_last_frame_and_counts_of_missing_values(
     assert np.isfinite(window.read([0]).history).all()
 
 
+def test_a_run_of_just_S_frames_is_enough_and_one_fewer_is_not(make_store):
+    """Frames 330 to 348 are absent: 349 to 360, noon, are twelve."""
+    present = np.ones(432, bool)
+    present[330:349] = False
+    store = make_store(counting(), present, split=SPLIT)
+    assert next_window(store, 12, 6, channel="internet", origin=NOON).read([0]).history[0, 0, 0, 0] == 34900
+    with pytest.raises(InputError, match="has 12 frames, S needs 13"):
+        next_window(store, 13, 6, channel="internet", origin=NOON)
+
+
 def test_what_cannot_be(make_store):
     present = np.ones(432, bool)
     present[330:358] = False

@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import xarray
+import zarr
 
 from stdist.data import DaySpan, GridSpec, GridWriter, Region, Split, open_store
+from stdist.data.integrity import VerifiedStore
 from stdist.data.schema import chunk_and_shard
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 
 SPLIT = Split.parse("2013-11-01:2013-11-02", None, "2013-11-03:2013-11-03")
 
@@ -250,3 +252,13 @@ def test_a_cadence_that_does_not_divide_the_day_is_refused():
     for cadence in (7, 0, -10):
         with pytest.raises(InputError, match="does not divide a day"):
             GridSpec("toy", ("x",), day, day, np.zeros((2, 2)), cadence)
+
+
+def test_a_file_that_is_not_of_the_store_is_damage(make_store):
+    """A shard where the store has recorded none, as a day that somebody else's copy put there."""
+    store = make_store(np.ones((288, 2, 3), np.float32))
+    shard = next(name for name in store.attributes["files"] if name.startswith("internet/c/"))
+    files = {name: record for name, record in store.attributes["files"].items() if name != shard}
+    verified = VerifiedStore(store.path, files)
+    with pytest.raises(DamageError, match=f"{shard} is not of this store"):
+        zarr.open_array(verified, path="internet", mode="r")[...]

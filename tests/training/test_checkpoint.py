@@ -20,10 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stdist.errors import InputError, ResourceError
+from stdist.errors import DamageError, InputError, ResourceError
 from stdist.files import write_atomically
+from stdist.runs.forecasting import finished_stage
 from stdist.training import checkpoint as checkpoint_module
-from stdist.training.checkpoint import StageCheckpoints, checksums
+from stdist.training.checkpoint import StageCheckpoints, checksums, require_undamaged_model
 from stdist.training.run_log import RunLog
 
 
@@ -490,6 +491,17 @@ def test_a_damaged_result_of_a_finished_stage_is_said(toy, tmp_path, damage):
     _cut(folder / "finished.json")
     with pytest.raises(InputError, match=r"finished\.json is damaged .*; delete"):
         toy.run(tmp_path, toy.ToyStage())
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink])
+def test_what_forecasts_is_compared_with_its_digests(toy, tmp_path, damage):
+    """Every file of a finished stage's model, whatever loads it afterwards."""
+    toy.run(tmp_path, toy.ToyStage())
+    checkpoint, _ = finished_stage(tmp_path, "toy")
+    require_undamaged_model(checkpoint)
+    damage(checkpoint / "model.safetensors")
+    with pytest.raises(DamageError, match=r"is damaged \(model.safetensors is (not as|missing).*; delete"):
+        finished_stage(tmp_path, "toy")
 
 
 def test_a_damaged_best_checkpoint_is_no_result(toy, tmp_path):

@@ -3,6 +3,7 @@
 import pickle
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,9 +215,12 @@ def test_the_gradient_is_that_of_one_sequence_per_draw(
     assert ("reward_under_0.05" in scalars) == (reward == "eq17")
 
 
-def naive_credit(stage: GRPOStage, batch: PolicyBatch, completions: Completions) -> list[list[float]]:
+def naive_credit(
+    stage: GRPOStage, batch: PolicyBatch, completions: Completions, scaled: bool = True
+) -> list[list[float]]:
     """Of each candidate and step: minus 2 (m − y)(x − m) / d², m the mean of the others' draws, less its group's mean
-    and over its group's deviation; the error of the group's mean, (x̄ − y)² / d², is the whole group's and drops out."""
+    and, if ``scaled``, over its group's deviation; the error of the group's mean, (x̄ − y)² / d², is the whole group's
+    and drops out."""
     values, truth = completions.values.tolist(), batch.truth.reshape(-1, K).tolist()
     credit = [[0.0] * K for _ in values]
     for group, y in enumerate(truth):
@@ -228,8 +232,24 @@ def naive_credit(stage: GRPOStage, batch: PolicyBatch, completions: Completions)
                 credit[i][step] = -2 * (others - y[step]) * (values[i][step] - others) / d**2
             of_group = [credit[i][step] for i in members]
             for i in members:
-                credit[i][step] = (credit[i][step] - statistics.mean(of_group)) / (statistics.stdev(of_group) + 1e-4)
+                deviation = statistics.stdev(of_group) + 1e-4 if scaled else 1.0
+                credit[i][step] = (credit[i][step] - statistics.mean(of_group)) / deviation
     return credit
+
+
+def test_each_steps_credit_is_over_its_cells_d_squared(make_policy: MakePolicy, store: GridStore) -> None:
+    """Without a group's deviation to divide by; draws like the city's, since a numeral from far up outweighs them."""
+    stage = stage_of(learner(make_policy), store, reward="error_of_mean")
+    batch = stage.batches(0)
+    records = LocalRollouts(stage.policy, stage.config, SEED).sample(0, batch, "these")
+    completions = completions_of(records, 0, batch, ["these"], stage.policy)
+    drawn = np.random.default_rng(0).uniform(20, 200, completions.values.shape)
+    completions = replace(completions, values=torch.from_numpy(drawn).float())
+    rewards = stage._reward(batch, completions).reward.view(-1, G)
+    credit = stage._advantages(batch, completions, rewards)
+    expected = torch.tensor(naive_credit(stage, batch, completions, scaled=False))
+    torch.testing.assert_close(credit, expected.float(), rtol=1e-3, atol=1e-4)
+    assert (credit.view(-1, G, K).sum(1).abs() < 1e-3).all() and credit.abs().max() > 0.1
 
 
 def test_a_chain_cannot_be_judged_step_by_step() -> None:
