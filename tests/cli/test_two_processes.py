@@ -18,7 +18,7 @@ def test_a_second_training_is_refused_and_a_kill_frees_the_folder(
 ):
     shutil.copy(finished_run.folder / "tiny.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
-    process = hanging_training(tmp_path, "alignment", 3)
+    process = hanging_training(tmp_path, "alignment", 1)  # before its first save, which a thread would still write
     before = files_below(tmp_path / RUN)
     second = stdist("train", "tiny.yaml")
     owner = f"process {process.pid} on {platform.node()}"
