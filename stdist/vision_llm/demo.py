@@ -7,8 +7,9 @@ from typing import Any
 
 from data_prep import READERS
 from stdist.config.yaml_core import load_yaml
+from stdist.errors import InputError
 from stdist.runs import recipes
-from stdist.vision_llm.config import VisionLLMConfig
+from stdist.runs.recipes import parse_config
 from stdist.vision_llm.dataset import open_grid
 
 CITY = {"height": 14, "width": 14, "days": 16, "seed": 7}
@@ -20,6 +21,8 @@ def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[s
     Without ``data`` the city is generated beside the run, once. With it, the demo's schedule runs on that store's first
     channel, on at most a 6×6 region in the middle of its grid.
     """
+    if out.name in ("", ".."):
+        raise InputError(f"--out {str(out)!r} names no folder of its own; give one, as runs/demo")
     tree = load_yaml((files("stdist") / "presets" / "demo.yaml").read_text())
     tree |= {"name": out.name, "output_dir": str(out.parent)}
     if data is None:
@@ -29,7 +32,7 @@ def run_demo(out: Path, data: Path | None, log: Callable[[str], None]) -> dict[s
         (r0, r1), (c0, c1) = (_middle(size, 6) for size in store.shape)
         tree["data"] |= {"store": str(data), "channel": store.channels[0], "region": f"{r0}:{r1},{c0}:{c1}"}
         tree["frames"]["pixels_per_cell"] = "auto"
-    return recipes.train(VisionLLMConfig.model_validate(tree), log)
+    return recipes.train(parse_config(tree, f"--out {out}"), log)
 
 
 def _generated_city(path: Path, log: Callable[[str], None]) -> Path:

@@ -17,7 +17,12 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
     for name in config.stages:
         stage = stage_config(config, name)
         if isinstance(stage, AlignmentConfig):
-            group.local_slice(stage.train_batch_size, f"{name}.train_batch_size")
+            share = group.local_slice(stage.train_batch_size, f"{name}.train_batch_size")
+            if (examples := share.stop - share.start) % stage.gradient_accumulation_steps:
+                raise InputError(
+                    f"{name}.gradient_accumulation_steps {stage.gradient_accumulation_steps} does not divide the "
+                    f"{examples} examples of a learner; change it or {name}.train_batch_size"
+                )
         elif isinstance(stage, ForecastStageConfig):
             group.local_slice(stage.windows_per_step, f"{name}.windows_per_step")
         if learners.engine == "deepspeed":

@@ -322,3 +322,16 @@ def test_wrong_usage_names_the_option(stdist):
 
 def test_the_tiny_configuration_of_these_tests_is_valid(config):
     assert yaml.safe_load(config.read_text())["name"] == "tiny"
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_parts_of_a_batch_that_are_not_equal(refused, config, tmp_path, command):
+    """The same words before a training and before its plan."""
+    line = refused(command, config, f"output_dir={tmp_path}", "arithmetic.gradient_accumulation_steps=3")
+    assert line.startswith("arithmetic.gradient_accumulation_steps 3 does not divide the ")
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "runs/.."])
+def test_a_demo_without_a_folder(refused, city, out):
+    line = refused("demo", "--data", city, "--out", out)
+    assert line.startswith("--out ") and line.endswith("names no folder of its own; give one, as runs/demo")

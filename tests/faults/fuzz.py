@@ -162,7 +162,8 @@ def attempt(trial: Trial) -> Outcome:
         Path(path).unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
-        _run(trial.arguments)
+        _limit_memory()
+        run_command(trial.arguments)
     began = time.monotonic()
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() - began > PATIENCE:
@@ -203,13 +204,11 @@ def judge(trial: Trial, code: int, text: str) -> str:
     return {2: "refused", 3: "diverged", 4: "damage", 5: "machine"}[code]
 
 
-def _run(arguments: list[str]) -> typing.NoReturn:
-    """In the child."""
+def run_command(arguments: list[str]) -> typing.NoReturn:
+    """In a fork: ``stdist`` with these arguments; what it prints goes into files of the current folder."""
     for number, path in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, errors="backslashreplace", closefd=False) for number in (1, 2))
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
     sys.argv = ["stdist", *arguments]
     code: Any = 0
     try:
@@ -226,6 +225,11 @@ def _run(arguments: list[str]) -> typing.NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _limit_memory() -> None:
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
 
 
 def cut_off() -> None:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stdist.errors import InputError
 from stdist.numerals.alignment_tasks import (
     Example,
     Piece,
@@ -48,12 +47,6 @@ class AlignmentStage(Stage):
         self.headline = HEADLINES[name]
         self._batch = BATCHES[name]
         self._share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
-        examples = self._share.stop - self._share.start
-        if examples % config.gradient_accumulation_steps:
-            raise InputError(
-                f"{name}.gradient_accumulation_steps {config.gradient_accumulation_steps} does not divide the "
-                f"{examples} examples of a learner; change it or {name}.train_batch_size"
-            )
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
         config = self.config
