@@ -106,15 +106,16 @@ def _content(file: Path) -> Any:
 
 
 _MEASURED = {"tensorboard", "efficiency.json"}
-_OF_THE_CLOCK = re.compile(r", \d+ s\)|<tr>\s*<td[^>]*>seconds .*?</tr>", re.DOTALL)
+_OF_THE_CLOCK = re.compile(r", \d+ s\)|<th>s / epoch</th>.*?</table>|<tr>\s*<td[^>]*>seconds .*?</tr>", re.DOTALL)
+
+
+_NOT_KEPT = ("time", "crc32", "files", "peak_memory_bytes")
 
 
 def _timeless(value: Any) -> Any:
     """Without times, and the sums of files that hold them."""
     if isinstance(value, dict):
-        kept = {
-            key: item for key, item in value.items() if "second" not in key and key not in ("time", "crc32", "files")
-        }
+        kept = {key: item for key, item in value.items() if "second" not in key and key not in _NOT_KEPT}
         return {key: _timeless(item) for key, item in kept.items()}
     if isinstance(value, list):
         return [_timeless(item) for item in value if not _says_seconds(item)]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, LlamaConfig, Qwen2_5_VLForConditionalGeneration
 
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.numerals import Vocabulary
 from stdist.vision_llm import Policy as PublicPolicy
 from stdist.vision_llm.kernels.token_losses import head_logits
@@ -101,6 +101,26 @@ def test_a_frozen_base_gets_an_adapter_with_the_numeral_rows(
     batch = make_batch(policy)
     model = PeftModel.from_pretrained(model, folder / "adapter")
     assert says_the_same(model, policy, batch, plain_inputs)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_frozen_base_that_changed_is_no_base_of_a_checkpoint(
+    make_policy: MakePolicy, base: Path, folder: Path, tmp_path: Path, file: str
+) -> None:
+    """A flipped bit of it would change forecasts and be nowhere seen: the checkpoint holds nothing of the base."""
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    policy = make_policy(base=str(copy), base_is_trained=False)
+    snapshot_policy(policy)(folder)
+    assert load_policy(folder).spec.base_sha256 == policy.spec.base_sha256
+    content = bytearray((copy / file).read_bytes())
+    content[-3] ^= 1 if file.endswith("tensors") else ord(" ") ^ ord("\n")  # "\n}\n", still JSON
+    (copy / file).write_bytes(content)
+    with pytest.raises(DamageError, match=f"base is not as it was when .* was trained on it: {file} differs"):
+        load_policy(folder)
+    untold = json.loads((folder / "policy.json").read_text()) | {"base_sha256": {}}
+    (folder / "policy.json").write_text(json.dumps(untold))
+    load_policy(folder)  # of a version that noted none
 
 
 def test_a_frozen_base_is_bitwise_what_was_published(make_policy: MakePolicy, base: Path) -> None:

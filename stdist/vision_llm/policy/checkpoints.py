@@ -33,6 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from stdist.errors import DamageError, InputError, is_damage
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.policy.adapters import LORA_TARGETS, active_adapter, adapter_names, add_lora
+from stdist.vision_llm.policy.frozen_base import base_digests, require_same_base
 from stdist.vision_llm.policy.model import PolicyModel, first_numeral_id
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings, initial_embeddings
 from stdist.vision_llm.policy.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
@@ -63,6 +64,8 @@ def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
         model = model.to(getattr(torch, spec.dtype))
     else:
         model, tokenizer, processor = _load_pretrained(spec)
+        if not spec.base_is_trained:
+            spec = spec.model_copy(update={"base_sha256": base_digests(spec.base)})
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
     digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
     rows = NumeralEmbeddings(
@@ -77,17 +80,21 @@ def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
 
 def load_policy(path: Path) -> PolicyModel:
     """A policy from its checkpoint, in evaluation mode. Raises InputError where ``path`` holds none."""
-    try:
-        spec = PolicySpec.model_validate_json((path / "policy.json").read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
-    except ValidationError as error:
-        raise DamageError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
+    spec = _saved_spec(path)
     policy = _empty_policy(spec, path) if spec.base_is_trained else build_policy(spec, seed=0)
     if (path / ADAPTER).is_dir() and not adapter_names(policy):
         add_lora(policy)
     load_weights(policy, path)
     return policy.eval()
+
+
+def _saved_spec(path: Path) -> PolicySpec:
+    try:
+        return PolicySpec.model_validate_json((path / "policy.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
+    except ValidationError as error:
+        raise DamageError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
 
 
 def snapshot_policy(policy: PolicyModel) -> Callable[[Path], None]:
@@ -109,8 +116,10 @@ def snapshot_policy(policy: PolicyModel) -> Callable[[Path], None]:
 def load_weights(policy: PolicyModel, path: Path) -> None:
     """Copies a checkpoint's weights into a policy of the same spec: base (if saved), active adapter, numeral rows.
 
-    Raises InputError where the checkpoint is of another model or vocabulary.
+    Raises InputError where the checkpoint is of another model or vocabulary, DamageError where a frozen base is not
+    the one that it was trained on.
     """
+    require_same_base(policy.spec.base, policy.spec.base_sha256, _saved_spec(path).base_sha256, path)
     first = policy.first_numeral_id
     rows: dict[str, Tensor] = {}
     if (path / "model.safetensors").exists():
