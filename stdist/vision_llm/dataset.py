@@ -7,8 +7,10 @@ import numpy as np
 from stdist.data import GridStore, Region, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.errors import InputError
+from stdist.numerals import Vocabulary
 from stdist.runs.dataset import Dataset, open_windows, require_observed, split_of, training_span
 from stdist.vision_llm.config import ForecastStageConfig, StageConfig, VisionLLMConfig
+from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.city_windows import evenly
 from stdist.vision_llm.policy.frames import pixels_per_cell
 from stdist.vision_llm.policy.presets import SHAPES
@@ -39,15 +41,23 @@ def open_grid(path: Path) -> GridStore:
     return store
 
 
-def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
-    maximum = dataset.statistics.maximum
-    if maximum <= 0:
+def check_values(config: VisionLLMConfig, dataset: Dataset) -> list[str]:
+    """Reads every value of the run's windows; a line about those that are clamped. Raises InputError where a value has
+    no numeral, and where the training days are zero all over."""
+    if dataset.statistics.maximum <= 0:
         raise InputError(
             f"{dataset.store.path}: {config.data.channel} is zero all over {dataset.statistics.span}; "
             "train on other days"
         )
+    parts = dataset.train, dataset.validation, dataset.test
+    clamp = config.numerals.out_of_range == "clamp"
+    clamped = find_unwritable(parts, Vocabulary(config.numerals.mantissa_digits), clamp)
+    return [clamped] if clamped else []
+
+
+def policy_spec(config: VisionLLMConfig, dataset: Dataset) -> PolicySpec:
     spec = unfitted_spec(config, dataset.store)
-    frames = spec.frames and spec.frames.model_copy(update={"t_max": maximum})
+    frames = spec.frames and spec.frames.model_copy(update={"t_max": dataset.statistics.maximum})
     return spec.model_copy(update={"frames": frames, "fitted": fitted_on_data(config, dataset)})
 
 

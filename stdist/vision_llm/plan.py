@@ -15,7 +15,7 @@ from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
-from stdist.vision_llm.dataset import ASSUMED_GRID, open_dataset, open_grid, stage_config, unfitted_spec
+from stdist.vision_llm.dataset import ASSUMED_GRID, check_values, open_dataset, open_grid, stage_config, unfitted_spec
 from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
@@ -36,8 +36,7 @@ def plan_run(
     Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
     """
     check_learners(config, ProcessGroup(0, config.learners.num_workers))
-    if config.data.store.exists():
-        open_dataset(config)  # which refuses what training would
+    notes = check_values(config, open_dataset(config)) if config.data.store.exists() else []  # as training would
     stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
     otherwise = "take a larger device or a smaller base"
     verdicts = [
@@ -45,7 +44,7 @@ def plan_run(
         for stage in stages
         if device_memory is not None
     ]
-    notes = [
+    notes += [
         *read_city(config)[2],
         f"seconds are on paper: {device_flops / 1e12:.0f} TFLOP/s at an assumed MFU of {memory_plan.MFU:.0%}, "
         f"{memory_plan.bandwidth(config.learners.num_workers) / 1e9:.0f} GB/s between learners, nothing overlapped",

@@ -15,9 +15,8 @@ from stdist.training import engines
 from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import VisionLLMConfig
-from stdist.vision_llm.dataset import open_dataset, policy_spec, stage_config
+from stdist.vision_llm.dataset import check_values, open_dataset, policy_spec, stage_config
 from stdist.vision_llm.learning import begin_stage, make_engine
-from stdist.vision_llm.numeral_range import find_unwritable
 from stdist.vision_llm.policy.checkpoints import build_policy, load_weights, snapshot_policy
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
@@ -44,10 +43,9 @@ class VisionLLMRun(Run):
     def __init__(self, config: VisionLLMConfig, dataset: Dataset):
         self.config, self.dataset = config, dataset
         self.store, self.train, self.test = dataset.store, dataset.train, dataset.test
+        self.notes = check_values(config, dataset)
         self.policy = on_device(build_policy(policy_spec(config, dataset), config.seed))
         clamp = config.numerals.out_of_range == "clamp"
-        clamped = find_unwritable((dataset.train, dataset.validation, dataset.test), self.policy.vocabulary, clamp)
-        self.notes = [clamped] if clamped else []
         self._train, self._validation = (
             CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
         )

@@ -178,8 +178,9 @@ def huge(stdist, csv_command, config) -> Path:
     return Path(command[4])
 
 
-def test_values_without_a_numeral_are_found_before_training(refused, config, huge):
-    line = refused("train", config, f"data.store={huge}")
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_values_without_a_numeral_are_found_before_training(refused, config, huge, command):
+    line = refused(command, config, f"data.store={huge}")
     assert line == (
         f"{huge}: internet is 2e+06 at 2013-11-01T05:00 local time, cell 2 (2 such values); numerals end below 995000: "
         "rescale the data, or set numerals.out_of_range=clamp"
@@ -322,6 +323,14 @@ def test_wrong_usage_names_the_option(stdist):
 
 def test_the_tiny_configuration_of_these_tests_is_valid(config):
     assert yaml.safe_load(config.read_text())["name"] == "tiny"
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_training_days_without_traffic(refused, stdist, csv_command, config, command):
+    zeros = csv_command("still", dict.fromkeys(range(6 * 24), "0,0,0,0"))
+    assert stdist(*zeros).code == 0
+    line = refused(command, config, f"data.store={zeros[4]}")
+    assert line.startswith(f"{zeros[4]}: internet is zero all over ") and line.endswith("; train on other days")
 
 
 @pytest.mark.parametrize("command", ["plan", "train"])

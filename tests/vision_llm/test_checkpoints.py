@@ -118,7 +118,7 @@ def test_a_frozen_base_that_changed_is_no_base_of_a_checkpoint(
     (copy / file).write_bytes(content)
     with pytest.raises(DamageError, match=f"base is not as it was when .* was trained on it: {file} differs"):
         load_policy(folder)
-    untold = json.loads((folder / "policy.json").read_text()) | {"base_sha256": {}}
+    untold = json.loads((folder / "policy.json").read_text()) | {"base_sha256": []}
     (folder / "policy.json").write_text(json.dumps(untold))
     load_policy(folder)  # of a version that noted none
 

@@ -40,7 +40,8 @@ class PolicySpec(BaseModel):
     none. ``base_is_trained``: checkpoints carry the whole model, not an adapter on the named base. ``load_in_4bit``:
     the decoder of a frozen base is NF4, computing in ``dtype``. ``gradient_checkpointing``: its layers keep their
     inputs alone and are recomputed in the backward pass; training mode only. ``fitted``: what was fitted on which days
-    of which data. ``base_sha256``: of each file of a frozen base. Both are empty in a checkpoint older than them."""
+    of which data. ``base_sha256``: each file of a frozen base and its
+    digest. Both are empty in a checkpoint older than them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,4 +56,4 @@ class PolicySpec(BaseModel):
     lora_r: int = 16
     lora_alpha: int = 32
     fitted: tuple[Fitted, ...] = ()
-    base_sha256: dict[str, str] = {}
+    base_sha256: tuple[tuple[str, str], ...] = ()
