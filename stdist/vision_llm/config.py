@@ -163,9 +163,11 @@ class ForecastConfig(Strict):
 
 
 class VisionLLMConfig(RunConfig):
-    """A run: data, policy, and the stages in order."""
+    """A run: data, policy, and the stages in order. ``init_from``: RUN or RUN/STAGE of a finished stage whose weights
+    the policy begins with."""
 
     recipe: Literal["vision-llm"] = "vision-llm"
+    init_from: Path | None = None
     stages: tuple[StageName, ...] = Field(("alignment", "arithmetic", "sft", "grpo"), min_length=1)
     numerals: NumeralsConfig = NumeralsConfig()
     frames: FramesConfig = FramesConfig()
@@ -179,7 +181,8 @@ class VisionLLMConfig(RunConfig):
 
     def shared_paths(self, root: Path) -> dict[str, Path]:
         base = root / self.policy.base
-        return super().shared_paths(root) | ({"policy.base": base} if (base / "config.json").is_file() else {})
+        paths = super().shared_paths(root) | ({"policy.base": base} if (base / "config.json").is_file() else {})
+        return paths | ({"init_from": root / self.init_from} if self.init_from else {})
 
     @model_validator(mode="after")
     def _work_for_every_worker(self) -> "VisionLLMConfig":

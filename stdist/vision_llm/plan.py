@@ -21,6 +21,7 @@ from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
 from stdist.vision_llm.rollout.versions import sent_bytes
 from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
+from stdist.vision_llm.warm_start import initial_checkpoint
 
 NETWORK = memory_plan.INFINIBAND
 """Bytes a second that reach a worker."""
@@ -37,6 +38,7 @@ def plan_run(
     """
     check_learners(config, ProcessGroup(0, config.learners.num_workers))
     notes = check_values(config, open_dataset(config)) if config.data.store.exists() else []  # as training would
+    initial_checkpoint(config, read_city(config)[0])
     stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
     otherwise = "take a larger device or a smaller base"
     verdicts = [

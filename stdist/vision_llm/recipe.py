@@ -27,12 +27,14 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
 
     def check(self, config: VisionLLMConfig, group: "ProcessGroup") -> "Dataset":
         """The run's data. Raises InputError where ``group`` cannot train on it, or the folder is another run's."""
-        from stdist.vision_llm.dataset import open_dataset
+        from stdist.vision_llm.dataset import open_dataset, unfitted_spec
         from stdist.vision_llm.learning import check_learners
         from stdist.vision_llm.room import require_room_for_steps
+        from stdist.vision_llm.warm_start import initial_checkpoint
 
         check_learners(config, group)
         dataset = open_dataset(config)
+        initial_checkpoint(config, unfitted_spec(config, dataset.store))
         require_room_for_steps(config, dataset)
         refuse_foreign_folder(config, dataset.store.digest)
         return dataset

@@ -27,6 +27,7 @@ from stdist.vision_llm.rollout_table import rollout_table
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
+from stdist.vision_llm.warm_start import begin_from, initial_checkpoint
 
 NOTHING_GAINED = (
     "GRPO did not lower the validation error, so the fine-tuned policy is kept: what a reward sees of a single draw is "
@@ -44,7 +45,8 @@ class VisionLLMRun(Run):
         self.config, self.dataset = config, dataset
         self.store, self.train, self.test = dataset.store, dataset.train, dataset.test
         self.notes = check_values(config, dataset)
-        self.policy = on_device(build_policy(policy_spec(config, dataset), config.seed))
+        self.policy, begun = _first_policy(config, dataset)
+        self.notes += begun
         clamp = config.numerals.out_of_range == "clamp"
         self._train, self._validation = (
             CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
@@ -102,13 +104,21 @@ class VisionLLMRun(Run):
 
 def rollout_program(config: VisionLLMConfig) -> RolloutProgram:
     """A worker with the policy as GRPO's learners begin with it; the stages before are finished."""
-    policy = on_device(build_policy(policy_spec(config, open_dataset(config)), config.seed))
+    policy, _ = _first_policy(config, open_dataset(config))
     for stage in config.stages:
         begin_stage(policy, stage, stage_config(config, stage).trainable, config.seed)
         if stage != "grpo":
             checkpoint, _ = finished_stage(config.run_dir, stage)
             load_weights(policy, checkpoint)
     return RolloutProgram(policy.eval(), config.grpo, config.seed)
+
+
+def _first_policy(config: VisionLLMConfig, dataset: Dataset) -> tuple[PolicyModel, list[str]]:
+    """The policy that the first stage trains, and a line about what it began with."""
+    spec = policy_spec(config, dataset)
+    policy, checkpoint = build_policy(spec, config.seed), initial_checkpoint(config, spec)
+    notes = [begin_from(policy, checkpoint)] if checkpoint else []
+    return on_device(policy), notes
 
 
 def on_device(policy: PolicyModel) -> PolicyModel:

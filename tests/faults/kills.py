@@ -247,13 +247,14 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
         if code is None:
             os.killpg(child, signal.SIGKILL)
             return "hangs after a kill below it"
-        if code == 0:
-            break  # before it could be killed
+        if code == 0 or _was_made(command, code):
+            break  # before it could be killed, or behind its last write
         if code not in (5, -signal.SIGKILL):
             return f"exit code {code} after a kill below it: {Path('stderr').read_text()[-2000:]}"
-    wrong = finish(start, command.arguments) if code else None
-    if wrong and not (command.makes in wrong and "exists already" in wrong):  # killed behind its last write
-        return wrong
+    else:
+        wrong = finish(start, command.arguments)
+        if wrong and not _was_made(command, 2):
+            return wrong
     if any([outlive(group) for group in groups]):
         return "processes outlive the command that was killed"
     made = contents(Path(command.makes))
@@ -262,6 +263,11 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
         return f"other contents: {differing[:5]}"
     left = sorted(str(path) for path in Path().rglob("*") if ".partial" in path.name)
     return f"left behind: {left[:5]}" if left else None
+
+
+def _was_made(command: Killed, code: int) -> bool:
+    """Whether a preparation was refused since its store is there."""
+    return code == 2 and f"error: {command.makes} exists already" in Path("stderr").read_text()
 
 
 def build(folder: Path, *, vision_run: bool) -> None:

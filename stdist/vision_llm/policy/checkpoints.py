@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -30,7 +29,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from stdist.errors import DamageError, InputError, is_damage
+from stdist.errors import InputError, is_damage
 from stdist.numerals import Vocabulary
 from stdist.vision_llm.policy.adapters import LORA_TARGETS, active_adapter, adapter_names, add_lora
 from stdist.vision_llm.policy.frozen_base import base_digests, require_same_base
@@ -38,7 +37,7 @@ from stdist.vision_llm.policy.model import PolicyModel, first_numeral_id
 from stdist.vision_llm.policy.numeral_embeddings import NumeralEmbeddings, initial_embeddings
 from stdist.vision_llm.policy.presets import SHAPES, SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.quantised import keep_trainable, loading_options, refuse_unfrozen
-from stdist.vision_llm.policy.spec import PolicySpec
+from stdist.vision_llm.policy.spec import PolicySpec, read_spec
 from stdist.vision_llm.policy.tokenizer_files import load_text_tokenizer, save_full_tokenizer
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -80,21 +79,12 @@ def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
 
 def load_policy(path: Path) -> PolicyModel:
     """A policy from its checkpoint, in evaluation mode. Raises InputError where ``path`` holds none."""
-    spec = _saved_spec(path)
+    spec = read_spec(path)
     policy = _empty_policy(spec, path) if spec.base_is_trained else build_policy(spec, seed=0)
     if (path / ADAPTER).is_dir() and not adapter_names(policy):
         add_lora(policy)
     load_weights(policy, path)
     return policy.eval()
-
-
-def _saved_spec(path: Path) -> PolicySpec:
-    try:
-        return PolicySpec.model_validate_json((path / "policy.json").read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is no checkpoint of stdist: it has no policy.json") from None
-    except ValidationError as error:
-        raise DamageError(f"{path}/policy.json is damaged: {error.errors()[0]['msg']}") from None
 
 
 def snapshot_policy(policy: PolicyModel) -> Callable[[Path], None]:
@@ -119,7 +109,7 @@ def load_weights(policy: PolicyModel, path: Path) -> None:
     Raises InputError where the checkpoint is of another model or vocabulary, DamageError where a frozen base is not
     the one that it was trained on.
     """
-    require_same_base(policy.spec.base, policy.spec.base_sha256, _saved_spec(path).base_sha256, path)
+    require_same_base(policy.spec.base, policy.spec.base_sha256, read_spec(path).base_sha256, path)
     first = policy.first_numeral_id
     rows: dict[str, Tensor] = {}
     if (path / "model.safetensors").exists():

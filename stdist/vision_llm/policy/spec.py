@@ -1,10 +1,12 @@
 """A policy but for its weights: saved as ``policy.json`` in every checkpoint."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stdist.data.audit import Fitted
+from stdist.errors import DamageError, InputError
 
 
 class Setting(BaseModel):
@@ -57,3 +59,13 @@ class PolicySpec(BaseModel):
     lora_alpha: int = 32
     fitted: tuple[Fitted, ...] = ()
     base_sha256: tuple[tuple[str, str], ...] = ()
+
+
+def read_spec(checkpoint: Path) -> PolicySpec:
+    """The spec of a saved policy. Raises InputError where ``checkpoint`` holds none."""
+    try:
+        return PolicySpec.model_validate_json((checkpoint / "policy.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{checkpoint} is no checkpoint of stdist: it has no policy.json") from None
+    except ValidationError as error:
+        raise DamageError(f"{checkpoint}/policy.json is damaged: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,67 @@
+"""Where a run begins that goes on from another one's policy: for another channel, city, horizon or reward."""
+
+from pathlib import Path
+
+from stdist.config.base import RunConfig
+from stdist.errors import InputError
+from stdist.runs.forecasting import finished_stage
+from stdist.runs.recipes import read_run_config
+from stdist.vision_llm.config import VisionLLMConfig
+from stdist.vision_llm.policy.adapters import adapter_names, add_lora
+from stdist.vision_llm.policy.checkpoints import ADAPTER, load_weights
+from stdist.vision_llm.policy.model import PolicyModel
+from stdist.vision_llm.policy.spec import PolicySpec, read_spec
+
+SAME = {
+    "base": "policy.base",
+    "base_is_trained": "a stage with trainable: full, or none",
+    "mantissa_digits": "numerals.mantissa_digits",
+    "lora_r": "policy.lora_r",
+    "lora_alpha": "policy.lora_alpha",
+}
+"""What the two policies must have in common, by the key that says it."""
+
+
+def initial_checkpoint(config: VisionLLMConfig, spec: PolicySpec) -> Path | None:
+    """The checkpoint that ``init_from`` names, None where the run begins anew. ``spec``: of the policy that will have
+    its weights.
+
+    Raises InputError where there is none, its stage is not finished or its policy is another one; DamageError where a
+    file of it is not as it was written.
+    """
+    if config.init_from is None:
+        return None
+    source, stage = _run_and_stage(config.init_from)
+    checkpoint, _ = finished_stage(source.run_dir, stage)
+    other = read_spec(checkpoint)
+    for name, key in SAME.items():
+        theirs, ours = getattr(other, name), getattr(spec, name)
+        if theirs != ours:
+            raise InputError(f"init_from {config.init_from} has {key} {theirs}, this run {ours}; give both the same")
+    return checkpoint
+
+
+def _run_and_stage(path: Path) -> tuple[RunConfig, str]:
+    run_dir, stage = (path, None) if (path / "config.yaml").is_file() else (path.parent, path.name)
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"init_from {path} is neither a run nor one of its stages; give RUN or RUN/STAGE")
+    config = read_run_config(run_dir)
+    if not isinstance(config, VisionLLMConfig):
+        raise InputError(f"init_from {path} is a run of recipe {config.recipe}; give one of {VisionLLMConfig.recipe}")
+    if stage not in (None, *config.stages):
+        raise InputError(f"init_from {path}: {run_dir} has the stages {', '.join(config.stages)}")
+    # The run knows its folder by where it was made, and may have been moved since.
+    return config.model_copy(update={"name": run_dir.name, "output_dir": run_dir.parent}), stage or config.stages[-1]
+
+
+def begin_from(policy: PolicyModel, checkpoint: Path) -> str:
+    """Gives ``policy`` the weights of ``checkpoint``; a line that says what it took."""
+    if (checkpoint / ADAPTER).is_dir() and not adapter_names(policy):
+        add_lora(policy)
+    load_weights(policy, checkpoint)
+    theirs, ours = read_spec(checkpoint).setting, policy.spec.setting
+    taken = ["base"] * policy.spec.base_is_trained + ["adapter"] * bool(adapter_names(policy))
+    return (
+        f"began with {', '.join(taken)} and {len(policy.vocabulary):,} numerals of {checkpoint}, trained on "
+        f"{theirs.channel} of {theirs.city}; this run is on {ours.channel} of {ours.city}, with t_max of its own"
+    )
