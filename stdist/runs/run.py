@@ -57,4 +57,5 @@ def stage_sentence(summary: dict[str, Any]) -> str:
     if result != summary["steps"]:
         last = ", ".join(f"{name} {figure(summary['last'][name])}" for name in names)
         changes.append(f"kept step {result}; at the last step {last}")
-    return f"{summary['stage']}: {', '.join(changes)} ({summary['steps']} steps, {summary['seconds']:.0f} s)"
+    how = f"taken from {summary['taken_from']}" if "taken_from" in summary else f"{summary['seconds']:.0f} s"
+    return f"{summary['stage']}: {', '.join(changes)} ({summary['steps']} steps, {how})"

@@ -234,6 +234,21 @@ class StageCheckpoints:
         return self.folder / f"step-{step}.partial"
 
     @property
+    def begun(self) -> bool:
+        return self.folder.exists()
+
+    def take_over(self, other: "StageCheckpoints") -> None:
+        """Makes this stage, which has not begun, finished by the result of ``other``, whose files it shares where the
+        file system lets it. Of the learner that writes alone."""
+        summary = other.finished
+        assert summary is not None and not self.begun
+        made = self.folder.with_name(f"{self.folder.name}.partial")
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.copytree(other.folder / summary["checkpoint"], made / summary["checkpoint"], copy_function=_link)
+        StageCheckpoints(made).finish(summary | {"seconds": 0.0, "taken_from": str(other.folder)})
+        os.replace(made, self.folder)
+
+    @property
     def finished(self) -> dict[str, Any] | None:
         """The stage's closing summary, with ``checkpoint`` naming its result; None while it is unfinished."""
         path = self.folder / "finished.json"
@@ -253,6 +268,13 @@ class StageCheckpoints:
             sealed = summary | {"crc32": _json_crc32(summary)}
             write_atomically(self.folder / "finished.json", to_json(sealed, indent=1))
         self.group.all_gather_object(None)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 class _Shards(Mapping[str, Tensor]):

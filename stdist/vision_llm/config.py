@@ -164,10 +164,12 @@ class ForecastConfig(Strict):
 
 class VisionLLMConfig(RunConfig):
     """A run: data, policy, and the stages in order. ``init_from``: RUN or RUN/STAGE of a finished stage whose weights
-    the policy begins with."""
+    the policy begins with. ``reuse_alignment``: a run of the same ``output_dir`` that began with the same base and seed
+    and aligned them alike gives this one the result."""
 
     recipe: Literal["vision-llm"] = "vision-llm"
     init_from: Path | None = None
+    reuse_alignment: bool = True
     stages: tuple[StageName, ...] = Field(("alignment", "arithmetic", "sft", "grpo"), min_length=1)
     numerals: NumeralsConfig = NumeralsConfig()
     frames: FramesConfig = FramesConfig()

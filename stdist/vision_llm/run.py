@@ -21,6 +21,7 @@ from stdist.vision_llm.policy.checkpoints import build_policy, load_weights, sna
 from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.predictor import PolicyPredictor
+from stdist.vision_llm.reuse import take_over
 from stdist.vision_llm.rollout.pool import PoolRollouts, RolloutProgram
 from stdist.vision_llm.rollout.sampler import Decoding
 from stdist.vision_llm.rollout_table import rollout_table
@@ -58,6 +59,8 @@ class VisionLLMRun(Run):
 
     def fit(self, stage: str, trainer: Trainer) -> dict[str, Any]:
         policy, settings = self.policy, stage_config(self.config, stage)
+        if trainer.group.is_main and (line := take_over(self.config, policy.spec, stage, trainer.checkpoints(stage))):
+            trainer.log(line)
         summary = trainer.fit(
             self._stage(stage, trainer.group),
             PolicyFiles(policy),

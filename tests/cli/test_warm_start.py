@@ -1,8 +1,18 @@
-"""``init_from``: a run begins with another run's policy, says what it took, and refuses one that does not fit."""
+"""``init_from``: a run begins with another run's policy, says what it took, and refuses one that does not fit.
+``reuse_alignment``: stages that read no traffic are trained once for all runs that begin alike."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+
+from stdist.runs.recipes import load_config
+from stdist.training.checkpoint import StageCheckpoints
+from stdist.vision_llm.policy.spec import read_spec
+from stdist.vision_llm.reuse import take_over
+
+from .conftest import files_below
 
 ONE_STEP = ["stages=[sft]", "sft.max_steps=1", "forecast.windows_per_batch=64"]
 
@@ -48,3 +58,86 @@ def test_an_unfinished_stage(refused, finished_run, config, tmp_path):
     (tmp_path / "copy" / "checkpoints" / "grpo" / "finished.json").unlink()
     line = refused("train", config, "name=new", f"init_from={tmp_path}/copy")
     assert line.startswith(f"{tmp_path}/copy has not finished its stage grpo; ")
+
+
+# --- alignment once ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(finished_run, config, tmp_path) -> Path:
+    """The finished run's folder in the ``output_dir`` of ``config``."""
+    shutil.copytree(finished_run.run_dir, tmp_path / "runs" / "tiny")
+    return tmp_path / "runs" / "tiny"
+
+
+def test_a_second_run_on_the_same_base_aligns_nothing(stdist, beside, config):
+    """Its fine-tuning begins where it would have with an alignment of its own."""
+    second = ["train", config, "data.horizon=1", "stages=[alignment,arithmetic,sft]", *ONE_STEP[1:], "--json"]
+    result = stdist(*second, "name=second")
+    assert result.code == 0, result.err
+    for stage in ("alignment", "arithmetic"):
+        assert f"{stage}: taken from runs/tiny, which began with the same base, seed and stages" in result.err
+        assert result.json["stages"][stage]["seconds"] == 0
+        assert f"(3 steps, taken from runs/tiny/checkpoints/{stage})" in result.err
+    alone = stdist(*second, "name=alone", "reuse_alignment=false")
+    assert "taken from" not in alone.err
+    assert alone.json["stages"]["sft"]["before"] == result.json["stages"]["sft"]["before"]
+    assert alone.json["test"] == result.json["test"]
+
+
+def taken(config: Path, *overrides: str, stage: str = "alignment") -> str | None:
+    run = load_config(config, ["name=second", *overrides])
+    spec = read_spec(newest(Path("runs/tiny"), stage))
+    return take_over(run, spec, stage, StageCheckpoints(run.run_dir / "checkpoints" / stage))
+
+
+def newest(run_dir: Path, stage: str) -> Path:
+    folder = run_dir / "checkpoints" / stage
+    return folder / json.loads((folder / "finished.json").read_text())["checkpoint"]
+
+
+def test_what_is_taken_is_what_was_there(beside, config):
+    assert taken(config) and taken(config, stage="arithmetic")
+    for stage in ("alignment", "arithmetic"):
+        ours, theirs = newest(Path("runs/second"), stage), newest(beside, stage)
+        assert files_below(ours) == files_below(theirs)
+        StageCheckpoints(ours.parent).check(ours)
+    assert not taken(config), "it has begun"
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("alignment", "seed=1"),
+        ("alignment", "alignment.max_steps=4"),
+        ("arithmetic", "alignment.learning_rate=0.01"),
+        ("alignment", "stages=[alignment]"),
+        ("alignment", "init_from=runs/tiny"),
+        ("alignment", "reuse_alignment=false"),
+        ("sft", "seed=0"),
+    ],
+)
+def test_another_beginning_is_no_reason(beside, config, stage, override):
+    assert taken(config, override, stage=stage) is None
+    assert not Path("runs/second").exists()
+
+
+@pytest.mark.parametrize("changes", [{"base": "small"}, {"base_sha256": (("model.safetensors", "12"),)}])
+def test_another_base_is_no_reason(beside, config, changes):
+    run = load_config(config, ["name=second"])
+    spec = read_spec(newest(beside, "alignment"))
+    checkpoints = StageCheckpoints(run.run_dir / "checkpoints" / "alignment")
+    assert take_over(run, spec.model_copy(update=changes), "alignment", checkpoints) is None
+    assert take_over(run, spec, "alignment", checkpoints)
+
+
+def test_what_is_unfinished_or_damaged_is_not_taken(beside, config):
+    weights = newest(beside, "alignment") / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert taken(config) is None
+    (beside / "checkpoints" / "arithmetic" / "finished.json").unlink()
+    run = load_config(config, ["name=second"])
+    spec = read_spec(newest(beside, "alignment"))
+    assert take_over(run, spec, "arithmetic", StageCheckpoints(run.run_dir / "checkpoints" / "arithmetic")) is None

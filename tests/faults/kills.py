@@ -51,6 +51,7 @@ class Killed:
 SYNTHETIC = ["--height", "9", "--width", "9", "--days", "12", "--cadence", "10"]
 FORECAST = ["runs/urban", "nodes.zarr", "--split", "2019-01-02:2019-01-08"]
 MANY = ["data.history=3", "training.max_epochs=4"]
+TWO = ["learners.engine=deepspeed", "learners.num_workers=2", "learners.max_failures=1"]
 COMMANDS = [
     Killed("prepare", ["prepare", "synthetic", *SYNTHETIC, "--out", "x.zarr"], "x.zarr", 4),
     Killed("prepare by two", ["prepare", "synthetic", *SYNTHETIC, "--out", "x.zarr", "--workers", "2"], "x.zarr", 4),
@@ -66,7 +67,7 @@ ON_RAY = [
     Killed("prepare on ray", ["prepare", "synthetic", *SYNTHETIC, "--out", "x.zarr", "--ray", "local"], "x.zarr", 1),
     Killed(
         "train by two",
-        ["train", "urban.yaml", "name=new", *MANY, "learners.num_workers=2", "learners.max_failures=1"],
+        ["train", "urban.yaml", "name=new", *MANY, *TWO],
         "runs/new",
         2,
         ["urban.yaml", "nodes.zarr"],

@@ -28,6 +28,7 @@ FORECAST = COMMON | {"max_steps": 8, "windows_per_step": 2, "cells_per_window": 
 CONFIG: dict[str, Any] = {
     "name": "run",
     "stages": ["alignment", "sft"],
+    "reuse_alignment": False,
     "data": {"history": 3, "horizon": 2, "region": "0:2,0:2"},
     "numerals": {"mantissa_digits": 2},
     "policy": {"base": "tiny"},
