@@ -186,7 +186,7 @@ def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, lis
 
 def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
     """bool [T]: time steps that any part's sources have."""
-    present = np.zeros(len(shards.days) * shards.slots_per_day, bool)
+    present = np.zeros(len(shards.axis_days) * shards.slots_per_day, bool)
     for result in finished.values():
         for day, of_day in present_of(result, shards.slots_per_day).items():
             present[shards.slots(day)] |= of_day
