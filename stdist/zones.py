@@ -19,7 +19,7 @@ def require_zone(zone: str) -> None:
         return
     # By the whole name or by its city alone; an abbreviation is near to others that are of another continent.
     names = {part: name for name in known if "/" in name for part in (name.rpartition("/")[2].lower(), name.lower())}
-    near = get_close_matches(zone.lower().replace(" ", "_"), names, 1, 0.75)
+    near = get_close_matches(zone.lower().replace(" ", "_"), names, 1, 0.8)
     meant = f"is {names[near[0]]} meant?" if near else "write one as Europe/Madrid or America/New_York"
     raise InputError(f"timezone {zone!r} is no zone of the IANA's list; {meant}")
 

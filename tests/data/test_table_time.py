@@ -147,6 +147,20 @@ def test_the_night_that_clocks_go_forward(read_table, refused):
     assert read_table(turned, timezone="Europe/Madrid").values == {"value": [[1], [2], [4], [5]]}
 
 
+def test_rows_that_run_backwards_have_the_later_hour_first(read_table, refused):
+    """03:00, 02:00 of winter, 02:00 of summer, 01:00; in no order nobody can tell."""
+    stamps = [f"2019-10-27 0{hour}:00" for hour in (3, 2, 2, 1, 0)]
+    read = read_table(wide(*stamps), timezone="Europe/Madrid")
+    assert read.values == {"value": [[i, i + 0.5] for i in (4, 3, 2, 1, 0)]}
+    # By standard time, which shards are of: summer's midnight is an hour earlier.
+    assert read.stamps == ["2019-10-26 23:00", *(f"2019-10-27 0{hour}:00" for hour in range(4))]
+    mixed = [stamps[i] for i in (1, 0, 4, 2, 3)]
+    with refused("2019-10-27T02:00 comes twice, since clocks in Europe/Madrid are set back, and rows are in no order"):
+        read_table(wide(*mixed), timezone="Europe/Madrid")
+    long = "id,time,v\n" + "".join(f"{place},{stamp},{i}\n" for place in (1, 2) for i, stamp in enumerate(stamps))
+    assert read_table(long, timezone="Europe/Madrid").values == {"v": [[i, i] for i in (4, 3, 2, 1, 0)]}
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
