@@ -51,6 +51,7 @@ from data_prep.table_parquet import SLICE_BYTES, Parquet
 from data_prep.table_reading import Piece, Source, described, read_long, read_turned, read_wide
 from data_prep.table_text import open_text
 from data_prep.table_values import Held, Measure, Rows, Slice, union
+from data_prep.table_zone import skipped_hours
 from stdist.data import GridSpec, NodeSpec
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
@@ -148,6 +149,8 @@ def _plan(
     if clock.timezone and piece.stamps is None:
         stamps, offset = clock.of_first(piece.label, town, stamps)
     said = [*piece.said, *([order] if order and piece.stamps is None else [])]
+    if piece.stamps is not None and not piece.zoned:
+        said += skipped_hours(stamps, cadence)
     recipe: dict[str, Any] = {"reader": "table", "start": str(stamps[0]), "read_as": read_as, "said": said}
     channels = [*piece.rows]
     spec: GridSpec | NodeSpec

@@ -6,6 +6,8 @@ import polars as pl
 from stdist.errors import InputError
 from stdist.zones import instants
 
+REPEATED = "it may be the hour that clocks repeat when summer time ends: give --timezone, as Europe/Madrid"
+
 
 def utc_of(
     label: str, stamps: np.ndarray, zone: str, empty: np.ndarray, places: np.ndarray | None = None
@@ -48,3 +50,23 @@ def _directions(stamps: np.ndarray, places: np.ndarray) -> set[int]:
     order = np.argsort(places, kind="stable")
     steps = np.sign(np.diff(stamps[order]).astype(np.int64))[np.diff(places[order]) == 0]
     return {*np.unique(steps[steps != 0]).tolist()}
+
+
+def clock_change(stamp: np.datetime64) -> bool:
+    """True in the hours of a Sunday night of spring or autumn in which clocks are changed."""
+    day = stamp.astype("datetime64[D]")
+    month = int(day.astype("datetime64[M]").astype(int)) % 12 + 1
+    hour = int((stamp - day) // np.timedelta64(1, "h"))
+    # 1970-01-01 was a Thursday.
+    return int(day.astype(int)) % 7 == 3 and month in (3, 4, 9, 10, 11) and hour < 4
+
+
+def skipped_hours(stamps: np.ndarray, cadence: int) -> list[str]:
+    """A remark where one hour of stamps, datetime64[m] ascending, is absent in each of the nights of changed clocks
+    that it names: clocks of a zone may have skipped it."""
+    hour = np.timedelta64(60, "m")
+    first = stamps[:-1][np.diff(stamps) == hour + np.timedelta64(cadence, "m")] + np.timedelta64(cadence, "m")
+    nights = [str(stamp) for stamp in first if stamp == stamp.astype("datetime64[h]") and clock_change(stamp)]
+    if not nights:
+        return []
+    return [f"an hour is absent at {', '.join(nights)}: where clocks skip it give --timezone, as Europe/Madrid"]

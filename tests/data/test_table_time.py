@@ -147,6 +147,15 @@ def test_the_night_that_clocks_go_forward(read_table, refused):
     assert read_table(turned, timezone="Europe/Madrid").values == {"value": [[1], [2], [4], [5]]}
 
 
+def test_an_hour_that_is_absent_in_a_night_of_changed_clocks_is_told(read_table):
+    night = [f"2019-03-31 0{hour}:00" for hour in (0, 1, 3, 4)]
+    said = ("an hour is absent at 2019-03-31T02:00: where clocks skip it give --timezone, as Europe/Madrid",)
+    assert read_table(wide(*night)).plan.said == said
+    assert read_table(wide(*night), timezone="Europe/Madrid").plan.said == ()
+    assert read_table(wide(*(stamp + "Z" for stamp in night))).plan.said == ()
+    assert read_table(wide(*(stamp.replace("31", "30") for stamp in night))).plan.said == ()
+
+
 def test_rows_that_run_backwards_have_the_later_hour_first(read_table, refused):
     """03:00, 02:00 of winter, 02:00 of summer, 01:00; in no order nobody can tell."""
     stamps = [f"2019-10-27 0{hour}:00" for hour in (3, 2, 2, 1, 0)]
