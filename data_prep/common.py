@@ -100,8 +100,8 @@ def utc_offset_of(city: str, utc_offset: int | None) -> int:
 
 @dataclass(frozen=True)
 class Clock:
-    """Options: the city's clock. utc_offset: minutes it is ahead of UTC, all year. timezone: its zone instead, as
-    Europe/Madrid, whose clock may be set forward and back."""
+    """Options: the city's clock. utc_offset: minutes the city is ahead of UTC, all year. timezone: the city's
+    zone in place of an offset, as Europe/Madrid, whose clock may be set forward and back."""
 
     utc_offset: int | None = None
     timezone: str | None = None
