@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import ArrayFile, array_file, parse_channels
-from data_prep.common import GridPlace, city_of, in_time
+from data_prep.common import Clock, GridPlace, city_of, in_time
 from data_prep.preparation import Plan
 from data_prep.reader import reader
 from data_prep.steps import part_of, plan_of, stamps_from, steps_of
@@ -38,11 +38,11 @@ def plan(
     channels: str | None = None,
     start: str | None = None,
     cadence: int = 60,
-    utc_offset: int | None = None,
     poi: Path | None = None,
     array: str | None = None,
     north_first: bool = False,
     transpose: bool = False,
+    clock: Clock,
 ) -> Plan:
     """Plan of one city, in one part.
 
@@ -62,9 +62,11 @@ def plan(
     _require_one_raster(arrays, stacked)
     path, shape = arrays[0].path, arrays[0].shape
     steps = shape[0] if stacked else sum(array.shape[0] for array in arrays)
-    stamps = stamps_from(path, start, steps, cadence, "2015-01-01T00:00")
+    town = city or city_of(path)
+    following = stamps_from(path, start, steps, cadence, "2015-01-01T00:00")
+    stamps, utc_offset = clock.of_first(path, town, following)
     spec = GridPlace().spec(
-        city or city_of(path),
+        town,
         names,
         stamps,
         (shape[2], shape[1]) if transpose else (shape[1], shape[2]),
@@ -75,7 +77,7 @@ def plan(
     )
     load = partial(_load, arrays, names, stacked, transpose, north_first)
     part = part_of(spec, steps_of(path, spec, stamps), load, ", ".join(str(array.path) for array in arrays))
-    recipe = {"reader": "city-npz", "start": str(stamps[0]), "north_first": north_first, "transpose": transpose}
+    recipe = {"reader": "city-npz", "start": str(following[0]), "north_first": north_first, "transpose": transpose}
     files = [*(array.path for array in arrays), *([Path(poi)] if poi else [])]
     return replace(plan_of(spec, recipe, files, [part]), said=(order,) if order else ())
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.table_zone import utc_of
 from stdist.data import GridSpec
 from stdist.data.schema import UNKNOWN_UNITS
 from stdist.dates import parse_local_time
 from stdist.errors import InputError
+from stdist.zones import require_zone, standard_offset
 
 UTC_OFFSETS = {"milan": 60, "trentino": 60}
 """Minutes; CET throughout the Telecom Italia data. Other cities default to UTC."""
@@ -94,6 +96,44 @@ def utc_offset_of(city: str, utc_offset: int | None) -> int:
     if utc_offset is not None and abs(utc_offset) > MOST_AHEAD:
         raise InputError(f"--utc-offset {utc_offset} is no offset of a clock; give minutes ahead of UTC, as 60 or -480")
     return UTC_OFFSETS.get(city.lower(), 0) if utc_offset is None else utc_offset
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Options: the city's clock. utc_offset: minutes the city is ahead of UTC, all year. timezone: the city's
+    zone in place of an offset, as Europe/Madrid, whose clock may be set forward and back."""
+
+    utc_offset: int | None = None
+    timezone: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.timezone is None:
+            return
+        require_zone(self.timezone)
+        if self.utc_offset is not None:
+            raise InputError("--timezone and --utc-offset both tell the city's clock; give one of them")
+
+    def of_utc(self, city: str, utc: np.ndarray) -> tuple[np.ndarray, int]:
+        """Stamps of the store's days, datetime64[m] [T], and the minutes these are ahead of UTC, of stamps of UTC."""
+        if self.timezone is None:
+            offset = utc_offset_of(city, self.utc_offset)
+        else:
+            offset = standard_offset(self.timezone, utc[0])
+        return utc + np.timedelta64(offset, "m"), offset
+
+    def of_each(self, label: Path, city: str, stamps: np.ndarray) -> tuple[np.ndarray, int]:
+        """The same of stamps of this clock, in order of time: of two that are equal the first is the earlier."""
+        if self.timezone is None:
+            return stamps, utc_offset_of(city, self.utc_offset)
+        utc = utc_of(str(label), stamps, self.timezone, np.zeros(len(stamps), bool))
+        return self.of_utc(city, utc.astype("datetime64[m]"))
+
+    def of_first(self, label: Path | str, city: str, stamps: np.ndarray) -> tuple[np.ndarray, int]:
+        """The same of stamps of which the first is this clock's, and others follow it in real time."""
+        if self.timezone is None:
+            return stamps, utc_offset_of(city, self.utc_offset)
+        (first,) = utc_of(f"{label}: --start", stamps[:1], self.timezone, np.zeros(1, bool))
+        return self.of_utc(city, first.astype("datetime64[m]") + (stamps - stamps[0]))
 
 
 def parse_start(start: str) -> np.datetime64:

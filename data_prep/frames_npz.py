@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import array_headers, load_array
-from data_prep.common import GridPlace, city_of, only_source
+from data_prep.common import Clock, GridPlace, city_of, only_source
 from data_prep.preparation import Plan
 from data_prep.reader import reader
 from data_prep.steps import cadence_of, part_of, plan_of, steps_of, whole_minutes
@@ -31,7 +31,7 @@ def plan(
     city: str | None = None,
     channel: str | None = None,
     cadence: int | None = None,
-    utc_offset: int | None = None,
+    clock: Clock,
     place: GridPlace,
 ) -> Plan:
     """Plan of one file, read in one part.
@@ -42,9 +42,10 @@ def plan(
     """
     path = only_source(sources, "frames-npz")
     names, shape = _channels(path, channel)
-    stamps = whole_minutes(path, load_array(path, "time"))
+    town = city or city_of(path)
+    stamps, utc_offset = clock.of_each(path, town, whole_minutes(path, load_array(path, "time")))
     cadence = cadence_of(path, np.sort(stamps), cadence or (CADENCE if len(stamps) < 2 else None))
-    spec = place.spec(city or city_of(path), names, stamps, shape, cadence=cadence, utc_offset=utc_offset)
+    spec = place.spec(town, names, stamps, shape, cadence=cadence, utc_offset=utc_offset)
     part = part_of(spec, steps_of(path, spec, stamps), partial(_load, path, names), path)
     return plan_of(spec, {"reader": "frames-npz", "row0": place.row0, "col0": place.col0}, [path], [part])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.arrays import ArrayFile, array_file, parse_channels
-from data_prep.common import city_of, files_in, only_source, parse_start
+from data_prep.common import Clock, city_of, files_in, only_source, parse_start
 from data_prep.graphs import NodeFiles
 from data_prep.preparation import Plan
 from data_prep.reader import reader
@@ -89,8 +89,8 @@ def _reader_of_one_array(
         channels: str | None = None,
         start: str | None = None,
         cadence: int = minutes,
-        utc_offset: int | None = None,
         array: str | None = key,
+        clock: Clock,
         files: NodeFiles,
     ) -> Plan:
         """Plan of one file.
@@ -103,11 +103,12 @@ def _reader_of_one_array(
         values = array_file(path, array, "T, N", "T, N, C")
         steps, count, *more = values.shape
         names = parse_channels(channels, more[0] if more else 1, known_channels, str(path))
-        stamps = stamps_from(path, start, steps, cadence, example)
+        town, following = city or city_of(path), stamps_from(path, start, steps, cadence, example)
+        stamps, utc_offset = clock.of_first(path, town, following)
         nodes = files.nodes(count)
-        spec = nodes.spec(city or city_of(path), names, stamps, cadence, utc_offset, units)
+        spec = nodes.spec(town, names, stamps, cadence, utc_offset, units)
         part = part_of(spec, steps_of(path, spec, stamps), partial(_load_channels, values, names), path)
-        recipe = {"reader": name, "start": str(stamps[0]), **nodes.notes}
+        recipe = {"reader": name, "start": str(following[0]), **nodes.notes}
         return plan_of(spec, recipe, [path, *nodes.files], [part])
 
     return plan

@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stdist.data import Day, GridSpec, GridStore, GridWriter, NodeSpec, Part, Split, open_store
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.data.writer import serially
@@ -62,8 +64,7 @@ class PrepareSummary:
 
     @classmethod
     def of(cls, store: GridStore) -> "PrepareSummary":
-        days = store.present.reshape(-1, store.slots_per_day).any(axis=1)
-        stamps = store.local_times[:: store.slots_per_day].astype("datetime64[D]")
+        days = np.arange(store.days.first_day, store.days.last_day + np.timedelta64(1, "D"))
         return cls(
             path=store.path,
             city=store.city,
@@ -73,7 +74,7 @@ class PrepareSummary:
             cells=int(store.inside.sum()),
             missing={name: counts["missing"] for name, counts in store.coverage.items()},
             true_zeros={name: counts["true_zeros"] for name, counts in store.coverage.items()},
-            absent_days=tuple(map(str, stamps[~days])),
+            absent_days=tuple(map(str, np.setdiff1d(days, store.local_days[store.present]))),
             unseen=store.unseen,
             digest=store.digest,
         )

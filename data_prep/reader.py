@@ -7,8 +7,8 @@ A reader is one file::
         ...
 
 Its keywords are the options of ``stdist prepare my-format``; one whose type is a dataclass of options gives its fields
-as options and is handed over made. The module's docstring tells the facts of the data. A package from outside names
-its function in the entry-point group ``stdist.readers``.
+as options and is handed over made. An option ``timezone`` becomes the spec's too. The module's docstring tells the
+facts of the data. A package from outside names its function in the entry-point group ``stdist.readers``.
 """
 
 import sys
@@ -71,11 +71,13 @@ def _with_options(plan: Callable[..., Plan]) -> Callable[..., Plan]:
 
     @wraps(plan)
     def flat(sources: list[Path], **options: Any) -> Plan:
-        spans = [options.pop(name, None) for name in SPANS]
+        spans, zone = [options.pop(name, None) for name in SPANS], options.get("timezone")
         for name, options_class in classes.items():
             fields = signature(options_class).parameters
             options[name] = options_class(**{field: options.pop(field) for field in fields if field in options})
         planned = plan(sources, **options)
+        if zone is not None:
+            planned = replace(planned, spec=replace(planned.spec, timezone=zone))
         return replace(planned, split=_split(planned.spec, *spans))
 
     flat.__signature__ = signature(plan).replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -90,8 +92,8 @@ def _split(spec: GridSpec | NodeSpec, train: str | None, validation: str | None,
     """
     if train is validation is test is None:
         return None
-    split = Split.parse(train, validation, test)
+    split, days = Split.parse(train, validation, test), spec.local_days
     for span in (split.train, split.validation, split.test):
-        if span and (span.first_day < spec.first_day or span.last_day > spec.last_day):
-            raise InputError(f"span {span} leaves the data's days {spec.first_day}:{spec.last_day}; choose days within")
+        if span and (span.first_day < days.first_day or span.last_day > days.last_day):
+            raise InputError(f"span {span} leaves the data's days {days}; choose days within")
     return split

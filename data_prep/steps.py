@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.common import parse_start
 from data_prep.preparation import Plan
+from data_prep.table_zone import REPEATED, clock_change
 from stdist.data import Day, GridSpec, NodeSpec, Part
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
@@ -62,7 +63,8 @@ def cadence_of(path: Path | str, stamps: np.ndarray, given: int | None = None) -
     if len(wrong):
         at = stamps[wrong[0] + 1]
         what = f"stamp {at} occurs twice" if steps[wrong[0]] == 0 else f"stamps run backwards at {at}"
-        raise InputError(f"{path}: {what}; give each frame once, in order of time")
+        advice = REPEATED if clock_change(at) else "give each frame once, in order of time"
+        raise InputError(f"{path}: {what}; {advice}")
     cadence = int(steps.min())
     if given not in (None, cadence):
         raise InputError(f"{path}: frames are {cadence} minutes apart, not {given}; check --cadence")

@@ -8,8 +8,9 @@ frame of pandas in HDF5, Monash's .tsf; zip, gzip, bzip2 and xz.
 
 Time may be ISO text (with T or a blank, with an offset or Z), day first where days or dots say so, names of months,
 epochs of s, ms, us or ns, spans (``a - b``: their beginning), a date and an hour, or year, month, day and hour. Stamps
-without an offset are the clock's; --timezone tells which hours that clock repeats and skips. Without a column of time,
-rows follow one another from --start at --cadence.
+without an offset are the clock's; --timezone tells which hours that clock repeats and skips: of two equal stamps the
+first row is summer's (the second where rows run backwards in time). Without a column of time, rows follow one another
+from --start at --cadence.
 
 What is made of it: a blank field, NaN, NA, null, ``-`` or ``?`` is a missing value, as are the numbers of --missing; 0
 is measured; traffic is never negative. Rows may come in any order; equal repetitions are merged, others refused unless
@@ -37,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common import STORE_NAMES, city_of, existing, in_time, utc_offset_of
+from data_prep.common import STORE_NAMES, Clock, city_of, existing, in_time, utc_offset_of
 from data_prep.graphs import SensorFiles, ids_of
 from data_prep.kinds import kind_of
 from data_prep.preparation import Plan
@@ -50,10 +51,11 @@ from data_prep.table_parquet import SLICE_BYTES, Parquet
 from data_prep.table_reading import Piece, Source, described, read_long, read_turned, read_wide
 from data_prep.table_text import open_text
 from data_prep.table_values import Held, Measure, Rows, Slice, union
-from data_prep.table_zone import standard_offset
+from data_prep.table_zone import skipped_hours
 from stdist.data import GridSpec, NodeSpec
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
+from stdist.zones import standard_offset
 
 CHANNEL = "value"
 ENDINGS = ("*.csv", "*.csv.gz", "*.tsv", "*.tsv.gz", "*.txt", "*.txt.gz", "*.parquet", "*.zip", "*.tsf")
@@ -124,11 +126,12 @@ def _plan(
 ) -> Plan:
     if options.cadence is not None and (options.cadence < 1 or MINUTES_PER_DAY % options.cadence):
         raise InputError(f"cadence {options.cadence} min does not divide a day; give whole minutes")
-    if options.named.timezone and utc_offset is not None:
-        raise InputError("--timezone and --utc-offset both tell the city's clock; give one of them")
-    if options.named.timezone and (options.duplicates != "refuse" or options.start is not None):
-        other = "--start" if options.start is not None else f"--duplicates {options.duplicates}"
-        raise InputError(f"--timezone cannot tell the hours that clocks repeat with {other}; give UTC or offsets")
+    clock = Clock(utc_offset, options.named.timezone)
+    if clock.timezone and options.duplicates != "refuse":
+        raise InputError(
+            f"--timezone cannot tell the hours that clocks repeat with --duplicates {options.duplicates}; give UTC or "
+            "offsets"
+        )
     if grid and (sensors.adjacency or sensors.meta):
         option = "--adjacency" if sensors.adjacency else "--meta"
         raise InputError(f"{option} is for nodes; give --nodes too where columns are nodes")
@@ -137,13 +140,17 @@ def _plan(
     files, order = in_time(_files(sources))
     piece, read_as = _piece(files, options)
     town = city or city_of(files[0])
-    if (zone := options.named.timezone) and piece.stamps is not None:
-        utc_offset = standard_offset(zone, piece.stamps[0])
+    if clock.timezone and piece.stamps is not None:
+        utc_offset = standard_offset(clock.timezone, piece.stamps[0])
     elif utc_offset is None and piece.zoned and piece.offsets:
         utc_offset = min(piece.offsets)
     offset = utc_offset_of(town, utc_offset)
     stamps, cadence = _stamps(piece, options, offset)
+    if clock.timezone and piece.stamps is None:
+        stamps, offset = clock.of_first(piece.label, town, stamps)
     said = [*piece.said, *([order] if order and piece.stamps is None else [])]
+    if piece.stamps is not None and not piece.zoned:
+        said += skipped_hours(stamps, cadence)
     recipe: dict[str, Any] = {"reader": "table", "start": str(stamps[0]), "read_as": read_as, "said": said}
     channels = [*piece.rows]
     spec: GridSpec | NodeSpec
@@ -220,8 +227,8 @@ def _piece(files: Sequence[Path], options: _Options) -> tuple[Piece, str]:
     if tables and pieces:
         raise InputError(f"{pieces[0].label} is no table as {tables[0].label} is; give files of one kind")
     if pieces:
-        if named.timezone:
-            raise InputError(f"--timezone is for tables of text and Parquet, {pieces[0].label} is none; leave it out")
+        if named.timezone and any(piece.stamps is not None for piece in pieces):
+            raise InputError(f"--timezone reads stamps of text and Parquet, {pieces[0].label} is neither; leave it out")
         if options.start is not None and pieces[0].stamps is not None:
             raise InputError(f"{pieces[0].label} has stamps of its own; leave --start out")
         joined = _joined(pieces)

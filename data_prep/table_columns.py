@@ -22,8 +22,8 @@ from data_prep.table_times import (
     whole_numbers,
     words_of,
 )
-from data_prep.table_zone import require_zone
 from stdist.errors import InputError
+from stdist.zones import require_zone
 
 PLACES = (
     *("sensorid", "stationid", "detectorid", "cellid", "squareid", "zoneid", "nodeid", "locationid", "pulocationid"),
@@ -72,8 +72,8 @@ class Named:
     that tell it together, as date,hour. place: column of places, which makes the table long, or row,column of a grid's
     cells. values: columns of values, a,b,…, each a channel; in a wide table the places to take. layout: wide (a column
     a place) or long (a row a place and time). time_format: how stamps are written, as %d/%m/%Y %H:%M.
-    timezone: the zone of stamps without an offset, as Europe/Madrid: they become UTC, also in the hours that its clocks
-    repeat and skip; the store's clock is the zone's standard time all year."""
+    timezone: the city's zone, as Europe/Madrid: stamps without an offset are of its clock, also in the hours that are
+    repeated and skipped, and so are the store's local days and times."""
 
     time: str | None = None
     place: str | None = None
@@ -83,7 +83,8 @@ class Named:
     timezone: str | None = None
 
     def __post_init__(self) -> None:
-        require_zone(self.timezone)
+        if self.timezone is not None:
+            require_zone(self.timezone)
         if self.layout not in (None, "wide", "long"):
             raise InputError(f"--layout {self.layout!r} is neither wide nor long; give one of the two")
         if self.layout == "wide" and self.place:

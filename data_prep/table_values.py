@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data_prep.table_zone import REPEATED, clock_change
 from stdist.errors import InputError
 
 ONCE = "give each time once; --place names the column of places of a long table"
@@ -130,20 +131,11 @@ def conflict(
     label: str, stamp: np.datetime64, place: str, channel: str, one: float, other: float, advice: str
 ) -> InputError:
     if clock_change(stamp):
-        advice = "it may be the hour that clocks repeat when summer time ends: give --timezone, as Europe/Madrid"
+        advice = REPEATED
     values = f"{channel} of {place}: {one:g} and {other:g}"
     return InputError(
         f"{label}: {stamp.astype('datetime64[s]')} occurs twice with different values ({values}); {advice}"
     )
-
-
-def clock_change(stamp: np.datetime64) -> bool:
-    """True in the hours of a Sunday night of spring or autumn in which clocks are changed."""
-    day = stamp.astype("datetime64[D]")
-    month = int(day.astype("datetime64[M]").astype(int)) % 12 + 1
-    hour = int((stamp - day) // np.timedelta64(1, "h"))
-    # 1970-01-01 was a Thursday.
-    return int(day.astype(int)) % 7 == 3 and month in (3, 4, 9, 10, 11) and hour < 4
 
 
 @dataclass(frozen=True, eq=False)

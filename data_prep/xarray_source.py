@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import xarray
 
-from data_prep.common import STORE_NAMES, city_of
+from data_prep.common import STORE_NAMES, Clock, city_of
 from data_prep.graphs import Nodes
 from data_prep.preparation import Plan
 from data_prep.reader import reader
@@ -48,13 +48,13 @@ def plan(
     *,
     city: str | None = None,
     variable: str | None = None,
-    utc_offset: int = 0,
+    clock: Clock,
     axis_names: AxisOptions,
 ) -> Plan:
     """Plan of one data set, or of several that follow one another in time; reads coordinates only.
 
     city: first word of the file name by default. variable: names, ``a,b``; all numeric ones by default.
-    utc_offset: minutes the city is ahead of UTC, which the stamps are in.
+    Stamps are in UTC.
     Raises InputError where a file is damaged, an axis or variable is not found, files do not fit each other, or
     stamps are repeated, irregular, or off the grid that begins at local midnight.
     """
@@ -66,9 +66,12 @@ def plan(
     for file in files[1:]:
         if not file.fits(first):
             raise InputError(f"{file.path} has not the variables, axes and places of {first.path}; prepare it apart")
-    stamps = np.concatenate([file.stamps for file in files]) + np.timedelta64(utc_offset, "m")
+    utc = np.concatenate([file.stamps for file in files])
+    town = city or city_of(first.path)
+    # Without an offset UTC is the clock of any city.
+    stamps, utc_offset = (clock if clock.timezone else Clock(clock.utc_offset or 0)).of_utc(town, utc)
     cadence = cadence_of(first.path if len(files) == 1 else first.path.parent, stamps)
-    spec = _spec(first, city or city_of(first.path), stamps, cadence, utc_offset)
+    spec = _spec(first, town, stamps, cadence, utc_offset)
     recipe = {
         "reader": "xarray",
         "variables": list(first.variables),

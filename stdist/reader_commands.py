@@ -23,6 +23,7 @@ USUAL = {
     "channel": "what the values are, as internet",
     "cadence": "minutes between time steps",
     "utc_offset": "minutes the city is ahead of UTC",
+    "timezone": "the city's zone in place of an offset, as Europe/Madrid",
     "height": "rows of the grid",
     "width": "columns of the grid",
     "row0": "the data's row id of the first row",

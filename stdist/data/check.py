@@ -118,7 +118,7 @@ def _kind(data_type: Any) -> str:
 
 def _time(store: GridStore, report: CheckReport) -> None:
     """Stamps on the cadence, complete local days, the stretches without time steps."""
-    days, intervals = store.days, np.diff(store.times)
+    days, intervals = store.axis_days, np.diff(store.times)
     if (intervals <= np.timedelta64(0)).any():
         place = int(np.argmax(intervals <= np.timedelta64(0)))
         report.add("error", "stamps are repeated or run backwards", f"time {store.times[place + 1]}, frame {place + 1}")
@@ -126,7 +126,8 @@ def _time(store: GridStore, report: CheckReport) -> None:
         place = int(np.argmax(intervals != store.cadence))
         report.add("error", f"stamps are off the cadence of {store.cadence}", f"time {store.times[place + 1]}")
     steps = len(days) * store.slots_per_day
-    if len(store.times) != steps or store.local_times[0] != days.first_day:
+    midnight = days.first_day - np.timedelta64(store.attributes["utc_offset_minutes"], "m")
+    if len(store.times) != steps or store.times[0] != midnight:
         report.add("error", f"time has {len(store.times)} frames, the days {days} have {steps}", "time")
     for start, stop in true_segments(~store.present):
         stamps = [str(store.local_times[i].astype("datetime64[m]")) for i in (start, stop - 1)]

@@ -82,7 +82,11 @@ class _Channel:
         self.expected, self.seen, self.zeros = np.zeros((3, *self.store.shape), np.int64)
         self.scored = np.zeros(self.store.shape, bool)
         split = self.store.default_split
-        self._train, self._scoring = split.train, [span for span in (split.validation, split.test) if span]
+        self._train, nowhere = split.train, np.zeros(len(self.store.present), bool)
+        train, *scoring = (
+            nowhere if span is None else self.store.within(span) for span in (split.train, split.validation, split.test)
+        )
+        self._trained, self._scoring = train, np.logical_or(*scoring)
         self.sums, self.counts_of = np.zeros((2, len(self.store.present)))
 
     def day(self, day: int, tile: Tile, part: StatisticsState) -> None:
@@ -110,11 +114,9 @@ class _Channel:
         if measured.any():
             self.lowest = min(self.lowest, float(values[measured].min()))
             self.highest = max(self.highest, float(values[measured].max()))
-        date = self.store.date(day)
-        if self._train and date in self._train:
-            part.add(values, observed)
-        if any(date in span for span in self._scoring):
-            self.scored[tile] |= (measured & inside & exists).any(axis=0)
+        trained, scoring = self._trained[steps], self._scoring[steps]
+        part.add(values[trained], observed[trained])
+        self.scored[tile] |= (measured & inside & exists)[scoring].any(axis=0)
 
     def imputation(self, day: int, tile: Tile) -> None:
         """Eq. 20 again on a day and its neighbours, wherever these hold all that it needs."""
@@ -172,7 +174,7 @@ class _Channel:
         """The period and the hours of peak and trough; a warning where the period is neither a day nor a week."""
         seen = self.counts_of > 0
         means = np.divide(self.sums, self.counts_of, out=np.full(len(self.sums), np.nan), where=seen)
-        rhythm = rhythm_of(means, self.store.slots_per_day)
+        rhythm = rhythm_of(means, self.store.slots_per_day, self.store.local_slots)
         if rhythm is None:
             return {}
         told = rhythm.as_dict()
@@ -206,7 +208,8 @@ class _Channel:
         return values, observed.astype(bool)
 
     def _exists(self, day: int, tile: Tile) -> np.ndarray:
-        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= self.store.date(day)
+        date = self.store.axis_days.first_day + np.timedelta64(day, "D")
+        return np.ones(1, bool) if self.store.since is None else self.store.since[tile] <= date
 
     def _place(self, start: int, tile: Tile) -> Callable[[np.ndarray], str]:
         """Names the time step and cell of an index into a day of a tile."""

@@ -42,7 +42,7 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, execut
     attributes = {"long_name": "frame exists in the source, or fills a short absence"}
     create_array(shards.group, Coordinate("present", present, ("time",), attributes))
     days = tuple(sorted(day_segments(present, shards.slots_per_day)))
-    split = split or default_split(np.array([shards.date(day) for day in days]))
+    split = split or default_split(np.unique(shards.local_days[present]))
 
     parts = [
         Part(f"impute {channel} {index}", days, channel, (tile,))
@@ -110,6 +110,11 @@ class Imputation:
         nothing = Nearest.none(inside.shape)
         state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
         before, missing, zeros = nothing, 0, 0
+        nowhere = np.zeros(len(shards.present), bool)
+        train, *scoring = (
+            nowhere if span is None else shards.within(span)
+            for span in (self.split.train, self.split.validation, self.split.test)
+        )
         seen, scored = np.zeros(inside.shape, bool), np.zeros(inside.shape, bool)
         for day in sorted(days):
             slots = shards.slots(day)
@@ -133,13 +138,9 @@ class Imputation:
                 file = shards.write(channel, day, tile, filled)
                 note(file)
                 files |= file
-            of_day = observed.any(axis=0)
-            seen |= of_day
-            date = shards.date(day)
-            if any(span and date in span for span in (self.split.validation, self.split.test)):
-                scored |= of_day
-            if self.split.train and date in self.split.train:
-                state.add(values, observed)
+            seen |= observed.any(axis=0)
+            scored |= observed[np.logical_or(*scoring)[slots]].any(axis=0)
+            state.add(values[train[slots]], observed[train[slots]])
         return files, {"missing": missing, "true_zeros": zeros, "state": state, "seen": seen, "scored": scored}
 
 
@@ -185,7 +186,7 @@ def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, lis
 
 def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
     """bool [T]: time steps that any part's sources have."""
-    present = np.zeros(len(shards.days) * shards.slots_per_day, bool)
+    present = np.zeros(len(shards.axis_days) * shards.slots_per_day, bool)
     for result in finished.values():
         for day, of_day in present_of(result, shards.slots_per_day).items():
             present[shards.slots(day)] |= of_day

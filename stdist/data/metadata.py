@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +15,7 @@ from stdist.data.schema import FORMAT, FORMAT_VERSION, MINUTES_PER_DAY
 from stdist.data.spans import DaySpan, Split
 from stdist.errors import DamageError, InputError
 from stdist.files import own_file
+from stdist.zones import wall_clock
 
 
 def read_attributes(root: Path) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class Attributes(BaseModel):
     units: str
     cadence_minutes: int = Field(ge=1, le=MINUTES_PER_DAY)
     utc_offset_minutes: int = Field(ge=-MINUTES_PER_DAY, le=MINUTES_PER_DAY)
+    timezone: str | None = None
     first_day: date
     last_day: date
     split: dict[Literal["train", "validation", "test"], tuple[date, date] | None]
@@ -129,13 +132,27 @@ class StoreMetadata:
         return tuple(self.attributes.get("dims", ("row", "col")))
 
     @property
-    def days(self) -> DaySpan:
-        """All local days of the time axis."""
+    def timezone(self) -> str | None:
+        """IANA name of the zone whose wall clock is the store's; None where the clock is never changed."""
+        return self.attributes.get("timezone")
+
+    @property
+    def axis_days(self) -> DaySpan:
+        """All days of the time axis, of 24 hours each, by the store's offset from UTC: its shards."""
         return DaySpan(self.attributes["first_day"], self.attributes["last_day"])
 
-    def date(self, day: int) -> np.datetime64:
-        """The local day of that number, counted from the first."""
-        return self.days.first_day + np.timedelta64(day, "D")
+    @cached_property
+    def local_days(self) -> np.ndarray:
+        """Local day of every time step, datetime64[D] [T], never falling: a day begins with its first midnight."""
+        midnight = self.axis_days.first_day - np.timedelta64(self.attributes["utc_offset_minutes"], "m")
+        utc = midnight + np.arange(len(self.axis_days) * self.slots_per_day) * self.cadence
+        return np.maximum.accumulate(self.local(utc).astype("datetime64[D]"))
+
+    def local(self, utc: np.ndarray) -> np.ndarray:
+        """Stamps of the store's clock, datetime64[ns], of those of UTC."""
+        if self.timezone is not None:
+            return wall_clock(utc, self.timezone)
+        return utc + np.timedelta64(self.attributes["utc_offset_minutes"], "m")
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
@@ -153,12 +170,3 @@ class StoreMetadata:
         if channel not in self.channels:
             raise InputError(f"{self.path} has no channel {channel!r}; it has {', '.join(self.channels)}")
         return channel
-
-    def step_range(self, span: DaySpan) -> tuple[int, int]:
-        """Half-open time steps of a span; InputError where it leaves the store's days."""
-        days = self.days
-        if span.first_day < days.first_day or span.last_day > days.last_day:
-            raise InputError(f"span {span} leaves the days of {self.path}, {days}; choose days within")
-        start = int((span.first_day - days.first_day).astype(int)) * self.slots_per_day
-        steps = len(span) * self.slots_per_day if span.steps is None else span.steps
-        return start, start + steps

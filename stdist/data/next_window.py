@@ -9,6 +9,7 @@ from stdist.data.spans import AnyRegion, DaySpan
 from stdist.data.store import GridStore
 from stdist.data.windows import Empty, WindowBatch, Windows
 from stdist.errors import InputError
+from stdist.zones import skips
 
 
 @dataclass(eq=False)
@@ -32,7 +33,7 @@ class NextWindow(Windows):
 
     @property
     def contract(self) -> str:
-        first = self.store.local_times[self.origin] + self.store.cadence
+        (first,) = self.store.local(self.store.times[[self.origin]] + self.store.cadence)
         return (
             f"{self.K} steps from {first.astype('datetime64[m]')} local time on, from the {self.S} frames before; "
             f"channel {self.channel}, region {self.region}"
@@ -65,19 +66,25 @@ def next_window(
     history_region: AnyRegion | None = None,
     origin: np.datetime64 | None = None,
 ) -> NextWindow:
-    """The window whose history ends at ``origin``, a local time, or with the last frame of the store.
+    """The window whose history ends at ``origin``, a local time, or with the last frame of the store; of a time that
+    comes twice, since clocks are set back, with the later frame.
 
     Raises InputError where there is no such frame, or no S frames without a gap up to it.
     """
     frames = np.flatnonzero(store.present)
     number = int(frames[-1])
     if origin is not None:
-        local = store.local_times
-        number = int(np.searchsorted(local, origin))
-        if number == len(local) or local[number] != origin or not store.present[number]:
-            first, last = local[frames[[0, -1]]].astype("datetime64[m]")
-            raise InputError(f"{store.path} has no frame at {origin}; its frames are of {first} to {last} local time")
-    targets = store.local_times[number] + store.cadence * np.array([1, K])
+        local = store.local_times[frames]
+        if not (there := np.flatnonzero(local == origin)).size:
+            first, last = local[[0, -1]].astype("datetime64[m]")
+            skipped = (
+                f", which clocks skip in {store.timezone}" if store.timezone and skips(origin, store.timezone) else ""
+            )
+            raise InputError(
+                f"{store.path} has no frame at {origin}{skipped}; its frames are of {first} to {last} local time"
+            )
+        number = int(frames[there[-1]])
+    targets = store.local(store.times[number] + store.cadence * np.array([1, K]))
     days = DaySpan(*targets.astype("datetime64[D]"))
     regions = store.region(region), store.region(history_region)
     return NextWindow(

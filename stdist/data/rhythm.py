@@ -35,16 +35,18 @@ class Rhythm:
         return {"period_hours": hours, "peak": _clock(self.peak), "trough": _clock(self.trough)}
 
 
-def rhythm_of(means: np.ndarray, slots_per_day: int) -> Rhythm | None:
-    """The rhythm of means over all cells, one a time step, float64 [T] from local midnight on, NaN where nothing is
-    observed. None where fewer than three days hold something, or all is one value."""
+def rhythm_of(means: np.ndarray, slots_per_day: int, slots: np.ndarray | None = None) -> Rhythm | None:
+    """The rhythm of means over all cells, one a time step, float64 [T], whole days of them, NaN where nothing is
+    observed. slots: local slot of each step, counted from any midnight; from the first step on by default. None where
+    fewer than three days hold something, or all is one value."""
     cadence = DAY // slots_per_day
     seen = ~np.isnan(means)
     days = means.reshape(-1, slots_per_day)
     if (~np.isnan(days)).any(axis=1).sum() < 3 or np.nanmax(means) == np.nanmin(means):
         return None
-    counts = (~np.isnan(days)).sum(axis=0)
-    profile = np.divide(np.nansum(days, axis=0), counts, out=np.full(slots_per_day, np.nan), where=counts > 0)
+    of_day = (np.arange(len(means)) if slots is None else slots)[seen] % slots_per_day
+    sums, counts = (np.bincount(of_day, weights, slots_per_day) for weights in (means[seen], None))
+    profile = np.divide(sums, counts, out=np.full(slots_per_day, np.nan), where=counts > 0)
     peak, trough = int(np.nanargmax(profile)), int(np.nanargmin(profile))
     return Rhythm(_period(means, seen, cadence), peak * cadence, trough * cadence)
 

@@ -2,6 +2,10 @@
 
 Time is regular at the cadence, from local midnight of the first day to the end of the last local day, so that
 one shard is one local day. Time steps that the source lacks are not written: fill values cost nothing.
+
+A shard has 24 hours. Where the store has a time zone its days are those of the zone's standard time, which is what
+``utc_offset_minutes`` is then; local dates and times of day are the wall clock's (``stored_arrays``), and days of it
+may have 23 or 25 hours.
 """
 
 import re
@@ -13,8 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stdist.data.parts import Tile
+from stdist.data.spans import DaySpan
 from stdist.dates import parse_day
 from stdist.errors import InputError
+from stdist.zones import require_zone, wall_clock
 
 FORMAT = "stdist grid store"
 FORMAT_VERSION = 1
@@ -39,6 +45,7 @@ class _Axes:
     cadence_minutes: int
     utc_offset_minutes: int
     units: str
+    timezone: str | None
     static: Mapping[str, np.ndarray] | None
     dims: ClassVar[tuple[str, ...]]
     """Names of the axes of space."""
@@ -48,6 +55,8 @@ class _Axes:
             raise InputError(f"cadence {self.cadence_minutes} min does not divide a day; give whole minutes")
         for day in (self.first_day, self.last_day):
             parse_day(day)
+        if self.timezone is not None:
+            require_zone(self.timezone)
         if not self.channels:
             raise InputError(f"city {self.city!r} has no channel; name at least one")
         for channel in self.channels:  # each is a folder of the store
@@ -79,7 +88,7 @@ class _Axes:
 
     @property
     def days(self) -> np.ndarray:
-        """Local calendar days, datetime64[D]."""
+        """Local calendar days, datetime64[D]; of the standard time where there is a time zone."""
         return np.arange(self.first_day, self.last_day + np.timedelta64(1, "D"), dtype="datetime64[D]")
 
     @property
@@ -92,9 +101,17 @@ class _Axes:
         midnight = self.first_day.astype("datetime64[m]").astype(np.int64) - self.utc_offset_minutes
         return midnight + np.arange(self.steps, dtype=np.int64) * self.cadence_minutes
 
+    @property
+    def local_days(self) -> DaySpan:
+        """Local days of the wall clock, of which the first and the last may be there in part."""
+        if self.timezone is None:
+            return DaySpan(self.first_day, self.last_day)
+        ends = self.minutes[[0, -1]].astype("datetime64[m]")
+        return DaySpan(*wall_clock(ends, self.timezone).astype("datetime64[D]"))
+
     def attributes(self) -> dict[str, Any]:
         """The store's attributes that are known from the start."""
-        return {
+        known = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "city": self.city,
@@ -106,6 +123,7 @@ class _Axes:
             "first_day": str(self.first_day),
             "last_day": str(self.last_day),
         }
+        return known if self.timezone is None else known | {"timezone": self.timezone}
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +133,8 @@ class GridSpec(_Axes):
     cell_ids: int64 [H, W], the data's own ids. rows, cols: the data's own row and column ids, int64 [H], [W];
     counted from 0 where None. inside: bool [H, W], False outside a city that is not a rectangle. latitude,
     longitude: float64 [H, W], cell centres. static: float32 [H, W] by name, what does not change with time
-    (points of interest). Raises InputError where cadence and days do not fit.
+    (points of interest). timezone: IANA name; ``utc_offset_minutes`` is then that of its standard time, and days are
+    of this. Raises InputError where cadence and days do not fit, or there is no such zone.
     """
 
     city: str
@@ -132,6 +151,7 @@ class GridSpec(_Axes):
     latitude: np.ndarray | None = None
     longitude: np.ndarray | None = None
     static: Mapping[str, np.ndarray] | None = None
+    timezone: str | None = None
 
     dims = ("row", "col")
 
@@ -147,8 +167,8 @@ class NodeSpec(_Axes):
 
     node_ids: int64 or str [N], the data's own. latitude, longitude: float64 [N]. adjacency: float32 [N, N],
     weight from a node (row) to its neighbour. static: float32 [N] by name. since: datetime64[D] [N], first
-    local day a node exists; what lies before is neither observed nor missing. Raises InputError where ids are
-    repeated or shapes differ.
+    local day a node exists; what lies before is neither observed nor missing. timezone: as a grid's. Raises
+    InputError where ids are repeated, shapes differ, or nodes that join would join by a clock that is changed.
     """
 
     city: str
@@ -164,6 +184,7 @@ class NodeSpec(_Axes):
     adjacency: np.ndarray | None = None
     static: Mapping[str, np.ndarray] | None = None
     since: np.ndarray | None = None
+    timezone: str | None = None
 
     def __post_init__(self) -> None:
         if self.node_ids.ndim != 1 or not len(self.node_ids):
@@ -175,6 +196,8 @@ class NodeSpec(_Axes):
         if (counts > 1).any():
             raise InputError(f"node id {unique[counts > 1][0]} of {self.city} occurs twice; give each node once")
         self._require_shape("adjacency", self.adjacency, (*self.shape, *self.shape))
+        if self.since is not None and self.timezone is not None:
+            raise InputError(f"nodes of {self.city} join on days of one clock; give an offset from UTC, not a timezone")
 
     dims = ("node",)
 

@@ -45,7 +45,8 @@ class Shards(StoredArrays):
 
     def exists(self, day: int, tile: Tile) -> np.ndarray:
         """Nodes that exist on that day, bool of the tile's shape, or one that broadcasts to it."""
-        return np.ones(1, bool) if self.since is None else self.since[tile] <= self.date(day)
+        date = self.axis_days.first_day + np.timedelta64(day, "D")
+        return np.ones(1, bool) if self.since is None else self.since[tile] <= date
 
     def slots(self, day: int) -> slice:
         return slice(day * self.slots_per_day, (day + 1) * self.slots_per_day)

@@ -86,9 +86,11 @@ def fit_statistics(store: StoredArrays, channel: str, span: DaySpan, region: Any
     """Reads ``span`` and ``region`` with a day of a tile in memory; InputError where there is no observed value."""
     first, stop = store.step_range(span)
     state = StatisticsState(region.shape)
-    days = [(start, min(start + store.slots_per_day, stop)) for start in range(first, stop, store.slots_per_day)]
+    slots = store.slots_per_day
+    # By the shards, which begin with the local days where clocks are not changed.
+    days = [(max(day, first), min(day + slots, stop)) for day in range(first - first % slots, stop, slots)]
     present = [day for day in days if store.present[slice(*day)].any()]
-    for tile in tiles_of(store.slots_per_day, region.shape):
+    for tile in tiles_of(slots, region.shape):
         of_tile = StatisticsState(tuple(side.stop - side.start for side in tile))
         edges = [(a.start + side.start, a.start + side.stop) for a, side in zip(region.slices, tile, strict=True)]
         cells = parse_region(list(chain(*edges)))

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from stdist.data.integrity import ROOT_METADATA, VerifiedStore
 from stdist.data.metadata import StoreMetadata
 from stdist.data.schema import observed_name, true_segments
 from stdist.data.spans import AnyRegion, DaySpan, all_cells, parse_region
+from stdist.errors import InputError
 from stdist.files import own_file
 from stdist.memory import fits
 
@@ -53,7 +55,7 @@ class StoredArrays(StoreMetadata):
         space = shapes["inside"]
         if len(space) != len(self.dims) or not fits(math.prod(space)):
             raise ValueError(f"array inside has shape {space}")
-        steps = len(self.days) * self.slots_per_day
+        steps = len(self.axis_days) * self.slots_per_day
         names = [name for channel in self.channels for name in (channel, observed_name(channel))]
         expected = {"time": (steps,), "present": (steps,), **{name: (steps, *space) for name in names}}
         for name, shape in expected.items():
@@ -82,10 +84,40 @@ class StoredArrays(StoreMetadata):
         """UTC stamps of all time steps, datetime64[ns] [T]."""
         return self._all("time").astype("datetime64[m]").astype("datetime64[ns]")
 
-    @property
+    @cached_property
     def local_times(self) -> np.ndarray:
-        """Local stamps of all time steps, datetime64[ns] [T]."""
-        return self.times + np.timedelta64(self.attributes["utc_offset_minutes"], "m")
+        """Local stamps of all time steps, datetime64[ns] [T]: where clocks are set back some come twice."""
+        return self.local(self.times)
+
+    @cached_property
+    def local_slots(self) -> np.ndarray:
+        """Slots of the wall clock since 1970-01-01T00:00, int64 [T]: whole cadences, whatever clocks are set by."""
+        return (self.local_times.astype("datetime64[m]").astype(np.int64)) // self.attributes["cadence_minutes"]
+
+    @property
+    def slot_times(self) -> np.ndarray:
+        """Local stamps at which the time steps' slots begin, datetime64[m] [T]: ``local_times``, but where clocks are
+        changed by no whole slot."""
+        return (self.local_slots * self.attributes["cadence_minutes"]).astype("datetime64[m]")
+
+    @property
+    def days(self) -> DaySpan:
+        """All local days of the time axis; with a time zone those from the first frame to the last."""
+        if self.timezone is None:
+            return self.axis_days
+        frames = np.flatnonzero(self.present)
+        return DaySpan(*self.local_days[frames[[0, -1]]])
+
+    def within(self, span: DaySpan) -> np.ndarray:
+        """Time steps on the local days of a span, bool [T]."""
+        return (span.first_day <= self.local_days) & (self.local_days <= span.last_day)
+
+    def step_range(self, span: DaySpan) -> tuple[int, int]:
+        """Half-open time steps of a span; InputError where it leaves the store's days."""
+        if span.first_day < self.local_days[0] or span.last_day > self.local_days[-1]:
+            raise InputError(f"span {span} leaves the days of {self.path}, {self.days}; choose days within")
+        start, stop = np.searchsorted(self.local_days, [span.first_day, span.last_day + np.timedelta64(1, "D")])
+        return int(start), int(stop) if span.steps is None else int(start) + span.steps
 
     @cached_property
     def cell_ids(self) -> np.ndarray:
@@ -126,9 +158,8 @@ class StoredArrays(StoreMetadata):
         if share == 1 or len(exist) == 0:
             return span
         steps = int(exist[max(1, round(share * len(exist))) - 1]) + 1
-        days = -(-steps // self.slots_per_day)
-        last_day = span.first_day + np.timedelta64(days - 1, "D")
-        return DaySpan(span.first_day, last_day, None if steps == days * self.slots_per_day else steps)
+        whole = DaySpan(span.first_day, self.local_days[start + steps - 1])
+        return whole if self.step_range(whole)[1] == start + steps else replace(whole, steps=steps)
 
     def values(self, channel: str, start: int, stop: int, region: AnyRegion | None = None) -> np.ndarray:
         """Steps [start, stop) of a channel, imputed, float32 [T, h, w] or [T, n]; NaN where one is not present."""

@@ -58,7 +58,9 @@ def forecast_baselines(
     fit = store.windows(train, S, K, channel=channel, region=windows.region, history_inside=True)
     fit_frames = slice(*store.step_range(fit.span))
     slots, days = week_slots(store), store.local_times.astype("datetime64[D]")
-    features = calendar(slots, store.slots_per_day, fit_frames.stop - fit_frames.start)
+    first, last = store.local_slots[[fit_frames.start, fit_frames.stop - 1]]
+    features = calendar(slots, store.slots_per_day, int(last) + 1 - int(first))
+    day, week = (slots_before(store.local_slots, n * store.slots_per_day) for n in (1, DAYS_PER_WEEK))
     for tile in tiles(windows.region, SERIES_IN_MEMORY // frames):
         filled = store.values(channel, 0, frames, tile).reshape(frames, -1)
         late = False if store.since is None else days[:, None] < store.since[tile.slices]
@@ -66,8 +68,8 @@ def forecast_baselines(
         measured = np.where(store.observed(channel, 0, frames, tile).reshape(frames, -1), series, np.nan)
         cells = series.shape[1]
         forecasters: dict[str, Forecaster] = {
-            "same time yesterday": partial(same_slot_before, series, K, store.slots_per_day),
-            "same time last week": partial(same_slot_before, series, K, DAYS_PER_WEEK * store.slots_per_day),
+            "same time yesterday": partial(same_slot_before, series, K, day),
+            "same time last week": partial(same_slot_before, series, K, week),
             "mean by weekday and slot": weekly_profile(measured, slots, fit_frames, K),
             "ridge": ridge(series, measured, features, fit.origins, S, K),
         }
@@ -108,16 +110,33 @@ def persistence(series: Float[np.ndarray, "T C"], K: int, origins: Int[np.ndarra
     return np.repeat(series[origins][:, None], K, axis=1)
 
 
+def slots_before(local_slots: Int[np.ndarray, " T"], period: int) -> Int[np.ndarray, " T"]:
+    """The frame of the same time of day one period (in slots of the wall clock) before each frame; -1 where the data
+    begins after it.
+
+    Where clocks skip that slot, the frame is another period back; where it comes twice, it is the later of the two.
+    """
+    order = np.argsort(local_slots, kind="stable")
+    ordered, wanted = local_slots[order], local_slots - period
+    before = np.full(len(local_slots), -1, np.int64)
+    while (searched := (before < 0) & (wanted >= ordered[0])).any():
+        place = np.maximum(np.searchsorted(ordered, wanted, side="right") - 1, 0)
+        there = searched & (ordered[place] == wanted)
+        before[there] = order[place[there]]
+        wanted = wanted - period
+    return before
+
+
 def same_slot_before(
-    series: Float[np.ndarray, "T C"], K: int, period: int, origins: Int[np.ndarray, " N"]
+    series: Float[np.ndarray, "T C"], K: int, before: Int[np.ndarray, " T"], origins: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, "N K C"]:
-    """The value one period (in frames) before each target; more periods where one would lie after the origin.
+    """The value one period before each target, by ``slots_before``; more periods where one would lie after the origin.
 
     NaN where that frame is missing or before the data's start.
     """
-    steps = np.arange(1, K + 1)
-    back = period * -(-steps // period)
-    source = origins[:, None] + (steps - back)
+    source = before[origins[:, None] + np.arange(1, K + 1)]
+    while (unknown := source > origins[:, None]).any():
+        source = np.where(unknown, before[source], source)
     return np.where((source >= 0)[..., None], series[np.maximum(source, 0)], np.nan)
 
 

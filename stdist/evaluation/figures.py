@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import matplotlib.dates as mdates
 import numpy as np
@@ -103,7 +104,8 @@ def smoothed(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 class Trace(NamedTuple):
-    """One cell: N forecasts of K steps and the truth. ``times`` are local stamps, ``origins`` count into them."""
+    """One cell: N forecasts of K steps and the truth. ``times`` are local stamps, or those of UTC where ``timezone``
+    names the zone whose clock is shown; ``origins`` count into them."""
 
     title: str
     units: str
@@ -114,6 +116,7 @@ class Trace(NamedTuple):
     forecast: Float[np.ndarray, "N K"]
     band: Float[np.ndarray, "2 N K"] | None = None
     """The 0.1 and the 0.9 quantile of the candidates."""
+    timezone: str | None = None
 
 
 def cell_traces(trace: Trace) -> Figure:
@@ -157,10 +160,11 @@ def draw_day(axes: Axes, trace: Trace) -> None:
 
 
 def _time_axis(axes: Axes, trace: Trace) -> None:
-    locator = mdates.AutoDateLocator(minticks=4, maxticks=9)
+    zone = ZoneInfo(trace.timezone or "UTC")
+    locator = mdates.AutoDateLocator(zone, minticks=4, maxticks=9)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(
-        mdates.ConciseDateFormatter(locator, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
+        mdates.ConciseDateFormatter(locator, zone, formats=DATES, zero_formats=DATES_AT_ZERO, show_offset=False)
     )
     axes.set_ylim(bottom=min(0.0, float(np.nanmin(trace.forecast))))
     axes.margins(x=0.01)

@@ -267,10 +267,12 @@ def cell_errors(forecasts: ForecastFile, store: GridStore) -> tuple[ErrorState, 
 
 
 def _grid_errors(header: ForecastHeader, region: Region, store: GridStore, first: int, cells: ErrorState) -> Figure:
-    """The error map, beside the city's traffic of the day from frame ``first`` on."""
+    """The error map, beside the city's traffic of the day from frame ``first`` on, until its clock is a day ahead."""
+    later = np.flatnonzero(store.local_slots[first:] >= store.local_slots[first] + store.slots_per_day)
+    stop = first + int(later[0]) if later.size else len(store.times)
     city_mean = np.empty(store.shape)
     for tile in tiles(store.region(), forecast_header.POINTS_IN_MEMORY // store.slots_per_day):
-        day = store.values(header.metadata.contract.channel, first, first + store.slots_per_day, tile)
+        day = store.values(header.metadata.contract.channel, first, stop, tile)
         # NaN: cells outside the city, and frames of a gap.
         city_mean[tile.slices] = np.nansum(day, axis=0) / np.maximum((~np.isnan(day)).sum(axis=0), 1)
     nrmse = cells.errors()["nrmse"].reshape(region.shape)
@@ -303,7 +305,9 @@ def read_trace(
     point, *quantiles = values.reshape(values.shape[:3])
     where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], position, strict=True))
     title, band = f"{name} {header.cell_ids[index]} ({where})", np.stack(quantiles[::2]) if quantiles else None
-    return figures.Trace(title, contract.units, store.local_times[first:stop], truth, origins - first, point, band)
+    # Where clocks are changed, stamps of the wall clock are no axis: some come twice.
+    times, zone = (store.local_times, None) if store.timezone is None else (store.times, store.timezone)
+    return figures.Trace(title, contract.units, times[first:stop], truth, origins - first, point, band, zone)
 
 
 def store_of(run_dir: Path, config_text: str) -> GridStore:

@@ -31,7 +31,8 @@ class NodeDataset(Dataset):
     def holds_weeks(self) -> bool:
         """True where the training days hold every weekday twice: in one alone a weekday and that day look the same."""
         start, stop = self.store.step_range(self.train.span)
-        return stop - start >= 2 * DAYS_PER_WEEK * self.store.slots_per_day
+        slots = self.store.local_slots[[start, stop - 1]]  # days of 23 hours are whole days too
+        return bool(slots[1] + 1 - slots[0] >= 2 * DAYS_PER_WEEK * self.store.slots_per_day)
 
     @property
     def node_means(self) -> np.ndarray:

@@ -66,7 +66,7 @@ class NodesPredictor(Predictor):
                 f"{self.model.elsewhere}"
             )
         history = nodes.select(torch.from_numpy(windows.read([0]).history))
-        self.model.check(history, *city.calendar(store.local_times[windows.origins[:1]]))
+        self.model.check(history, *city.calendar(store.slot_times[windows.origins[:1]]))
         return []
 
     def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " nodes"]]:

@@ -33,11 +33,11 @@ class WindowForecasts:
         self.model, self.learners = model, learners
         self.nodes = NodeSet.of(windows.store, windows.history_region).part(learners.node_slice)
         self.windows = windows.of_region(self.nodes.region)
-        self._local_times, self._device = windows.store.local_times, next(model.parameters()).device
+        self._slot_times, self._device = windows.store.slot_times, next(model.parameters()).device
 
     def __call__(self, batch: TensorBatch, noise_seed: int | None = None) -> tuple[Float[Tensor, "B K N"], TensorBatch]:
         """The forecasts, and the batch of these nodes on their device."""
-        slot, weekday = self.model.scaling.calendar(self._local_times[batch.origin_index.numpy()])
+        slot, weekday = self.model.scaling.calendar(self._slot_times[batch.origin_index.numpy()])
         names = "history", "target", "target_observed"
         batch = replace(batch, **{name: self.nodes.select(getattr(batch, name)) for name in names}).to(self._device)
         slot, weekday = slot.to(self._device), weekday.to(self._device)

@@ -147,13 +147,37 @@ def test_the_night_that_clocks_go_forward(read_table, refused):
     assert read_table(turned, timezone="Europe/Madrid").values == {"value": [[1], [2], [4], [5]]}
 
 
+def test_an_hour_that_is_absent_in_a_night_of_changed_clocks_is_told(read_table):
+    night = [f"2019-03-31 0{hour}:00" for hour in (0, 1, 3, 4)]
+    said = ("an hour is absent at 2019-03-31T02:00: where clocks skip it give --timezone, as Europe/Madrid",)
+    assert read_table(wide(*night)).plan.said == said
+    assert read_table(wide(*night), timezone="Europe/Madrid").plan.said == ()
+    assert read_table(wide(*(stamp + "Z" for stamp in night))).plan.said == ()
+    assert read_table(wide(*(stamp.replace("31", "30") for stamp in night))).plan.said == ()
+
+
+def test_rows_that_run_backwards_have_the_later_hour_first(read_table, refused):
+    """03:00, 02:00 of winter, 02:00 of summer, 01:00; in no order nobody can tell."""
+    stamps = [f"2019-10-27 0{hour}:00" for hour in (3, 2, 2, 1, 0)]
+    read = read_table(wide(*stamps), timezone="Europe/Madrid")
+    assert read.values == {"value": [[i, i + 0.5] for i in (4, 3, 2, 1, 0)]}
+    # By standard time, which shards are of: summer's midnight is an hour earlier.
+    assert read.stamps == ["2019-10-26 23:00", *(f"2019-10-27 0{hour}:00" for hour in range(4))]
+    mixed = [stamps[i] for i in (1, 0, 4, 2, 3)]
+    with refused("2019-10-27T02:00 comes twice, since clocks in Europe/Madrid are set back, and rows are in no order"):
+        read_table(wide(*mixed), timezone="Europe/Madrid")
+    long = "id,time,v\n" + "".join(f"{place},{stamp},{i}\n" for place in (1, 2) for i, stamp in enumerate(stamps))
+    assert read_table(long, timezone="Europe/Madrid").values == {"v": [[i, i] for i in (4, 3, 2, 1, 0)]}
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"timezone": "Europe/Madird"}, "--timezone 'Europe/Madird' is no zone"),
+        ({"timezone": "Europe/Madird"}, "'Europe/Madird' is no zone .* is Europe/Madrid meant"),
+        ({"timezone": "new york"}, "is America/New_York meant"),
+        ({"timezone": "CEST"}, "is no zone of the IANA's list; write one as Europe/Madrid"),
         ({"timezone": "Europe/Madrid", "utc_offset": 60}, "both tell the city's clock"),
         ({"timezone": "Europe/Madrid", "duplicates": "sum"}, "cannot tell the hours .* with --duplicates sum"),
-        ({"timezone": "Europe/Madrid", "start": "2019-01-01"}, "cannot tell the hours .* with --start"),
     ],
 )
 def test_zones_that_do_not_fit(read_table, refused, options, line):

@@ -13,6 +13,7 @@ from stdist.evaluation.baselines import (
     forecast_baselines,
     ridge,
     same_slot_before,
+    slots_before,
     week_slots,
 )
 
@@ -94,7 +95,7 @@ def test_missing_sources_fall_back_to_persistence_and_are_counted(store):
 def test_yesterday_never_looks_past_the_origin():
     """With K above a day, the value two days before the target stands in."""
     series = np.arange(100.0)[:, None]
-    made = same_slot_before(series, 30, 24, np.array([50]))[0, :, 0]
+    made = same_slot_before(series, 30, slots_before(np.arange(100), 24), np.array([50]))[0, :, 0]
     assert made.tolist() == [51 + k - 24 for k in range(24)] + [51 + k - 48 for k in range(24, 30)]
 
 
