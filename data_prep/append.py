@@ -97,15 +97,17 @@ def append(
     )  # fmt: skip
 
 
+def reader_of(attributes: Mapping[str, Any], path: Path) -> str:
+    """Name of the reader that made a store of these attributes; InputError where it is none that is known."""
+    name = attributes.get("recipe", {}).get("reader")
+    if name not in READERS:
+        raise InputError(f"{path} was made by {name or 'no reader'}, which is not here; prepare a store of all files")
+    return name
+
+
 def plan_as_before(store: GridStore, sources: list[Path], options: Mapping[str, Any]) -> Plan:
     """The plan of new files by the store's own reader and options; ``options`` win."""
-    recipe = store.attributes.get("recipe", {})
-    name = recipe.get("reader")
-    if name not in READERS:
-        raise InputError(
-            f"{store.path} was made by {name or 'no reader'}, which reads no files here; prepare a store of all files"
-        )
-    plan = READERS[name].plan
+    recipe, plan = store.attributes["recipe"], READERS[reader_of(store.attributes, store.path)].plan
     known = inspect.signature(plan).parameters
     remembered = {
         option: Path(value) if Path in (kind := known[option].annotation, *get_args(kind)) else value
@@ -123,11 +125,11 @@ def require_same(store: GridStore, spec: GridSpec | NodeSpec, sources: Iterable[
         theirs, ours = (", ".join(sorted(names)) for names in (spec.channels, store.channels))
         raise InputError(f"{files}: channels are {theirs}, {store.path} has {ours}; give files of all of these")
     free = ("city", "channels", "first_day", "last_day")
-    for name, theirs in spec.attributes().items():
-        ours = store.attributes.get(name)
-        if name not in free and theirs != ours:
+    for name, value in spec.attributes().items():
+        stored = store.attributes.get(name)
+        if name not in free and value != stored:
             raise InputError(
-                f"{files}: {name} is {theirs}, that of {store.path} is {ours}; give files of its kind, or the option "
+                f"{files}: {name} is {value}, that of {store.path} is {stored}; give files of its kind, or the option "
                 "that reads them so"
             )
     if spec.first_day < store.days.first_day:

@@ -44,7 +44,8 @@ READERS: Registry[Reader] = Registry("reader", "stdist.readers", package="data_p
 
 def reader(name: str, facts: str | None = None) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
     """Decorates a plan function: registers it under ``name``, with options of its own and those of every reader, the
-    spans of the default split. The recipe of its plans tells ``name`` and the options that were given. facts: its page, the docstring of its module by default."""
+    spans of the default split. The recipe of its plans tells ``name`` and the options that were given. facts: its page,
+    the docstring of its module by default."""
 
     def add(plan: Callable[..., Plan]) -> Callable[..., Plan]:
         flat = _with_options(name, plan)

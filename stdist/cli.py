@@ -15,7 +15,7 @@ from stdist import __version__
 from stdist.boundary import ended
 from stdist.errors import InputError
 from stdist.files import to_json
-from stdist.reader_commands import Group, given_options, reader_commands, run_reader
+from stdist.reader_commands import Group, reader_commands, run_reader
 from stdist.runs.memory_plan import PEAK_FLOPS
 from stdist.scalars import figure
 
@@ -128,20 +128,20 @@ def append(
     disturbed.
     """
     from data_prep.append import append as grow
+    from data_prep.append import reader_of
     from stdist.data.append import recover
     from stdist.data.metadata import read_attributes
     from stdist.progress import progress_bar
 
     def body(reader: str, *, sources: Annotated[list[Path] | None, typer.Argument()] = None, **options: Any) -> None:
-        given = given_options(options)
         with progress_bar("append") as progress:
-            summary = grow(store, sources or [], corrections, progress, **given)
+            summary = grow(store, sources or [], corrections, progress, **options)
         if summary.read_as:
             log(summary.read_as)
         finish(summary.as_dict(), as_json, "; ".join([summary.line, *summary.said]))
 
     recover(store)
-    run_reader(read_attributes(store).get("recipe", {}).get("reader"), body, context.args)
+    run_reader(reader_of(read_attributes(store), store), body, context.args, f"stdist append {store}")
 
 
 @app.command()

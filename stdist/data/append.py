@@ -184,8 +184,8 @@ class StoreAppender:
         growth, old = self.growth, self.old
         if not self.corrections and (count := sum(growth.corrected.values())):
             raise InputError(
-                f"{self.path} has other values already for {count} of the new ones, the first: {growth.first_conflict}; "
-                "give --corrections where the new ones are right"
+                f"{self.path} has other values already for {count} of the new ones, the first: "
+                f"{growth.first_conflict}; give --corrections where the new ones are right"
             )
         present = fill_short_absences(self._present, old.attributes.get("max_gap", MAX_GAP))
         by_day = (flags.reshape(-1, old.slots_per_day) for flags in (self._before, present))

@@ -122,19 +122,19 @@ class VerifiedStore(LocalStore):
     record before anything of it is handed out, once. A pickled copy begins anew.
 
     What is read of a file is of the very one that was compared: one that took its place since is compared again. Raises
-    DamageError, naming the file, where it is not as recorded or not among ``files``, and InputError where that is so
-    because the store grew meanwhile (``append``). The root's metadata is compared by whoever has read ``files`` from it.
+    DamageError, naming the file, where it is not as recorded or not among ``files``, and InputError where the store has
+    another ``digest`` by now (``append``). The root's metadata is compared by whoever has read ``files`` from it.
     """
 
-    def __init__(self, root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, root: Path, files: Mapping[str, Mapping[str, Any]], digest: str | None = None) -> None:
         super().__init__(root, read_only=True)
-        self._files = files
+        self._files, self._digest = files, digest
         self._sound: dict[str, Identity] = {}
         self._checks: dict[str, Future[None]] = {}
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type["VerifiedStore"], tuple[Path, Mapping[str, Mapping[str, Any]]]]:
-        return VerifiedStore, (self.root, self._files)
+    def __reduce__(self) -> tuple[type["VerifiedStore"], tuple[Path, Mapping[str, Mapping[str, Any]], str | None]]:
+        return VerifiedStore, (self.root, self._files, self._digest)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -175,11 +175,12 @@ class VerifiedStore(LocalStore):
         elif not is_as_recorded(path, recorded):
             what = f"{key} is not as it was written"
         if what:
-            raise changed(self.root) if self._has_other_files() else damage(self.root, what)
+            raise changed(self.root) if self._is_another() else damage(self.root, what)
 
-    def _has_other_files(self) -> bool:
-        """True where the store's metadata records other files than when it was opened."""
+    def _is_another(self) -> bool:
+        """True where the store has another digest than when it was opened."""
         try:
-            return json.loads((self.root / ROOT_METADATA).read_text())["attributes"]["files"] != self._files
+            digest = json.loads((self.root / ROOT_METADATA).read_text())["attributes"]["digest"]
+            return self._digest is not None and digest != self._digest
         except (OSError, ValueError, LookupError, TypeError):
             return False

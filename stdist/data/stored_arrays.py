@@ -26,7 +26,7 @@ class StoredArrays(StoreMetadata):
 
     @cached_property
     def _files(self) -> VerifiedStore:
-        return VerifiedStore(self.path, self.attributes["files"])
+        return VerifiedStore(self.path, self.attributes["files"], self.attributes["digest"])
 
     @cached_property
     def dataset(self) -> xarray.Dataset:
