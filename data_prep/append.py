@@ -75,6 +75,10 @@ def append(
     """
     if not sources:
         raise InputError(f"append takes the files with the new days of {path}; none was given")
+    if spans := [name for name in SPANS if options.get(name) is not None]:
+        raise InputError(
+            f"--{spans[0]}: the split of {path} stays what it is; prepare a store of all files for another"
+        )
     tell = progress or (lambda _done, _total: None)
     with StoreAppender(path, corrections) as appender:
         store = appender.old

@@ -3,6 +3,7 @@
 What is computed of a store's values is sealed with new digests: a damaged shard must not be made good by them.
 """
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from stdist.data.integrity import damage, is_as_recorded
 from stdist.data.parts import Tile
 from stdist.data.shards import Shards
+
+KEPT = 4
+"""Decoded shards in memory: of two days, values and what of them was observed."""
 
 
 class RecordedShards(Shards):
@@ -22,6 +26,7 @@ class RecordedShards(Shards):
         self.records: dict[str, Any] = dict(attributes["files"])
         self._named = named or path
         self._sound: set[str] = set()
+        self._decoded = OrderedDict[str, np.ndarray]()
 
     def require_sound(self, *arrays: str) -> None:
         """Compares every file of these arrays with its record. Raises DamageError, naming the file."""
@@ -30,14 +35,24 @@ class RecordedShards(Shards):
                 self.require_file(file)
 
     def read(self, name: str, day: int, tile: Tile) -> np.ndarray:
-        """Raises DamageError where the shard is not as it was written."""
-        self.require_file(self.file_of(name, day, tile))
-        return super().read(name, day, tile)
+        """Raises DamageError where the shard is not as it was written. The last ones read are kept: nobody may write
+        into them."""
+        file = self.file_of(name, day, tile)
+        self.require_file(file)
+        values = self._decoded.pop(file, None)
+        if values is None:
+            values = super().read(name, day, tile)
+            values.flags.writeable = False
+        self._decoded[file] = values
+        if len(self._decoded) > KEPT:
+            self._decoded.popitem(last=False)
+        return values
 
     def write(self, name: str, day: int, tile: Tile, values: np.ndarray) -> dict[str, dict[str, Any]]:
         file = self.file_of(name, day, tile)
         written = super().write(name, day, tile, values)
         self.records.pop(file, None)
+        self._decoded.pop(file, None)
         self.records |= written
         self._sound.add(file)
         return written
