@@ -124,8 +124,8 @@ def append(
 
     The files are read by the reader and options that made the store; options of stdist prepare READER that follow win.
     Late values are taken; other values than the store's are refused without --corrections. Files without stamps of
-    their own need --start. The split and what is fitted in training days stay, and readers of the store are not
-    disturbed.
+    their own need --start. The split stays. Who reads the store meanwhile goes on with its old bytes, or is told that
+    they changed.
     """
     from data_prep.append import append as grow
     from data_prep.append import reader_of

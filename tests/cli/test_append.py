@@ -56,6 +56,14 @@ def test_nothing_new_leaves_every_byte(stdist, store, tmp_path):
     assert files_below(tmp_path) == before
 
 
+def test_places_are_matched_by_id_in_any_order(stdist, store, tmp_path):
+    rows = [line.split(";") for line in (tmp_path / "first.csv").read_text().splitlines()]
+    turned = tmp_path / "turned.csv"
+    turned.write_text("\n".join(";".join([row[0], *row[:0:-1]]) for row in rows) + "\n")
+    result = stdist("append", store, turned)
+    assert result.code == 0 and "nothing new" in result.out, result
+
+
 def test_what_does_not_fit_is_one_line(refused, stdist, store, write, tmp_path):
     more = write("more.csv", ROWS, ROWS + SLOTS)
     assert "1 places of the files are none of" in refused("append", store, write("five.csv", 0, SLOTS, places=5))
