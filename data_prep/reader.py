@@ -11,6 +11,7 @@ as options and is handed over made. An option ``timezone`` becomes the spec's to
 facts of the data. A package from outside names its function in the entry-point group ``stdist.readers``.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
@@ -43,10 +44,11 @@ READERS: Registry[Reader] = Registry("reader", "stdist.readers", package="data_p
 
 def reader(name: str, facts: str | None = None) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
     """Decorates a plan function: registers it under ``name``, with options of its own and those of every reader, the
-    spans of the default split. facts: its page, the docstring of its module by default."""
+    spans of the default split. The recipe of its plans tells ``name`` and the options that were given. facts: its page,
+    the docstring of its module by default."""
 
     def add(plan: Callable[..., Plan]) -> Callable[..., Plan]:
-        flat = _with_options(plan)
+        flat = _with_options(name, plan)
         READERS.register(name)(Reader(flat, facts or sys.modules[plan.__module__].__doc__ or ""))
         return flat
 
@@ -56,7 +58,7 @@ def reader(name: str, facts: str | None = None) -> Callable[[Callable[..., Plan]
 SPANS = ("train", "validation", "test")
 
 
-def _with_options(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+def _with_options(name: str, plan: Callable[..., Plan]) -> Callable[..., Plan]:
     """``plan`` with the fields of its option classes in their place, and ``SPANS``."""
     parameters: list[Parameter] = []
     classes: dict[str, type] = {}
@@ -67,22 +69,30 @@ def _with_options(plan: Callable[..., Plan]) -> Callable[..., Plan]:
             parameters += [field.replace(kind=Parameter.KEYWORD_ONLY) for field in fields]
         else:
             parameters.append(parameter)
-    parameters += [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=str | None) for name in SPANS]
+    parameters += [Parameter(span, Parameter.KEYWORD_ONLY, default=None, annotation=str | None) for span in SPANS]
 
     @wraps(plan)
     def flat(sources: list[Path], **options: Any) -> Plan:
-        spans, zone = [options.pop(name, None) for name in SPANS], options.get("timezone")
-        for name, options_class in classes.items():
+        spans, zone = [options.pop(span, None) for span in SPANS], options.get("timezone")
+        recipe = {"reader": name} | ({"options": given} if (given := _given(parameters, options)) else {})
+        for keyword, options_class in classes.items():
             fields = signature(options_class).parameters
-            options[name] = options_class(**{field: options.pop(field) for field in fields if field in options})
+            options[keyword] = options_class(**{field: options.pop(field) for field in fields if field in options})
         planned = plan(sources, **options)
         if zone is not None:
             planned = replace(planned, spec=replace(planned.spec, timezone=zone))
-        return replace(planned, split=_split(planned.spec, *spans))
+        return replace(planned, recipe=planned.recipe | recipe, split=_split(planned.spec, *spans))
 
     flat.__signature__ = signature(plan).replace(parameters=parameters)  # type: ignore[attr-defined]
     flat.__doc__ = " ".join([*(options_class.__doc__ or "" for options_class in classes.values()), plan.__doc__ or ""])
     return flat
+
+
+def _given(parameters: list[Parameter], options: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not as they are by default, JSON; paths as they are found from anywhere."""
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    given = {name: value for name, value in options.items() if value != defaults.get(name)}
+    return {name: os.path.abspath(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def _split(spec: GridSpec | NodeSpec, train: str | None, validation: str | None, test: str | None) -> Split | None:

@@ -15,7 +15,7 @@ from stdist import __version__
 from stdist.boundary import ended
 from stdist.errors import InputError
 from stdist.files import to_json
-from stdist.reader_commands import Group, reader_commands
+from stdist.reader_commands import Group, reader_commands, run_reader
 from stdist.runs.memory_plan import PEAK_FLOPS
 from stdist.scalars import figure
 
@@ -109,6 +109,39 @@ app.add_typer(
     ),
     name="prepare",
 )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def append(
+    context: typer.Context,
+    store: Annotated[Path, typer.Argument(help="grid store that stdist prepare made")],
+    corrections: Annotated[
+        bool, typer.Option("--corrections", help="values other than the store's take their place, and are counted")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Append the days of new files to a store, in one step: stdist append STORE SRC...
+
+    The files are read by the reader and options that made the store; options of stdist prepare READER that follow win.
+    Late values are taken; other values than the store's are refused without --corrections. Files without stamps of
+    their own need --start. The split stays. Who reads the store meanwhile goes on with its old bytes, or is told that
+    they changed.
+    """
+    from data_prep.append import append as grow
+    from data_prep.append import reader_of
+    from stdist.data.append import recover
+    from stdist.data.metadata import read_attributes
+    from stdist.progress import progress_bar
+
+    def body(reader: str, *, sources: Annotated[list[Path] | None, typer.Argument()] = None, **options: Any) -> None:
+        with progress_bar("append") as progress:
+            summary = grow(store, sources or [], corrections, progress, **options)
+        if summary.read_as:
+            log(summary.read_as)
+        finish(summary.as_dict(), as_json, "; ".join([summary.line, *summary.said]))
+
+    recover(store)
+    run_reader(reader_of(read_attributes(store), store), body, context.args, f"stdist append {store}")
 
 
 @app.command()

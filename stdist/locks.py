@@ -65,7 +65,7 @@ class WriterLock:
 
     def _take(self, what: Path) -> None:
         seen = locked(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner = _noted(self._file)
+        owner = _noted(self._file, wait=seen is not True)
         if seen is False or (owner and seen is None and _is_alive(owner)):
             who = _named(owner) if owner else "another process"
             raise InputError(f"{what} is being written by {who}; wait for it or choose another name")
@@ -111,15 +111,17 @@ def _boot() -> str:
         return ""
 
 
-def _noted(file: IO[str]) -> dict[str, Any] | None:
-    """The owner in a lock's file; None in a new one, and in one that was cut short: nobody went on from there."""
-    for _ in range(2):
+def _noted(file: IO[str], wait: bool) -> dict[str, Any] | None:
+    """The owner in a lock's file; None in a new one, and in one that was cut short: nobody went on from there. wait: it
+    is not ours, so that another may be writing it."""
+    for _ in range(2 if wait else 1):
         file.seek(0)
         try:
             owner = json.loads(file.read())
             return owner if {"host", "pid", "started", "boot", "since"} <= owner.keys() else None
         except (ValueError, AttributeError):
-            time.sleep(0.05)  # its owner may be writing it
+            if wait:
+                time.sleep(0.05)
     return None
 
 

@@ -59,14 +59,25 @@ def reader_commands(body: Body, help: str) -> typer.Typer:
     return typer.Typer(cls=Readers, help=help)
 
 
-def _command(name: str, reader: Any, body: Body) -> Any:
-    def command(**options: Any) -> None:
-        body(name, **options)
+def run_reader(name: str, body: Body, arguments: list[str], command: str) -> None:
+    """Runs ``body`` as the command of one reader, with the options that ``arguments`` give and no default. command:
+    what errors call it."""
+    from data_prep import READERS
+
+    _command(name, READERS[name], body, given_only=True).main(arguments, prog_name=command, standalone_mode=False)
+
+
+def _command(name: str, reader: Any, body: Body, given_only: bool = False) -> Any:
+    def command(context: typer.Context, **options: Any) -> None:
+        sources = {option: context.get_parameter_source(option) for option in options}
+        given = {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        body(name, **{option: value for option, value in options.items() if not given_only or option in given})
 
     _, sources, *shared, _ = signature(body, eval_str=True).parameters.values()
     parameters = [sources, *_options(name, reader.plan), *shared]
+    context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
     command.__signature__ = Signature(  # type: ignore[attr-defined]
-        [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+        [context, *(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters)]
     )
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.command(name, help=reader.facts)(command)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stdist.data.metadata import StoreMetadata
+from stdist.data.metadata import GROWN_FROM, StoreMetadata
 from stdist.data.schema import observed_name
 from stdist.data.spans import DaySpan
 from stdist.errors import InputError
@@ -40,8 +40,11 @@ class Fitted:
 def data_digest(store: StoreMetadata, channel: str) -> str:
     """One sha256 over a channel's values and the times and places they belong to, whatever the split.
 
-    Made of the recorded digests of files; reads none of them.
+    Made of the recorded digests of files; reads none of them. A store that days were appended to keeps the one it had
+    before: what was fitted on its days then was fitted on them.
     """
+    if (grown := store.attributes.get(GROWN_FROM)) is not None:
+        return grown["data"][channel]
     arrays = {channel, observed_name(channel), "time", "present", "cell_id", "node"}
     recorded = {name: entry["sha256"] for name, entry in store.attributes["files"].items()}
     chosen = {name: digest for name, digest in recorded.items() if name.split("/")[0] in arrays}

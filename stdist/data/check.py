@@ -15,7 +15,7 @@ import xarray
 from stdist.data.audit import Fitted, leaks
 from stdist.data.check_report import LISTED, CheckReport, listed
 from stdist.data.check_values import check_channels
-from stdist.data.integrity import ROOT_METADATA, combined_digest, sha256_of
+from stdist.data.integrity import ROOT_METADATA, changed, combined_digest, sha256_of
 from stdist.data.metadata import read_attributes
 from stdist.data.schema import observed_name, train_mean_name, true_segments
 from stdist.data.spans import DaySpan
@@ -42,6 +42,8 @@ def check_store(path: Path | str, progress: Progress | None = None) -> CheckRepo
         _spans(store, report)
         check_channels(store, report, tell)
     else:
+        if read_attributes(report.store)["digest"] != store.digest:
+            raise changed(report.store)
         report.add("info", "values are read of a whole store only", "all channels")
     return report
 

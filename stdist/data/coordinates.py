@@ -32,8 +32,7 @@ class Coordinate:
 
 def coordinates(spec: GridSpec | NodeSpec) -> Iterator[Coordinate]:
     """Every array that is known before the first value is."""
-    cf = {"units": "minutes since 1970-01-01 00:00:00", "calendar": "proleptic_gregorian", "standard_name": "time"}
-    yield Coordinate("time", spec.minutes, ("time",), cf)
+    yield time_coordinate(spec.minutes)
     yield from _of_grid(spec) if isinstance(spec, GridSpec) else _of_nodes(spec)
     for name, degrees in (("latitude", spec.latitude), ("longitude", spec.longitude)):
         if degrees is not None:
@@ -42,6 +41,18 @@ def coordinates(spec: GridSpec | NodeSpec) -> Iterator[Coordinate]:
             yield Coordinate(name, np.asarray(degrees, float), spec.dims, place, located=True)
     for name, values in (spec.static or {}).items():
         yield Coordinate(f"static_{name}", np.asarray(values, np.float32), spec.dims)
+
+
+def time_coordinate(minutes: np.ndarray) -> Coordinate:
+    """minutes: UTC, since 1970-01-01, int64 [T]."""
+    cf = {"units": "minutes since 1970-01-01 00:00:00", "calendar": "proleptic_gregorian", "standard_name": "time"}
+    return Coordinate("time", minutes, ("time",), cf)
+
+
+def present_coordinate(present: np.ndarray) -> Coordinate:
+    """present: bool [T]."""
+    attributes = {"long_name": "frame exists in the source, or fills a short absence"}
+    return Coordinate("present", present, ("time",), attributes)
 
 
 def _of_grid(spec: GridSpec) -> Iterator[Coordinate]:

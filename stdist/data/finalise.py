@@ -6,7 +6,7 @@ it again gives the same values, and the final name is taken last, in one step.
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from stdist.data.coordinates import Coordinate, create_array
+from stdist.data.coordinates import Coordinate, create_array, present_coordinate
 from stdist.data.imputation import Nearest, first_observed, interpolate, last_observed
 from stdist.data.integrity import ROOT_METADATA, combined_digest, record_of, require_all_files
 from stdist.data.journal import FOLDER, Journal
@@ -39,8 +39,7 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, execut
     present = fill_short_absences(_present(shards, finished), MAX_GAP)
     if not present.any():
         raise InputError(f"{out}: no frame was written; the sources hold nothing for these days")
-    attributes = {"long_name": "frame exists in the source, or fills a short absence"}
-    create_array(shards.group, Coordinate("present", present, ("time",), attributes))
+    create_array(shards.group, present_coordinate(present))
     days = tuple(sorted(day_segments(present, shards.slots_per_day)))
     split = split or default_split(np.unique(shards.local_days[present]))
 
@@ -67,7 +66,10 @@ def finalise(partial: Path, out: Path, session: str, split: Split | None, execut
 
     files = {name: file for result in (*finished.values(), *results.values()) for name, file in result.files.items()}
     computed = {"train_statistics": statistics, "coverage": coverage, "unseen": unseen, "max_gap": MAX_GAP}
-    _seal(partial, out, files, {"split": split.as_attribute(), **computed})
+    seal(partial, files, {"split": split.as_attribute(), **computed})
+    if out.exists():
+        raise InputError(f"{out} appeared meanwhile; remove it or choose another name")
+    partial.rename(out)
 
 
 @dataclass(frozen=True)
@@ -92,56 +94,73 @@ class Imputation:
         with journal.working(self.session):
             shutil.rmtree(scratch, ignore_errors=True)  # of a killed preparation
             note = lambda files: journal.add_imputed(part.name, files)  # noqa: E731
-            result = self._fill(shards, channel, tile, days, scratch, note)
+            result = fill_days(shards, channel, tile, days, self.split, scratch, note)
             shutil.rmtree(scratch, ignore_errors=True)
         return PartResult(part.name, *result)
 
-    def _fill(
-        self,
-        shards: Shards,
-        channel: str,
-        tile: Tile,
-        days: Mapping[int, list[DaySegment]],
-        scratch: Path,
-        note: Callable[[dict[str, Any]], None],
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Fills day after day; the nearest values seen are carried across midnight."""
-        inside = shards.inside[tile]
-        nothing = Nearest.none(inside.shape)
-        state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
-        before, missing, zeros = nothing, 0, 0
-        nowhere = np.zeros(len(shards.present), bool)
-        train, *scoring = (
-            nowhere if span is None else shards.within(span)
-            for span in (self.split.train, self.split.validation, self.split.test)
-        )
-        seen, scored = np.zeros(inside.shape, bool), np.zeros(inside.shape, bool)
-        for day in sorted(days):
-            slots = shards.slots(day)
-            values, observed = shards.read(channel, day, tile), shards.read(observed_name(channel), day, tile)
-            exists = np.broadcast_to(shards.exists(day, tile), inside.shape)
-            filled = values.copy()
-            for start, stop, goes_back, goes_on in days[day]:
-                left, right = before if goes_back else nothing, nothing
-                part = slice(start - slots.start, stop - slots.start)
-                if goes_on and (inside & exists & ~observed[-1]).any():
-                    if not scratch.exists():
-                        _look_ahead(shards, channel, tile, {d: days[d] for d in days if d >= day}, scratch)
-                    with np.load(scratch / f"{day}.npz") as table:
-                        right = Nearest(table["time"], table["value"])
-                missing += int((~observed[part] & inside & exists).sum())
-                zeros += int((observed[part] & (values[part] == 0)).sum())
-                filled[part] = interpolate(values[part], observed[part], start, left, right)
-                filled[part][:, ~exists] = 0
-                before = left.updated(last_observed(values[part], observed[part], start))
-            if not observed.all():
-                file = shards.write(channel, day, tile, filled)
-                note(file)
-                files |= file
-            seen |= observed.any(axis=0)
-            scored |= observed[np.logical_or(*scoring)[slots]].any(axis=0)
-            state.add(values[train[slots]], observed[train[slots]])
-        return files, {"missing": missing, "true_zeros": zeros, "state": state, "seen": seen, "scored": scored}
+
+def fill_days(
+    shards: Shards,
+    channel: str,
+    tile: Tile,
+    days: Mapping[int, list[DaySegment]],
+    split: Split,
+    scratch: Path,
+    note: Callable[[dict[str, Any]], None],
+    before: Nearest | None = None,
+    after: Nearest | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Fills day after day; the nearest values seen are carried across midnight. Returns the files written, and counts
+    and statistics of these days.
+
+    before, after: the nearest values on either side of the days, where these are a piece of their segments.
+    """
+    inside = shards.inside[tile]
+    nothing = Nearest.none(inside.shape)
+    state, files = StatisticsState(inside.shape), dict[str, dict[str, Any]]()
+    carried, missing, zeros = before or nothing, 0, 0
+    seen, scored = np.zeros(inside.shape, bool), np.zeros(inside.shape, bool)
+    train, scoring = shards.within(split.train), shards.within(split.validation) | shards.within(split.test)
+    for day in sorted(days):
+        slots = shards.slots(day)
+        values, observed = shards.read(channel, day, tile), shards.read(observed_name(channel), day, tile)
+        exists = np.broadcast_to(shards.exists(day, tile), inside.shape)
+        filled = values.copy()
+        for start, stop, goes_back, goes_on in days[day]:
+            left, right = carried if goes_back else nothing, nothing
+            part = slice(start - slots.start, stop - slots.start)
+            if goes_on and (inside & exists & ~observed[-1]).any():
+                if not scratch.exists():
+                    _look_ahead(shards, channel, tile, {d: days[d] for d in days if d >= day}, scratch, after)
+                with np.load(scratch / f"{day}.npz") as table:
+                    right = Nearest(table["time"], table["value"])
+            filled[part] = interpolate(values[part], observed[part], start, left, right)
+            filled[part][:, ~exists] = 0
+            carried = left.updated(last_observed(values[part], observed[part], start))
+        counts = coverage_of(shards, values, observed, day, tile, days[day])
+        missing, zeros = missing + counts["missing"], zeros + counts["true_zeros"]
+        if not observed.all():
+            file = shards.write(channel, day, tile, filled)
+            note(file)
+            files |= file
+        seen |= observed.any(axis=0)
+        scored |= observed[scoring[slots]].any(axis=0)
+        state.add(values[train[slots]], observed[train[slots]])
+    return files, {"missing": missing, "true_zeros": zeros, "state": state, "seen": seen, "scored": scored}
+
+
+def coverage_of(
+    shards: Shards, values: np.ndarray, observed: np.ndarray, day: int, tile: Tile, pieces: Sequence[DaySegment]
+) -> dict[str, int]:
+    """Counts, over the present slots of a day's tile and the cells that exist by then, values that are ``missing`` and
+    ``true_zeros``. values, observed: [slots_per_day, *tile]."""
+    there, first = shards.inside[tile] & shards.exists(day, tile), shards.slots(day).start
+    missing = zeros = 0
+    for start, stop, *_ in pieces:
+        part = slice(start - first, stop - first)
+        missing += int((~observed[part] & there).sum())
+        zeros += int((observed[part] & (values[part] == 0)).sum())
+    return {"missing": missing, "true_zeros": zeros}
 
 
 def count_unseen(inside: np.ndarray, seen: np.ndarray, scored: np.ndarray, trained: np.ndarray) -> dict[str, int]:
@@ -167,21 +186,29 @@ def day_segments(present: np.ndarray, slots_per_day: int) -> dict[int, list[DayS
     return days
 
 
-def _look_ahead(shards: Shards, channel: str, tile: Tile, days: Mapping[int, list[DaySegment]], scratch: Path) -> None:
-    """Leaves on disk, for every day, the first values seen after it; backwards over the days."""
+def _look_ahead(
+    shards: Shards,
+    channel: str,
+    tile: Tile,
+    days: Mapping[int, list[DaySegment]],
+    scratch: Path,
+    after: Nearest | None,
+) -> None:
+    """Leaves on disk, for every day, the first values seen after it; backwards over the days. after: those behind the
+    last."""
     scratch.mkdir(parents=True)
     nothing = Nearest.none(tuple(side.stop - side.start for side in tile))
-    following = nothing
+    following = after or nothing
     for day in sorted(days, reverse=True):
         *_, goes_on = days[day][-1]
-        after = following if goes_on else nothing
-        np.savez(scratch / f"{day}.npz", time=after.time, value=after.value)
+        behind = following if goes_on else nothing
+        np.savez(scratch / f"{day}.npz", time=behind.time, value=behind.value)
         start, stop, goes_back, _ = days[day][0]
         if goes_back:
             where = slice(start - shards.slots(day).start, stop - shards.slots(day).start)
             values, observed = (shards.read(name, day, tile)[where] for name in (channel, observed_name(channel)))
             # Only a day-long segment lets the next day's values through to the day before.
-            following = (after if len(days[day]) == 1 else nothing).updated(first_observed(values, observed, start))
+            following = (behind if len(days[day]) == 1 else nothing).updated(first_observed(values, observed, start))
 
 
 def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
@@ -193,7 +220,9 @@ def _present(shards: Shards, finished: Mapping[str, PartResult]) -> np.ndarray:
     return present
 
 
-def _seal(partial: Path, out: Path, shard_files: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+def seal(partial: Path, shard_files: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Ends a store that has all its arrays: adds the attributes ``results``, the digests of its files (of those not
+    among ``shard_files``, with their records, all are read) and the consolidated metadata."""
     require_all_files(partial, shard_files)
     files = dict(shard_files)
     for path in sorted(partial.rglob("*")):
@@ -213,6 +242,3 @@ def _seal(partial: Path, out: Path, shard_files: Mapping[str, Any], results: Map
         warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
         warnings.filterwarnings("ignore", message=f"Object at {FOLDER}", category=UserWarning)
         zarr.consolidate_metadata(partial)
-    if out.exists():
-        raise InputError(f"{out} appeared meanwhile; remove it or choose another name")
-    partial.rename(out)

@@ -21,6 +21,19 @@ from zarr.storage import LocalStore
 from stdist.errors import DamageError, InputError
 
 ROOT_METADATA = "zarr.json"
+TRIES = 10
+"""Times that a file is read anew whose place another took meanwhile."""
+
+Identity = tuple[int, ...]
+"""Tells the file under a name from another that takes its place; () where there is none."""
+
+
+def _identity(path: Path) -> Identity:
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,10 @@ def require_all_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> Non
             raise damage(root, f"{name} has {size} of {recorded['bytes']} bytes")
 
 
+def changed(root: Path) -> InputError:
+    return InputError(f"{root} was changed while it was read: days were appended or it was made anew; run it again")
+
+
 def damage(root: Path, what: str) -> DamageError:
     return DamageError(f"{root} is damaged: {what}; make it again, or copy it again")
 
@@ -104,26 +121,36 @@ class VerifiedStore(LocalStore):
     """The Zarr store in the folder ``root``, to read: each of ``files`` (bytes and sha256 by name) is compared with its
     record before anything of it is handed out, once. A pickled copy begins anew.
 
-    Raises DamageError, naming the file, where it is not as recorded or not among ``files``. The root's metadata is
-    compared by whoever has read ``files`` from it.
+    What is read of a file is of the very one that was compared: one that took its place since is compared again. Raises
+    DamageError, naming the file, where it is not as recorded or not among ``files``, and InputError where the store has
+    another ``digest`` by now (``append``). The root's metadata is compared by whoever has read ``files`` from it.
     """
 
-    def __init__(self, root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, root: Path, files: Mapping[str, Mapping[str, Any]], digest: str | None = None) -> None:
         super().__init__(root, read_only=True)
-        self._files = files
-        self._sound: set[str] = set()
+        self._files, self._digest = files, digest
+        self._sound: dict[str, Identity] = {}
         self._checks: dict[str, Future[None]] = {}
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type["VerifiedStore"], tuple[Path, Mapping[str, Mapping[str, Any]]]]:
-        return VerifiedStore, (self.root, self._files)
+    def __reduce__(self) -> tuple[type["VerifiedStore"], tuple[Path, Mapping[str, Mapping[str, Any]], str | None]]:
+        return VerifiedStore, (self.root, self._files, self._digest)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        if key not in self._sound and key != ROOT_METADATA:
-            await asyncio.to_thread(self._require_sound, key)
-        return await super().get(key, prototype, byte_range)
+        if key == ROOT_METADATA:
+            return await super().get(key, prototype, byte_range)
+        for _ in range(TRIES):
+            if key not in self._sound:
+                await asyncio.to_thread(self._require_sound, key)
+            content = await super().get(key, prototype, byte_range)
+            if self._sound.get(key, ()) == _identity(self.root / key):
+                return content
+            with self._lock:  # another file has its place: none of what was read of it is handed out
+                self._sound.pop(key, None)
+                self._checks.pop(key, None)
+        raise changed(self.root)
 
     def _require_sound(self, key: str) -> None:
         """Threads that ask for one file at once share one reading of it."""
@@ -132,8 +159,9 @@ class VerifiedStore(LocalStore):
             check = self._checks.setdefault(key, mine)
         if check is mine:
             try:
+                before = _identity(self.root / key)
                 self._compare(key)
-                self._sound.add(key)
+                self._sound[key] = before
                 mine.set_result(None)
             except BaseException as error:
                 mine.set_exception(error)
@@ -141,8 +169,18 @@ class VerifiedStore(LocalStore):
 
     def _compare(self, key: str) -> None:
         path, recorded = self.root / key, self._files.get(key)
+        what = ""
         if recorded is None:
-            if path.exists():
-                raise damage(self.root, f"{key} is not of this store")
+            what = f"{key} is not of this store" if path.exists() else ""
         elif not is_as_recorded(path, recorded):
-            raise damage(self.root, f"{key} is not as it was written")
+            what = f"{key} is not as it was written"
+        if what:
+            raise changed(self.root) if self._is_another() else damage(self.root, what)
+
+    def _is_another(self) -> bool:
+        """True where the store has another digest than when it was opened."""
+        try:
+            digest = json.loads((self.root / ROOT_METADATA).read_text())["attributes"]["digest"]
+            return self._digest is not None and digest != self._digest
+        except (OSError, ValueError, LookupError, TypeError):
+            return False

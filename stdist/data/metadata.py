@@ -17,6 +17,10 @@ from stdist.errors import DamageError, InputError
 from stdist.files import own_file
 from stdist.zones import wall_clock
 
+GROWN_FROM = "grown_from"
+"""Attribute of a store that was appended to: ``digests`` of the store before each time, and by channel the first
+``data`` digest of ``audit.data_digest``."""
+
 
 def read_attributes(root: Path) -> dict[str, Any]:
     """Returns the attributes of a finished store, reading nothing else. Raises InputError where there is none, and
@@ -113,6 +117,15 @@ class StoreMetadata:
     def digest(self) -> str:
         """One sha256 over every file and attribute, as recorded; ``stdist check`` computes it again."""
         return self.attributes["digest"]
+
+    @property
+    def earlier_digests(self) -> list[str]:
+        """Digests that the store had before days were appended to it, the first one first."""
+        return self.attributes.get(GROWN_FROM, {}).get("digests", [])
+
+    def is_or_was(self, digest: str | None) -> bool:
+        """True for the store's digest, and for one that it had before days were appended to it."""
+        return digest in (self.digest, *self.earlier_digests)
 
     @property
     def default_split(self) -> Split:

@@ -54,16 +54,20 @@ class Shards(StoredArrays):
     def read(self, name: str, day: int, tile: Tile) -> np.ndarray:
         return np.asarray(self._arrays[name][(self.slots(day), *tile)])
 
+    def file_of(self, name: str, day: int, tile: Tile) -> str:
+        """Name of a shard's file within the store."""
+        sides = self._arrays[name].shards
+        assert sides is not None
+        place = [part.start // side for part, side in zip(tile, sides[1:], strict=True)]
+        return f"{name}/c/{'/'.join(map(str, (day, *place)))}"
+
     def write(self, name: str, day: int, tile: Tile, values: np.ndarray) -> dict[str, dict[str, Any]]:
         """Writes one shard; returns its bytes and sha256 by its name, or nothing where it holds fill values alone.
 
         The bytes are on the disk when this returns.
         """
-        array = self._arrays[name]
-        array[(self.slots(day), *tile)] = values
-        assert array.shards is not None
-        place = [part.start // side for part, side in zip(tile, array.shards[1:], strict=True)]
-        file = f"{name}/c/{'/'.join(map(str, (day, *place)))}"
+        self._arrays[name][(self.slots(day), *tile)] = values
+        file = self.file_of(name, day, tile)
         path = self.path / file
         if not path.exists():
             return {}

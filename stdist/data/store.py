@@ -11,6 +11,7 @@ from stdist.data.spans import AnyRegion, DaySpan, all_cells
 from stdist.data.statistics import Statistics, fit_statistics
 from stdist.data.stored_arrays import StoredArrays
 from stdist.data.windows import Windows
+from stdist.errors import DamageError
 
 
 def open_store(path: str | Path) -> "GridStore":
@@ -20,11 +21,17 @@ def open_store(path: str | Path) -> "GridStore":
     DamageError naming a file that is missing or cut short, or attributes that are not as they were written.
     """
     root = Path(path)
-    attributes = read_attributes(root)
-    if combined_digest(attributes["files"], attributes) != attributes["digest"]:
-        raise damage(root, f"{ROOT_METADATA} is not as it was written")
-    require_all_files(root, attributes["files"])
-    return GridStore(root, attributes)
+    while True:
+        attributes = read_attributes(root)
+        if combined_digest(attributes["files"], attributes) != attributes["digest"]:
+            raise damage(root, f"{ROOT_METADATA} is not as it was written")
+        try:
+            require_all_files(root, attributes["files"])
+        except DamageError:
+            if read_attributes(root)["digest"] != attributes["digest"]:
+                continue  # days were appended just then
+            raise
+        return GridStore(root, attributes)
 
 
 class GridStore(StoredArrays):

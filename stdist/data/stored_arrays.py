@@ -28,7 +28,7 @@ class StoredArrays(StoreMetadata):
 
     @cached_property
     def _files(self) -> VerifiedStore:
-        return VerifiedStore(self.path, self.attributes["files"])
+        return VerifiedStore(self.path, self.attributes["files"], self.attributes["digest"])
 
     @cached_property
     def dataset(self) -> xarray.Dataset:
@@ -108,8 +108,10 @@ class StoredArrays(StoreMetadata):
         frames = np.flatnonzero(self.present)
         return DaySpan(*self.local_days[frames[[0, -1]]])
 
-    def within(self, span: DaySpan) -> np.ndarray:
-        """Time steps on the local days of a span, bool [T]."""
+    def within(self, span: DaySpan | None) -> np.ndarray:
+        """Time steps on the local days of a span, bool [T]; none of None."""
+        if span is None:
+            return np.zeros(len(self.local_days), bool)
         return (span.first_day <= self.local_days) & (self.local_days <= span.last_day)
 
     def step_range(self, span: DaySpan) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, In
     Raises InputError as ``evaluate`` does.
     """
     contract = header.metadata.contract
-    if contract.store_digest != store.digest:
+    if not store.is_or_was(contract.store_digest):
         raise InputError(
             f"forecasts were made on a store of digest {contract.store_digest} ({contract.city}), but "
             f"{store.path} has {store.digest} ({store.city}): score them on the store they were made on"

@@ -99,7 +99,7 @@ class NodesPredictor(Predictor):
         path = run_dir / TEST_FORECASTS
         if not path.exists():
             log(f"note: {path} is not there to say which nodes the run knows; those of {store.path} are taken for them")
-            if noted_digest(run_dir) != store.digest:
+            if not store.is_or_was(noted_digest(run_dir)):
                 return store.region()
             return NodeRange(0, self.first_nodes) if self.first_nodes else store.region(self.data.region)
         trained = open_forecasts(path).header

@@ -221,7 +221,8 @@ def forecast_store(
 ) -> dict[str, Any]:
     """``stdist forecast``: a finished run's model on a store.
 
-    A split's name means the run's own days on the store it was trained on, else the store's default split. The same
+    A split's name means the run's own days on the store it was trained on (days may be appended to it since), else the
+    store's default split. The same
     command run again goes on where a killed one was, whoever ``predict`` are. Raises what ``open_sweep`` raises,
     InputError where ``request.out`` lies in a store or a run, or something else has its name, and as writing would
     where it cannot be written.
@@ -244,5 +245,5 @@ def _days(config: RunConfig, store: GridStore, part: str, run_dir: Path) -> DayS
         raise InputError(
             f"{store.path} has no {part} days; choose train, validation or test, give local days A:B, or ask for --next"
         )
-    split = config.last_split if noted_digest(run_dir) == store.digest else None
+    split = config.last_split if store.is_or_was(noted_digest(run_dir)) else None
     return split_of(split, store).named(part)

@@ -160,7 +160,7 @@ POINTS = [
     ("parts done", finalise, "fill_short_absences", 1, True),
     ("in the imputation, of a day without a part", shards.Shards, "write", 23, False),
     ("between channels", shards.Shards, "write", 26, False),
-    ("imputed, no digests", finalise, "_seal", 1, True),
+    ("imputed, no digests", finalise, "seal", 1, True),
     ("digests, no name", zarr, "consolidate_metadata", 1, False),
     ("name, notes not removed", Path, "rename", 1, False),
 ]

@@ -1,12 +1,14 @@
 """Every figure carries its protocol, and what cannot be scored is refused in one line."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from stdist.data import DaySpan, Region
+from stdist.data import Day, DaySpan, Region, open_store
+from stdist.data.append import StoreAppender
 from stdist.errors import InputError
 from stdist.evaluation import ErrorState, evaluate, forecast_contract
 
@@ -97,6 +99,17 @@ def test_other_data_is_refused_naming_both(forecasts, store, tmp_path):
     for part in (store.digest, other.digest, "toyville", "elsewhere"):
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_forecasts_made_before_days_were_appended_are_scored_on_the_grown_store(forecasts, store, tmp_path):
+    path = shutil.copytree(store.path, tmp_path / "grown.zarr")
+    with StoreAppender(path) as appender:
+        appender.begin(store.days.last_day + 1)
+        appender.add(Day(len(store.days), {name: np.ones((24, *store.shape)) for name in store.channels}))
+        appender.finish()
+    grown = open_store(path)
+    assert len(grown.days) == len(store.days) + 1 and grown.digest != store.digest
+    assert score(forecasts, grown).to_json() == score(forecasts, store).to_json()
 
 
 def test_forecasts_past_the_data_are_refused(forecasts, store):

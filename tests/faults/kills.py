@@ -174,15 +174,16 @@ def _descendants(process: int) -> list[int]:
     return [found for child in map(int, children) for found in (child, *_descendants(child))]
 
 
-def outlive(group: int) -> bool:
-    """Whether processes of a killed command's group are still there after a while; they are killed then."""
+def outliving(group: int) -> list[str]:
+    """What processes of a killed command's group are still there after a while; they are killed then."""
     until = time.monotonic() + PATIENCE / 10
-    while any(_group_of(path) == group for path in Path("/proc").glob("[0-9]*/stat")):
+    while left := [path for path in Path("/proc").glob("[0-9]*/stat") if _group_of(path) == group]:
         if time.monotonic() > until:
+            names = [(path.parent / "cmdline").read_text().replace("\0", " ")[:120] for path in left]
             os.killpg(group, signal.SIGKILL)
-            return True
+            return names
         time.sleep(0.05)
-    return False
+    return []
 
 
 def _group_of(stat: Path) -> int | None:
@@ -256,14 +257,14 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
         wrong = finish(start, command.arguments)
         if wrong and not _was_made(command, 2):
             return wrong
-    if any([outlive(group) for group in groups]):
-        return "processes outlive the command that was killed"
+    if left := [name for group in groups for name in outliving(group)]:
+        return f"processes outlive the command that was killed: {left}"
     made = contents(Path(command.makes))
     differing = sorted(name for name in made.keys() | expected.made.keys() if made.get(name) != expected.made.get(name))
     if differing:
         return f"other contents: {differing[:5]}"
-    left = sorted(str(path) for path in Path().rglob("*") if ".partial" in path.name)
-    return f"left behind: {left[:5]}" if left else None
+    partial = sorted(str(path) for path in Path().rglob("*") if ".partial" in path.name)
+    return f"left behind: {partial[:5]}" if partial else None
 
 
 def _was_made(command: Killed, code: int) -> bool:

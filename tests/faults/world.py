@@ -123,6 +123,7 @@ OPTIONS = {
 }
 """What the reader needs beside them."""
 COMMANDS = {
+    "append": ["nodes.zarr", "zones.npz", "--start", "2019-01-01T00:00"],
     "check": ["nodes.zarr"],
     "train": ["urban.yaml", "name=new"],
     "demo": ["--data", "grid.zarr"],
