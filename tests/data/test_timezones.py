@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import READERS, Plan, PrepareSummary, prepare
+from data_prep.append import append
 from stdist.data import DaySpan, GridStore, NodeSpec, Split, open_store
 from stdist.data.check import check_store
 from stdist.data.next_window import next_window
@@ -228,3 +229,27 @@ def test_split_days_are_checked_by_the_wall_clock(make_zoned):
         make_zoned("Europe/Madrid", "2019-01-01", "2019-01-10", train="2019-01-01:2019-01-10")
     store = make_zoned("Europe/Madrid", "2019-07-01", "2019-07-10", train="2019-07-01:2019-07-09")
     assert store.default_split == Split.parse("2019-07-01:2019-07-09")
+
+
+def test_days_appended_over_a_change_make_the_store_of_all(tmp_path):
+    """Times of the wall clock as people write them, the repeated hour twice; with a hole over the change itself."""
+    stamps = np.arange(np.datetime64("2019-10-20T22:00"), np.datetime64("2019-10-29T23:00"), 60)
+    local = [
+        datetime.fromisoformat(f"{stamp}+00:00").astimezone(ZoneInfo("Europe/Madrid")).strftime("%Y-%m-%d %H:%M")
+        for stamp in stamps
+    ]
+    assert len(set(local)) == len(local) - 1
+    rows = [f"{stamp},{t},{'' if 140 < t < 150 else t + 0.25}\n" for t, stamp in enumerate(local)]
+    for name, part in (("a", rows[: 5 * 24]), ("b", rows[5 * 24 :])):
+        (tmp_path / f"{name}.csv").write_text("time,1,2\n" + "".join(part))
+    spans = {"train": "2019-10-21:2019-10-23", "validation": "2019-10-24:2019-10-24", "test": "2019-10-25:2019-10-25"}
+    make, a, b = READERS["table"].plan, tmp_path / "a.csv", tmp_path / "b.csv"
+    prepare(make([a], timezone="Europe/Madrid", **spans), tmp_path / "grown.zarr")
+    summary = append(tmp_path / "grown.zarr", [b])
+    whole = open_store(prepare(make([a, b], timezone="Europe/Madrid", **spans), tmp_path / "whole.zarr").path)
+    grown = open_store(tmp_path / "grown.zarr")
+    assert summary.growth.new_frames == len(rows) - 5 * 24 and grown.timezone == "Europe/Madrid"
+    assert grown.attributes["files"] == whole.attributes["files"]
+    hours = [stamp[11:13] for stamp in map(str, grown.local_times) if stamp.startswith("2019-10-27")]
+    assert hours[:5] == ["00", "01", "02", "02", "03"] and len(hours) == 25
+    assert check_store(grown.path).ok
