@@ -23,6 +23,7 @@ from stdist.errors import DamageError, InputError
 from stdist.evaluation import figures, forecast_header
 from stdist.evaluation.forecast_header import ForecastHeader, tiles
 from stdist.evaluation.forecasts import ForecastFile, open_forecasts
+from stdist.evaluation.levels import INTERVALS
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_windows, read_targets
 from stdist.evaluation.run_files import RunMetrics, Scores, read_embeddings, read_log, read_metrics
@@ -302,7 +303,9 @@ def read_trace(
     values = forecasts.read(slice(0, len(origins)), region, quantiles=True)
     point, *quantiles = values.reshape(values.shape[:3])
     where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], position, strict=True))
-    title, band = f"{name} {header.cell_ids[index]} ({where})", np.stack(quantiles[::2]) if quantiles else None
+    title, band = f"{name} {header.cell_ids[index]} ({where})", None
+    if quantiles:
+        band = np.stack([quantiles[header.levels.index(level)] for level in INTERVALS["80 %"]])
     return figures.Trace(title, contract.units, store.local_times[first:stop], truth, origins - first, point, band)
 
 

@@ -1,0 +1,133 @@
+"""Quantiles of any point forecast by split conformal calibration: signed residuals of days with truth, by step and by
+class of the forecast, divided by the place's usual residual in that class.
+
+Split conformal prediction with a scale per point (Lei et al., Distribution-free predictive inference for regression,
+2018, section 5.2), and by class of the forecast (Mondrian; Vovk et al., Algorithmic Learning in a Random World, 2005):
+a place's forecasts are cut into ``CLASSES`` of equal size, quiet to busy, so that neither a busy place nor a busy hour
+has the band of a quiet one. docs/intervals.md says what is promised and measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from stdist.errors import InputError
+from stdist.evaluation.levels import LEVELS
+
+CLASSES = 5
+FEWEST = round(1 / LEVELS[0]) - 1
+"""Residuals below which the outermost quantile would lie beyond all of them."""
+SMALLEST_SHARE = 0.05
+"""Of a place's mean residual, that a class of it has at least: a class of nothing but zeros still has a band."""
+
+
+def conformal_quantiles(residuals: Float[np.ndarray, " n"], levels: Sequence[float]) -> Float[np.ndarray, " levels"]:
+    """Quantiles with split conformal prediction's correction for n residuals: above the median the ⌈(n + 1) level⌉-th
+    smallest, below it the ⌊(n + 1) level⌋-th, so that a new one, exchangeable with them, lies beyond it no more often
+    than the level says. NaN where that is none of them."""
+    ordered, n = np.sort(residuals), len(residuals)
+    found = []
+    for level in levels:
+        rank = round((n + 1) * level, 9)
+        number = math.ceil(rank) if level > 0.5 else math.floor(rank)
+        if level == 0.5:
+            found.append(float(np.median(ordered)) if n else math.nan)
+        else:
+            found.append(float(ordered[number - 1]) if 1 <= number <= n else math.nan)
+    return np.array(found)
+
+
+@dataclass(frozen=True, eq=False)
+class ConformalQuantiles:
+    """``LEVELS`` of P places and K steps from their point forecasts.
+
+    ``edges``: forecasts that a place's C classes meet at, in units. ``scales``: mean absolute residual of a place and
+    class, in units. ``offsets``: quantiles of residuals divided by these. ``lowest``: 0 where no truth was below it,
+    which no quantile then is; None elsewhere.
+    """
+
+    edges: Float[np.ndarray, "P C-1"]
+    scales: Float[np.ndarray, "P C"]
+    offsets: Float[np.ndarray, "C K levels"]
+    lowest: float | None
+
+    @classmethod
+    def fit(
+        cls,
+        forecast: Float[np.ndarray, "N K P"],
+        truth: Float[np.ndarray, "N K P"],
+        observed: Bool[np.ndarray, "N K P"],
+    ) -> ConformalQuantiles:
+        """Of forecasts whose truth was observed where ``observed``. Fewer classes where a class would have too few
+        residuals of a step. Raises InputError where one class has."""
+        forecast = forecast.astype(np.float64)
+        residuals = np.where(observed, truth - forecast, np.nan)
+        lowest = 0.0 if observed.any() and truth[observed].min() >= 0 else None
+        for classes in range(CLASSES, 0, -1):
+            shares = np.linspace(0, 1, classes + 1)[1:-1]
+            edges = np.quantile(forecast, shares, axis=(0, 1)).T.reshape(forecast.shape[2], -1)
+            members = _classes(forecast, edges)
+            scales = _scales(np.abs(residuals), members, classes)
+            scaled = residuals / np.take_along_axis(scales, members.reshape(-1, len(scales)).T, 1).T.reshape(
+                residuals.shape
+            )
+            parts = [[_seen(scaled[:, k], members[:, k] == c) for k in range(scaled.shape[1])] for c in range(classes)]
+            fewest = min(len(part) for steps in parts for part in steps)
+            if fewest >= FEWEST:
+                break
+        else:
+            raise InputError(
+                f"a step has {fewest} observed points to calibrate {LEVELS[0]:g} to {LEVELS[-1]:g} by, and "
+                f"they need {FEWEST}; calibrate on more days"
+            )
+        offsets = np.array([[conformal_quantiles(part, LEVELS) for part in steps] for steps in parts])
+        return cls(edges, scales, offsets, lowest)
+
+    def quantiles(
+        self, forecast: Float[np.ndarray, "N K p"], places: Int[np.ndarray, " p"]
+    ) -> Float[np.ndarray, "levels N K p"]:
+        """Of point forecasts of the ``places`` number …, of the first K steps; rising with the level, NaN where the
+        forecast is."""
+        exact = forecast.astype(np.float64)
+        members = _classes(exact, self.edges[places])
+        scales = self.scales[places][np.arange(len(places)), members]
+        steps = np.arange(exact.shape[1])[:, None]
+        spread = np.moveaxis(self.offsets[members, steps], -1, 0)
+        quantiles = np.sort(exact + scales * spread, axis=0)
+        if self.lowest is not None:
+            quantiles = np.maximum(quantiles, self.lowest)
+        return quantiles.astype(np.float32)
+
+
+def _classes(forecast: Float[np.ndarray, "N K p"], edges: Float[np.ndarray, "p edges"]) -> Int[np.ndarray, "N K p"]:
+    members = np.zeros(forecast.shape, np.int64)
+    for edge in edges.T:
+        members += forecast > edge
+    return members
+
+
+def _scales(
+    sizes: Float[np.ndarray, "N K P"], members: Int[np.ndarray, "N K P"], classes: int
+) -> Float[np.ndarray, "P classes"]:
+    """Mean of ``sizes`` by place and class; that of all places where there is none."""
+    seen = ~np.isnan(sizes)
+    counts, sums = np.zeros((2, sizes.shape[2], classes))
+    for c in range(classes):
+        chosen = seen & (members == c)
+        counts[:, c], sums[:, c] = chosen.sum((0, 1)), np.where(chosen, sizes, 0).sum((0, 1))
+    overall = sums.sum() / max(1, counts.sum()) or 1.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        of_places = np.where(counts.sum(1) > 0, sums.sum(1) / counts.sum(1), overall)[:, None]
+        of_classes = np.where(counts > 0, sums / counts, of_places)
+    least = SMALLEST_SHARE * np.maximum(of_places, SMALLEST_SHARE * overall)
+    return np.maximum(of_classes, least)
+
+
+def _seen(values: Float[np.ndarray, "N P"], chosen: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, " n"]:
+    values = values[chosen]
+    return values[~np.isnan(values)]
