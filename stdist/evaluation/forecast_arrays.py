@@ -67,7 +67,7 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
         point[windows] = values[0]
         if quantiles is not None:
             quantiles[:, windows] = values[1:]
-        if costs is not None:
+        if costs is not None and ratio is not None:
             costs[windows] = for_cost(values[1:], header.levels, ratio)
     written = sorted(file for file in path.rglob("*") if file.is_file() and file != path / ROOT_METADATA)
     files = {file.relative_to(path).as_posix(): record_of(file) for file in written}

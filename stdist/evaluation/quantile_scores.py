@@ -116,7 +116,7 @@ def intervals_of(levels: tuple[float, ...]) -> dict[str, tuple[int, int]]:
 
 
 HOURS = 24
-GROUPS = ("quietest quarter of places", "second", "third", "busiest quarter of places")
+GROUPS = ("quietest quarter of places", "second quarter", "third quarter", "busiest quarter of places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +131,8 @@ class QuantileErrors:
 
     @classmethod
     def empty(cls, levels: tuple[float, ...], K: int, places: int) -> QuantileErrors:
-        states = (QuantileState.empty(levels, groups) for groups in (K, HOURS, places))
-        return cls(*states, np.zeros(places))
+        steps, hours, each = (QuantileState.empty(levels, groups) for groups in (K, HOURS, places))
+        return cls(steps, hours, each, np.zeros(places))
 
     def add(
         self,
@@ -167,7 +167,7 @@ class QuantileErrors:
         everything = [np.arange(len(self.steps.count))]
         seen = np.flatnonzero(self.places.count)
         ranked = seen[np.argsort(self.truth[seen] / self.places.count[seen], kind="stable")]
-        quarters = [part for part in np.array_split(ranked, len(GROUPS))]
+        quarters = np.array_split(ranked, len(GROUPS))
         return {
             "crps_is": f"by {len(self.steps.levels)} quantiles: twice their mean pinball loss",
             "pooled": self.steps.merged(everything).rows()[0],

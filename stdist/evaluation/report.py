@@ -116,6 +116,7 @@ def build_report(run_dir: Path) -> Path:
         verdict=verdict(metrics) if metrics else "",
         warnings=_warnings(metrics, pictures) if metrics else [],
         horizons=_horizon_figure(metrics, gallery) if metrics else None,
+        reliability=_reliability_figure(metrics, gallery) if metrics and metrics.quantiles else None,
         curves=curves,
         pictures=pictures,
         embeddings=embeddings,
@@ -225,6 +226,21 @@ def _horizon_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
     minutes = metrics.contract.get("cadence_seconds", 0) / 60
     figure = figures.horizon_curves(curve(metrics.model), others, minutes)
     return gallery.add("horizons", figure, "NRMSE of each step ahead")
+
+
+def _reliability_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
+    below = {
+        name: {float(level): share for level, share in scores.pooled.below.items() if share is not None}
+        for name, scores in metrics.quantiles.items()
+    }
+    steps = metrics.quantiles["model"].per_horizon if "model" in metrics.quantiles else []
+    coverage = {
+        name: [float("nan") if (share := step.intervals[name].coverage) is None else share for step in steps]
+        for name in (steps[0].intervals if steps else ())
+    }
+    minutes = metrics.contract.get("cadence_seconds", 0) / 60
+    figure = figures.reliability(below, coverage, minutes)
+    return gallery.add("reliability", figure, "Quantiles of the test days, by those of the days calibrated on")
 
 
 def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> ForecastPictures:

@@ -90,8 +90,8 @@ def _read_all(forecasts: ForecastFile, windows: Windows) -> tuple[np.ndarray, np
     shape = header.shape
     arrays = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
     for block, tile in header.blocks():
-        values = forecasts.read(block, tile)[0], *read_targets(windows, tile, windows.origins[block])
-        for array, part in zip(arrays, values, strict=True):
+        parts = forecasts.read(block, tile)[0], *read_targets(windows, tile, windows.origins[block])
+        for array, part in zip(arrays, parts, strict=True):
             array[header.place(block, tile)] = part
     values, truth, observed = (array.reshape(*shape[:2], -1) for array in arrays)
     return values, truth, observed

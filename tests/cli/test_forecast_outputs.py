@@ -83,7 +83,9 @@ def test_a_store_that_ends_in_a_gap_is_forecast_behind_its_last_frame(finished_r
     present = np.ones(8 * 24, bool)
     present[7 * 24 + 18 :] = False
     values[7 * 24 + 16, 0, :2] = np.nan
-    spec = GridSpec(whole.city, ("internet",), whole.days.first_day, whole.days.last_day, whole.cell_ids, 60, 60, whole.units)
+    spec = GridSpec(
+        whole.city, ("internet",), whole.days.first_day, whole.days.last_day, whole.cell_ids, 60, 60, whole.units
+    )
     with GridWriter(tmp_path / "cut.zarr", spec, {"made by": "a test"}) as writer:
         for day in range(8):
             slots = slice(day * 24, (day + 1) * 24)
