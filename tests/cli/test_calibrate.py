@@ -93,7 +93,8 @@ def test_what_comes_next_has_the_quantiles_of_that_origin(stdist, run, city, tmp
     assert stdist("forecast", run, city, "--out", with_cost, *options).code == 0
     arrays = read(with_cost)
     np.testing.assert_array_equal(arrays["forecast_for_cost"], arrays["forecast"][LEVELS.index(0.75)])
-    assert stdist("evaluate", with_cost, city).code == 2, "no split has this window"
+    scored = stdist("evaluate", with_cost, city, "--json").json
+    assert scored["contract"]["windows"] == 1 and scored["contract"]["points"] == 2 * 4, "its truth has come"
 
 
 def test_the_days_calibrated_on_are_not_scored(stdist, run, city, tmp_path):
