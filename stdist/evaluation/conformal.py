@@ -22,6 +22,9 @@ from stdist.evaluation.levels import LEVELS
 CLASSES = 5
 FEWEST = round(1 / LEVELS[0]) - 1
 """Residuals below which the outermost quantile would lie beyond all of them."""
+FOLDS = 5
+"""Stretches of the days calibrated on: a residual is divided by the mean of the others' residuals, as a new day's will
+be. By its own it would be too small: 1 point of coverage for a week of New York."""
 SMALLEST_SHARE = 0.05
 """Of a place's mean residual, that a class of it has at least: a class of nothing but zeros still has a band."""
 
@@ -72,10 +75,11 @@ class ConformalQuantiles:
             shares = np.linspace(0, 1, classes + 1)[1:-1]
             edges = np.quantile(forecast, shares, axis=(0, 1)).T.reshape(forecast.shape[2], -1)
             members = _classes(forecast, edges)
-            scales = _scales(np.abs(residuals), members, classes)
-            scaled = residuals / np.take_along_axis(scales, members.reshape(-1, len(scales)).T, 1).T.reshape(
-                residuals.shape
-            )
+            counts, sums = _sums(np.abs(residuals), members, classes)
+            scaled = np.empty_like(residuals)
+            for fold in np.array_split(np.arange(len(residuals)), FOLDS):
+                own = _sums(np.abs(residuals[fold]), members[fold], classes)
+                scaled[fold] = residuals[fold] / _of(_scales(counts - own[0], sums - own[1]), members[fold])
             parts = [[_seen(scaled[:, k], members[:, k] == c) for k in range(scaled.shape[1])] for c in range(classes)]
             fewest = min(len(part) for steps in parts for part in steps)
             if fewest >= FEWEST:
@@ -86,7 +90,7 @@ class ConformalQuantiles:
                 f"they need {FEWEST}; calibrate on more days"
             )
         offsets = np.array([[conformal_quantiles(part, LEVELS) for part in steps] for steps in parts])
-        return cls(edges, scales, offsets, lowest)
+        return cls(edges, _scales(counts, sums), offsets, lowest)
 
     def quantiles(
         self, forecast: Float[np.ndarray, "N K p"], places: Int[np.ndarray, " p"]
@@ -95,7 +99,7 @@ class ConformalQuantiles:
         forecast is."""
         exact = forecast.astype(np.float64)
         members = _classes(exact, self.edges[places])
-        scales = self.scales[places][np.arange(len(places)), members]
+        scales = _of(self.scales[places], members)
         steps = np.arange(exact.shape[1])[:, None]
         spread = np.moveaxis(self.offsets[members, steps], -1, 0)
         quantiles = np.sort(exact + scales * spread, axis=0)
@@ -111,21 +115,30 @@ def _classes(forecast: Float[np.ndarray, "N K p"], edges: Float[np.ndarray, "p e
     return members
 
 
-def _scales(
+def _of(scales: Float[np.ndarray, "p classes"], members: Int[np.ndarray, "N K p"]) -> Float[np.ndarray, "N K p"]:
+    return scales[np.arange(len(scales)), members]
+
+
+def _sums(
     sizes: Float[np.ndarray, "N K P"], members: Int[np.ndarray, "N K P"], classes: int
-) -> Float[np.ndarray, "P classes"]:
-    """Mean of ``sizes`` by place and class; that of all places where there is none."""
+) -> tuple[Float[np.ndarray, "P classes"], Float[np.ndarray, "P classes"]]:
+    """How many of ``sizes`` there are by place and class, and their sums."""
     seen = ~np.isnan(sizes)
     counts, sums = np.zeros((2, sizes.shape[2], classes))
     for c in range(classes):
         chosen = seen & (members == c)
         counts[:, c], sums[:, c] = chosen.sum((0, 1)), np.where(chosen, sizes, 0).sum((0, 1))
-    overall = sums.sum() / max(1, counts.sum()) or 1.0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_places = np.where(counts.sum(1) > 0, sums.sum(1) / counts.sum(1), overall)[:, None]
-        of_classes = np.where(counts > 0, sums / counts, of_places)
-    least = SMALLEST_SHARE * np.maximum(of_places, SMALLEST_SHARE * overall)
-    return np.maximum(of_classes, least)
+    return counts, sums
+
+
+def _scales(
+    counts: Float[np.ndarray, "P classes"], sums: Float[np.ndarray, "P classes"]
+) -> Float[np.ndarray, "P classes"]:
+    """Means by place and class; the place's where a class has none, all places' where the place has none."""
+    overall = float(sums.sum() / max(1.0, counts.sum())) or 1.0
+    of_places = np.divide(sums.sum(1), counts.sum(1), out=np.full(len(sums), overall), where=counts.sum(1) > 0)[:, None]
+    of_classes = np.divide(sums, counts, out=np.broadcast_to(of_places, sums.shape).copy(), where=counts > 0)
+    return np.maximum(of_classes, SMALLEST_SHARE * np.maximum(of_places, SMALLEST_SHARE * overall))
 
 
 def _seen(values: Float[np.ndarray, "N P"], chosen: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, " n"]:

@@ -47,18 +47,30 @@ def test_a_known_distribution_is_met_at_every_step_place_and_height():
 
 
 def test_scales_and_edges_by_hand():
-    """One place, one step, forecasts 1 … 200, errors of twice the class: edges at fifths, scales 2, 4, …, 10."""
-    forecast = np.arange(1, 201, dtype=np.float32).reshape(200, 1, 1)
-    size = 2 * (1 + np.arange(200) // 40).reshape(200, 1, 1)
-    truth = forecast + size * np.where(np.arange(200) % 2, 1, -1).reshape(200, 1, 1) + 1000
+    """One place, one step, forecasts 1 … 200 in turns of the five classes, so that each fifth of the windows has eight
+    of each; errors of twice the class: edges at fifths, scales 2, 4, …, 10, whichever fifth is left out."""
+    forecast = (np.arange(200) % 5 * 40 + np.arange(200) // 5 + 1).astype(np.float32).reshape(200, 1, 1)
+    size = 2 * (1 + np.arange(200) % 5).reshape(200, 1, 1)
+    sign = np.where(np.arange(200) // 5 % 2, 1, -1).reshape(200, 1, 1)
+    truth = forecast + size * sign
     observed = np.ones(truth.shape, bool)
-    observed[7] = False
-    truth[7] = 1e9  # what was not observed teaches nothing
-    fit = ConformalQuantiles.fit(forecast, truth - 1000 * observed, observed)
+    truth[7], observed[7] = 1e9, False  # what was not observed teaches nothing
+    fit = ConformalQuantiles.fit(forecast, truth, observed)
     np.testing.assert_allclose(fit.edges, [[40.8, 80.6, 120.4, 160.2]])
     np.testing.assert_allclose(fit.scales, [[2, 4, 6, 8, 10]])
-    assert fit.offsets[:, 0, [0, -1]].tolist() == [[-1, 1]] * 5
-    np.testing.assert_allclose(fit.quantiles(forecast[[100]], np.array([0]))[[0, -1], 0, 0, 0], [101 - 6, 101 + 6])
+    np.testing.assert_allclose(fit.offsets[:, 0, [0, -1]], [[-1, 1]] * 5)
+    at = np.array([[[101.0]]])
+    np.testing.assert_allclose(fit.quantiles(at, np.array([0]))[[0, -1], 0, 0, 0], [101 - 6, 101 + 6])
+
+
+def test_a_residual_is_divided_by_the_mean_of_the_other_stretches():
+    """Five stretches of 40 windows of one forecast, whose errors are ± 1, 2, 3, 4 and 5: the others' means are 3.5,
+    3.25, 3, 2.75 and 2.5, so the largest is 5 / 2.5 and the outermost offset 2, on a scale of 3."""
+    size = np.repeat([1.0, 2, 3, 4, 5], 40).reshape(200, 1, 1)
+    forecast = np.full(size.shape, 100.0)
+    truth = forecast + size * np.where(np.arange(200) % 2, 1, -1).reshape(200, 1, 1)
+    fit = ConformalQuantiles.fit(forecast, truth, np.ones(size.shape, bool))
+    np.testing.assert_allclose(fit.quantiles(forecast[:1], np.array([0]))[[0, -1], 0, 0, 0], [100 - 6, 100 + 6])
 
 
 def test_quantiles_rise_and_stay_above_what_never_was():
