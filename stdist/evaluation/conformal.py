@@ -1,5 +1,6 @@
-"""Quantiles of any point forecast by split conformal calibration: signed residuals of days with truth, by step and by
-class of the forecast, divided by the place's usual residual in that class.
+"""Quantiles of any forecast by split conformal calibration: signed residuals of days with truth, by step and by class
+of the forecast, divided by the place's usual residual in that class. Of a model that has quantiles of its own they are
+corrections of these, as in conformalized quantile regression (Romano et al. 2019, Eq. 6-8, each end for itself).
 
 Split conformal prediction with a scale per point (Lei et al., Distribution-free predictive inference for regression,
 2018, section 5.2), and by class of the forecast (Mondrian; Vovk et al., Algorithmic Learning in a Random World, 2005):
@@ -65,9 +66,11 @@ class ConformalQuantiles:
         forecast: Float[np.ndarray, "N K P"],
         truth: Float[np.ndarray, "N K P"],
         observed: Bool[np.ndarray, "N K P"],
+        own: Float[np.ndarray, "levels N K P"] | None = None,
     ) -> ConformalQuantiles:
-        """Of forecasts whose truth was observed where ``observed``. Fewer classes where a class would have too few
-        residuals of a step. Raises InputError where one class has."""
+        """Of forecasts whose truth was observed where ``observed``. ``own``: the model's own quantiles, which are then
+        what residuals are of, each level for itself. Fewer classes where a class would have too few residuals of a
+        step. Raises InputError where one class has."""
         forecast = forecast.astype(np.float64)
         residuals = np.where(observed, truth - forecast, np.nan)
         lowest = 0.0 if observed.any() and truth[observed].min() >= 0 else None
@@ -76,11 +79,11 @@ class ConformalQuantiles:
             edges = np.quantile(forecast, shares, axis=(0, 1)).T.reshape(forecast.shape[2], -1)
             members = _classes(forecast, edges)
             counts, sums = _sums(np.abs(residuals), members, classes)
-            scaled = np.empty_like(residuals)
+            usual = np.empty_like(residuals)
             for fold in np.array_split(np.arange(len(residuals)), FOLDS):
-                own = _sums(np.abs(residuals[fold]), members[fold], classes)
-                scaled[fold] = residuals[fold] / _of(_scales(counts - own[0], sums - own[1]), members[fold])
-            parts = [[_seen(scaled[:, k], members[:, k] == c) for k in range(scaled.shape[1])] for c in range(classes)]
+                inside = _sums(np.abs(residuals[fold]), members[fold], classes)
+                usual[fold] = _of(_scales(counts - inside[0], sums - inside[1]), members[fold])
+            parts = _parts(residuals / usual, members, classes)
             fewest = min(len(part) for steps in parts for part in steps)
             if fewest >= FEWEST:
                 break
@@ -89,20 +92,32 @@ class ConformalQuantiles:
                 f"a step has {fewest} observed points to calibrate {LEVELS[0]:g} to {LEVELS[-1]:g} by, and "
                 f"they need {FEWEST}; calibrate on more days"
             )
-        offsets = np.array([[conformal_quantiles(part, LEVELS) for part in steps] for steps in parts])
+        if own is None:
+            offsets = np.array([[conformal_quantiles(part, LEVELS) for part in steps] for steps in parts])
+        else:
+            of_levels = []
+            for level, quantile in zip(LEVELS, own, strict=True):
+                parts = _parts(
+                    np.where(observed, truth - quantile.astype(np.float64), np.nan) / usual, members, classes
+                )
+                of_levels.append([[conformal_quantiles(part, (level,))[0] for part in steps] for steps in parts])
+            offsets = np.moveaxis(np.array(of_levels), 0, -1)
         return cls(edges, _scales(counts, sums), offsets, lowest)
 
     def quantiles(
-        self, forecast: Float[np.ndarray, "N K p"], places: Int[np.ndarray, " p"]
+        self,
+        forecast: Float[np.ndarray, "N K p"],
+        places: Int[np.ndarray, " p"],
+        own: Float[np.ndarray, "levels N K p"] | None = None,
     ) -> Float[np.ndarray, "levels N K p"]:
-        """Of point forecasts of the ``places`` number …, of the first K steps; rising with the level, NaN where the
-        forecast is."""
+        """Of point forecasts of the ``places`` number …, of the first K steps, and the model's ``own`` quantiles if it
+        was fitted with such; rising with the level, NaN where the forecast is."""
         exact = forecast.astype(np.float64)
         members = _classes(exact, self.edges[places])
         scales = _of(self.scales[places], members)
         steps = np.arange(exact.shape[1])[:, None]
         spread = np.moveaxis(self.offsets[members, steps], -1, 0)
-        quantiles = np.sort(exact + scales * spread, axis=0)
+        quantiles = np.sort((exact if own is None else own) + scales * spread, axis=0)
         if self.lowest is not None:
             quantiles = np.maximum(quantiles, self.lowest)
         return quantiles.astype(np.float32)
@@ -141,6 +156,10 @@ def _scales(
     return np.maximum(of_classes, SMALLEST_SHARE * np.maximum(of_places, SMALLEST_SHARE * overall))
 
 
-def _seen(values: Float[np.ndarray, "N P"], chosen: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, " n"]:
-    values = values[chosen]
-    return values[~np.isnan(values)]
+def _parts(
+    scaled: Float[np.ndarray, "N K P"], members: Int[np.ndarray, "N K P"], classes: int
+) -> list[list[Float[np.ndarray, " n"]]]:
+    """The observed ones by class and step."""
+    seen = ~np.isnan(scaled)
+    steps = range(scaled.shape[1])
+    return [[scaled[:, k][seen[:, k] & (members[:, k] == c)] for k in steps] for c in range(classes)]

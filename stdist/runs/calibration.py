@@ -3,6 +3,7 @@ quantiles of all later forecasts of the run."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from stdist.data.audit import Fitted, data_digest, leaks, refuse_leaks
 from stdist.evaluation import build_report, open_forecasts
 from stdist.evaluation.conformal import ConformalQuantiles
 from stdist.evaluation.forecasts import ForecastFile
+from stdist.evaluation.levels import LEVELS
 from stdist.evaluation.protocol import local_hours, match_windows, read_targets
 from stdist.evaluation.quantile_baselines import score_baseline_quantiles
 from stdist.evaluation.quantile_scores import QuantileErrors
@@ -41,8 +43,10 @@ def calibrate_run(
     """
     run_dir = request.run_dir
     with held(run_dir):
+        request = replace(request, quantiles=False)  # not by the calibration before
         sweep = open_sweep(config, last_stage, load, request, log)
         predictor, windows = sweep.predictor, sweep.windows
+        predictor.ask_distribution()
         log(windows.contract)
         data = data_digest(windows.store, windows.channel)
         refuse_leaks(predictor.fitted, windows.span, data)
@@ -52,6 +56,14 @@ def calibrate_run(
         calibration = _fit(open_forecasts(path), sweep, data)
         write_calibration(run_dir / CALIBRATION, calibration)
         shutil.rmtree(path)
+
+        def forecast_test() -> Path:
+            asked = replace(request, region=None, split="test")
+            test = open_sweep(config, last_stage, load, asked, log)
+            test.predictor.ask_distribution()
+            write_forecasts(config, test.predictor, test.windows, test.summary, path, log)
+            return path
+
         days = np.unique(windows.store.local_times[windows.origins + 1].astype("datetime64[D]"))
         result: dict[str, Any] = {
             "calibration": str(run_dir / CALIBRATION),
@@ -60,15 +72,18 @@ def calibrate_run(
             "places": len(calibration.places),
             "classes": len(calibration.offsets),
         }
-        scores = _score_test(config, calibration, windows, run_dir, log)
+        scores = _score_test(config, calibration, windows, run_dir, forecast_test, log)
+        shutil.rmtree(path, ignore_errors=True)
         return result | ({"test": scores} if scores else {})
 
 
 def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
     header, windows = forecasts.header, sweep.windows
-    values, truth, observed = _read_all(forecasts, windows)
+    values, own, truth, observed = _read_all(forecasts, windows)
     known = np.isfinite(values).all((0, 1))
-    conformal = ConformalQuantiles.fit(*(array[:, :, known] for array in (values, truth, observed)))
+    conformal = ConformalQuantiles.fit(
+        *(array[:, :, known] for array in (values, truth, observed)), None if own is None else own[..., known]
+    )
     return Calibration(
         run=header.metadata.run,
         checkpoint=header.metadata.checkpoint,
@@ -76,6 +91,7 @@ def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
         contract=header.metadata.contract,
         fitted=Fitted.on("calibration", windows.span, data),
         windows=len(windows),
+        corrects_own=own is not None,
         places=tuple(header.cell_ids.ravel()[known].tolist()),
         edges=conformal.edges.tolist(),
         scales=conformal.scales.tolist(),
@@ -84,24 +100,37 @@ def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
     )
 
 
-def _read_all(forecasts: ForecastFile, windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Point forecasts, truth and whether it was observed, [N, K, P], of all of a file's places row by row."""
+def _read_all(
+    forecasts: ForecastFile, windows: Windows
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """Point forecasts [N, K, P], the model's own ``LEVELS`` [levels, N, K, P] if it has them, truth and whether it was
+    observed, [N, K, P], of all of a file's places row by row."""
     header = forecasts.header
     shape = header.shape
-    arrays = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
+    has_own = header.levels == LEVELS
+    values = np.empty((1 + len(LEVELS) * has_own, *shape), np.float32)
+    truth, observed = np.empty(shape, np.float32), np.empty(shape, bool)
     for block, tile in header.blocks():
-        parts = forecasts.read(block, tile)[0], *read_targets(windows, tile, windows.origins[block])
-        for array, part in zip(arrays, parts, strict=True):
-            array[header.place(block, tile)] = part
-    values, truth, observed = (array.reshape(*shape[:2], -1) for array in arrays)
-    return values, truth, observed
+        place = header.place(block, tile)
+        values[:, *place] = forecasts.read(block, tile, quantiles=has_own)
+        truth[place], observed[place] = read_targets(windows, tile, windows.origins[block])
+    values, truth, observed = (
+        array.reshape(*array.shape[: -len(shape[2:])], -1) for array in (values, truth, observed)
+    )
+    return values[0], values[1:] if has_own else None, truth, observed
 
 
 def _score_test(
-    config: RunConfig, calibration: Calibration, calibrated: Windows, run_dir: Path, log: Callable[[str], None]
+    config: RunConfig,
+    calibration: Calibration,
+    calibrated: Windows,
+    run_dir: Path,
+    forecast_test: Callable[[], Path],
+    log: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Scores of the quantiles of the run's own test forecasts, beside the baselines', which go into its report; None
-    where it has none of these data or days."""
+    where it has none of these data or days. ``forecast_test`` makes them again where the model has quantiles of its
+    own, which are not in them."""
     path, store = run_dir / TEST_FORECASTS, calibrated.store
     assert isinstance(store, GridStore)
     if not (path.exists() and (run_dir / METRICS).exists()):
@@ -117,18 +146,22 @@ def _score_test(
     if leaks([calibration.fitted], tested.span, data_digest(store, calibrated.channel)):
         log(f"note: test days are among the days calibrated on, {calibrated.span}; their intervals are not scored")
         return None
-    values, truth, observed = _read_all(forecasts, tested)
+    if calibration.corrects_own:
+        forecasts = open_forecasts(forecast_test())
+    values, own, truth, observed = _read_all(forecasts, tested)
     if (observed.any((0, 1)) & ~known).any():
         log("note: the calibration does not have all places of the test forecasts; their intervals are not scored")
         return None
     quantiles = np.full((len(calibration.levels), *values.shape), np.nan, np.float32)
-    quantiles[..., known] = calibration.conformal.quantiles(values[:, :, known], calibration.numbers_of(ids[known]))
+    numbers = calibration.numbers_of(ids[known])
+    part = None if own is None else own[..., known]
+    quantiles[..., known] = calibration.conformal.quantiles(values[:, :, known], numbers, part)
     nothing = QuantileErrors.empty(calibration.levels, tested.K, len(ids))
     hours = local_hours(store, origins, tested.K)
-    own = nothing.add(quantiles, truth, observed, hours, np.arange(len(ids))).summary()
+    model = nothing.add(quantiles, truth, observed, hours, np.arange(len(ids))).summary()
     train = training_span(config.data, store, split_of(config.last_split, store))
     same = calibrated.of_region(tested.region, tested.history_region)
-    scores = {"model": own, **score_baseline_quantiles(store, train, same, tested)}
+    scores = {"model": model, **score_baseline_quantiles(store, train, same, tested)}
     add_quantiles(run_dir, scores)
     build_report(run_dir)
     return {name: each["pooled"] for name, each in scores.items()}

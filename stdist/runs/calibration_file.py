@@ -25,7 +25,8 @@ REMEDY = "`stdist calibrate` makes it again, and --no-quantiles forecasts withou
 class Calibration(BaseModel, extra="forbid", frozen=True):
     """``contract`` and ``windows`` (their number) of the forecasts whose residuals it was made of, ``model`` the digest
     of what made them (:func:`model_digest`); ``fitted``: it on these days, so that its intervals are not scored on
-    them. The rest is of :class:`stdist.evaluation.conformal.ConformalQuantiles`, of the places named ``places``."""
+    them. ``corrects_own``: the model's own quantiles are what it is added to. The rest is of
+    :class:`stdist.evaluation.conformal.ConformalQuantiles`, of the places named ``places``."""
 
     run: str
     checkpoint: str
@@ -33,6 +34,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     contract: ForecastContract
     fitted: Fitted
     windows: int
+    corrects_own: bool
     levels: tuple[float, ...] = LEVELS
     places: tuple[int, ...] | tuple[str, ...]
     edges: list[list[float]]

@@ -65,12 +65,14 @@ class Predictor(ABC):
         fitted: what of it was fitted on which days of which data.
         levels: of the quantiles that each forecast has of its own behind its point forecast.
         settings: what else decides the forecasts, JSON.
+        own_levels: of the quantiles of its own distribution that they can have if asked, ``LEVELS`` or none.
         unit: what a chunk counts, for the progress bar.
         places: positions in the region of the windows to be forecast, row by row; all where None.
     """
 
     fitted: tuple[Fitted, ...]
     levels: tuple[float, ...] = ()
+    own_levels: tuple[float, ...] = ()
     settings: Mapping[str, Any] = {}
     unit: ClassVar[str] = "cells"
     places: Int[np.ndarray, " n"] | None = None
@@ -96,6 +98,10 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, windows: Windows, chunks: Iterable[Chunk]) -> Iterator[Prediction]:
         """Each chunk's point forecasts, then quantiles, and counts to add up over chunks."""
+
+    def ask_distribution(self) -> None:
+        """Has forecasts have the ``own_levels`` from now on, if there are any."""
+        self.levels = self.own_levels or self.levels
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
         """Lines for people about the counts of all chunks."""
@@ -166,7 +172,8 @@ def write_forecasts(
         for chunk, values, counts in (predict or predictor.predict)(windows, chunks):
             kept = values[:, :, :steps]
             if conformal is not None and numbers is not None:
-                kept = np.concatenate([kept[:1], conformal.quantiles(kept[0], numbers[chunk.cells])])
+                own = kept[1:] if calibration is not None and calibration.corrects_own else None
+                kept = np.concatenate([kept[:1], conformal.quantiles(kept[0], numbers[chunk.cells], own)])
             writer.write(chunk, kept, counts)
             done += chunk.size
             progress(done, grid.size)
@@ -202,13 +209,15 @@ def finished_stage(run_dir: Path, stage: str) -> tuple[Path, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished run's model, opened for the windows that a request asks for; ``notes`` for people."""
+    """A finished run's model, opened for the windows that a request asks for; ``notes`` for people; what makes its
+    quantiles, if anything does."""
 
     predictor: Predictor
     windows: Windows
     checkpoint: Path
     summary: dict[str, Any]
     notes: list[str]
+    calibration: Calibration | None
 
 
 def open_sweep(
@@ -235,7 +244,10 @@ def open_sweep(
             f"--horizon {horizon}: {request.run_dir} forecasts {windows.K} steps ({ahead}) and no further; ask for 1 "
             f"to {windows.K}, or train with data.horizon={horizon}"
         )
-    return Sweep(predictor, windows, checkpoint, summary, notes)
+    calibration = _calibration(request, predictor, windows, summary)
+    if calibration is not None and calibration.corrects_own:
+        predictor.ask_distribution()
+    return Sweep(predictor, windows, checkpoint, summary, notes, calibration)
 
 
 def _windows(
@@ -280,7 +292,7 @@ def forecast_store(
     log(windows.contract)
     if found := leaks(predictor.fitted, windows.span, data_digest(windows.store, windows.channel)):
         log(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
-    calibration = _calibration(request, sweep)
+    calibration = sweep.calibration
     levels = predictor.levels if calibration is None else calibration.levels
     if request.cost_ratio is not None:
         cost_level(request.cost_ratio, levels)
@@ -297,15 +309,17 @@ def forecast_store(
     return result | (_of_next(windows) if isinstance(windows, NextWindow) else {})
 
 
-def _calibration(request: ForecastRequest, sweep: Sweep) -> Calibration | None:
+def _calibration(
+    request: ForecastRequest, predictor: Predictor, windows: Windows, summary: dict[str, Any]
+) -> Calibration | None:
     """What makes the quantiles that are asked for. Raises InputError where it does not fit the model or the windows."""
     path = request.run_dir / CALIBRATION
     if request.quantiles is False or (request.quantiles is None and not path.exists()):
         return None
-    calibration, windows = read_calibration(path), sweep.windows
-    _, cells = sweep.predictor.grid(windows)
+    calibration = read_calibration(path)
+    _, cells = predictor.grid(windows)
     ids = windows.store.cell_ids[windows.region.slices].ravel()[cells]
-    calibration.require_fit(path, model_digest(sweep.summary, sweep.predictor.settings), windows, ids)
+    calibration.require_fit(path, model_digest(summary, predictor.settings), windows, ids)
     return calibration
 
 

@@ -9,6 +9,7 @@ from stdist.data import GridStore, Region, Windows
 from stdist.data.spans import AnyRegion
 from stdist.evaluation import Chunk, ChunkGrid
 from stdist.evaluation.forecast_header import QUANTILES
+from stdist.evaluation.levels import LEVELS
 from stdist.runs.forecasting import ForecastRequest, Predictor
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import cadence_minutes, first_cell
@@ -26,6 +27,7 @@ class PolicyPredictor(Predictor):
         self.policy, self.config, self.fitted = policy, config, policy.spec.fitted
         self.num_generations = candidates_per_cell(config.forecast)
         self.levels = QUANTILES if self.num_generations > 1 else ()
+        self.own_levels = LEVELS if config.forecast.decoding == "direct" else ()
         self.clamp = config.numerals.out_of_range == "clamp"
         self.settings = {
             "decoding": config.forecast.decoding,
@@ -63,10 +65,12 @@ class PolicyPredictor(Predictor):
             self.config.forecast.decoding,
             self.num_generations,
             self.config.seed,
+            self.levels if self.own_levels else (),
         ):
             first_of_windows = chunk.cells.start == 0
             white = clipped(batch.grids.numpy(), encoder.t_max) if encoder and first_of_windows else 0
-            yield chunk, summarise(values), {"clipped": white}
+            quantities = values.transpose(2, 0, 3, 1) if self.own_levels else summarise(values)
+            yield chunk, quantities, {"clipped": white}
 
     def _city(self, windows: Windows) -> CityWindows:
         city = CityWindows(self.policy, windows, self.clamp)

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import xarray
+import yaml
 
 from stdist.data import open_store
 from stdist.evaluation.conformal import ConformalQuantiles
@@ -95,6 +96,26 @@ def test_what_comes_next_has_the_quantiles_of_that_origin(stdist, run, city, tmp
     np.testing.assert_array_equal(arrays["forecast_for_cost"], arrays["forecast"][LEVELS.index(0.75)])
     scored = stdist("evaluate", with_cost, city, "--json").json
     assert scored["contract"]["windows"] == 1 and scored["contract"]["points"] == 2 * 4, "its truth has come"
+
+
+def test_a_policy_that_answers_in_one_pass_has_its_own_distribution_corrected(stdist, run, city, tmp_path):
+    """Its quantiles differ from window to window in more than the point forecast; its point forecasts stay."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["forecast"]["decoding"] = "direct"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    before, after = tmp_path / "before.zarr", tmp_path / "after.zarr"
+    assert "of another training or decoding" in stdist("forecast", run, city, "--out", before).err
+    assert stdist("forecast", run, city, "--out", before, "--no-quantiles").code == 0
+    result = stdist("calibrate", run, city, "--json")
+    assert result.code == 0, result.err
+    assert stdist("forecast", run, city, "--out", after).code == 0
+    scored = stdist("evaluate", after, city, "--json").json["quantiles"]["pooled"]
+    assert scored["crps"] == pytest.approx(result.json["test"]["model"]["crps"], rel=1e-5)
+    made = read(after)
+    np.testing.assert_array_equal(made["point"], read(before)["forecast"])
+    assert (np.diff(made["forecast"], axis=0) >= 0).all()
+    assert read_sealed(run / "calibration.json")["corrects_own"] is True
+    assert sorted(path.name for path in (run / "forecasts").iterdir()) == ["test.zarr", "written.json"]
 
 
 def test_the_days_calibrated_on_are_not_scored(stdist, run, city, tmp_path):

@@ -1,5 +1,7 @@
 """Quantiles by split conformal calibration, against ranks counted by hand and against a known distribution."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,41 @@ def test_a_residual_is_divided_by_the_mean_of_the_other_stretches():
     truth = forecast + size * np.where(np.arange(200) % 2, 1, -1).reshape(200, 1, 1)
     fit = ConformalQuantiles.fit(forecast, truth, np.ones(size.shape, bool))
     np.testing.assert_allclose(fit.quantiles(forecast[:1], np.array([0]))[[0, -1], 0, 0, 0], [100 - 6, 100 + 6])
+
+
+def test_quantiles_of_its_own_are_corrected_each_for_itself():
+    """39 windows at 100 of one place, truth 1 … 39 above; its own quantiles lie at 100 and, the highest, at 200: the
+    corrections are the ranks' values, of the highest 39 - 100. Later its own are 10 higher, and so is every one."""
+    forecast = np.full((39, 1, 1), 100.0)
+    truth = forecast + np.random.default_rng(4).permutation(np.arange(1.0, 40)).reshape(39, 1, 1)
+    own = np.repeat(forecast[None], 9, axis=0)
+    own[8] = 200
+    fit = ConformalQuantiles.fit(forecast, truth, np.ones(truth.shape, bool), own)
+    plain = ConformalQuantiles.fit(forecast, truth, np.ones(truth.shape, bool))
+    np.testing.assert_allclose(fit.offsets[..., :8], plain.offsets[..., :8])
+    assert fit.offsets[0, 0, 8] < 0 < plain.offsets[0, 0, 8]
+    made = fit.quantiles(forecast[:1], np.array([0]), own[:, :1] + 10)
+    expected = plain.quantiles(forecast[:1], np.array([0]))
+    np.testing.assert_allclose(made[:8], expected[:8] + 10, rtol=1e-6)
+
+
+def test_a_sharp_distribution_of_its_own_stays_sharp_and_becomes_honest():
+    """Errors normal with a size that only the model knows, and that it takes for half of what it is."""
+    rng = np.random.default_rng(5)
+    z = np.array([NormalDist().inv_cdf(level) for level in LEVELS])[:, None, None, None]
+    forecast = np.full((4000, 1, 1), 50.0)
+    sigma = rng.uniform(1, 8, forecast.shape)
+    truth = forecast + sigma * rng.normal(size=forecast.shape)
+    own = forecast + z * sigma / 2
+    seen = np.ones(truth.shape, bool)
+    own_fit, fit = ConformalQuantiles.fit(forecast, truth, seen, own), ConformalQuantiles.fit(forecast, truth, seen)
+    corrected, plain = own_fit.quantiles(forecast, np.array([0]), own), fit.quantiles(forecast, np.array([0]))
+    assert np.abs((truth <= corrected).mean((1, 2, 3)) - LEVELS).max() < 0.01
+    loss = [
+        np.maximum(np.array(LEVELS)[:, None, None, None] * e, (np.array(LEVELS)[:, None, None, None] - 1) * e).mean()
+        for e in (truth - corrected, truth - plain)
+    ]
+    assert loss[0] < loss[1]
 
 
 def test_quantiles_rise_and_stay_above_what_never_was():
