@@ -29,7 +29,7 @@ from stdist.evaluation.protocol import local_hours, match_windows, read_targets
 from stdist.evaluation.quantile_scores import QuantileErrors
 from stdist.runs import recipes
 from stdist.runs.calibration import FORECASTS
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecasting import ForecastRequest, write_forecasts
 
 SETTINGS = {"nyc": ("nyc", "flow_in", 25), "metr": ("metr", "speed", 50), "milan": ("block", "internet", 40)}
 """UrbanPG's runs: store, channel, epochs at most."""
@@ -78,27 +78,35 @@ def recalibrated(name: str, store: GridStore, work: Path, days: int = NEWEST_DAY
     """Scores of the test windows where each day's are calibrated at its midnight on the ``days`` before it, validation
     or test, whichever there are."""
     parts = {}
+    config = recipes.read_run_config(work / "runs" / name)
     for part in ("validation", "test"):
         path = work / f"{name}-{part}.zarr"
         if not path.exists():
             request = ForecastRequest(work / "runs" / name, store.path, None, part, path, quantiles=False)
-            recipes.forecast(request, print)
+            sweep = recipes.recipe_of(config).open_sweep(config, request)
+            sweep.predictor.ask_distribution()
+            write_forecasts(config, sweep.predictor, sweep.windows, sweep.summary, path, print)
         forecasts = open_forecasts(path)
         windows, origins = match_windows(forecasts.header, store)
-        everything = forecasts.read(slice(0, len(origins)), forecasts.header.region)[0]
-        arrays = everything, *read_targets(windows, forecasts.header.region, origins)
-        parts[part] = (origins, *(array.reshape(*everything.shape[:2], -1) for array in arrays))
-    origins, *arrays = (np.concatenate(pair) for pair in zip(parts["validation"], parts["test"], strict=True))
-    K, places = arrays[0].shape[1:]
+        values = forecasts.read(slice(0, len(origins)), forecasts.header.region, quantiles=True)
+        arrays = *values, *read_targets(windows, forecasts.header.region, origins)
+        parts[part] = (origins, *(array.reshape(*array.shape[:2], -1) for array in arrays))
+    origins, point, *quantities = (
+        np.concatenate(pair) for pair in zip(parts["validation"], parts["test"], strict=True)
+    )
+    *of_levels, truth, observed = quantities
+    own = np.stack(of_levels) if of_levels else None
+    K, places = point.shape[1:]
     day_of = store.local_times.astype("datetime64[D]")
     first, last, tested = day_of[origins + 1], day_of[origins + K], origins >= parts["test"][0][0]
     errors = QuantileErrors.empty(LEVELS, K, places)
     for day in np.unique(first[tested]):
         past, now = (last < day) & (first >= day - days), tested & (first == day)
-        fit = ConformalQuantiles.fit(*(array[past] for array in arrays))
-        quantiles = fit.quantiles(arrays[0][now], np.arange(places))
+        past_own, now_own = (None if own is None else own[:, chosen] for chosen in (past, now))
+        fit = ConformalQuantiles.fit(point[past], truth[past], observed[past], past_own)
+        quantiles = fit.quantiles(point[now], np.arange(places), now_own)
         hours = local_hours(store, origins[now], K)
-        errors = errors.add(quantiles, arrays[1][now], arrays[2][now], hours, np.arange(places))
+        errors = errors.add(quantiles, truth[now], observed[now], hours, np.arange(places))
     return errors.summary()
 
 
