@@ -19,7 +19,6 @@ from stdist.reader_commands import Group, reader_commands, run_reader
 from stdist.runs.memory_plan import PEAK_FLOPS
 from stdist.scalars import figure
 
-FORECAST_FORMATS = (".zarr", ".parquet")
 MOST_PROCESSES, MOST_WORKERS = 1024, 65536
 """Processes that a command may ask of one machine, and of a cluster."""
 DAMAGED = 4
@@ -202,11 +201,19 @@ def demo(
 def forecast(
     run: Annotated[Path, typer.Argument(help="run folder")],
     store: Annotated[Path, typer.Argument(help="grid store")],
-    out: Annotated[Path, typer.Option(help="NAME.zarr or NAME.parquet")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="NAME.zarr, .parquet or .csv")] = ...,  # type: ignore[assignment]
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
+    places: Annotated[str | None, typer.Option(help="ids of the store's places instead, as 4142,4143, or all")] = None,
     split: Annotated[str | None, typer.Option(help="train, validation, test (if absent), or local days A:B")] = None,
     next_steps: Annotated[bool, typer.Option("--next", help="the steps behind the store's last frame instead")] = False,
     origin: Annotated[str | None, typer.Option(help="of --next: another last frame, local time")] = None,
+    horizon: Annotated[int | None, typer.Option(help="the first steps only, as 3; all of the run's if absent")] = None,
+    quantiles: Annotated[
+        bool | None, typer.Option("--quantiles/--no-quantiles", help="by stdist calibrate; if absent, where it was run")
+    ] = None,
+    cost_ratio: Annotated[
+        float | None, typer.Option(help="forecast_for_cost: too little costs so many times as much as too much")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(max=MOST_WORKERS, help="Ray actors that forecast; as many as fit if --ray alone")
     ] = None,
@@ -217,19 +224,56 @@ def forecast(
     from stdist.runs import recipes
     from stdist.runs.forecasting import NEXT, ForecastRequest
 
-    if out.suffix not in FORECAST_FORMATS:
-        raise InputError(f"{out}: forecasts are written as .zarr or .parquet; change --out")
+    if region is not None and places is not None:
+        raise InputError("--region and --places both say which places; give one of them")
     next_steps = next_steps or origin is not None
     if next_steps and split is not None:
         raise InputError("--split names past windows, --next and --origin the steps behind one frame; give one of them")
-    request = ForecastRequest(run, store, region, NEXT if next_steps else split or "test", out, origin)
+    days = NEXT if next_steps else split or "test"
+    request = ForecastRequest(run, store, region, days, out, origin, places, horizon, quantiles, cost_ratio)
     if workers is None and ray is None:
         result = recipes.forecast(request, log)
     else:
         from stdist.orchestration.policy_workers.sweep import sweep
 
         result = sweep(request, workers, ray, log)
-    finish(result, as_json, str(out))
+    finish(result, as_json, "; ".join([str(out), *said_of_next(result)]))
+
+
+def said_of_next(result: dict[str, Any]) -> list[str]:
+    """What a forecast of the next steps rests on, in words; nothing of a split's."""
+    lines = []
+    if "origin" in result:
+        lines.append(f"behind {result['origin']} local time")
+    if absent := result.get("frames_absent_behind_it"):
+        lines.append(f"{absent} frames of the store behind it are absent")
+    if imputed := result.get("imputed"):
+        lines.append(f"{imputed} values of the history were missing and are imputed, as in training")
+    return lines
+
+
+@app.command()
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    store: Annotated[Path, typer.Argument(help="grid store")],
+    region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
+    split: Annotated[str, typer.Option(help="validation, or local days A:B that the model was not fitted on")] = (
+        "validation"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Forecast days whose truth is known and keep, by step and place, how far off it was: the quantiles and intervals
+    of all later forecasts of the run (docs/intervals.md)."""
+    from stdist.runs import recipes
+    from stdist.runs.calibration import FORECASTS
+    from stdist.runs.forecasting import ForecastRequest
+
+    result = recipes.calibrate(ForecastRequest(run, store, region, split, run / FORECASTS), log)
+    line = f"{result['calibration']}: {result['days']} days, {result['windows']} windows, {result['places']} places"
+    for name, scores in result.get("test", {}).items():
+        covered = ", ".join(f"{each['coverage']:.1%} in {which}" for which, each in scores["intervals"].items())
+        line += f"; test, {name}: CRPS {figure(scores['crps'])}, {covered}"
+    finish(result, as_json, line)
 
 
 @app.command()
@@ -263,10 +307,17 @@ def evaluate(
 
     result = score(forecasts, store).to_json()
     contract, pooled, mean = result["contract"], result["pooled"], result["mean_of_horizons"]
-    lines = [f"{key}: {value}" for key, value in contract.items()]
+    lines = [f"{key}: {value}" for key, value in contract.items() if value is not None]
     for name, errors in (("pooled", pooled), ("mean of horizons", mean)):
         figures = [f"{key.upper()} {figure(errors[key])}" for key in ("mae", "rmse", "mape", "nrmse")]
         lines.append(f"{name}: {', '.join(figures)}")
+    if "quantiles" in result:
+        pooled = result["quantiles"]["pooled"]
+        lines.append(f"CRPS {result['quantiles']['crps_is']}: {figure(pooled['crps'])}")
+        for name, interval in pooled["intervals"].items():
+            lines.append(
+                f"{name} interval: coverage {interval['coverage']:.1%}, mean width {figure(interval['width'])}"
+            )
     finish(result, as_json, "\n".join(lines))
 
 
@@ -319,8 +370,8 @@ def submit(
     if store is not None:
         from stdist.runs.forecasting import ForecastRequest
 
-        if out is None or out.suffix not in FORECAST_FORMATS:
-            raise InputError("--forecast needs --out NAME.zarr or NAME.parquet, where the cluster can write it")
+        if out is None or out.suffix not in (".zarr", ".parquet", ".csv"):
+            raise InputError("--forecast needs --out NAME.zarr, .parquet or .csv, where the cluster can write it")
         request = ForecastRequest(config, store, region, split, out)
         job, result = jobs.submit_forecast(request, workers, address, working_dir, submission_id), out.absolute()
     else:

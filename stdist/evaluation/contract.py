@@ -19,7 +19,8 @@ class ForecastContract(BaseModel, extra="forbid", frozen=True):
 
     ``region`` is (r0, r1, c0, c1) of a grid, half-open, row 0 in the south, or (n0, n1) of nodes; ``split`` covers
     the local days ``first_day`` to ``last_day`` (ISO dates, both included), windows' history too where
-    ``history_inside``; ``S`` and ``K`` count frames.
+    ``history_inside``; ``S`` and ``K`` count frames. ``places``: the ids that were forecast, where not all of
+    ``region`` were.
     """
 
     city: str
@@ -35,6 +36,7 @@ class ForecastContract(BaseModel, extra="forbid", frozen=True):
     S: int
     K: int
     region: tuple[int, int, int, int] | tuple[int, int]
+    places: tuple[int, ...] | tuple[str, ...] | None = None
 
 
 class EvaluationContract(ForecastContract):
@@ -59,12 +61,15 @@ class ForecastMetadata(BaseModel, extra="forbid", frozen=True):
     """The origin of forecasts: the run's name, its checkpoint, and the contract they were made under.
 
     ``fitted``: the forecaster's parts that were fitted on data, and on which days: forecasts of these are never scored.
+    ``calibration``: the digest of what their quantiles were calibrated by. ``cost_ratio``: of ``forecast_for_cost``.
     """
 
     run: str
     checkpoint: str
     contract: ForecastContract
     fitted: tuple[Fitted, ...] = ()
+    calibration: str | None = None
+    cost_ratio: float | None = None
 
 
 def parsed(schema: type[Schema], content: Any, what: str, remedy: str) -> Schema:

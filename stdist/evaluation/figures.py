@@ -74,6 +74,38 @@ def horizon_curves(model: Sequence[float], others: Mapping[str, Sequence[float]]
         return figure
 
 
+def reliability(
+    below: Mapping[str, Mapping[float, float]], coverage: Mapping[str, Sequence[float]], minutes_per_step: float
+) -> Figure:
+    """Left, of every forecaster, the share of truths no larger than each quantile against its level: on the diagonal
+    where both agree. Right, the share of truths inside the model's intervals, by name as ``80 %``, at each step; the
+    dashed lines are what was promised."""
+    with page_figure(4.2) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle="--")
+        left.set_prop_cycle(color=OTHERS, linestyle=STYLES)
+        for name, shares in below.items():
+            own: dict[str, Any] = {"color": MODEL, "linestyle": "-", "linewidth": 2.4} if name == "model" else {}
+            left.plot([*shares], [*shares.values()], label=name, marker="o", markersize=4, **own)
+        left.set(
+            title="Reliability of the quantiles", xlabel="level of the quantile", ylabel="share of truths below it"
+        )
+        left.set(xlim=(0, 1), ylim=(0, 1))
+        left.set_aspect("equal")
+        for (name, shares_inside), colour in zip(coverage.items(), (MODEL, TRUTH), strict=False):
+            steps = np.arange(1, len(shares_inside) + 1)
+            right.plot(
+                steps, shares_inside, color=colour, linewidth=2, marker="o", markersize=4, label=f"{name} interval"
+            )
+            right.axhline(float(name.removesuffix("%")) / 100, color=colour, linewidth=1.2, linestyle="--")
+        right.set(title="Coverage by step, model", xlabel=f"steps ahead (one step = {minutes_per_step:g} min)")
+        right.set_ylim(min([0.5, *(share for shares in coverage.values() for share in shares if share < 0.5)]), 1)
+        right.locator_params(axis="x", integer=True)
+        handles = [pair for axes in (left, right) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+        figure.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=2)
+        return figure
+
+
 def training_curves(log: StageLog) -> Figure:
     """Every logged scalar of one stage in a panel of its own, evaluations as points."""
     names = [n for n in PREFERRED_SCALARS if n in log.training]

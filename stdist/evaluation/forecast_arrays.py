@@ -16,13 +16,13 @@ from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation.forecast_header import (
     METADATA_KEY,
-    QUANTILES,
     ForecastHeader,
     ReadBlock,
     ReadWindows,
     cut,
     read_metadata,
 )
+from stdist.evaluation.levels import FOR_COST, for_cost
 
 
 def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
@@ -36,9 +36,12 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
         **{dim: (dim, np.arange(s.start, s.stop)) for dim, s in zip(space, header.region.slices, strict=True)},
         # As objects, text becomes Zarr's one type of text that has a specification.
         "cell": (space, ids.astype(object) if ids.dtype.kind == "U" else ids),
+        "target": (("origin", "step"), header.targets),
     }
-    if header.has_quantiles:
-        coords["quantile"] = ("quantile", np.array(QUANTILES))
+    if header.local_targets is not None:
+        coords["target_local"] = (("origin", "step"), header.local_targets.astype("datetime64[ns]"))
+    if header.levels:
+        coords["quantile"] = ("quantile", np.array(header.levels))
     xr.Dataset(coords=coords).to_zarr(path, mode="w", zarr_format=3, consolidated=False)
     group = zarr.open_group(path, mode="r+")
     block = header.block
@@ -52,16 +55,20 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
             fill_value=np.nan,
             dimension_names=(*(dim for dim, _ in leading), *header.dims),
             # xarray finds the coordinates that are not dimensions by this attribute alone.
-            attributes={"units": contract.units, "coordinates": "cell"},
+            attributes={"units": contract.units, "coordinates": " ".join({*coords} - {*header.dims, "quantile"})},
         )
 
-    point = create("point" if header.has_quantiles else "forecast")
-    quantiles = create("forecast", ("quantile", len(QUANTILES))) if header.has_quantiles else None
+    point = create("point" if header.levels else "forecast")
+    quantiles = create("forecast", ("quantile", len(header.levels))) if header.levels else None
+    ratio = header.metadata.cost_ratio
+    costs = create(FOR_COST) if ratio is not None else None
     for windows in cut(header.shape[0], block[0]):
         values = read(windows)
         point[windows] = values[0]
         if quantiles is not None:
             quantiles[:, windows] = values[1:]
+        if costs is not None and ratio is not None:
+            costs[windows] = for_cost(values[1:], header.levels, ratio)
     written = sorted(file for file in path.rglob("*") if file.is_file() and file != path / ROOT_METADATA)
     files = {file.relative_to(path).as_posix(): record_of(file) for file in written}
     attributes: dict[str, Any] = {METADATA_KEY: header.metadata.model_dump_json(), "files": files}
@@ -75,6 +82,7 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
 def zarr_metadata(path: Path) -> str | None:
     """The metadata of forecasts in the folder ``path``; None where it holds anything else, or more."""
     known = {ROOT_METADATA, "forecast", "point", "origin", "step", "row", "col", "node", "cell", "quantile"}
+    known |= {"target", "target_local", FOR_COST}
     if not path.is_dir() or not {file.name for file in path.iterdir()} <= known:
         return None
     try:
@@ -101,17 +109,17 @@ def open_zarr(path: Path) -> tuple[ForecastHeader, ReadBlock]:
             read_metadata(dataset.attrs.get(METADATA_KEY), path),
             dataset["origin"].values.astype("datetime64[ns]"),
             np.array(dataset["cell"].values.tolist()),
-            has_quantiles="quantile" in dataset["forecast"].dims,
+            tuple(dataset["quantile"].values.tolist()) if "quantile" in dataset["forecast"].dims else (),
         )
     forecast = zarr.open_array(store, path="forecast", mode="r")
-    point = zarr.open_array(store, path="point", mode="r") if header.has_quantiles else forecast
+    point = zarr.open_array(store, path="point", mode="r") if header.levels else forecast
     if point.shape != header.shape:
         raise InputError(f"{path}: forecasts have shape {point.shape}, their origins and contract say {header.shape}")
 
     def read(windows: slice, tile: AnyRegion, quantiles: bool) -> Float[np.ndarray, "quantity n K *cells"]:
         place = header.place(windows, tile)
         values = np.asarray(point[place])[None]
-        if not (quantiles and header.has_quantiles):
+        if not (quantiles and header.levels):
             return values
         return np.concatenate([values, np.asarray(forecast[(slice(None), *place)])])
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from stdist.data.spans import AnyRegion, NodeRange, Region
 from stdist.errors import InputError
 from stdist.evaluation.contract import ForecastMetadata, parsed
 
 QUANTILES = (0.1, 0.5, 0.9)
+"""Levels of the quantiles that a forecaster's own candidates have."""
 METADATA_KEY = "stdist"
 RegionKind = TypeVar("RegionKind", bound=AnyRegion)
 POINTS_IN_MEMORY = 2**20
@@ -34,14 +35,16 @@ class ForecastHeader:
     """All that a file of forecasts says beside the values, of N windows, K steps and the cells of one region.
 
     ``origins`` are the UTC stamps (datetime64[ns]) of the last history frames; step k (from 1) is the value k frames
-    later. ``has_quantiles``: beside the point forecast there are ``QUANTILES`` of the candidates. Values are in the
-    data's units; cells nobody forecast (outside the city) are NaN.
+    later. ``levels``, rising: of the quantiles beside the point forecast, none by default. ``local_targets``: the
+    targets by the city's clock; a file that is read need not tell them. Values are in the data's units; cells nobody
+    forecast (outside the city, or not asked for) are NaN.
     """
 
     metadata: ForecastMetadata
     origins: Shaped[np.ndarray, " N"]
     cell_ids: Shaped[np.ndarray, "*cells"]
-    has_quantiles: bool
+    levels: tuple[float, ...] = ()
+    local_targets: Shaped[np.ndarray, "N K"] | None = None
 
     @property
     def region(self) -> AnyRegion:
@@ -59,9 +62,21 @@ class ForecastHeader:
         return len(self.origins), self.metadata.contract.K, *self.region.shape
 
     @property
+    def asked(self) -> Bool[np.ndarray, "*cells"]:
+        """True for the places that were to be forecast: all, or those that the contract names."""
+        places = self.metadata.contract.places
+        return np.ones(self.cell_ids.shape, bool) if places is None else np.isin(self.cell_ids, places)
+
+    @property
     def quantities(self) -> int:
         """Values a point in time and space has: the point forecast, and the quantiles."""
-        return 1 + len(QUANTILES) * self.has_quantiles
+        return 1 + len(self.levels)
+
+    @property
+    def targets(self) -> Shaped[np.ndarray, "N K"]:
+        """UTC stamps (datetime64[ns]) of what is forecast."""
+        cadence = np.timedelta64(self.metadata.contract.cadence_seconds, "s")
+        return self.origins.astype("datetime64[ns]")[:, None] + cadence * np.arange(1, self.shape[1] + 1)
 
     @property
     def block(self) -> tuple[int, ...]:

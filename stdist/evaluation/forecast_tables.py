@@ -1,4 +1,4 @@
-"""Forecasts as Parquet tables, one row a value."""
+"""Forecasts as tables, Parquet or CSV, one row a value."""
 
 import json
 from collections.abc import Iterator
@@ -13,14 +13,37 @@ from stdist.data.spans import AnyRegion
 from stdist.errors import InputError
 from stdist.evaluation import forecast_header
 from stdist.evaluation.forecast_header import METADATA_KEY, ForecastHeader, ReadBlock, ReadWindows, cut, read_metadata
+from stdist.evaluation.levels import FOR_COST, for_cost
 
-QUANTILE_COLUMNS = ("q10", "q50", "q90")
 CELL_IDS_KEY = "stdist_cell_ids"
 STAMP = pl.col("origin").dt.replace_time_zone(None).cast(pl.Datetime("ns"))
 
 
+def quantile_column(level: float) -> str:
+    """The name of a quantile's column, in per cent: ``q2.5``, ``q50``."""
+    return f"q{100 * level:g}"
+
+
 def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
     """Writes a table sorted by origin and step, a few windows at a time (``ForecastHeader.block``)."""
+    metadata = {
+        METADATA_KEY: header.metadata.model_dump_json(),
+        CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
+    }
+    _tables(header, read).sink_parquet(path, metadata=metadata)
+
+
+def write_csv(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
+    """Writes the same table for people and spreadsheets. It has no place for the contract, so nothing scores it."""
+    utc, local = (pl.col(names).dt.strftime(f"%Y-%m-%dT%H:%M:%S{zone}") for names, zone in _stamps(header).items())
+    _tables(header, read).with_columns(utc, local).sink_csv(path)
+
+
+def _stamps(header: ForecastHeader) -> dict[tuple[str, ...], str]:
+    return {("origin", "target"): "Z", ("target_local",) if header.local_targets is not None else (): ""}
+
+
+def _tables(header: ForecastHeader, read: ReadWindows) -> pl.LazyFrame:
     _, k, *cells = header.shape
 
     def tables(*_pushed_down: object) -> Iterator[pl.DataFrame]:
@@ -31,11 +54,7 @@ def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None
                 yield _table(header, windows, steps, values[:, :, steps])
 
     nothing = _table(header, slice(0, 0), slice(0, k), np.empty((header.quantities, 0, k, *cells), np.float32))
-    metadata = {
-        METADATA_KEY: header.metadata.model_dump_json(),
-        CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
-    }
-    register_io_source(tables, schema=nothing.schema).sink_parquet(path, metadata=metadata)
+    return register_io_source(tables, schema=nothing.schema)
 
 
 def _table(
@@ -44,19 +63,21 @@ def _table(
     """The rows of some windows and steps (counted from 0), cells without a forecast left out."""
     _, n, k = values.shape[:3]
     cells = header.cell_ids.size
-    origin = np.repeat(header.origins[windows].astype("datetime64[ns]"), k * cells)
-    step = np.tile(np.repeat(np.arange(steps.start + 1, steps.stop + 1, dtype=np.int32), cells), n)
-    cadence = np.timedelta64(header.metadata.contract.cadence_seconds, "s")
     flat = values.reshape(len(values), -1).astype(np.float32)
     columns = {
-        "origin": origin,
-        "target": origin + step * cadence,
-        "cell": np.tile(header.cell_ids.ravel(), n * k),
-        "step": step,
-        "forecast": flat[0],
+        "origin": np.repeat(header.origins[windows].astype("datetime64[ns]"), k * cells),
+        "target": np.repeat(header.targets[windows, steps].ravel(), cells),
     }
-    if header.has_quantiles:
-        columns |= dict(zip(QUANTILE_COLUMNS, flat[1:], strict=True))
+    if header.local_targets is not None:
+        columns["target_local"] = np.repeat(header.local_targets[windows, steps].ravel(), cells)
+    columns |= {
+        "cell": np.tile(header.cell_ids.ravel(), n * k),
+        "step": np.tile(np.repeat(np.arange(steps.start + 1, steps.stop + 1, dtype=np.int32), cells), n),
+        "forecast": flat[0],
+        **{quantile_column(level): flat[1 + i] for i, level in enumerate(header.levels)},
+    }
+    if (ratio := header.metadata.cost_ratio) is not None:
+        columns[FOR_COST] = for_cost(flat[1:], header.levels, ratio)
     table = pl.DataFrame(columns).filter(pl.col("forecast").is_not_nan())
     return table.with_columns(pl.col("origin", "target").dt.replace_time_zone("UTC"))
 
@@ -88,10 +109,12 @@ def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
     k = metadata.contract.K
     if steps.size and (steps[0] < 1 or steps[-1] > k):
         raise InputError(f"{path}: steps {steps[0]} to {steps[-1]}, the contract says 1 to {k}")
-    header = ForecastHeader(metadata, origins, cell_ids, QUANTILE_COLUMNS[0] in table.collect_schema())
+    names = [name for name in table.collect_schema().names() if name.startswith("q")]
+    levels = tuple(sorted(float(name[1:]) / 100 for name in names))
+    header = ForecastHeader(metadata, origins, cell_ids, levels)
 
     def read(windows: slice, tile: AnyRegion, quantiles: bool) -> Float[np.ndarray, "quantity n K *cells"]:
-        columns = ["forecast", *(QUANTILE_COLUMNS if quantiles and header.has_quantiles else ())]
+        columns = ["forecast", *(quantile_column(level) for level in levels if quantiles)]
         chosen, ids = origins[windows], cell_ids[header.place(windows, tile)[2:]]
         values = np.full((len(columns), len(chosen), k, ids.size), np.nan, np.float32)
         if not values.size:

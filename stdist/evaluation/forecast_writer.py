@@ -1,7 +1,7 @@
 """Forecasts too many to hold: written chunk by chunk, so that a killed forecast goes on where it was.
 
 A chunk is a few windows times some of the cells. It is a chunk of its own in an array beside the final name,
-``NAME.zarr.partial/pieces.zarr`` or ``NAME.parquet.partial/pieces.zarr``, written before ``progress.json`` counts it:
+``NAME.zarr.partial/pieces.zarr``, of the others likewise, written before ``progress.json`` counts it:
 whenever the process is killed, what is counted is complete. Each carries a CRC-32C, which is compared whenever it is
 read. The final file is made of them at the end, a few windows at
 a time: its own chunks are sized for readers, not for the device that forecast (chunks of 16 windows and one row of a
@@ -24,7 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from stdist.errors import DamageError
 from stdist.evaluation.forecast_header import ForecastHeader, cut
-from stdist.evaluation.forecasts import FORMATS, require_replaceable, require_suffix
+from stdist.evaluation.forecasts import WRITERS, require_replaceable, require_suffix
 from stdist.files import read_sealed, require_working_folder, write_sealed
 from stdist.locks import WriterLock
 
@@ -67,16 +67,16 @@ class ForecastWriter:
     """Writes forecasts to ``path``, chunk by chunk in the order of ``remaining``.
 
     ``.zarr``: array ``forecast (origin, step, row, col)``, of nodes ``(origin, step, node)``; with quantiles
-    ``forecast (quantile, origin, …)`` and the point forecast beside it as ``point``. ``.parquet``: one row a value,
-    cells without a forecast left out. The name appears only when the file is complete; it replaces older forecasts of
-    the same checkpoint and contract, and nothing else.
+    ``forecast (quantile, origin, …)`` and the point forecast beside it as ``point``. ``.parquet`` and ``.csv``: one
+    row a value, cells without a forecast left out. The name appears only when the file is complete; it replaces older
+    forecasts of the same checkpoint and contract, and nothing else.
 
     Left before ``finish`` it keeps what it has, and the next writer of the same work goes on there, unless a chunk is
     damaged. What a writer of other work left behind is discarded with a line, not refused: a run that nobody watches
     never stops for a leftover.
 
     Args:
-        path: NAME.zarr or NAME.parquet.
+        path: NAME.zarr, NAME.parquet or NAME.csv.
         header: all that the file says beside the values.
         cells: positions (row by row) in the region of the cells that are forecast; all others become NaN.
         grid: the cut into chunks.
@@ -145,9 +145,8 @@ class ForecastWriter:
     def finish(self) -> Path:
         """Makes the final file, gives it its name, and removes the chunks."""
         assert not self.remaining, f"{len(self.remaining)} chunks are missing"
-        write_file, _ = FORMATS[self.path.suffix]
         unfinished, replaced = self.partial / self.path.name, self.partial / REPLACED
-        write_file(self._header, self._read, unfinished)
+        WRITERS[self.path.suffix](self._header, self._read, unfinished)
         require_replaceable(self.path, self._header.metadata)
         if self.path.is_dir():  # a folder cannot be renamed onto a filled one
             shutil.rmtree(replaced, ignore_errors=True)

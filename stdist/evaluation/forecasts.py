@@ -1,4 +1,4 @@
-"""Files of forecasts, `.zarr` or `.parquet`, with the contract that they were made under."""
+"""Files of forecasts, `.zarr`, `.parquet` or `.csv`, with the contract that they were made under."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +14,10 @@ from stdist.errors import DamageError, InputError, is_damage
 from stdist.evaluation.contract import ForecastMetadata
 from stdist.evaluation.forecast_arrays import open_zarr, write_zarr, zarr_metadata
 from stdist.evaluation.forecast_header import ForecastHeader, ReadBlock, read_metadata
-from stdist.evaluation.forecast_tables import open_parquet, parquet_metadata, write_parquet
+from stdist.evaluation.forecast_tables import open_parquet, parquet_metadata, write_csv, write_parquet
 
-FORMATS = {".zarr": (write_zarr, open_zarr), ".parquet": (write_parquet, open_parquet)}
+WRITERS = {".zarr": write_zarr, ".parquet": write_parquet, ".csv": write_csv}
+READERS = {".zarr": open_zarr, ".parquet": open_parquet}
 METADATA = {".zarr": zarr_metadata, ".parquet": parquet_metadata}
 
 
@@ -37,8 +38,8 @@ class ForecastFile:
 def require_suffix(path: Path | str) -> Path:
     """Returns ``path`` if its suffix is that of a file of forecasts; raises InputError if not."""
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise InputError(f"{path}: forecasts are files of .zarr or .parquet, not '{path.suffix}'")
+    if path.suffix not in WRITERS:
+        raise InputError(f"{path}: forecasts are files of .zarr, .parquet or .csv, not '{path.suffix}'; change --out")
     return path
 
 
@@ -50,6 +51,8 @@ def require_replaceable(path: Path, metadata: ForecastMetadata) -> None:
         raise InputError(f"{path} is a symbolic link; {stays}")
     if not path.exists():
         return
+    if path.suffix not in METADATA:
+        raise InputError(f"{path} is there already, and a table of text does not say whose it is; {stays}")
     text = METADATA[path.suffix](path)
     if text is None:
         raise InputError(f"{path} holds no forecasts written by stdist; {stays}")
@@ -61,7 +64,9 @@ def require_replaceable(path: Path, metadata: ForecastMetadata) -> None:
 def open_forecasts(path: Path | str) -> ForecastFile:
     """Opens a file that ``ForecastWriter`` wrote. Raises InputError where ``path`` holds something else."""
     path = require_suffix(path)
-    _, open_file = FORMATS[path.suffix]
+    if path.suffix not in READERS:
+        raise InputError(f"{path} carries no contract, as no {path.suffix} can; forecast to .parquet or .zarr to score")
+    open_file = READERS[path.suffix]
     if not path.exists():
         raise InputError(f"{path}: no such forecasts; write them with `stdist forecast RUN STORE --out {path}`")
     with _as_one_line(InputError, f"{path}: not forecasts written by stdist, or damaged"):

@@ -17,6 +17,7 @@ from stdist.evaluation.contract import EvaluationContract, ForecastContract
 from stdist.evaluation.forecast_header import ForecastHeader
 from stdist.evaluation.forecasts import open_forecasts
 from stdist.evaluation.metrics import ErrorState
+from stdist.evaluation.quantile_scores import QuantileErrors
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +26,13 @@ class EvaluationResult:
 
     contract: EvaluationContract
     state: ErrorState
+    quantiles: QuantileErrors | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns ``contract``, and ``pooled``, ``mean_of_horizons`` and ``per_horizon`` errors."""
-        return {"contract": self.contract.model_dump(mode="json"), **self.state.summary()}
+        """Returns ``contract``, and ``pooled``, ``mean_of_horizons`` and ``per_horizon`` errors; ``quantiles`` where
+        the forecasts have some (``QuantileErrors.summary``)."""
+        scores = {"contract": self.contract.model_dump(mode="json"), **self.state.summary()}
+        return scores if self.quantiles is None else scores | {"quantiles": self.quantiles.summary()}
 
 
 def forecast_contract(windows: Windows) -> ForecastContract:
@@ -68,11 +72,19 @@ def evaluate(forecasts: Path | str, store: GridStore | Path | str) -> Evaluation
     split, origins = match_windows(header, store)
     refuse_leaks(header.metadata.fitted, split.span, data_digest(store, contract.channel))
     state = ErrorState.empty(contract.K)
+    quantiles = QuantileErrors.empty(header.levels, contract.K, header.cell_ids.size) if header.levels else None
+    numbers = np.arange(header.cell_ids.size).reshape(header.cell_ids.shape)
     for windows, tile in header.blocks():
-        values, first = source.read(windows, tile)[0], header.origins[windows][0]
+        first = header.origins[windows][0]
+        values, *of_levels = source.read(windows, tile, quantiles=True)
         truth, observed = read_targets(split, tile, origins[windows])
+        cells = header.place(windows, tile)[2:]
+        observed &= header.asked[cells]
         try:
             state += ErrorState.of(values, truth, observed)
+            if quantiles is not None:
+                hours = local_hours(store, origins[windows], contract.K)
+                quantiles = quantiles.add(np.stack(of_levels), truth, observed, hours, numbers[cells])
         except InputError as error:
             raise InputError(f"windows from origin {_utc(first)} on, cells {tile}: {error}") from error
     if not state.count.any():
@@ -86,14 +98,21 @@ def evaluate(forecasts: Path | str, store: GridStore | Path | str) -> Evaluation
             **contract.model_dump(),
             windows=len(origins),
             windows_in_split=len(split),
-            cells=int(header.cell_ids.size),
+            cells=int(header.asked.sum()),
             points=int(state.count.sum()),
             first_target=_utc(header.origins.min() + steps),
             last_target=_utc(header.origins.max() + contract.K * steps),
             horizons=list(range(1, contract.K + 1)),
         ),
         state,
+        quantiles,
     )
+
+
+def local_hours(store: GridStore, origins: Int[np.ndarray, " N"], K: int) -> Int[np.ndarray, "N K"]:
+    """The hour of the city's day of each target of the windows with these origins (frame indices)."""
+    local = store.local_times[origins[:, None] + np.arange(1, K + 1)]
+    return ((local - local.astype("datetime64[D]")) // np.timedelta64(1, "h")).astype(np.int64)
 
 
 def match_windows(header: ForecastHeader, store: GridStore) -> tuple[Windows, Int[np.ndarray, " N"]]:

@@ -23,6 +23,7 @@ from stdist.errors import DamageError, InputError
 from stdist.evaluation import figures, forecast_header
 from stdist.evaluation.forecast_header import ForecastHeader, tiles
 from stdist.evaluation.forecasts import ForecastFile, open_forecasts
+from stdist.evaluation.levels import INTERVALS
 from stdist.evaluation.metrics import ErrorState
 from stdist.evaluation.protocol import match_windows, read_targets
 from stdist.evaluation.run_files import RunMetrics, Scores, read_embeddings, read_log, read_metrics
@@ -115,6 +116,7 @@ def build_report(run_dir: Path) -> Path:
         verdict=verdict(metrics) if metrics else "",
         warnings=_warnings(metrics, pictures) if metrics else [],
         horizons=_horizon_figure(metrics, gallery) if metrics else None,
+        reliability=_reliability_figure(metrics, gallery) if metrics and metrics.quantiles else None,
         curves=curves,
         pictures=pictures,
         embeddings=embeddings,
@@ -226,6 +228,21 @@ def _horizon_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
     return gallery.add("horizons", figure, "NRMSE of each step ahead")
 
 
+def _reliability_figure(metrics: RunMetrics, gallery: _Gallery) -> Image:
+    below = {
+        name: {float(level): share for level, share in scores.pooled.below.items() if share is not None}
+        for name, scores in metrics.quantiles.items()
+    }
+    steps = metrics.quantiles["model"].per_horizon if "model" in metrics.quantiles else []
+    coverage = {
+        name: [float("nan") if (share := step.intervals[name].coverage) is None else share for step in steps]
+        for name in (steps[0].intervals if steps else ())
+    }
+    minutes = metrics.contract.get("cadence_seconds", 0) / 60
+    figure = figures.reliability(below, coverage, minutes)
+    return gallery.add("reliability", figure, "Quantiles of the test days, by those of the days calibrated on")
+
+
 def _forecast_pictures(run_dir: Path, config_text: str, gallery: _Gallery) -> ForecastPictures:
     forecasts = open_forecasts(run_dir / "forecasts" / "test.zarr")
     header, store = forecasts.header, store_of(run_dir, config_text)
@@ -304,7 +321,9 @@ def read_trace(
     values = forecasts.read(slice(0, len(origins)), region, quantiles=True)
     point, *quantiles = values.reshape(values.shape[:3])
     where = ", ".join(f"{dim} {i}" for dim, i in zip(header.dims[2:], position, strict=True))
-    title, band = f"{name} {header.cell_ids[index]} ({where})", np.stack(quantiles[::2]) if quantiles else None
+    title, band = f"{name} {header.cell_ids[index]} ({where})", None
+    if quantiles:
+        band = np.stack([quantiles[header.levels.index(level)] for level in INTERVALS["80 %"]])
     # Where clocks are changed, stamps of the wall clock are no axis: some come twice.
     times, zone = (store.local_times, None) if store.timezone is None else (store.times, store.timezone)
     return figures.Trace(title, contract.units, times[first:stop], truth, origins - first, point, band, zone)

@@ -15,6 +15,7 @@ from stdist.errors import DamageError, InputError
 from stdist.evaluation.contract import Schema, parsed
 from stdist.files import own_file, write_atomically
 
+METRICS = Path("report") / "metrics.json"
 NOT_SCALARS = {"stage", "step", "time", "event", "metrics"}
 
 
@@ -41,6 +42,33 @@ class Scores(BaseModel):
     mean_of_horizons: Errors
     per_horizon: list[StepErrors]
     fallbacks: int = 0
+
+
+class IntervalScore(BaseModel):
+    """The share of the scored points in a central interval, and its mean width in the data's units."""
+
+    coverage: float | None
+    width: float | None
+
+
+class QuantileRow(BaseModel, extra="allow"):
+    """One row of a ``QuantileErrors.summary``; by level, and by the interval's name. ``extra``: what it is of."""
+
+    points: int
+    crps: float | None
+    pinball: dict[str, float | None]
+    below: dict[str, float | None]
+    intervals: dict[str, IntervalScore]
+
+
+class QuantileScores(BaseModel):
+    """One forecaster's ``QuantileErrors.summary``."""
+
+    crps_is: str
+    pooled: QuantileRow
+    per_horizon: list[QuantileRow]
+    per_hour: list[QuantileRow]
+    per_place_group: list[QuantileRow]
 
 
 class StageScores(BaseModel, extra="forbid"):
@@ -100,7 +128,8 @@ class Embeddings(BaseModel, extra="forbid"):
 class RunMetrics(BaseModel, extra="forbid"):
     """The content of `report/metrics.json`.
 
-    ``variants`` are other readings of the same model, for instance without frames.
+    ``variants`` are other readings of the same model, for instance without frames. ``quantiles``: of ``model`` and
+    of its company, where the run is calibrated.
     """
 
     contract: dict[str, Any]
@@ -108,6 +137,7 @@ class RunMetrics(BaseModel, extra="forbid"):
     baselines: dict[str, Scores]
     stages: dict[str, StageScores] = {}
     variants: dict[str, Scores] = {}
+    quantiles: dict[str, QuantileScores] = {}
     efficiency: list[Efficiency] = []
     tables: list[Table] = []
     notes: list[str] = []
@@ -124,12 +154,12 @@ class StageLog:
 def write_metrics(run_dir: Path, metrics: dict[str, Any] | RunMetrics) -> Path:
     """Write `report/metrics.json` of a run. Raises InputError, naming the key, for another form."""
     checked = parsed(RunMetrics, metrics, "metrics", "evaluate the run again")
-    return write_atomically(run_dir / "report" / "metrics.json", checked.model_dump_json(indent=1) + "\n")
+    return write_atomically(run_dir / METRICS, checked.model_dump_json(indent=1) + "\n")
 
 
 def read_metrics(run_dir: Path) -> RunMetrics:
     """Read `report/metrics.json` of a run. Raises InputError where it is absent or damaged."""
-    return _read(run_dir / "report" / "metrics.json", RunMetrics)
+    return _read(run_dir / METRICS, RunMetrics)
 
 
 def write_embeddings(run_dir: Path, embeddings: Embeddings) -> Path:
@@ -159,6 +189,13 @@ def add_variants(run_dir: Path, others: list[Path]) -> None:
     metrics = read_metrics(run_dir)
     for other in others:
         metrics.variants[other.resolve().name] = read_metrics(other).model
+    write_metrics(run_dir, metrics)
+
+
+def add_quantiles(run_dir: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Put the scores of quantiles into a run's metrics, in place of those before; ``model`` is its own."""
+    metrics = read_metrics(run_dir)
+    metrics.quantiles = {name: QuantileScores.model_validate(each) for name, each in scores.items()}
     write_metrics(run_dir, metrics)
 
 

@@ -1,6 +1,7 @@
 """A trained forecaster of nodes as the forecaster of a run: ``stdist forecast`` and a run's own test forecasts."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ class NodesPredictor(Predictor):
         return []
 
     def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " nodes"]]:
-        nodes = NodeSet.of(windows.store, windows.region)
+        nodes = self._nodes(windows)
         return ChunkGrid(len(windows), len(nodes), self.batch_size, len(nodes)), nodes.positions
 
     @torch.no_grad()
@@ -80,7 +81,7 @@ class NodesPredictor(Predictor):
         chunks = list(chunks)
         if not chunks:
             return
-        nodes, known = (NodeSet.of(windows.store, region) for region in (windows.region, windows.history_region))
+        nodes, known = self._nodes(windows), NodeSet.of(windows.store, windows.history_region)
         targets = np.searchsorted(known.numbers, nodes.numbers)
         forecasts = WindowForecasts(self.model, windows, NodeLearners(len(known)))
         sampler = WindowSampler(forecasts.windows, self.batch_size, shuffle=False)
@@ -88,6 +89,10 @@ class NodesPredictor(Predictor):
         for chunk, batch in zip(chunks, WindowLoader(sampler), strict=True):
             predicted, _ = forecasts(batch)
             yield chunk, predicted[None, :, :, targets].cpu().numpy(), {}
+
+    def _nodes(self, windows: Windows) -> NodeSet:
+        nodes = NodeSet.of(windows.store, windows.region)
+        return replace(nodes, positions=self.wanted(nodes.positions))
 
     def _known_region(self, store: GridStore, run_dir: Path, log: Callable[[str], None]) -> AnyRegion:
         """The region of ``store`` with the run's own nodes, by their ids: an embedding, a weight or a graph is of

@@ -4,12 +4,12 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from stdist.config import RunConfig
 from stdist.data import DaySpan, GridStore, Windows, open_store
@@ -19,9 +19,13 @@ from stdist.data.spans import AnyRegion
 from stdist.dates import parse_local_time
 from stdist.errors import InputError
 from stdist.evaluation import Chunk, ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
+from stdist.evaluation.forecasts import require_suffix
+from stdist.evaluation.levels import cost_level
 from stdist.files import require_outside, require_writable
 from stdist.progress import progress_bar
+from stdist.runs.calibration_file import CALIBRATION, Calibration, model_digest, read_calibration
 from stdist.runs.dataset import split_of
+from stdist.runs.places import find_places
 from stdist.runs.run_folder import noted_digest
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line, require_undamaged_model
 
@@ -35,7 +39,9 @@ NEXT = "next"
 class ForecastRequest:
     """The arguments of ``stdist forecast``: a finished run, a store, cells or nodes (the run's own where None), a
     split's name, local days ``A:B`` or ``NEXT``, and the file to write. ``origin``: of the next steps, the local time
-    of the last frame that is looked at, the store's last one where None."""
+    of the last frame that is looked at, the store's last one where None. ``places``: ids in place of a region.
+    ``horizon``: the first steps alone, all of the model's where None. ``quantiles``: by the run's calibration, where
+    None if it has one. ``cost_ratio``: of ``forecast_for_cost``, none where None."""
 
     run_dir: Path
     store: Path
@@ -43,6 +49,10 @@ class ForecastRequest:
     split: str
     out: Path
     origin: str | None = None
+    places: str | None = None
+    horizon: int | None = None
+    quantiles: bool | None = None
+    cost_ratio: float | None = None
 
 
 Prediction = tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]
@@ -53,15 +63,23 @@ class Predictor(ABC):
 
     Attributes:
         fitted: what of it was fitted on which days of which data.
-        has_quantiles: whether each forecast has quantiles behind its point forecast.
+        levels: of the quantiles that each forecast has of its own behind its point forecast.
         settings: what else decides the forecasts, JSON.
+        own_levels: of the quantiles of its own distribution that they can have if asked, ``LEVELS`` or none.
         unit: what a chunk counts, for the progress bar.
+        places: positions in the region of the windows to be forecast, row by row; all where None.
     """
 
     fitted: tuple[Fitted, ...]
-    has_quantiles: bool = False
+    levels: tuple[float, ...] = ()
+    own_levels: tuple[float, ...] = ()
     settings: Mapping[str, Any] = {}
     unit: ClassVar[str] = "cells"
+    places: Int[np.ndarray, " n"] | None = None
+
+    def wanted(self, positions: Int[np.ndarray, " cells"]) -> Int[np.ndarray, " n"]:
+        """Those of ``positions`` that are to be forecast."""
+        return positions if self.places is None else np.intersect1d(positions, self.places)
 
     @abstractmethod
     def regions(
@@ -80,6 +98,10 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, windows: Windows, chunks: Iterable[Chunk]) -> Iterator[Prediction]:
         """Each chunk's point forecasts, then quantiles, and counts to add up over chunks."""
+
+    def ask_distribution(self) -> None:
+        """Has forecasts have the ``own_levels`` from now on, if there are any."""
+        self.levels = self.own_levels or self.levels
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
         """Lines for people about the counts of all chunks."""
@@ -106,25 +128,39 @@ def write_forecasts(
     out: Path,
     log: Callable[[str], None],
     predict: Predict | None = None,
+    *,
+    horizon: int | None = None,
+    calibration: Calibration | None = None,
+    cost_ratio: float | None = None,
 ) -> Written:
     """Forecasts every window into ``out``; goes on where a killed one was.
 
     ``summary``: of the stage whose result forecasts. It names the checkpoint, and as a whole it tells two trainings
     apart that left checkpoints of the same name. ``predict``: the predictor's own, in this process, if absent.
+    ``horizon``: steps that are kept of those that the model forecasts, all where None. ``calibration``: makes the
+    quantiles, in place of the model's own. ``cost_ratio``: of ``forecast_for_cost``.
     """
     grid, cells = predictor.grid(windows)
+    ids = windows.store.cell_ids[windows.region.slices]
+    steps = horizon or windows.K
+    some = {"places": tuple(ids.flat[cells].tolist())} if predictor.places is not None else {}
     header = ForecastHeader(
         metadata=ForecastMetadata(
             run=config.name,
             checkpoint=f"{summary['stage']}/{summary['checkpoint']}",
-            contract=forecast_contract(windows),
-            fitted=predictor.fitted,
+            contract=forecast_contract(windows).model_copy(update={"K": steps, **some}),
+            fitted=predictor.fitted if calibration is None else (*predictor.fitted, calibration.fitted),
+            calibration=None if calibration is None else calibration.digest,
+            cost_ratio=cost_ratio,
         ),
         origins=windows.origin_times,
-        cell_ids=windows.store.cell_ids[windows.region.slices],
-        has_quantiles=predictor.has_quantiles,
+        cell_ids=ids,
+        levels=predictor.levels if calibration is None else calibration.levels,
+        local_targets=local_targets(windows)[:, :steps],
     )
     work = {**predictor.settings, "training": summary}
+    conformal = None if calibration is None else calibration.conformal
+    numbers = None if calibration is None else calibration.numbers_of(ids.ravel()[cells])
     with (
         ForecastWriter(out, header, cells, grid, work, log) as writer,
         progress_bar("forecast", unit=predictor.unit) as progress,
@@ -134,13 +170,23 @@ def write_forecasts(
         done = grid.size - size
         progress(done, grid.size)
         for chunk, values, counts in (predict or predictor.predict)(windows, chunks):
-            writer.write(chunk, values, counts)
+            kept = values[:, :, :steps]
+            if conformal is not None and numbers is not None:
+                own = kept[1:] if calibration is not None and calibration.corrects_own else None
+                kept = np.concatenate([kept[:1], conformal.quantiles(kept[0], numbers[chunk.cells], own)])
+            writer.write(chunk, kept, counts)
             done += chunk.size
             progress(done, grid.size)
         seconds = time.perf_counter() - began
         notes = predictor.notes(writer.counts)
         writer.finish()
     return Written(notes, size / grid.cells / seconds if chunks else None)
+
+
+def local_targets(windows: Windows) -> Shaped[np.ndarray, "N K"]:
+    """What the city's clocks show at the targets."""
+    store = windows.store
+    return store.local_times[windows.origins][:, None] + store.cadence * np.arange(1, windows.K + 1)
 
 
 def drop_test_forecasts(run_dir: Path) -> None:
@@ -163,13 +209,15 @@ def finished_stage(run_dir: Path, stage: str) -> tuple[Path, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished run's model, opened for the windows that a request asks for; ``notes`` for people."""
+    """A finished run's model, opened for the windows that a request asks for; ``notes`` for people; what makes its
+    quantiles, if anything does."""
 
     predictor: Predictor
     windows: Windows
     checkpoint: Path
     summary: dict[str, Any]
     notes: list[str]
+    calibration: Calibration | None
 
 
 def open_sweep(
@@ -184,12 +232,22 @@ def open_sweep(
     with damage_as_one_line(checkpoint):
         predictor = load(checkpoint)
     store = open_store(request.store)
+    if request.places is not None:
+        box, predictor.places = find_places(store, request.places)
+        request = replace(request, region=str(box))
     region, history_region = predictor.regions(store, request, log)
     windows = _windows(config, store, request, region, history_region)
     notes = predictor.check(windows)
-    if isinstance(windows, NextWindow) and (missing := windows.missing()):
-        notes.append(f"{missing} values of the history are missing; they are imputed, as in training")
-    return Sweep(predictor, windows, checkpoint, summary, notes)
+    if (horizon := request.horizon) is not None and not 1 <= horizon <= windows.K:
+        ahead = windows.K * store.cadence.astype("timedelta64[m]")
+        raise InputError(
+            f"--horizon {horizon}: {request.run_dir} forecasts {windows.K} steps ({ahead}) and no further; ask for 1 "
+            f"to {windows.K}, or train with data.horizon={horizon}"
+        )
+    calibration = _calibration(request, predictor, windows, summary)
+    if calibration is not None and calibration.corrects_own:
+        predictor.ask_distribution()
+    return Sweep(predictor, windows, checkpoint, summary, notes, calibration)
 
 
 def _windows(
@@ -228,16 +286,54 @@ def forecast_store(
     where it cannot be written.
     """
     require_outside(request.out)
+    require_suffix(request.out)
     require_writable(request.out.parent)
     sweep = open_sweep(config, last_stage, load, request, log)
     predictor, windows = sweep.predictor, sweep.windows
     log(windows.contract)
     if found := leaks(predictor.fitted, windows.span, data_digest(windows.store, windows.channel)):
         log(f"note: {leak_line(found, windows.span)}; `stdist evaluate` will not score these forecasts")
-    written = write_forecasts(config, predictor, windows, sweep.summary, request.out, log, predict)
+    calibration = sweep.calibration
+    levels = predictor.levels if calibration is None else calibration.levels
+    if request.cost_ratio is not None:
+        cost_level(request.cost_ratio, levels)
+    options: Any = {"horizon": request.horizon, "calibration": calibration, "cost_ratio": request.cost_ratio}
+    written = write_forecasts(config, predictor, windows, sweep.summary, request.out, log, predict, **options)
     for note in sweep.notes + written.notes:
         log(note)
-    return {"out": str(request.out), "windows": len(windows), "checkpoint": f"{last_stage}/{sweep.checkpoint.name}"}
+    result: dict[str, Any] = {
+        "out": str(request.out),
+        "windows": len(windows),
+        "checkpoint": f"{last_stage}/{sweep.checkpoint.name}",
+        "levels": list(levels),
+    }
+    return result | (_of_next(windows) if isinstance(windows, NextWindow) else {})
+
+
+def _calibration(
+    request: ForecastRequest, predictor: Predictor, windows: Windows, summary: dict[str, Any]
+) -> Calibration | None:
+    """What makes the quantiles that are asked for. Raises InputError where it does not fit the model or the windows."""
+    path = request.run_dir / CALIBRATION
+    if request.quantiles is False or (request.quantiles is None and not path.exists()):
+        return None
+    calibration = read_calibration(path)
+    _, cells = predictor.grid(windows)
+    ids = windows.store.cell_ids[windows.region.slices].ravel()[cells]
+    calibration.require_fit(path, model_digest(summary, predictor.settings), windows, ids)
+    return calibration
+
+
+def _of_next(window: NextWindow) -> dict[str, Any]:
+    """What the steps behind one frame rest on: its local time, frames of the store behind it that are not there, and
+    values of the history that were not observed."""
+    store = window.store
+    behind = int((~store.present[window.origin + 1 :]).sum())
+    return {
+        "origin": str(store.local_times[window.origin].astype("datetime64[m]")),
+        "frames_absent_behind_it": behind,
+        "imputed": window.missing(),
+    }
 
 
 def _days(config: RunConfig, store: GridStore, part: str, run_dir: Path) -> DaySpan:

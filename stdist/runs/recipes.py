@@ -91,6 +91,12 @@ class Recipe(ABC, Generic[ConfigT]):
 
         return forecast_store(config, self.stages(config)[-1], partial(self.load, config), request, log, predict)
 
+    def calibrate(self, config: ConfigT, request: "ForecastRequest", log: Callable[[str], None]) -> dict[str, Any]:
+        """See :func:`stdist.runs.calibration.calibrate_run`."""
+        from stdist.runs.calibration import calibrate_run
+
+        return calibrate_run(config, self.stages(config)[-1], partial(self.load, config), request, log)
+
     def open_sweep(self, config: ConfigT, request: "ForecastRequest") -> "Sweep":
         """The same model and windows in a worker's process; see :func:`stdist.runs.forecasting.open_sweep`."""
         from stdist.runs.forecasting import open_sweep
@@ -132,6 +138,12 @@ def forecast(
     """``stdist forecast``; see :func:`stdist.runs.forecasting.forecast_store`."""
     config = read_run_config(request.run_dir)
     return recipe_of(config).forecast(config, request, log, predict)
+
+
+def calibrate(request: "ForecastRequest", log: Callable[[str], None]) -> dict[str, Any]:
+    """``stdist calibrate``; see :func:`stdist.runs.calibration.calibrate_run`."""
+    config = read_run_config(request.run_dir)
+    return recipe_of(config).calibrate(config, request, log)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:

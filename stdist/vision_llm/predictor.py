@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from stdist.data import GridStore, Region, Windows
 from stdist.data.spans import AnyRegion
 from stdist.evaluation import Chunk, ChunkGrid
+from stdist.evaluation.forecast_header import QUANTILES
+from stdist.evaluation.levels import LEVELS
 from stdist.runs.forecasting import ForecastRequest, Predictor
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import cadence_minutes, first_cell
@@ -24,7 +26,8 @@ class PolicyPredictor(Predictor):
     def __init__(self, policy: PolicyModel, config: VisionLLMConfig):
         self.policy, self.config, self.fitted = policy, config, policy.spec.fitted
         self.num_generations = candidates_per_cell(config.forecast)
-        self.has_quantiles = self.num_generations > 1
+        self.levels = QUANTILES if self.num_generations > 1 else ()
+        self.own_levels = LEVELS if config.forecast.decoding == "direct" else ()
         self.clamp = config.numerals.out_of_range == "clamp"
         self.settings = {
             "decoding": config.forecast.decoding,
@@ -46,14 +49,14 @@ class PolicyPredictor(Predictor):
         return [clamped] if clamped else []
 
     def grid(self, windows: Windows) -> tuple[ChunkGrid, Int[np.ndarray, " cells"]]:
-        cells = CityWindows(self.policy, windows, self.clamp).cells
+        cells = self._city(windows).cells
         return plan_pieces(len(windows), len(cells), self.config.forecast.windows_per_batch), cells
 
     def predict(
         self, windows: Windows, chunks: Iterable[Chunk]
     ) -> Iterator[tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]]:
         """Counts values ``clipped``: drawn as white in the windows' frames because they exceed t_max."""
-        city, encoder = CityWindows(self.policy, windows, self.clamp), self.policy.encoder
+        city, encoder = self._city(windows), self.policy.encoder
         for chunk, batch, values in forecast_pieces(
             self.policy,
             city,
@@ -62,10 +65,17 @@ class PolicyPredictor(Predictor):
             self.config.forecast.decoding,
             self.num_generations,
             self.config.seed,
+            self.levels if self.own_levels else (),
         ):
             first_of_windows = chunk.cells.start == 0
             white = clipped(batch.grids.numpy(), encoder.t_max) if encoder and first_of_windows else 0
-            yield chunk, summarise(values), {"clipped": white}
+            quantities = values.transpose(2, 0, 3, 1) if self.own_levels else summarise(values)
+            yield chunk, quantities, {"clipped": white}
+
+    def _city(self, windows: Windows) -> CityWindows:
+        city = CityWindows(self.policy, windows, self.clamp)
+        city.cells = self.wanted(city.cells)
+        return city
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
         white = counts.get("clipped", 0)

@@ -229,7 +229,11 @@ def test_a_forecast_from_an_unfinished_run(refused, finished_run, city, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--out", "f.csv"], ["f.csv", "written as .zarr or .parquet", "change --out"]),
+        (["--out", "f.xlsx"], ["f.xlsx", "files of .zarr, .parquet or .csv", "change --out"]),
+        (["--out", "f.csv", "--places", "17"], ["no place '17'; the nearest names are 1, 7, 9"]),
+        (["--out", "f.csv", "--places", "1", "--region", "0:1,0:1"], ["--region and --places", "give one of them"]),
+        (["--out", "f.csv", "--horizon", "3"], ["forecasts 2 steps (120 minutes) and no further", "data.horizon=3"]),
+        (["--out", "f.csv", "--horizon", "0"], ["--horizon 0", "ask for 1 to 2"]),
         (["--out", "f.zarr", "--region", "0:9,0:2"], ["region 0:9,0:2 leaves the grid of 3 rows x 3 columns"]),
         (["--out", "f.zarr", "--split", "tset"], ["no tset days", "local days A:B"]),
         (["--out", "f.zarr", "--split", "2014-02-01:2014-02-02"], ["leaves the days", "choose days within"]),

@@ -13,7 +13,19 @@ from stdist.reader_commands import option_help
 
 from .conftest import DAYS, SLOTS
 
-COMMANDS = ("prepare", "check", "train", "demo", "forecast", "evaluate", "report", "doctor", "plan", "submit")
+COMMANDS = (
+    "prepare",
+    "check",
+    "train",
+    "demo",
+    "forecast",
+    "calibrate",
+    "evaluate",
+    "report",
+    "doctor",
+    "plan",
+    "submit",
+)
 
 
 def test_help_needs_no_torch():

@@ -17,6 +17,7 @@ from stdist.evaluation import (
     forecast_contract,
     open_forecasts,
 )
+from stdist.evaluation.forecast_header import QUANTILES
 from stdist.evaluation.protocol import EvaluationResult
 
 DAYS, SLOTS, H, W = 21, 24, 4, 3
@@ -92,7 +93,7 @@ class Forecasts:
 
     @property
     def header(self) -> ForecastHeader:
-        return ForecastHeader(self.metadata, self.origins, self.cell_ids, self.quantiles is not None)
+        return ForecastHeader(self.metadata, self.origins, self.cell_ids, () if self.quantiles is None else QUANTILES)
 
     @property
     def quantities(self) -> np.ndarray:
@@ -117,7 +118,7 @@ def read_forecasts(path: Path) -> Forecasts:
     file = open_forecasts(path)
     header = file.header
     values = file.read(slice(0, header.shape[0]), header.region, quantiles=True)
-    quantiles = values[1:] if header.has_quantiles else None
+    quantiles = values[1:] if header.levels else None
     return Forecasts(values[0], header.origins, header.cell_ids, header.metadata, quantiles)
 
 

@@ -108,7 +108,7 @@ def test_killed_while_the_final_file_is_made(open_writer, forecasts, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), open_writer() as writer:
-        patch.setitem(forecast_writer.FORMATS, ".zarr", (killed, None))
+        patch.setitem(forecast_writer.WRITERS, ".zarr", killed)
         fill(writer, forecasts)
         writer.finish()
     assert bytes_of(path) == before
@@ -206,8 +206,8 @@ def test_chunks_come_in_their_order_and_all_of_them(open_writer, forecasts):
 
 
 def test_another_suffix_is_refused_before_anything_is_written(open_writer, tmp_path):
-    with pytest.raises(InputError, match=r"\.zarr or \.parquet, not '\.csv'"):
-        open_writer(tmp_path / "made.csv")
+    with pytest.raises(InputError, match=r"\.zarr, \.parquet or \.csv, not '\.txt'"):
+        open_writer(tmp_path / "made.txt")
     assert list(tmp_path.iterdir()) == []
 
 

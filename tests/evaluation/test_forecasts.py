@@ -12,7 +12,7 @@ import zarr
 from stdist.data import Region
 from stdist.errors import InputError
 from stdist.evaluation import forecast_header, open_forecasts
-from stdist.evaluation.forecast_writer import FORMATS
+from stdist.evaluation.forecast_writer import WRITERS
 
 from .conftest import make_forecasts, read_forecasts, write_forecasts
 
@@ -114,8 +114,7 @@ def test_written_a_few_windows_at_a_time(forecasts, suffix, points, expected, tm
         lengths.append(windows.stop - windows.start)
         return forecasts.quantities[:, windows]
 
-    write_file, _ = FORMATS[suffix]
-    write_file(forecasts.header, read, path)
+    WRITERS[suffix](forecasts.header, read, path)
     assert lengths == expected
     if suffix == ".parquet":
         table = pl.read_parquet(path)
@@ -146,8 +145,8 @@ def test_a_failed_write_leaves_the_old_file(forecasts, suffix, tmp_path, monkeyp
 
 
 def test_other_suffixes_and_absent_files_are_refused(forecasts, tmp_path):
-    with pytest.raises(InputError, match=r"\.zarr or \.parquet, not '\.csv'"):
-        write_forecasts(forecasts, tmp_path / "made.csv")
+    with pytest.raises(InputError, match=r"\.zarr, \.parquet or \.csv, not '\.txt'"):
+        write_forecasts(forecasts, tmp_path / "made.txt")
     with pytest.raises(InputError, match="no such forecasts"):
         read_forecasts(tmp_path / "nothing.zarr")
 

@@ -59,10 +59,14 @@ def test_any_blocks_give_the_figures_of_one(
     made = evaluate(path, store)
     assert np.array_equal(made.state.count, whole.count)
     assert flat(made.state.summary()) == pytest.approx(flat(whole.summary()), rel=1e-12)
-    assert len(blocks_read) > 1 and {shape[0] for shape in blocks_read} == {1}, "quantiles are not read"
-    assert max(np.prod(shape) for shape in blocks_read) <= max(points, 4)
+    assert len(blocks_read) > 1 and {shape[0] for shape in blocks_read} == {4}, "a point forecast and three quantiles"
+    assert max(np.prod(shape[1:]) for shape in blocks_read) <= max(points, 4)
     assert blocks_read[0][1:] == forecasts.header.block, "as the chunks of a Zarr file"
-    assert sum(np.prod(shape) for shape in blocks_read) == forecasts.values.size, "every value once"
+    seen = truth_of(windows)[1]
+    errors = truth_of(windows)[0][seen] - forecasts.quantiles[:, seen].astype(np.float64)
+    losses = [np.maximum(level * e, (level - 1) * e).mean() for level, e in zip((0.1, 0.5, 0.9), errors, strict=True)]
+    assert made.quantiles.summary()["pooled"]["crps"] == pytest.approx(2 * np.mean(losses), rel=1e-6)
+    assert sum(np.prod(shape[1:]) for shape in blocks_read) == forecasts.values.size, "every value once"
 
 
 @SUFFIXES

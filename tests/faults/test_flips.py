@@ -117,7 +117,7 @@ def part_case(tmp_path_factory) -> Case:
 def piece_case(store_case, tmp_path_factory) -> Case:
     windows = open_store(store_case.folder).windows("test", 6, 3, channel="flow")
     metadata = ForecastMetadata(run="toy", checkpoint="train/step-1", contract=forecast_contract(windows))
-    header = ForecastHeader(metadata, windows.origin_times, windows.store.cell_ids, False)
+    header = ForecastHeader(metadata, windows.origin_times, windows.store.cell_ids)
     grid = ChunkGrid(len(windows), NODES, 20, 4)
     values = np.random.default_rng(0).gamma(2, 30, (1, len(windows), 3, NODES)).astype(np.float32)
 

@@ -128,6 +128,7 @@ COMMANDS = {
     "train": ["urban.yaml", "name=new"],
     "demo": ["--data", "grid.zarr"],
     "forecast": ["runs/urban", "nodes.zarr"],
+    "calibrate": ["runs/urban", "nodes.zarr"],
     "ledger": ["runs/urban"],
     "evaluate": ["runs/urban/forecasts/test.zarr", "nodes.zarr"],
     "report": ["runs/urban"],

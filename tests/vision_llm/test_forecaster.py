@@ -64,7 +64,7 @@ def forecast(policy: PolicyModel, city: CityWindows, tmp_path: Path) -> Forecast
             ForecastMetadata(run="toy", checkpoint="sft/step-1", contract=forecast_contract(windows)),
             windows.origin_times,
             windows.store.cell_ids,
-            has_quantiles=predictor.has_quantiles,
+            levels=predictor.levels,
         )
         pieces = ChunkGrid(len(city), len(city.cells), *plan)
         for stop in (*stop_at, len(pieces.chunks())):

@@ -38,13 +38,14 @@ def forecast_pieces(
     decoding: Decoding,
     num_generations: int = 1,
     seed: int = 0,
+    levels: tuple[float, ...] = (),
 ) -> Iterator[tuple[Chunk, PolicyBatch, Float[np.ndarray, "windows cells G K"]]]:
     """Forecasts pieces of the windows number ``indices`` and the city's cells; values in the data's units.
 
     Windows are read and encoded once for all consecutive pieces of them. Uniform numbers of a piece depend on ``seed``,
     its first window and its first cell alone, so that it does not matter which pieces were forecast before it.
     """
-    sampler = Sampler(policy, decoding, num_generations)
+    sampler = Sampler(policy, decoding, num_generations, levels=levels)
     for windows, blocks in groupby(pieces, key=lambda piece: piece.windows):
         read, prefix = city.read(indices[windows]), None
         for piece in blocks:

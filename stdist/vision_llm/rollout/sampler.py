@@ -91,6 +91,7 @@ class Sampler:
             all tokens, which is what a learner computes for them.
         allow_eos: the end token may be drawn and stops its sequence; without it exactly ``max_tokens`` numerals are
             generated.
+        levels: of the quantiles that ``direct`` forecasts have behind their mean.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class Sampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         allow_eos: bool = False,
+        levels: tuple[float, ...] = (),
     ):
         self.policy, self.decoding, self.num_generations = policy, decoding, num_generations
-        self.temperature, self.top_p, self.allow_eos = temperature, top_p, allow_eos
+        self.temperature, self.top_p, self.allow_eos, self.levels = temperature, top_p, allow_eos, levels
         values = torch.tensor(policy.vocabulary.values)
         # Answer ids in the order of their values, which the inverse distribution function needs; the end comes last.
         order = values.argsort()
@@ -228,24 +230,34 @@ class Sampler:
         prompts: Int[Tensor, "cells tokens"],
         uniforms: Float[Tensor, "sequences K"] | None = None,
     ) -> Float[Tensor, "cells G K"]:
-        """Exactly K values for each cell, ``num_generations`` candidates each, in the data's units."""
+        """Exactly K values for each cell, ``num_generations`` candidates each, in the data's units; of ``direct`` the
+        mean, then ``levels``."""
         horizon = self.policy.spec.setting.horizon
         if self.decoding == "direct":
-            return self._direct(prefix, prompts, horizon)[:, None]
+            return self._direct(prefix, prompts, horizon)
         return self.generate(prefix, prompts, horizon, uniforms).values.view(len(prompts), -1, horizon)
 
-    def _direct(self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], horizon: int) -> Float[Tensor, "cells K"]:
-        """All steps in one pass: the mean of each step's distribution given the history alone, in units.
+    def _direct(
+        self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"], horizon: int
+    ) -> Float[Tensor, "cells quantities K"]:
+        """All steps in one pass: the mean of each step's distribution given the history alone, and its quantiles, in
+        units.
 
         The mean is what minimises squared error; a chain of steps cannot use it, since it need not be a numeral. For
         policies that learned to answer behind blanks (``sft.blank_share``).
         """
-        means = []
+        found = []
         with inference(self.policy):
             for _, states in self._states_behind_blanks(prefix, prompts):
                 logits = head_logits(states.flatten(0, 1), self.policy.answer_head[:1])
-                means.append((logits.softmax(-1) @ self._values).view(-1, horizon))
-        return torch.cat(means)
+                p = logits.softmax(-1)
+                values = (p @ self._values)[:, None]
+                if self.levels:
+                    levels = p.new_tensor(self.levels).expand(len(p), -1).contiguous()
+                    quantiles = self._values[self._order[at_quantile(p[:, self._order], levels)]]
+                    values = torch.cat([values, quantiles], 1)
+                found.append(values.view(-1, horizon, values.shape[1]).transpose(1, 2))
+        return torch.cat(found)
 
     def _states_behind_blanks(
         self, prefix: Prefix, prompts: Int[Tensor, "cells tokens"]
