@@ -4,13 +4,13 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stdist.errors import InputError
+from stdist.errors import InputError, ResourceError
 
 try:
     import ray
@@ -29,7 +29,8 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
     to), ``local`` (one that is started here, listens to this machine alone and ends with this), None (``auto``, else
     ``local``). A connection that is there already is used, and stays.
 
-    Raises InputError where there is no such cluster, or it refuses the token, at once.
+    Raises InputError where there is no such cluster, or it refuses the token, at once; ResourceError where one that is
+    started here does not come up.
     """
     if ray.is_initialized():
         yield
@@ -46,8 +47,9 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
             if address not in (None, "local"):
                 raise
             _keep_token_private()
-            with _on_loopback():
-                join("local", include_dashboard=False)  # nobody looks at it
+            _start(join)
+    except ResourceError:
+        raise
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, SystemExit) as error:
         # SystemExit is Ray's own way out where the head says nothing that it understands.
         raise InputError(
@@ -59,6 +61,21 @@ def connected(address: str | None, log_to_driver: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(join: Callable[..., object]) -> None:
+    """Starts a cluster of this process. Raises ResourceError where Ray's own processes do not come up."""
+    try:
+        with _on_loopback():
+            join("local", include_dashboard=False)  # nobody looks at it
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # Of the bare class is what Ray raises after it has waited for its processes in vain.
+        raise ResourceError(
+            f"Ray did not start on this machine: {first_sentence(error)}; run the same command again, and see "
+            "/tmp/ray/session_latest/logs where that does not help"
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'stdi
 
 from ray.exceptions import AuthenticationError  # noqa: E402
 
-from stdist.errors import InputError  # noqa: E402
+from stdist.errors import InputError, ResourceError  # noqa: E402
 from stdist.orchestration.preparation import ray_executor  # noqa: E402
 
 
@@ -82,3 +82,18 @@ def test_a_cluster_of_ones_own_is_ones_own(tmp_path, token):
     program = [sys.executable, "-c", OWN_CLUSTER]
     ended = subprocess.run(program, env=kept | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
     assert ended.stdout == "['127.0.0.1'] 0o600 7 True\n", ended.stdout + ended.stderr
+
+
+def test_a_cluster_of_ones_own_that_does_not_come_up(monkeypatch):
+    """Ray waits for its own processes, and then raises an exception of no kind."""
+
+    def time_out(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because\nsome of the raylet")
+
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(ResourceError) as refused, ray_executor("local"):
+        pass
+    assert str(refused.value).startswith(
+        "Ray did not start on this machine: The current node timed out during startup;"
+    )
+    assert "\n" not in str(refused.value)
