@@ -251,6 +251,8 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
             return "hangs after a kill below it"
         if code == 0 or _was_made(command, code):
             break  # before it could be killed, or behind its last write
+        if code == 1 and command in ON_RAY and "Traceback" not in Path("stderr").read_text():
+            continue  # Ray itself ends a driver whose raylet died
         if code not in (5, -signal.SIGKILL):
             return f"exit code {code} after a kill below it: {Path('stderr').read_text()[-2000:]}"
     else:
