@@ -81,8 +81,8 @@ def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
     header, windows = forecasts.header, sweep.windows
     values, own, truth, observed = _read_all(forecasts, windows)
     known = np.isfinite(values).all((0, 1))
-    of_known = None if own is None else own[..., known]
-    conformal = ConformalQuantiles.fit(values[:, :, known], truth[:, :, known], observed[:, :, known], of_known)
+    values, truth, observed = (array[:, :, known] for array in (values, truth, observed))
+    conformal = ConformalQuantiles.fit(values, truth, observed, None if own is None else own[..., known])
     return Calibration(
         run=header.metadata.run,
         checkpoint=header.metadata.checkpoint,

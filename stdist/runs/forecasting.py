@@ -305,8 +305,8 @@ def forecast_store(
         "out": str(request.out),
         "windows": len(windows),
         "checkpoint": f"{last_stage}/{sweep.checkpoint.name}",
-        "levels": list(levels),
     }
+    result |= {"levels": list(levels)} if levels else {}
     return result | (_of_next(windows) if isinstance(windows, NextWindow) else {})
 
 

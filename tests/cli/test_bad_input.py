@@ -230,7 +230,7 @@ def test_a_forecast_from_an_unfinished_run(refused, finished_run, city, tmp_path
     ("arguments", "expected"),
     [
         (["--out", "f.xlsx"], ["f.xlsx", "files of .zarr, .parquet or .csv", "change --out"]),
-        (["--out", "f.csv", "--places", "17"], ["no place '17'; the nearest names are 1, 7, 9"]),
+        (["--out", "f.csv", "--places", "17"], ["no place '17'; the nearest names are 7, 1, 9"]),
         (["--out", "f.csv", "--places", "1", "--region", "0:1,0:1"], ["--region and --places", "give one of them"]),
         (["--out", "f.csv", "--horizon", "3"], ["forecasts 2 steps (120 minutes) and no further", "data.horizon=3"]),
         (["--out", "f.csv", "--horizon", "0"], ["--horizon 0", "ask for 1 to 2"]),
