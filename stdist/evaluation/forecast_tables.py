@@ -14,6 +14,7 @@ from stdist.errors import InputError
 from stdist.evaluation import forecast_header
 from stdist.evaluation.forecast_header import METADATA_KEY, ForecastHeader, ReadBlock, ReadWindows, cut, read_metadata
 from stdist.evaluation.levels import FOR_COST, for_cost
+from stdist.evaluation.sealed_parquet import BLANK, SEAL_KEY, require_sealed, seal
 
 CELL_IDS_KEY = "stdist_cell_ids"
 STAMP = pl.col("origin").dt.replace_time_zone(None).cast(pl.Datetime("ns"))
@@ -29,8 +30,10 @@ def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None
     metadata = {
         METADATA_KEY: header.metadata.model_dump_json(),
         CELL_IDS_KEY: json.dumps(header.cell_ids.tolist()),
+        SEAL_KEY: BLANK,
     }
     _tables(header, read).sink_parquet(path, metadata=metadata)
+    seal(path)
 
 
 def write_csv(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
@@ -93,8 +96,11 @@ def parquet_metadata(path: Path) -> str | None:
 
 
 def open_parquet(path: Path) -> tuple[ForecastHeader, ReadBlock]:
-    """Opens a table with rows in any order. Raises InputError where rows contradict the contract."""
+    """Opens a table. Raises InputError where rows contradict the contract, DamageError where the file is not as it was
+    written: every byte of it is read."""
     attributes = pl.read_parquet_metadata(path)
+    if SEAL_KEY in attributes:  # else it was written by a version that sealed none
+        require_sealed(path)
     metadata = read_metadata(attributes.get(METADATA_KEY), path)
     cell_ids = np.array(json.loads(attributes[CELL_IDS_KEY]))
     table = pl.scan_parquet(path)

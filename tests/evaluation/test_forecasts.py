@@ -1,5 +1,6 @@
 """Forecast files hold what was written, open with plain tools, and are never half there."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import xarray as xr
 import zarr
 
 from stdist.data import Region
-from stdist.errors import InputError
+from stdist.errors import DamageError, InputError
 from stdist.evaluation import forecast_header, open_forecasts
 from stdist.evaluation.forecast_writer import WRITERS
 
@@ -69,6 +70,19 @@ def test_parquet_rows_by_hand(forecasts, tmp_path):
     assert row["origin"].dtype == pl.Datetime("ns", "UTC")
     assert (row["target"] - row["origin"]).item().total_seconds() == 3 * 3600
     assert row["origin"].dt.replace_time_zone(None).to_numpy()[0] == forecasts.origins[5]
+
+
+def test_a_parquet_table_holds_the_digest_of_itself(forecasts, tmp_path):
+    """Of the file with 64 zeros in its place; another program's table that still says so is not stdist's."""
+    path = write_forecasts(forecasts, tmp_path / "made.parquet")
+    metadata, content = pl.read_parquet_metadata(path), path.read_bytes()
+    digest = metadata["stdist_sha256"].encode()
+    assert content.count(digest) == 1
+    assert hashlib.sha256(content.replace(digest, b"0" * 64)).hexdigest().encode() == digest
+    keep = {key: metadata[key] for key in ("stdist", "stdist_cell_ids", "stdist_sha256")}
+    pl.read_parquet(path).reverse().write_parquet(path, metadata=keep)
+    with pytest.raises(DamageError, match=r"made\.parquet is not as stdist wrote it: damaged, or written again by"):
+        open_forecasts(path)
 
 
 def test_parquet_rows_in_any_order(forecasts, tmp_path):

@@ -1,5 +1,5 @@
-"""A bit that flips anywhere, in a store, a checkpoint, a part of a preparation or a piece of a forecast, is noticed or
-changes nothing: never does a command end with another result and no word about it."""
+"""A bit that flips anywhere, in a store, a checkpoint, a part of a preparation, a forecast or a piece of one, is told
+or changes nothing: never does a command end with another result and no word about it."""
 
 import hashlib
 import shutil
@@ -14,7 +14,14 @@ import pytest
 from data_prep import Day, Part, Plan, prepare
 from stdist.data import NodeSpec, open_store
 from stdist.errors import InputError, Interrupted
-from stdist.evaluation import ChunkGrid, ForecastHeader, ForecastMetadata, ForecastWriter, forecast_contract
+from stdist.evaluation import (
+    ChunkGrid,
+    ForecastHeader,
+    ForecastMetadata,
+    ForecastWriter,
+    forecast_contract,
+    open_forecasts,
+)
 from stdist.runs import recipes
 from stdist.runs.forecasting import finished_stage
 from stdist.runs.recipes import parse_config, recipe_of
@@ -114,7 +121,8 @@ def part_case(tmp_path_factory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def piece_case(store_case, tmp_path_factory) -> Case:
+def write(store_case) -> Callable[[Path, int | None], None]:
+    """Writes forecasts into a file, or only its first pieces."""
     windows = open_store(store_case.folder).windows("test", 6, 3, channel="flow")
     metadata = ForecastMetadata(run="toy", checkpoint="train/step-1", contract=forecast_contract(windows))
     header = ForecastHeader(metadata, windows.origin_times, windows.store.cell_ids)
@@ -128,6 +136,33 @@ def piece_case(store_case, tmp_path_factory) -> Case:
             if until is None:
                 writer.finish()
 
+    return write
+
+
+def _file_case(write: Callable[[Path, int | None], None], folder: Path, suffix: str) -> Case:
+    write(folder / "made" / f"f{suffix}", None)
+
+    def read(folder: Path) -> str:
+        forecasts = open_forecasts(folder / f"f{suffix}")
+        header = forecasts.header
+        blocks = [forecasts.read(block, tile) for block, tile in header.blocks()]
+        return _digest(header.origins, header.cell_ids, *blocks, np.array([str(header.metadata)]))
+
+    return Case(folder / "made", read)
+
+
+@pytest.fixture(scope="module")
+def zarr_case(write, tmp_path_factory) -> Case:
+    return _file_case(write, tmp_path_factory.mktemp("arrays"), ".zarr")
+
+
+@pytest.fixture(scope="module")
+def parquet_case(write, tmp_path_factory) -> Case:
+    return _file_case(write, tmp_path_factory.mktemp("tables"), ".parquet")
+
+
+@pytest.fixture(scope="module")
+def piece_case(write, tmp_path_factory) -> Case:
     begun = tmp_path_factory.mktemp("pieces")
     write(begun / "f.zarr", 4)
     shutil.move(begun / "f.zarr.partial", begun / "half")
@@ -178,15 +213,15 @@ def flip_and_see(case: Case, seed: int, count: int, tmp_path: Path) -> None:
     print(dict(ends))
 
 
-KINDS = ["store_case", "checkpoint_case", "part_case", "piece_case"]
+KINDS = ["store_case", "checkpoint_case", "part_case", "piece_case", "zarr_case", "parquet_case"]
 
 
 @pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for seed, kind in enumerate(KINDS)])
-def test_sixty_flips(kind, seed, request, tmp_path):
+def test_some_flips(kind, seed, request, tmp_path):
     flip_and_see(request.getfixturevalue(kind), seed, 15, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for seed, kind in enumerate(KINDS, 100)])
-def test_a_thousand_flips(kind, seed, request, tmp_path):
+def test_fifteen_hundred_flips(kind, seed, request, tmp_path):
     flip_and_see(request.getfixturevalue(kind), seed, 250, tmp_path)
