@@ -184,9 +184,10 @@ def write_forecasts(
 
 
 def local_targets(windows: Windows) -> Shaped[np.ndarray, "N K"]:
-    """What the city's clocks show at the targets."""
+    """What the city's clocks show at the targets, behind the store's last frame too."""
     store = windows.store
-    return store.local_times[windows.origins][:, None] + store.cadence * np.arange(1, windows.K + 1)
+    utc = store.times[windows.origins][:, None] + store.cadence * np.arange(1, windows.K + 1)
+    return store.local(utc.ravel()).reshape(utc.shape)
 
 
 def drop_test_forecasts(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from stdist.data import DaySpan, GridStore, NodeSpec, Split, open_store
 from stdist.data.check import check_store
 from stdist.data.next_window import next_window
 from stdist.errors import InputError
+from stdist.runs.forecasting import local_targets
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +254,11 @@ def test_days_appended_over_a_change_make_the_store_of_all(tmp_path):
     hours = [stamp[11:13] for stamp in map(str, grown.local_times) if stamp.startswith("2019-10-27")]
     assert hours[:5] == ["00", "01", "02", "02", "03"] and len(hours) == 25
     assert check_store(grown.path).ok
+
+
+def test_forecasts_tell_the_clock_of_their_targets(year):
+    """Over both changes as the store's own frames, which come behind these origins."""
+    windows = year.windows(DaySpan.parse("2019-10-26:2019-10-28"), 3, 4, channel=year.channels[0])
+    steps = windows.origins[:, None] + np.arange(1, 5)
+    np.testing.assert_array_equal(local_targets(windows), year.local_times[steps])
+    assert (np.diff(local_targets(windows)[:, -1]) == np.timedelta64(0)).any(), "an hour that comes twice"
