@@ -46,6 +46,8 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
     group = zarr.open_group(path, mode="r+")
     block = header.block
 
+    auxiliary = sorted({*coords} - {*header.dims, "quantile"})
+
     def create(name: str, *leading: tuple[str, int]) -> zarr.Array[Any]:
         return group.create_array(
             name,
@@ -55,7 +57,7 @@ def write_zarr(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
             fill_value=np.nan,
             dimension_names=(*(dim for dim, _ in leading), *header.dims),
             # xarray finds the coordinates that are not dimensions by this attribute alone.
-            attributes={"units": contract.units, "coordinates": " ".join({*coords} - {*header.dims, "quantile"})},
+            attributes={"units": contract.units, "coordinates": " ".join(auxiliary)},
         )
 
     point = create("point" if header.levels else "forecast")

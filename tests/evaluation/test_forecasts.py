@@ -42,7 +42,10 @@ def test_round_trip(forecasts, suffix, tmp_path):
 
 
 def test_zarr_opens_with_xarray(forecasts, tmp_path):
-    dataset = xr.open_zarr(write_forecasts(forecasts, tmp_path / "made.zarr"), chunks=None)
+    path = write_forecasts(forecasts, tmp_path / "made.zarr")
+    names = zarr.open_group(path, mode="r")["forecast"].attrs["coordinates"].split()
+    assert names == sorted(names) and "target" in names, "in one order in every process: a digest is made of it"
+    dataset = xr.open_zarr(path, chunks=None)
     dims = ("origin", "step", "row", "col")
     if forecasts.quantiles is None:
         assert dataset.forecast.dims == dims
