@@ -117,6 +117,9 @@ def test_the_report_says_so_where_grpo_gained_nothing(store: GridStore, tmp_path
     class Trained:
         group = ProcessGroup()
 
+        def checkpoints(self, stage: str) -> None:
+            """Of stages that no other run gives: they are not looked at."""
+
         def fit(self, *_: object, **__: object) -> dict[str, str]:
             return {"checkpoint": kept}
 
@@ -249,7 +252,8 @@ def test_forecast_another_citys_grid(run: Path, other_city: Path, tmp_path: Path
     zarr = xarray.open_zarr(outs[0])["forecast"]
     assert zarr.shape == (22, 3, 2, 3) and zarr["row"].values.tolist() == [2, 3] and np.isfinite(zarr.values).all()
     table = pl.read_parquet(outs[1])
-    assert table.columns == ["origin", "target", "cell", "step", "forecast"] and len(table) == 22 * 3 * 2 * 3
+    assert table.columns == ["origin", "target", "target_local", "cell", "step", "forecast"]
+    assert len(table) == 22 * 3 * 2 * 3
     row = table.filter((pl.col("step") == 3) & (pl.col("cell") == int(zarr["cell"].values[1, 2])))
     assert np.allclose(row.sort("origin")["forecast"].to_numpy(), zarr.values[:, 2, 1, 2])
     assert ((row["target"] - row["origin"]).dt.total_hours() == 3).all()
@@ -304,7 +308,7 @@ def test_forecast_quantiles_where_candidates_are_sampled(
         ("3", "test", "x.zarr", "is not r0:r1,c0:c1"),
         (None, "holiday", "x.zarr", "holiday"),
         (None, "2020-01-01:2020-01-02", "x.zarr", "leaves the days"),
-        (None, "test", "x.csv", "csv"),
+        (None, "test", "x.txt", "txt"),
     ],
 )
 def test_forecast_refuses_in_one_line(

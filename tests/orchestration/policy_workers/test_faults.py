@@ -221,7 +221,9 @@ def test_a_pool_that_dies_with_its_driver_is_resumed_by_another(
 
     ray.kill(pool.actor)
     with pytest.raises(ResourceError, match="the process that hands out rollouts is gone"):
-        pool.remote.status()
+        for _ in range(600):  # Ray does not wait for the end of what it kills
+            pool.remote.status()
+            time.sleep(0.1)
     with pool.ledger.open("a") as ledger:
         ledger.write('{"event": "leas')  # it was writing
     again = make_pool(workers=1)
