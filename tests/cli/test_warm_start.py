@@ -141,3 +141,9 @@ def test_what_is_unfinished_or_damaged_is_not_taken(beside, config):
     run = load_config(config, ["name=second"])
     spec = read_spec(newest(beside, "alignment"))
     assert take_over(run, spec, "arithmetic", StageCheckpoints(run.run_dir / "checkpoints" / "arithmetic")) is None
+
+
+def test_a_run_that_began_with_another_gives_nothing(beside, config):
+    text = (beside / "config.yaml").read_text()
+    (beside / "config.yaml").write_text(text.replace("init_from: null", "init_from: runs/older"))
+    assert "runs/older" in (beside / "config.yaml").read_text() and taken(config) is None
