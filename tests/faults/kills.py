@@ -271,7 +271,7 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
 
 def _was_made(command: Killed, code: int) -> bool:
     """Whether a preparation was refused since its store is there."""
-    return code == 2 and f"error: {command.makes} exists already" in Path("stderr").read_text()
+    return code == 2 and f"{command.makes} exists already" in Path("stderr").read_text()
 
 
 def build(folder: Path, *, vision_run: bool) -> None:
