@@ -170,7 +170,7 @@ def _newest_whole_day(store: GridStore, channel: str, region: AnyRegion) -> np.d
 
 def _days(store: GridStore, calibration: Calibration, last: np.datetime64, wanted: int) -> DaySpan | None:
     """The ``wanted`` days up to ``last``, without those that the run was calibrated on; None where none is left."""
-    first = max(last - (wanted - 1), store.days.first_day)
+    first = max(last - (min(wanted, len(store.days)) - 1), store.days.first_day)
     if calibration.fitted.data == data_digest(store, store.require_channel(calibration.contract.channel)):
         first = max(first, calibration.fitted.span.last_day + 1)
     return DaySpan(first, last) if first <= last else None

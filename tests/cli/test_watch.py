@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import yaml
 
@@ -192,6 +193,7 @@ def test_what_cannot_be_watched_is_one_line(append, refused, stdist):
         return refused("watch", run, "city.zarr", *options, code=code)
 
     assert "--days 0: give 1 or more" in line("--days", "0")
+    assert "No such option" in line("--region", "0:2")
     assert "none.zarr is not a grid store" in refused("watch", run, "none.zarr")
     assert "c.yaml is no run folder" in refused("watch", "c.yaml", "city.zarr")
     content = read_sealed(path)
@@ -200,7 +202,10 @@ def test_what_cannot_be_watched_is_one_line(append, refused, stdist):
     write_sealed(path, content | {"model": "0" * 64})
     assert "of another training or decoding" in line()
     write_sealed(path, content | {"fitted": content["fitted"] | {"data": "0" * 64}})
-    assert "leak" not in stdist("watch", run, "city.zarr").err
+    result = stdist("watch", run, "city.zarr", "--days", str(10**30))
+    assert result.code == 2 and "leak: " in result.err, "the model's own days are among them"
+    write_sealed(path, content)
+    assert stdist("watch", run, "city.zarr", "--days", str(10**30)).code == 0
     (run / "watch.json").write_text("{}")
     assert "watch.json is damaged; remove it" in line(code=4)
     path.unlink()
@@ -213,3 +218,18 @@ def test_a_calibration_keeps_what_its_days_scored(append):
     assert kept["points"] == [7 * SLOTS] * PLACES and json.dumps(kept)
     outside = sum(kept["outside"]) / sum(kept["points"])
     assert 0.02 < outside < 0.1
+
+
+def test_what_was_forecast_before_its_truth_came_is_the_split_forecast_of_that_origin(append, stdist):
+    """--next from the store that ends there, and the first window of the day that was appended since."""
+    assert stdist("forecast", "runs/n", "city.zarr", "--next", "--out", "next.parquet").code == 0
+    append(KNOWN)
+    assert stdist("forecast", "runs/n", "city.zarr", "--split", "2024-03-28:2024-03-28", "--out", "f.parquet").code == 0
+    ahead, later = pl.read_parquet("next.parquet"), pl.read_parquet("f.parquet")
+    later = later.filter(pl.col("origin") == ahead["origin"][0])
+    assert ahead.columns == later.columns and "q97.5" in ahead.columns and len(ahead) == 2 * PLACES
+    for name in ahead.columns:
+        if ahead[name].dtype.is_float():
+            np.testing.assert_allclose(ahead[name], later[name], rtol=1e-5)
+        else:
+            assert ahead[name].to_list() == later[name].to_list()
