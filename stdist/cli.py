@@ -446,6 +446,6 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Console script: bad input exits 2, a diverged training 3, damage 4, a machine that gave out 5, Ctrl-C 130, each
-    with one line; the rest is a bug."""
+    with one line; the rest is a bug. ``watch`` exits 6 where something is unusual."""
     if code := ended(lambda: app(prog_name="stdist", standalone_mode=False), log):
         sys.exit(code)
