@@ -135,6 +135,7 @@ def test_a_planted_place_and_a_dead_sensor_are_named_once(append, stdist):
     append(KNOWN, 1, correct, "--corrections")
     result = stdist("watch", "runs/n", "city.zarr", "--json")
     assert result.code == 6 and [each["place"] for each in result.json["unusual"]] == ["s5"]
+    assert result.json["silent"] == [], "s7 still is, and that was said"
 
 
 def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
