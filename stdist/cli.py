@@ -23,6 +23,8 @@ MOST_PROCESSES, MOST_WORKERS = 1024, 65536
 """Processes that a command may ask of one machine, and of a cluster."""
 DAMAGED = 4
 """Exit code where something is not as it was written, of ``stdist check`` and of ``stdist ledger``."""
+NEWS = 6
+"""Exit code of ``stdist watch`` where something is unusual that it has not said before."""
 
 app = typer.Typer(
     cls=Group,
@@ -277,6 +279,28 @@ def calibrate(
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    store: Annotated[Path, typer.Argument(help="grid store that days were appended to")],
+    days: Annotated[int, typer.Option(help="newest whole local days to look at")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="say again what was said before")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the newest whole day with the days that the run was calibrated on: places that left their intervals,
+    places that stopped, drift of the whole and the command that helps (docs/intervals.md).
+
+    Exit code 6 where something is unusual; what was said before is not said again.
+    """
+    from stdist.runs import recipes
+    from stdist.runs.watch import WatchRequest, lines_of
+
+    result = recipes.watch(WatchRequest(run, store, days, again), log)
+    finish(result, as_json, "\n".join(lines_of(result)))
+    if result["news"]:
+        raise typer.Exit(NEWS)
+
+
+@app.command()
 def ledger(
     run: Annotated[Path, typer.Argument(help="run folder")],
     as_json: Json = False,
@@ -422,6 +446,6 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Console script: bad input exits 2, a diverged training 3, damage 4, a machine that gave out 5, Ctrl-C 130, each
-    with one line; the rest is a bug."""
+    with one line; the rest is a bug. ``watch`` exits 6 where something is unusual."""
     if code := ended(lambda: app(prog_name="stdist", standalone_mode=False), log):
         sys.exit(code)

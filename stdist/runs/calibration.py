@@ -20,9 +20,18 @@ from stdist.evaluation.protocol import local_hours, match_windows, read_targets
 from stdist.evaluation.quantile_baselines import score_baseline_quantiles
 from stdist.evaluation.quantile_scores import QuantileErrors
 from stdist.evaluation.run_files import METRICS, add_quantiles
+from stdist.evaluation.unusual import fit_reference
 from stdist.runs.calibration_file import CALIBRATION, Calibration, model_digest, write_calibration
 from stdist.runs.dataset import split_of, training_span
-from stdist.runs.forecasting import TEST_FORECASTS, ForecastRequest, Predictor, Sweep, open_sweep, write_forecasts
+from stdist.runs.forecasting import (
+    TEST_FORECASTS,
+    ForecastRequest,
+    Predictor,
+    Sweep,
+    local_targets,
+    open_sweep,
+    write_forecasts,
+)
 from stdist.runs.run_folder import held
 
 FORECASTS = TEST_FORECASTS.with_name("calibration.zarr")
@@ -79,10 +88,11 @@ def calibrate_run(
 
 def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
     header, windows = forecasts.header, sweep.windows
-    values, own, truth, observed = _read_all(forecasts, windows)
+    values, own, truth, observed = read_all(forecasts, windows)
     known = np.isfinite(values).all((0, 1))
-    values, truth, observed = (array[:, :, known] for array in (values, truth, observed))
-    conformal = ConformalQuantiles.fit(values, truth, observed, None if own is None else own[..., known])
+    of_known = None if own is None else own[..., known]
+    arrays = values[:, :, known], truth[:, :, known], observed[:, :, known]
+    conformal = ConformalQuantiles.fit(arrays[0], arrays[1], arrays[2], of_known)
     return Calibration(
         run=header.metadata.run,
         checkpoint=header.metadata.checkpoint,
@@ -96,12 +106,11 @@ def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
         scales=conformal.scales.tolist(),
         offsets=conformal.offsets.tolist(),
         lowest=conformal.lowest,
+        reference=fit_reference(conformal, local_targets(windows), windows.origins, *arrays, of_known),
     )
 
 
-def _read_all(
-    forecasts: ForecastFile, windows: Windows
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+def read_all(forecasts: ForecastFile, windows: Windows) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
     """Point forecasts [N, K, P], the model's own ``LEVELS`` [levels, N, K, P] if it has them, truth and whether it was
     observed, [N, K, P], of all of a file's places row by row."""
     header = forecasts.header
@@ -147,7 +156,7 @@ def _score_test(
         return None
     if calibration.corrects_own:
         forecasts = open_forecasts(forecast_test())
-    values, own, truth, observed = _read_all(forecasts, tested)
+    values, own, truth, observed = read_all(forecasts, tested)
     if (observed.any((0, 1)) & ~known).any():
         log("note: the calibration does not have all places of the test forecasts; their intervals are not scored")
         return None

@@ -16,6 +16,7 @@ from stdist.errors import DamageError, InputError
 from stdist.evaluation.conformal import ConformalQuantiles
 from stdist.evaluation.contract import ForecastContract, parsed
 from stdist.evaluation.levels import LEVELS
+from stdist.evaluation.unusual import Reference
 from stdist.files import read_sealed, write_sealed
 
 CALIBRATION = "calibration.json"
@@ -26,7 +27,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     """``contract`` and ``windows`` (their number) of the forecasts whose residuals it was made of, ``model`` the digest
     of what made them (:func:`model_digest`); ``fitted``: it on these days, so that its intervals are not scored on
     them. ``corrects_own``: the model's own quantiles are what it is added to. The rest is of
-    :class:`stdist.evaluation.conformal.ConformalQuantiles`, of the places named ``places``."""
+    :class:`stdist.evaluation.conformal.ConformalQuantiles`, of the places named ``places``. ``reference``: what
+    `stdist watch` compares later days with; None where no window lies in one day, and in files of earlier versions."""
 
     run: str
     checkpoint: str
@@ -41,6 +43,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
     scales: list[list[float]]
     offsets: list[list[list[float]]]
     lowest: float | None
+    reference: Reference | None = None
 
     @property
     def conformal(self) -> ConformalQuantiles:
@@ -49,7 +52,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        made_of = self.model_dump_json(exclude={"reference"})  # no quantile depends on it
+        return hashlib.sha256(made_of.encode()).hexdigest()
 
     def numbers_of(self, ids: np.ndarray) -> Int[np.ndarray, " p"]:
         """The numbers of the places ``ids``, all of which it has."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep
     from stdist.runs.plan import RunPlan
     from stdist.runs.run import Run
+    from stdist.runs.watch import WatchRequest
     from stdist.runs.workers import WorkerProgram, WorkPool
     from stdist.training.process_group import ProcessGroup
 
@@ -97,6 +98,12 @@ class Recipe(ABC, Generic[ConfigT]):
 
         return calibrate_run(config, self.stages(config)[-1], partial(self.load, config), request, log)
 
+    def watch(self, config: ConfigT, request: "WatchRequest", log: Callable[[str], None]) -> dict[str, Any]:
+        """See :func:`stdist.runs.watch.watch_run`."""
+        from stdist.runs.watch import watch_run
+
+        return watch_run(config, self.stages(config)[-1], partial(self.load, config), request, log)
+
     def open_sweep(self, config: ConfigT, request: "ForecastRequest") -> "Sweep":
         """The same model and windows in a worker's process; see :func:`stdist.runs.forecasting.open_sweep`."""
         from stdist.runs.forecasting import open_sweep
@@ -144,6 +151,12 @@ def calibrate(request: "ForecastRequest", log: Callable[[str], None]) -> dict[st
     """``stdist calibrate``; see :func:`stdist.runs.calibration.calibrate_run`."""
     config = read_run_config(request.run_dir)
     return recipe_of(config).calibrate(config, request, log)
+
+
+def watch(request: "WatchRequest", log: Callable[[str], None]) -> dict[str, Any]:
+    """``stdist watch``; see :func:`stdist.runs.watch.watch_run`."""
+    config = read_run_config(request.run_dir)
+    return recipe_of(config).watch(config, request, log)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -10,7 +10,8 @@ import pytest
 import xarray
 import yaml
 
-from stdist.data import open_store
+from stdist.data import Day, open_store
+from stdist.data.append import StoreAppender
 from stdist.evaluation.conformal import ConformalQuantiles
 from stdist.evaluation.levels import LEVELS
 from stdist.files import read_sealed, write_sealed
@@ -96,6 +97,28 @@ def test_what_comes_next_has_the_quantiles_of_that_origin(stdist, run, city, tmp
     np.testing.assert_array_equal(arrays["forecast_for_cost"], arrays["forecast"][LEVELS.index(0.75)])
     scored = stdist("evaluate", with_cost, city, "--json").json
     assert scored["contract"]["windows"] == 1 and scored["contract"]["points"] == 2 * 4, "its truth has come"
+
+
+def test_what_was_forecast_before_its_truth_came_is_the_split_forecast_of_that_origin(stdist, run, city, tmp_path):
+    """--next from the store that ends there, and the first window of the day that was appended since."""
+    store = Path(shutil.copytree(city, tmp_path / "grown.zarr"))
+    ahead, later = tmp_path / "next.zarr", tmp_path / "later.zarr"
+    assert stdist("forecast", run, store, "--next", "--out", ahead).code == 0
+    with StoreAppender(store) as appender:
+        old = appender.old
+        appender.begin(old.days.last_day + 1)
+        shape = old.slots_per_day, *old.shape
+        day = {channel: np.full(shape, 7, np.float32) for channel in old.channels}
+        appender.add(Day(len(old.days), day, np.ones(shape[0], bool)))
+        assert appender.finish().new_days == ["2013-11-09"]
+    assert stdist("forecast", run, store, "--split", "2013-11-09:2013-11-09", "--out", later).code == 0
+    first, then = read(ahead), read(later)
+    assert first["origin"][0] == then["origin"][0] and first["forecast"].shape[:2] == (len(LEVELS), 1)
+    np.testing.assert_allclose(first["forecast"], then["forecast"][:, :1], rtol=1e-5)
+    np.testing.assert_allclose(first["point"], then["point"][:1], rtol=1e-5)
+    watched = stdist("watch", run, store, "--json")
+    assert watched.json["span"] == "2013-11-09" and watched.json["scores"]["points"] == 23 * 2 * 4, watched
+    assert watched.json["drift"] == [] and watched.json["usual_coverage"] == {}, "one day tells no range"
 
 
 def test_a_policy_that_answers_in_one_pass_has_its_own_distribution_corrected(stdist, run, city, tmp_path):

@@ -20,6 +20,7 @@ COMMANDS = (
     "demo",
     "forecast",
     "calibrate",
+    "watch",
     "evaluate",
     "report",
     "doctor",
