@@ -65,7 +65,7 @@ def as_json(city: CityForecast, some: Int[np.ndarray, " n"], quantiles: bool, hi
         **marks,
         "levels": list(levels),
         "target": _utc(header.targets[0]),
-        "target_local": _clock(header.local_targets[0]),
+        "target_local": _clock(city.target_local),
     }
     values = np.ascontiguousarray(city.values[:quantities, :, some].transpose(0, 2, 1))
     columns: dict[str, Any] = {"id": city.ids[some], "forecast": values[0]}

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from stdist.data import GridStore
 from stdist.data.integrity import ROOT_METADATA, Identity, identity
 from stdist.data.next_window import NextWindow
+from stdist.data.stored_arrays import StoredArrays
 from stdist.errors import InputError
 from stdist.evaluation import ForecastHeader
 from stdist.runs.calibration_file import CALIBRATION
-from stdist.runs.forecasting import ForecastRequest, Sweep, forecast_in_memory, of_next, sweep_with
+from stdist.runs.forecasting import ForecastRequest, Sweep, forecast_in_memory, local_targets, of_next, sweep_with
 from stdist.runs.recipes import read_run_config, recipe_of
 from stdist.training.checkpoint import StageCheckpoints
 
@@ -44,6 +44,7 @@ class CityForecast:
     ids: Shaped[np.ndarray, " P"]
     values: Float[np.ndarray, "quantities K P"]
     history: Float[np.ndarray, "S P"]
+    target_local: Shaped[np.ndarray, " K"]
     history_times: Shaped[np.ndarray, " S"]
     history_local: Shaped[np.ndarray, " S"]
     of_next: dict[str, Any]
@@ -111,6 +112,7 @@ class CityForecaster:
             ids=header.cell_ids.ravel()[served],
             values=values.reshape(header.quantities, window.K, -1)[:, :, served],
             history=np.where(observed, history, np.float32(np.nan)).reshape(window.S, -1)[:, served],
+            target_local=local_targets(window)[0],
             history_times=store.times[frames],
             history_local=store.local_times[frames],
             of_next=of_next(window),
@@ -118,7 +120,7 @@ class CityForecaster:
         )
 
 
-def _location(store: GridStore, slices: tuple[slice, ...], served: Int[np.ndarray, " P"]) -> dict[str, np.ndarray]:
+def _location(store: StoredArrays, slices: tuple[slice, ...], served: Int[np.ndarray, " P"]) -> dict[str, np.ndarray]:
     dataset, shape = store.dataset, store.shape
     found: dict[str, np.ndarray] = {}
     if len(shape) == 2:

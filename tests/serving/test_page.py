@@ -1,15 +1,21 @@
 """The page in a real browser: a click on the map shows a place's last frames, forecast and intervals."""
 
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
+
+from stdist.runs import recipes
+from stdist.serving.city import CityForecast, CityForecaster
+
+from .serving_world import request_of, silent
 
 PATIENCE = 120
 """Seconds a browser may take on a crowded machine."""
@@ -80,7 +86,7 @@ def figure(value: float) -> str:
     return str(round(value)) if abs(value) >= 1000 else f"{float(f'{value:.4g}'):g}"
 
 
-def test_a_click_on_a_cell_shows_its_curve(browser, served, start, calibrated_once, tmp_path):
+def test_a_click_on_a_cell_shows_its_curve(browser, served, start, calibrated_once):
     client = start(calibrated_once)
     browser.get(served(client.app))
     until(lambda: "20 places" in text(browser, "said"))
@@ -117,15 +123,11 @@ def test_a_click_on_a_cell_shows_its_curve(browser, served, start, calibrated_on
         assert y == pytest.approx(heights[low] + scale * (value - values[low]), abs=0.3)
     problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not problems
-    if folder := os.environ.get("STDIST_TEST_SCREENSHOTS"):
-        browser.save_screenshot(str(Path(folder) / "grid.png"))
 
 
 def test_nodes_without_coordinates_are_a_list(browser, served, start, make_city, make_config, tmp_path):
-    from stdist.runs import recipes
-
     store = make_city(tmp_path / "city.zarr", nodes=3)
-    recipes.train(make_config(store, tmp_path / "runs"), lambda line: None)
+    recipes.train(make_config(store, tmp_path / "runs"), silent)
     browser.get(served(start(tmp_path).app))
     entry = until(lambda: browser.find_elements("css selector", "#list option"))[1]
     assert entry.text.startswith("s1: ")
@@ -133,6 +135,24 @@ def test_nodes_without_coordinates_are_a_list(browser, served, start, make_city,
     until(lambda: text(browser, "name") == "Place s1")
     assert "the run is not calibrated" in text(browser, "legend")
     assert [row.text.count(" ") for row in browser.find_elements("css selector", "#table tr")[1:]] == [2] * 4
+
+
+class Located(CityForecaster):
+    """Three sensors: s0 in the south-west, s1 in the north-west, s2 in the north-east."""
+
+    def make(self) -> CityForecast:
+        where = {"latitude": np.array([45.0, 45.1, 45.1]), "longitude": np.array([9.0, 9.0, 9.2])}
+        return replace(super().make(), location=where)
+
+
+def test_nodes_with_coordinates_lie_on_a_map_north_above(browser, served, start, make_city, make_config, tmp_path):
+    store = make_city(tmp_path / "city.zarr", nodes=3)
+    recipes.train(make_config(store, tmp_path / "runs"), silent)
+    browser.get(served(start(Located(request_of(tmp_path), silent)).app))
+    until(lambda: "3 places" in text(browser, "said"))
+    for name, x, y in (("s0", 0.02, 0.97), ("s1", 0.02, 0.03), ("s2", 0.98, 0.03)):
+        click(browser, x, y)
+        until(lambda name=name: text(browser, "name") == f"Place {name}")
 
 
 def test_the_page_loads_nothing_from_elsewhere():
