@@ -26,7 +26,7 @@ except ImportError as error:
 
 TOKEN = "STDIST_SERVE_TOKEN"
 """Name of the environment's variable that may hold the token."""
-SHORTEST_TOKEN = 16
+SHORTEST_TOKEN, MOST_RATE = 16, 1e6
 LAST_ANSWERS = 5
 """Seconds that answers under way have when the service is told to end."""
 MOST_CONNECTIONS = 2000
@@ -49,6 +49,10 @@ def serve(
     Raises InputError as ``stdist forecast --next``, for a token that is none and for a host that other machines reach
     without a token; ResourceError where the port is in use.
     """
+    if not 0 <= rate <= MOST_RATE:
+        raise InputError(
+            f"--rate is {rate}; give requests a second up to {MOST_RATE:g}, or 0 for any"
+        )
     token = read_token(token_file)
     # uvicorn hands a signal on when it has ended
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -20,6 +20,7 @@ COMMANDS = (
     "demo",
     "forecast",
     "calibrate",
+    "serve",
     "evaluate",
     "report",
     "doctor",

@@ -104,6 +104,8 @@ def test_another_machine_needs_the_token(serving, world, monkeypatch):
         ("fifteen-letters", [], "STDIST_SERVE_TOKEN: a token is 16 or more letters"),
         ("sixteen letters and a space", [], "STDIST_SERVE_TOKEN: a token is 16 or more letters"),
         ("", ["--host", "0.0.0.0"], "STDIST_SERVE_TOKEN: a token is 16 or more letters"),
+        (None, ["--rate", "nan"], "--rate is nan; give requests a second"),
+        (None, ["--rate", "-1"], "--rate is -1"),
         (None, ["--token-file", "absent"], "absent: does not exist"),
         (None, ["--places", "2,99"], "z.zarr has no place '99'; the nearest names are "),
     ],

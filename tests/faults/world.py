@@ -129,6 +129,7 @@ COMMANDS = {
     "demo": ["--data", "grid.zarr"],
     "forecast": ["runs/urban", "nodes.zarr"],
     "calibrate": ["runs/urban", "nodes.zarr"],
+    "serve": ["runs/urban", "nodes.zarr", "--port", "0"],
     "ledger": ["runs/urban"],
     "evaluate": ["runs/urban/forecasts/test.zarr", "nodes.zarr"],
     "report": ["runs/urban"],
