@@ -301,6 +301,30 @@ def watch(
 
 
 @app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    store: Annotated[Path, typer.Argument(help="grid store")],
+    places: Annotated[str | None, typer.Option(help="their ids, as 4142,4143, or all; the run's own if absent")] = None,
+    host: Annotated[str, typer.Option(help="address; another than this machine's own needs a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8000,
+    token_file: Annotated[Path | None, typer.Option(help="file with the token; if absent STDIST_SERVE_TOKEN")] = None,
+    rate: Annotated[float, typer.Option(help="requests a second of one client; 0: any number")] = 50.0,
+    as_json: Json = False,
+) -> None:
+    """Answer over HTTP what comes next: /forecast, /places, /health, /metrics, and a page with a map (docs/serving.md).
+
+    A forecast of all places is made at the start and after each stdist append or calibrate. Ends on Ctrl-C or SIGTERM.
+    """
+    from stdist.serving.service import serve as answer
+
+    def ready(said: dict[str, Any]) -> None:
+        log("; ".join([f"{said['places']} places", *said_of_next(said), "Ctrl-C ends it"]))
+        finish(said, as_json, said["url"])
+
+    answer(run, store, places, host, port, token_file, rate, ready, log)
+
+
+@app.command()
 def ledger(
     run: Annotated[Path, typer.Argument(help="run folder")],
     as_json: Json = False,

@@ -38,8 +38,18 @@ def write_parquet(header: ForecastHeader, read: ReadWindows, path: Path) -> None
 
 def write_csv(header: ForecastHeader, read: ReadWindows, path: Path) -> None:
     """Writes the same table for people and spreadsheets. It has no place for the contract, so nothing scores it."""
+    _as_text(header, _tables(header, read)).sink_csv(path)
+
+
+def to_csv(header: ForecastHeader, values: Float[np.ndarray, "quantity N K *cells"]) -> str:
+    """The same of forecasts in memory."""
+    table = _table(header, slice(0, len(header.origins)), slice(0, header.shape[1]), values)
+    return _as_text(header, table.lazy()).collect().write_csv()
+
+
+def _as_text(header: ForecastHeader, table: pl.LazyFrame) -> pl.LazyFrame:
     utc, local = (pl.col(names).dt.strftime(f"%Y-%m-%dT%H:%M:%S{zone}") for names, zone in _stamps(header).items())
-    _tables(header, read).with_columns(utc, local).sink_csv(path)
+    return table.with_columns(utc, local)
 
 
 def _stamps(header: ForecastHeader) -> dict[tuple[str, ...], str]:

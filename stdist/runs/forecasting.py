@@ -141,10 +141,41 @@ def write_forecasts(
     quantiles, in place of the model's own. ``cost_ratio``: of ``forecast_for_cost``.
     """
     grid, cells = predictor.grid(windows)
+    header = _header(config, predictor, windows, summary, cells, horizon, calibration, cost_ratio)
+    work = {**predictor.settings, "training": summary}
+    finished = _calibrated(header, cells, calibration)
+    with (
+        ForecastWriter(out, header, cells, grid, work, log) as writer,
+        progress_bar("forecast", unit=predictor.unit) as progress,
+    ):
+        chunks, began = writer.remaining, time.perf_counter()
+        size = sum(chunk.size for chunk in chunks)
+        done = grid.size - size
+        progress(done, grid.size)
+        for chunk, values, counts in (predict or predictor.predict)(windows, chunks):
+            writer.write(chunk, finished(chunk, values), counts)
+            done += chunk.size
+            progress(done, grid.size)
+        seconds = time.perf_counter() - began
+        notes = predictor.notes(writer.counts)
+        writer.finish()
+    return Written(notes, size / grid.cells / seconds if chunks else None)
+
+
+def _header(
+    config: RunConfig,
+    predictor: Predictor,
+    windows: Windows,
+    summary: dict[str, Any],
+    cells: Int[np.ndarray, " cells"],
+    horizon: int | None,
+    calibration: Calibration | None,
+    cost_ratio: float | None,
+) -> ForecastHeader:
     ids = windows.store.cell_ids[windows.region.slices]
     steps = horizon or windows.K
     some = {"places": tuple(ids.flat[cells].tolist())} if predictor.places is not None else {}
-    header = ForecastHeader(
+    return ForecastHeader(
         metadata=ForecastMetadata(
             run=config.name,
             checkpoint=f"{summary['stage']}/{summary['checkpoint']}",
@@ -158,35 +189,30 @@ def write_forecasts(
         levels=predictor.levels if calibration is None else calibration.levels,
         local_targets=local_targets(windows)[:, :steps],
     )
-    work = {**predictor.settings, "training": summary}
-    conformal = None if calibration is None else calibration.conformal
-    numbers = None if calibration is None else calibration.numbers_of(ids.ravel()[cells])
-    with (
-        ForecastWriter(out, header, cells, grid, work, log) as writer,
-        progress_bar("forecast", unit=predictor.unit) as progress,
-    ):
-        chunks, began = writer.remaining, time.perf_counter()
-        size = sum(chunk.size for chunk in chunks)
-        done = grid.size - size
-        progress(done, grid.size)
-        for chunk, values, counts in (predict or predictor.predict)(windows, chunks):
-            kept = values[:, :, :steps]
-            if conformal is not None and numbers is not None:
-                own = kept[1:] if calibration is not None and calibration.corrects_own else None
-                kept = np.concatenate([kept[:1], conformal.quantiles(kept[0], numbers[chunk.cells], own)])
-            writer.write(chunk, kept, counts)
-            done += chunk.size
-            progress(done, grid.size)
-        seconds = time.perf_counter() - began
-        notes = predictor.notes(writer.counts)
-        writer.finish()
-    return Written(notes, size / grid.cells / seconds if chunks else None)
+
+
+def _calibrated(
+    header: ForecastHeader, cells: Int[np.ndarray, " cells"], calibration: Calibration | None
+) -> Callable[[Chunk, np.ndarray], np.ndarray]:
+    """What becomes of a chunk's predictions [quantities, windows, K, cells]: the steps that are kept, and the
+    calibration's quantiles."""
+    steps = header.shape[1]
+    if calibration is None:
+        return lambda chunk, values: values[:, :, :steps]
+    conformal, numbers = calibration.conformal, calibration.numbers_of(header.cell_ids.ravel()[cells])
+
+    def finished(chunk: Chunk, values: np.ndarray) -> np.ndarray:
+        kept = values[:, :, :steps]
+        own = kept[1:] if calibration.corrects_own else None
+        return np.concatenate([kept[:1], conformal.quantiles(kept[0], numbers[chunk.cells], own)])
+
+    return finished
 
 
 def local_targets(windows: Windows) -> Shaped[np.ndarray, "N K"]:
-    """What the city's clocks show at the targets, behind the store's last frame too."""
+    """What the city's clocks show at the targets, changed or not since the origin."""
     store = windows.store
-    utc = store.times[windows.origins][:, None] + store.cadence * np.arange(1, windows.K + 1)
+    utc = windows.origin_times[:, None] + store.cadence * np.arange(1, windows.K + 1)
     return store.local(utc.ravel()).reshape(utc.shape)
 
 
@@ -232,6 +258,18 @@ def open_sweep(
     checkpoint, summary = finished_stage(request.run_dir, last_stage)
     with damage_as_one_line(checkpoint):
         predictor = load(checkpoint)
+    return sweep_with(config, predictor, checkpoint, summary, request, log)
+
+
+def sweep_with(
+    config: RunConfig,
+    predictor: Predictor,
+    checkpoint: Path,
+    summary: dict[str, Any],
+    request: ForecastRequest,
+    log: Callable[[str], None],
+) -> Sweep:
+    """The same with the model of ``checkpoint`` loaded already, on the store as it is now."""
     store = open_store(request.store)
     if request.places is not None:
         box, predictor.places = find_places(store, request.places)
@@ -268,6 +306,20 @@ def _windows(
         name=request.split if named else "span",
         **regions,
     )
+
+
+def forecast_in_memory(
+    config: RunConfig, sweep: Sweep
+) -> tuple[ForecastHeader, Float[np.ndarray, "quantities windows K *cells"]]:
+    """A sweep's forecasts as a file of them would have them, NaN where there is none; for few windows."""
+    predictor, windows = sweep.predictor, sweep.windows
+    grid, cells = predictor.grid(windows)
+    header = _header(config, predictor, windows, sweep.summary, cells, None, sweep.calibration, None)
+    finished = _calibrated(header, cells, sweep.calibration)
+    values = np.full((header.quantities, *header.shape[:2], header.cell_ids.size), np.nan, np.float32)
+    for chunk, predicted, _ in predictor.predict(windows, grid.chunks()):
+        values[:, chunk.windows, :, cells[chunk.cells]] = finished(chunk, predicted)
+    return header, values.reshape(header.quantities, *header.shape)
 
 
 def forecast_store(
@@ -308,7 +360,7 @@ def forecast_store(
         "checkpoint": f"{last_stage}/{sweep.checkpoint.name}",
     }
     result |= {"levels": list(levels)} if levels else {}
-    return result | (_of_next(windows) if isinstance(windows, NextWindow) else {})
+    return result | (of_next(windows) if isinstance(windows, NextWindow) else {})
 
 
 def _calibration(
@@ -325,7 +377,7 @@ def _calibration(
     return calibration
 
 
-def _of_next(window: NextWindow) -> dict[str, Any]:
+def of_next(window: NextWindow) -> dict[str, Any]:
     """What the steps behind one frame rest on: its local time, frames of the store behind it that are not there, and
     values of the history that were not observed."""
     store = window.store

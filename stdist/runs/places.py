@@ -1,6 +1,7 @@
 """Places of a store by the ids that its data gives them."""
 
 import difflib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -35,8 +36,13 @@ def find_places(store: GridStore, names: str) -> tuple[AnyRegion, Int[np.ndarray
 def _index_of(name: str, ids: np.ndarray, store: GridStore) -> np.ndarray:
     found = np.argwhere(ids == name)
     if not len(found):
-        near = difflib.get_close_matches(name, ids.ravel().tolist(), n=3, cutoff=0)
+        near = nearest_names(name, ids.ravel().tolist())
         raise InputError(f"{store.path} has no place {name!r}; the nearest names are {', '.join(near)}")
     if not store.inside[tuple(found[0])]:
         raise InputError(f"place {name} of {store.path} lies outside the city, where nothing is forecast")
     return found[0]
+
+
+def nearest_names(name: str, names: Sequence[str]) -> list[str]:
+    """The three of ``names`` that look most like ``name``, fewer where there are fewer."""
+    return difflib.get_close_matches(name, names, n=3, cutoff=0)

@@ -104,11 +104,14 @@ class Recipe(ABC, Generic[ConfigT]):
 
         return watch_run(config, self.stages(config)[-1], partial(self.load, config), request, log)
 
-    def open_sweep(self, config: ConfigT, request: "ForecastRequest") -> "Sweep":
-        """The same model and windows in a worker's process; see :func:`stdist.runs.forecasting.open_sweep`."""
+    def open_sweep(
+        self, config: ConfigT, request: "ForecastRequest", log: Callable[[str], None] = lambda line: None
+    ) -> "Sweep":
+        """The same model and windows to forecast elsewhere than in a file of this process; see
+        :func:`stdist.runs.forecasting.open_sweep`."""
         from stdist.runs.forecasting import open_sweep
 
-        return open_sweep(config, self.stages(config)[-1], partial(self.load, config), request, lambda line: None)
+        return open_sweep(config, self.stages(config)[-1], partial(self.load, config), request, log)
 
 
 RECIPES: Registry[type[Recipe]] = Registry("recipe", "stdist.recipes")

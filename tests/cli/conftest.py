@@ -187,6 +187,10 @@ class Command:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
+    def said(self) -> str:
+        """Standard output so far."""
+        return self._paths[0].read_text() if self._paths[0].exists() else ""
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Standard output and error of the command, which has ended."""
         self._process.join(timeout)

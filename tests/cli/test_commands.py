@@ -21,6 +21,7 @@ COMMANDS = (
     "forecast",
     "calibrate",
     "watch",
+    "serve",
     "evaluate",
     "report",
     "doctor",

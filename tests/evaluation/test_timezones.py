@@ -12,6 +12,7 @@ from stdist.evaluation import figures
 from stdist.evaluation.baselines import calendar, forecast_baselines, same_slot_before, slots_before, week_slots
 from stdist.nodes.dataset import NodeDataset
 from stdist.nodes.scaling import CityScaling
+from stdist.runs.forecasting import local_targets
 
 FORWARD, BACK = "2019-03-31", "2019-10-27"
 
@@ -40,6 +41,12 @@ def before(clock, target, origin, days):
         like = [t for t, stamp in enumerate(clock) if stamp == wanted]
         if like and like[-1] <= origin:
             return like[-1]
+
+
+def test_local_targets_are_what_clocks_show_then(city):
+    windows = city.windows("test", 3, 25, channel="flow")
+    frames = windows.origins[:, None] + 1 + np.arange(25)
+    np.testing.assert_array_equal(local_targets(windows), city.local_times[frames])
 
 
 def test_baselines_are_of_the_wall_clock(city):

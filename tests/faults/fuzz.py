@@ -233,12 +233,13 @@ def _limit_memory() -> None:
 
 
 def cut_off() -> None:
-    """From now on trainings end where they would begin, and nothing starts Ray."""
+    """From now on trainings and services end where they would begin, and nothing starts Ray."""
     import stdist.orchestration.cluster
     import stdist.orchestration.jobs
     import stdist.orchestration.learners
     import stdist.orchestration.policy_workers.sweep
     import stdist.orchestration.preparation
+    import stdist.serving.service
     import stdist.urbanpg.plan
     import stdist.urbanpg.run
     import stdist.vision_llm.demo
@@ -252,6 +253,7 @@ def cut_off() -> None:
 
     loop._StageRun.train = first_step  # type: ignore[method-assign]
     stdist.orchestration.cluster.ray.init = first_step  # type: ignore[assignment]
+    stdist.serving.service.uvicorn.Server.run = first_step  # type: ignore[method-assign]
     list(RECIPES.values()), list(BACKBONES.values())
 
 

@@ -130,6 +130,7 @@ COMMANDS = {
     "forecast": ["runs/urban", "nodes.zarr"],
     "calibrate": ["runs/urban", "nodes.zarr"],
     "watch": ["runs/urban", "nodes.zarr"],
+    "serve": ["runs/urban", "nodes.zarr", "--port", "0"],
     "ledger": ["runs/urban"],
     "evaluate": ["runs/urban/forecasts/test.zarr", "nodes.zarr"],
     "report": ["runs/urban"],
