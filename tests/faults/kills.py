@@ -32,6 +32,8 @@ from safetensors import safe_open
 from . import world
 from .fuzz import run_command
 
+RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Processes of Ray that take their time to see that their raylet is gone."""
 PATIENCE = 240
 """Seconds of a command on a crowded machine."""
 
@@ -179,9 +181,9 @@ def outliving(group: int) -> list[str]:
     until = time.monotonic() + PATIENCE / 10
     while left := [path for path in Path("/proc").glob("[0-9]*/stat") if _group_of(path) == group]:
         if time.monotonic() > until:
-            names = [(path.parent / "cmdline").read_text().replace("\0", " ")[:120] for path in left]
+            names = [(path.parent / "cmdline").read_text().replace("\0", " ").strip()[:120] for path in left]
             os.killpg(group, signal.SIGKILL)
-            return names
+            return [name for name in names if name not in RAYS_OWN]
         time.sleep(0.05)
     return []
 
