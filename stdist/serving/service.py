@@ -50,9 +50,7 @@ def serve(
     without a token; ResourceError where the port is in use.
     """
     if not 0 <= rate <= MOST_RATE:
-        raise InputError(
-            f"--rate is {rate}; give requests a second up to {MOST_RATE:g}, or 0 for any"
-        )
+        raise InputError(f"--rate is {rate}; give requests a second up to {MOST_RATE:g}, or 0 for any")
     token = read_token(token_file)
     # uvicorn hands a signal on when it has ended
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
