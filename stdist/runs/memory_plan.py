@@ -141,10 +141,6 @@ def communication_seconds(sent: Mapping[str, float], world_size: int) -> float:
     return sum(sent.values()) / bandwidth(world_size)
 
 
-def compute_seconds(flops: float, device_flops: float = PEAK_FLOPS) -> float:
-    return flops / (device_flops * MFU)
-
-
 def parse_memory(text: str) -> int:
     """Bytes of ``32GiB``, ``80 GB`` or a plain number. Raises InputError for anything else."""
     # The command line imports this file before any command needs pydantic.

@@ -14,6 +14,7 @@ from rich.console import Group as Lines
 from rich.table import Table
 
 from stdist.runs import memory_plan
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Ranks, StateBytes, Weights
 from stdist.training.engine import ParameterGroup
 
@@ -31,7 +32,7 @@ class StagePlan:
         phases: bytes that are held in turn, never together, beside weights and their states: by phase and by what.
         bytes_sent: by collective.
         counts: what else there is to say of a step, by name, such as ``tokens_per_learner``.
-        device_flops: operations a second at the device's peak; None where a step is not bound by them.
+        device: what computes it; None where a step is not bound by operations.
     """
 
     stage: str
@@ -42,7 +43,7 @@ class StagePlan:
     flops: float
     bytes_sent: Mapping[str, float]
     counts: Mapping[str, Any]
-    device_flops: float | None = None
+    device: Device | None = None
 
     @property
     def states(self) -> dict[str, StateBytes]:
@@ -66,10 +67,10 @@ class StagePlan:
     @property
     def seconds(self) -> dict[str, float]:
         """On paper; empty where a step is not bound by operations."""
-        if self.device_flops is None:
+        if self.device is None:
             return {}
         return {
-            "compute_seconds": memory_plan.compute_seconds(self.flops, self.device_flops),
+            "compute_seconds": self.flops / self.device.sustained,
             "communication_seconds": memory_plan.communication_seconds(self.bytes_sent, self.ranks.world_size),
         }
 

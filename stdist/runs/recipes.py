@@ -16,6 +16,7 @@ from stdist.runs.run_folder import CONFIG, held, read_own_config
 
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
+    from stdist.runs.devices import Device
     from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep
     from stdist.runs.plan import RunPlan
     from stdist.runs.run import Run
@@ -51,8 +52,8 @@ class Recipe(ABC, Generic[ConfigT]):
         """The forecaster in a finished run's checkpoint."""
 
     @abstractmethod
-    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> "RunPlan":
-        """Memory, operations and communication of every stage, before anything starts."""
+    def plan(self, config: ConfigT, device: "Device") -> "RunPlan":
+        """Memory, operations and communication of every stage on one learner's ``device``, before anything starts."""
 
     def workers(self, config: ConfigT) -> "WorkersConfig | None":
         """The workers that the run's learners ask for samples; None where there are none."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from stdist.data import Region
 from stdist.errors import InputError
 from stdist.runs import memory_plan
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
 from stdist.training.process_group import ProcessGroup
@@ -29,29 +30,29 @@ HASHING = 1.2e9
 """Bytes a second and core: SHA-256 as measured on an Intel Xeon."""
 
 
-def plan_run(
-    config: VisionLLMConfig, device_memory: int | None, device_flops: float = memory_plan.PEAK_FLOPS
-) -> RunPlan:
-    """``device_memory`` (bytes) and ``device_flops`` (peak a second) are of one learner's. See :func:`plan_stage`.
+def plan_run(config: VisionLLMConfig, device: Device = Device()) -> RunPlan:
+    """``device``: one learner's. See :func:`plan_stage`.
 
     Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
     """
     check_learners(config, ProcessGroup(0, config.learners.num_workers))
     notes = check_values(config, open_dataset(config)) if config.data.store.exists() else []  # as training would
     initial_checkpoint(config, read_city(config)[0])
-    stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
+    stages = [plan_stage(config, stage, device) for stage in config.stages]
     otherwise = "take a larger device or a smaller base"
     verdicts = [
-        verdict(stage, device_memory, _changes(config, stage.stage), partial(_replan, config, stage.stage), otherwise)
+        verdict(stage, device.memory, _changes(config, stage.stage), partial(_replan, config, stage.stage), otherwise)
         for stage in stages
-        if device_memory is not None
+        if device.memory is not None
     ]
     notes += [
         *read_city(config)[2],
-        f"seconds are on paper: {device_flops / 1e12:.0f} TFLOP/s at an assumed MFU of {memory_plan.MFU:.0%}, "
+        f"seconds are on paper: {device.flops / 1e12:.0f} TFLOP/s at an assumed MFU of {device.mfu:.0%}, "
         f"{memory_plan.bandwidth(config.learners.num_workers) / 1e9:.0f} GB/s between learners, nothing overlapped",
     ]
-    notes += [line for plan in stages if _has_workers(config, plan.stage) for line in _notes_on_workers(config, plan)]
+    notes += [
+        line for plan in stages if _has_workers(config, plan.stage) for line in _notes_on_workers(config, plan, device)
+    ]
     if "grpo" in config.stages:
         notes.append(
             "sampling is counted by its operations; its steps of one token are bound by memory and take longer"
@@ -71,10 +72,9 @@ def workers_for(sampling_seconds: float, training_seconds: float, version_bytes:
     return sampling_seconds / left if left > 0 else inf
 
 
-def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]:
+def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan, device: Device) -> Iterator[str]:
     learners, updates, rollouts = plan.ranks.world_size, config.grpo.num_iterations, config.rollouts
-    sampling_flops = updates * learners * costs_of(config, plan.stage).sampling_flops
-    sampling = memory_plan.compute_seconds(sampling_flops, plan.device_flops or memory_plan.PEAK_FLOPS)
+    sampling = updates * learners * costs_of(config, plan.stage).sampling_flops / device.sustained
     training = updates * sum(plan.seconds.values())
     version = sum(sent_bytes(shape_policy(*starting_point(config, plan.stage))).values())
     enough = workers_for(sampling, training, version)
@@ -93,7 +93,7 @@ def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]
     )
 
 
-def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
+def plan_stage(config: VisionLLMConfig, stage: str, device: Device = Device()) -> StagePlan:
     """One stage of a run, from its configuration alone.
 
     Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
@@ -118,7 +118,7 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
         costs.flops + (0 if _has_workers(config, stage) else costs.sampling_flops),
         memory_plan.traffic(weights, ranks, *costs.passes(weights)),
         {"tokens_per_learner": costs.tokens, "micro_batches": costs.micro_batches},
-        device_flops,
+        device,
     )
 
 

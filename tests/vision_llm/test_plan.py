@@ -16,6 +16,7 @@ from data_prep import READERS
 from stdist import cli
 from stdist.data import GridStore
 from stdist.errors import InputError
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Weights, parse_memory
 from stdist.runs.plan import StagePlan
 from stdist.runs.recipes import load_config, parse_config
@@ -252,7 +253,7 @@ def test_the_plan_says_how_many_workers_keep_up_and_what_a_version_costs(config)
     assert workers_for(1, 0.4, 25 * 10**9) == float("inf")
     sections: dict[str, Any] = {"stages": ["grpo"], "grpo": {"windows_per_step": 4}}
     run = config(**sections, rollouts={"num_workers": 3}, learners={"num_workers": 2, "engine": "deepspeed"})
-    plan, version = plan_run(run, None, device_flops=1e9), pack(policy_at(run, "grpo"), 0)
+    plan, version = plan_run(run, Device(flops=1e9)), pack(policy_at(run, "grpo"), 0)
     assert version.tensors["rows.input"].size == 0 == version.tensors["rows.input.changed"].size
     a_learner = costs_of(run, "grpo").sampling_flops / plan.stages[0].flops
     many, weights = (line for line in plan.notes if "keep up" in line or "a version of" in line)
@@ -260,9 +261,9 @@ def test_the_plan_says_how_many_workers_keep_up_and_what_a_version_costs(config)
     assert many.endswith("with rollouts.max_staleness 0 they take turns, from 1 on both work at once")
     assert f"a version of the weights is {version.nbytes / 1e9:.3g} GB" in weights
     ahead = config(**sections, rollouts={"num_workers": 3, "max_staleness": 1})
-    plan = plan_run(ahead, None, device_flops=1e17)
+    plan = plan_run(ahead, Device(flops=1e17))
     assert any(line.endswith("no number of workers keeps up (configured: 3)") for line in plan.notes)
-    assert not [line for line in plan_run(config(**sections), None).notes if "version" in line or "keep" in line]
+    assert not [line for line in plan_run(config(**sections)).notes if "version" in line or "keep" in line]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 2), (2, 100, 7), (9, 9, 100)])
@@ -386,7 +387,7 @@ def test_a_shipped_configuration_fits_the_device_that_its_header_names(path, mon
     """With a tenth of it free, on a grid of 100 x 100 cells where there is no store. Other recipes plan on a store."""
     (named,) = re.findall(r"^# Device: .*?(\d+) GB\.", path.read_text(), re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    plan = plan_run(load_config(path, []), int(0.9 * int(named) * 10**9))
+    plan = plan_run(load_config(path, []), Device(int(0.9 * int(named) * 10**9)))
     assert len(plan.verdicts) == 4 and all(line.endswith(", fits") for line in plan.verdicts), plan.verdicts
 
 
@@ -506,20 +507,20 @@ def test_a_batch_that_learners_cannot_share(stdist_plan):
 def test_what_training_refuses_the_plan_refuses(config, sections, reason):
     learners = {"engine": "deepspeed", "zero_stage": 3}
     with pytest.raises(InputError, match=reason):
-        plan_run(config(learners=learners, **sections), None)
+        plan_run(config(learners=learners, **sections))
 
 
 def test_advice_can_be_trained(config, base):
     """ZeRO-3 alone would fit, but GRPO may not sample with it, nor with four bits of it."""
     learners = DEEPSPEED | {"num_workers": 2, "zero_stage": 1}
     run = config(policy={"base": base}, stages=["grpo"], learners=learners)
-    verdict = plan_run(run, 2 * MIB).verdicts[0]
+    verdict = plan_run(run, Device(2 * MIB)).verdicts[0]
     assert "with " in verdict and "zero_stage=2" in verdict and "zero_stage=3" not in verdict
 
 
 def test_without_a_store_a_grid_is_assumed_and_said(config, tmp_path):
     run = config(data={"store": str(tmp_path / "none.zarr")})
-    plan = plan_run(run, None)
+    plan = plan_run(run)
     assert "none.zarr does not exist yet: a grid of 100 x 100 cells is assumed" in plan.notes[0]
     assert isinstance(plan.stages[0], StagePlan)
 
@@ -529,7 +530,7 @@ def test_a_store_of_nodes(config, tmp_path):
     np.savez(tmp_path / "pems.npz", data=np.ones((288 * 7, 3, 1)))
     READERS["pems-npz"].prepare([tmp_path / "pems.npz"], out, city="pems", start="2018-01-01T00:00")
     with pytest.raises(InputError, match="holds nodes, the vision-LLM reads grids"):
-        plan_run(config(data={"store": str(out)}), None)
+        plan_run(config(data={"store": str(out)}))
 
 
 def test_a_hub_out_of_reach_is_one_line(stdist_plan, monkeypatch):
@@ -545,4 +546,4 @@ def test_a_folder_that_is_no_base(config, tmp_path: Path, model_type):
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(InputError, match=f"is a {model_type}" if model_type else "no configuration to plan with"):
-        plan_run(config(policy={"base": str(tmp_path)}), None)
+        plan_run(config(policy={"base": str(tmp_path)}))
