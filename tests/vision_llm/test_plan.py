@@ -18,12 +18,13 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Weights, parse_memory
-from stdist.runs.plan import StagePlan
+from stdist.runs.plan import Hours, StagePlan
 from stdist.runs.recipes import load_config, parse_config
 from stdist.training.engine import ParameterGroup, TorchEngine, adamw, cosine_schedule
 from stdist.vision_llm import stage_costs
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
+from stdist.vision_llm.evaluation_costs import TEST, forecast_flops, window_flops, windows_of
 from stdist.vision_llm.kernels.attention import MATH, Choice
 from stdist.vision_llm.learning import begin_stage, parameter_groups
 from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point, workers_for
@@ -32,6 +33,7 @@ from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_model
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
+from stdist.vision_llm.rollout.sampler import Sampler
 from stdist.vision_llm.rollout.versions import pack
 from stdist.vision_llm.stage_costs import (
     LORA,
@@ -425,6 +427,64 @@ def test_a_tied_head_is_counted_once_and_computed_all_the_same(config, base, tmp
     assert [w.kind for w in two.weights if w.kind not in one.states] == ["head"]
     assert (one.flops, one.phases) == (two.flops, two.phases)
     assert [w.kind for w in one.weights if w.whole] == ["embeddings", ROWS]
+
+
+# --- hours ------------------------------------------------------------------------------------------------------------
+
+
+def test_hours_are_steps_and_evaluations_times_seconds():
+    """3,600 steps of 2 s and 18 evaluations of 100 s."""
+    hours = Hours(3600, 2.0, 18, 100.0)
+    assert (hours.training, hours.validation, hours.all) == (2.0, 0.5, 2.5)
+
+
+def test_hours_of_a_run_by_hand(config):
+    """Ten steps with evaluations every four: at 0, 4, 8 and 10. A device of 1e9 operations a second, used to a tenth,
+    does 1e8: its seconds are operations over that."""
+    sft = {"max_steps": 10, "eval_steps": 4, "eval_windows": 5}
+    grpo = {"max_steps": 3, "eval_steps": 3, "eval_windows": 2, "num_generations": 4}
+    run = config(stages=["sft", "grpo"], sft=sft, grpo=grpo)
+    plan = plan_run(run, Device(flops=1e9, mfu=0.1))
+    cells = open_dataset(run).train.region.shape[0] * open_dataset(run).train.region.shape[1]
+    of_sft, of_grpo, of_test = (plan.hours[name] for name in ("sft", "grpo", TEST))
+    assert (of_sft.steps, of_sft.evaluations, of_grpo.evaluations) == (10, 4, 2)
+    assert of_sft.seconds_per_step == pytest.approx(plan.stages[0].flops / 1e8)
+    window, prompt, answer = forecast_flops(*starting_point(run, "sft"))
+    assert of_sft.seconds_per_evaluation == pytest.approx(5 * (window + cells * (prompt + answer)) / 1e8)
+    window, prompt, answer = forecast_flops(*starting_point(run, "grpo"))
+    # It forecasts, and looks at four candidates of every cell.
+    both = 2 * window + cells * (2 * prompt + 5 * answer)
+    assert of_grpo.seconds_per_evaluation == pytest.approx(2 * both / 1e8)
+    windows = len(open_dataset(run).test)
+    assert of_test.validation == pytest.approx(windows * (window + cells * (prompt + answer)) / 1e8 / 3600)
+    assert plan.as_dict()["hours"] == pytest.approx(of_sft.all + of_grpo.all + of_test.all)
+
+
+def test_a_forecast_costs_what_the_sampler_does(config):
+    """Two windows of all cells, step by step, on real tensors; the plan knows them from one cell of one window."""
+    run = config(stages=["sft"])
+    policy = policy_at(run, "sft").eval()
+    policy.attention_choice = Choice(MATH, "counted")
+    city = CityWindows(policy, open_dataset(run).test)
+    batch = city.batch(np.arange(2), city.cells)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Sampler(policy, "median").forecast(policy.prefix(batch.shared, batch.grids), batch.prompts)
+    planned = 2 * window_flops(*starting_point(run, "sft"), len(city.cells), 1)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_windows_without_a_store_are_those_of_gap_free_days(config, tmp_path):
+    """Two days of 144 steps, each window's 3 targets in them."""
+    days = {
+        "train": ["2013-11-01", "2013-11-09"],
+        "validation": ["2013-11-10"] * 2,
+        "test": ["2013-11-11", "2013-11-12"],
+    }
+    absent = {"store": str(tmp_path / "absent.zarr"), "split": days}
+    assert windows_of(config(data=absent), "test") == 2 * 144 - 3 + 1
+    assert windows_of(config(data=absent), "validation") == 144 - 3 + 1
+    plan = plan_run(config(data={"store": str(tmp_path / "absent.zarr")}, stages=["sft"]))
+    assert TEST not in plan.hours and any("without the test forecast" in note for note in plan.notes)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.prompts import END
 
 HEADLINES = {"alignment": ("exact_match",), "arithmetic": ("loss", "exact_match", "median_relative_error")}
+TASKS = {"alignment": 2, "arithmetic": 9}
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
 T = TypeVar("T")
 _EVALUATION_SEED = 7_000_001  # added to the run's seed
@@ -78,7 +79,7 @@ class AlignmentStage(Stage):
         when greedy decoding generates exactly this answer.
         """
         config, vocabulary = self.config, self.policy.vocabulary
-        total = config.eval_examples * (2 if self.name == "alignment" else 9)
+        total = config.eval_examples * TASKS[self.name]
         examples = self._batch(vocabulary, self.seed + _EVALUATION_SEED, 0, total, config.values_per_example)
         exact: dict[str, list[bool]] = defaultdict(list)
         errors: dict[str, list[float]] = defaultdict(list)
