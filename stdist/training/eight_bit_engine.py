@@ -22,8 +22,8 @@ STATE = ("state1", "state2", "absmax1", "absmax2")
 
 
 class EightBitEngine(TorchEngine):
-    """See :class:`stdist.training.engine.Engine`. ``paged``: on a GPU moments lie in memory that the driver moves to the
-    CPU's where the step needs the room."""
+    """See :class:`stdist.training.engine.Engine`. ``paged``: on a GPU moments lie in memory that the driver moves to
+    the CPU's where the step needs the room."""
 
     def __init__(
         self,

@@ -40,6 +40,10 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
+    def discard_gradients(self) -> bool:
+        """Drops the gradients of a step that failed, so that it can be made again; False where it cannot."""
+        ...
+
     def step(self) -> float:
         """Clips, updates, advances the schedule, clears gradients. Returns the gradient norm before clipping."""
         ...
@@ -94,8 +98,8 @@ def torch_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
 
 
 def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
-    """The optimizer of every engine by default. On a GPU it is fused and updates in place: torch's other way makes temporaries as
-    large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where in its tensor
+    """The optimizer of every engine by default. On a GPU it is fused and updates in place: torch's other way makes
+    temporaries as large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where in its tensor
     an element lies, and learners that hold different parts of one would differ."""
     given = torch_groups(groups)
     on_gpu = all(parameter.device.type != "cpu" for group in given for parameter in group["params"])
@@ -148,6 +152,10 @@ class TorchEngine(Scheduled):
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def discard_gradients(self) -> bool:
+        self._optimizer.zero_grad(set_to_none=True)
+        return True
 
     def step(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._max_grad_norm)

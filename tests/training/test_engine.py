@@ -248,8 +248,8 @@ def test_a_parameter_without_a_gradient_so_far_has_no_eight_bit_state():
 def test_eight_bits_are_refused_with_deepspeed_and_without_bitsandbytes(monkeypatch):
     check_optim(LearnersConfig(engine="deepspeed"), "adamw_torch", "sft.optim")
     check_optim(LearnersConfig(), "adamw_8bit", "sft.optim")
-    with pytest.raises(InputError, match="sft.optim adamw_8bit is of engine torch: DeepSpeed"):
+    with pytest.raises(InputError, match=r"sft\.optim adamw_8bit is of engine torch: DeepSpeed"):
         check_optim(LearnersConfig(engine="deepspeed"), "adamw_8bit", "sft.optim")
     monkeypatch.setattr("stdist.training.eight_bit_engine.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="sft.optim paged_adamw_8bit needs bitsandbytes: pip install"):
+    with pytest.raises(InputError, match=r"sft\.optim paged_adamw_8bit needs bitsandbytes: pip install"):
         check_optim(LearnersConfig(), "paged_adamw_8bit", "sft.optim")

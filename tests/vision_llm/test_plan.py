@@ -384,7 +384,11 @@ def test_a_published_base_asks_no_hub(monkeypatch):
         assert stage_costs._base_config(name).model_type == "qwen2_5_vl"
 
 
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/milan*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*PROJECT.glob("configs/milan*.yaml"), *PROJECT.glob("configs/single_gpu*.yaml")]),
+    ids=lambda path: path.stem,
+)
 def test_a_shipped_configuration_fits_the_device_that_its_header_names(path, monkeypatch, tmp_path):
     """With a tenth of it free, on a grid of 100 x 100 cells where there is no store. Other recipes plan on a store."""
     (named,) = re.findall(r"^# Device: .*?(\d+) GB\.", path.read_text(), re.MULTILINE)

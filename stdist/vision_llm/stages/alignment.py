@@ -47,6 +47,7 @@ class AlignmentStage(Stage):
         self.name, self.policy, self.config, self.seed, self.group = name, policy, config, seed, group
         self.headline = HEADLINES[name]
         self._batch = BATCHES[name]
+        self._parts = config.gradient_accumulation_steps
         self._share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
@@ -59,14 +60,21 @@ class AlignmentStage(Stage):
             config.values_per_example,
         )
         total = tokens = 0.0
-        for part in np.split(np.arange(config.train_batch_size)[self._share], config.gradient_accumulation_steps):
+        for part in np.split(np.arange(config.train_batch_size)[self._share], self._parts):
             ids, is_target = tokenise(self.policy, [examples[i] for i in part])
             hidden, targets = _answers(self.policy, ids, is_target)
             loss = example_loss(hidden, self.policy.full_head, targets, is_target)
-            loss = loss / config.gradient_accumulation_steps
+            loss = loss / self._parts
             backward(loss)
             total, tokens = total + loss.item(), tokens + ids.numel()
         return {"loss": total, "tokens": tokens}
+
+    def halve_memory(self) -> bool:
+        examples = (self._share.stop - self._share.start) // self._parts
+        if examples % 2:
+            return False
+        self._parts *= 2
+        return True
 
     def describe_batch(self, step: int) -> str:
         return f"examples {self._share.start} to {self._share.stop - 1} of step {step + 1} of seed {self.seed}"
