@@ -168,6 +168,7 @@ def check(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_block.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    force: Annotated[bool, typer.Option("--force", help="also where the plan says that a GPU is too small")] = False,
     as_json: Json = False,
 ) -> None:
     """Run or resume every stage a config names, then forecast, score and report."""
@@ -177,9 +178,9 @@ def train(
     if loaded.learners.num_workers > 1 or recipes.recipe_of(loaded).workers(loaded):
         from stdist.orchestration import learners
 
-        result = learners.train(loaded, log)
+        result = learners.train(loaded, log, force)
     else:
-        result = recipes.train(loaded, log)
+        result = recipes.train(loaded, log, force=force)
     finish(result, as_json, result["report"])
 
 

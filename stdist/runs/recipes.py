@@ -69,6 +69,7 @@ class Recipe(ABC, Generic[ConfigT]):
         log: Callable[[str], None],
         on_metrics: Callable[[dict[str, float]], None],
         pool: "WorkPool | None" = None,
+        force: bool = False,
     ) -> dict[str, Any]:
         """See :func:`stdist.runs.training.train`."""
         from stdist.runs import training
@@ -78,7 +79,7 @@ class Recipe(ABC, Generic[ConfigT]):
             run.pool = pool
             return run
 
-        return training.train(config, self.stages(config), open_run, log, on_metrics)
+        return training.train(config, self.stages(config), open_run, log, on_metrics, partial(self.plan, config), force)
 
     def forecast(
         self,
@@ -116,10 +117,11 @@ def train(
     config: RunConfig,
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """``stdist train`` in this process alone, which holds the run folder; see :func:`stdist.runs.training.train`."""
     with held(config.run_dir):
-        return learn(config, log, on_metrics)
+        return learn(config, log, on_metrics, force=force)
 
 
 def learn(
@@ -127,10 +129,11 @@ def learn(
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None],
     pool: "WorkPool | None" = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """The same on this learner, with the workers of ``pool`` if it has any; whoever started the learners holds the run
     folder."""
-    return recipe_of(config).train(config, log, on_metrics, pool)
+    return recipe_of(config).train(config, log, on_metrics, pool, force)
 
 
 def forecast(

@@ -99,8 +99,8 @@ def torch_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
 
 def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
     """The optimizer of every engine by default. On a GPU it is fused and updates in place: torch's other way makes
-    temporaries as large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where in its tensor
-    an element lies, and learners that hold different parts of one would differ."""
+    temporaries as large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where
+    in its tensor an element lies, and learners that hold different parts of one would differ."""
     given = torch_groups(groups)
     on_gpu = all(parameter.device.type != "cpu" for group in given for parameter in group["params"])
     return torch.optim.AdamW(given, betas=BETAS, fused=on_gpu)
