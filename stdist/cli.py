@@ -16,7 +16,6 @@ from stdist.boundary import ended
 from stdist.errors import InputError
 from stdist.files import to_json
 from stdist.reader_commands import Group, reader_commands, run_reader
-from stdist.runs.memory_plan import PEAK_FLOPS
 from stdist.scalars import figure
 
 MOST_PROCESSES, MOST_WORKERS = 1024, 65536
@@ -171,6 +170,7 @@ def check(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_block.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    force: Annotated[bool, typer.Option("--force", help="also where the plan says that a GPU is too small")] = False,
     as_json: Json = False,
 ) -> None:
     """Run or resume every stage a config names, then forecast, score and report."""
@@ -180,9 +180,9 @@ def train(
     if loaded.learners.num_workers > 1 or recipes.recipe_of(loaded).workers(loaded):
         from stdist.orchestration import learners
 
-        result = learners.train(loaded, log)
+        result = learners.train(loaded, log, force)
     else:
-        result = recipes.train(loaded, log)
+        result = recipes.train(loaded, log, force=force)
     finish(result, as_json, result["report"])
 
 
@@ -441,19 +441,21 @@ def submit(
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML, as configs/milan_7b.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
-    device_memory: Annotated[str | None, typer.Option(help="of one learner's device, as 32GiB")] = None,
-    device_flops: Annotated[float, typer.Option(help="its peak in bfloat16, operations a second")] = PEAK_FLOPS,
+    device: Annotated[str | None, typer.Option(help="one learner's, as 4090, 5090, a100-80, h100, l40s")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="of a device without a name here, as 32GiB")] = None,
+    device_flops: Annotated[float | None, typer.Option(help="its peak in bfloat16, operations a second")] = None,
+    mfu: Annotated[float | None, typer.Option(help="share of the peak that a step reaches; 0.22 if absent")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what every stage of a run will hold, compute and send, before anything starts."""
+    from stdist.runs import devices
     from stdist.runs.memory_plan import parse_memory
     from stdist.runs.recipes import load_config, recipe_of
 
     memory = None if device_memory is None else parse_memory(device_memory)
-    if not 0 < device_flops < float("inf"):
-        raise InputError(f"--device-flops is {device_flops}; give operations a second, as 312e12")
+    planned_for = devices.device(device, memory, device_flops, mfu)
     loaded = load_config(config, overrides)
-    result = recipe_of(loaded).plan(loaded, memory, device_flops)
+    result = recipe_of(loaded).plan(loaded, planned_for)
     if not as_json:
         Console(highlight=False).print(result.as_tables())
     finish(result.as_dict(), as_json, "\n".join([*result.notes, *result.verdicts]))

@@ -21,6 +21,10 @@ class ResourceError(RuntimeError):
     """The machine gave out: disk full, out of memory, a learner that no longer answers. Exit code 5."""
 
 
+class MemoryFullError(ResourceError):
+    """A device or the machine has no memory left for what was asked."""
+
+
 class SilentLearner(ResourceError):
     """Another learner no longer answers: it died or hangs, and this one has nothing to do with it."""
 

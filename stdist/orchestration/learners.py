@@ -41,7 +41,7 @@ FINAL = (InputError, DivergenceError, ResourceError)
 """Errors that another try would meet again."""
 
 
-def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
+def train(config: RunConfig, log: Callable[[str], None], force: bool = False) -> dict[str, Any]:
     """``recipes.train`` on ``learners.num_workers`` processes of the cluster that this process belongs to, else of the
     one that RAY_ADDRESS names or that runs on this machine, else of one that is started for it.
 
@@ -64,7 +64,11 @@ def train(config: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
         coordinator = _coordinator(config, workers, of_worker) if workers else None
         trainer = TorchTrainer(
             _learn,  # type: ignore[arg-type]
-            train_loop_config={"config": config.model_dump(mode="json"), "coordinator": coordinator},
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "coordinator": coordinator,
+                "force": force,
+            },
             torch_config=TorchConfig(
                 backend=collective_backend(bool(resources.get("GPU"))), timeout_s=int(learners.timeout)
             ),
@@ -115,7 +119,8 @@ def _worker_program(tree: dict[str, Any]) -> WorkerProgram:
 
 
 def _learn(arguments: dict[str, Any]) -> dict[str, Any]:
-    """One learner: see ``runs.recipes.learn``. ``arguments``: the config's tree, and the coordinator of its workers."""
+    """One learner: see ``runs.recipes.learn``. ``arguments``: the config's tree, the coordinator of its workers,
+    and whether to train where the plan says that memory is not enough."""
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     # A line for every report; Ray names this logger after its file.
@@ -125,7 +130,7 @@ def _learn(arguments: dict[str, Any]) -> dict[str, Any]:
     if (workers := recipe_of(config).workers(config)) is not None:
         pool = RemotePool(arguments["coordinator"], workers.timeout)
     # Ray Train would show what is printed twice.
-    return recipes.learn(config, _log, ray.train.report, pool)
+    return recipes.learn(config, _log, ray.train.report, pool, arguments["force"])
 
 
 def _log(line: str) -> None:

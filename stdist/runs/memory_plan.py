@@ -33,13 +33,17 @@ LIVE_WEIGHTS = 1_000_000_000
 @dataclass(frozen=True)
 class Weights:
     """``count`` parameters of one kind, ``bytes_each`` as they are held (gradients have the same). ``whole``: ZeRO-3
-    leaves them on every rank, since they are read outside of their own module."""
+    leaves them on every rank, since they are read outside of their own module. ``moments``: bytes of AdamW's two in
+    plain torch, where they have not the dtype of the weight; ``paged``: in memory that moves to the CPU where room is
+    short."""
 
     kind: str
     count: int
     bytes_each: float
     trainable: bool = False
     whole: bool = False
+    moments: float | None = None
+    paged: bool = False
 
     @property
     def bytes(self) -> float:
@@ -78,6 +82,9 @@ def state_bytes(weights: Weights, ranks: Ranks) -> StateBytes:
     held = weights.bytes if weights.whole else ranks.shard(weights.bytes, 3)
     if not weights.trainable:
         return StateBytes(held)
+    if weights.moments is not None:
+        on_device, paged = (0.0, weights.moments) if weights.paged else (weights.moments, 0.0)
+        return StateBytes(held, weights.bytes, on_device, paged)
     moments = ADAMW_MOMENTS * weights.bytes_each
     copied = ranks.zero_stage in (1, 2) or (ranks.zero_stage == 3 and weights.bytes_each < 4)
     each = MIXED_PRECISION_STATE if copied else moments
@@ -139,10 +146,6 @@ def bandwidth(world_size: int) -> float:
 def communication_seconds(sent: Mapping[str, float], world_size: int) -> float:
     """Bytes over bandwidth: no latency, nothing hidden behind compute."""
     return sum(sent.values()) / bandwidth(world_size)
-
-
-def compute_seconds(flops: float, device_flops: float = PEAK_FLOPS) -> float:
-    return flops / (device_flops * MFU)
 
 
 def parse_memory(text: str) -> int:

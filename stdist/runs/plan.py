@@ -5,7 +5,7 @@ not fit.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Group as Lines
 from rich.table import Table
 
 from stdist.runs import memory_plan
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Ranks, StateBytes, Weights
 from stdist.training.engine import ParameterGroup
 
@@ -31,7 +32,7 @@ class StagePlan:
         phases: bytes that are held in turn, never together, beside weights and their states: by phase and by what.
         bytes_sent: by collective.
         counts: what else there is to say of a step, by name, such as ``tokens_per_learner``.
-        device_flops: operations a second at the device's peak; None where a step is not bound by them.
+        device: what computes it; None where a step is not bound by operations.
     """
 
     stage: str
@@ -42,7 +43,7 @@ class StagePlan:
     flops: float
     bytes_sent: Mapping[str, float]
     counts: Mapping[str, Any]
-    device_flops: float | None = None
+    device: Device | None = None
 
     @property
     def states(self) -> dict[str, StateBytes]:
@@ -66,10 +67,10 @@ class StagePlan:
     @property
     def seconds(self) -> dict[str, float]:
         """On paper; empty where a step is not bound by operations."""
-        if self.device_flops is None:
+        if self.device is None:
             return {}
         return {
-            "compute_seconds": memory_plan.compute_seconds(self.flops, self.device_flops),
+            "compute_seconds": self.flops / self.device.sustained,
             "communication_seconds": memory_plan.communication_seconds(self.bytes_sent, self.ranks.world_size),
         }
 
@@ -91,20 +92,55 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Hours:
+    """Of a stage, or of another part of a run, on paper."""
+
+    steps: int
+    seconds_per_step: float
+    evaluations: int
+    seconds_per_evaluation: float
+
+    @property
+    def training(self) -> float:
+        return self.steps * self.seconds_per_step / 3600
+
+    @property
+    def validation(self) -> float:
+        return self.evaluations * self.seconds_per_evaluation / 3600
+
+    @property
+    def all(self) -> float:
+        return self.training + self.validation
+
+
+@dataclass(frozen=True)
 class RunPlan:
-    """Every stage of a run; ``verdicts`` say whether each fits, where a device's memory was given."""
+    """Every stage of a run; ``verdicts`` say whether each fits, where a device's memory was given. ``hours``: of its
+    parts, by name; none where steps are not bound by operations."""
 
     stages: Sequence[StagePlan]
     verdicts: Sequence[str]
     notes: Sequence[str]
+    hours: Mapping[str, Hours] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         verdicts = self.verdicts or [""] * len(self.stages)
         stages = [stage.as_dict() | {"verdict": v} for stage, v in zip(self.stages, verdicts, strict=True)]
-        return {"learners": vars(self.stages[0].ranks), "stages": stages, "notes": self.notes}
+        parts = {
+            name: vars(part) | {"training_hours": part.training, "validation_hours": part.validation, "hours": part.all}
+            for name, part in self.hours.items()
+        }
+        return {
+            "learners": vars(self.stages[0].ranks),
+            "stages": stages,
+            "parts": parts,
+            "hours": sum(part.all for part in self.hours.values()),
+            "notes": self.notes,
+        }
 
     def as_tables(self) -> Lines:
-        return Lines(*map(_memory_table, self.stages), _step_table(self.stages))
+        tables = [*map(_memory_table, self.stages), _step_table(self.stages)]
+        return Lines(*tables, *([_hours_table(self.hours)] if self.hours else []))
 
 
 def update_bytes(groups: Iterable[ParameterGroup], ranks: Ranks) -> float:
@@ -197,4 +233,17 @@ def _step_table(stages: Sequence[StagePlan]) -> Table:
             rows.setdefault(name.replace("_", " "), []).append(f"{figure:,}" if isinstance(figure, int) else text)
     for name, texts in rows.items():
         table.add_row(name, *texts)
+    return table
+
+
+def _hours_table(hours: Mapping[str, Hours]) -> Table:
+    table = Table("", title="Hours of the run: training, validation, together", title_justify="left")
+    for column in ("steps", "s a step", "h", "evaluations", "s each", "h", "all h"):
+        table.add_column(column, justify="right")
+    for name, part in hours.items():
+        figures = (part.seconds_per_step, part.training, part.seconds_per_evaluation, part.validation, part.all)
+        step, training, evaluation, validation, together = (f"{figure:,.3g}" for figure in figures)
+        of_steps = (f"{part.steps:,}", step, training) if part.steps else ("", "", "")
+        table.add_row(name, *of_steps, f"{part.evaluations:,}", evaluation, validation, together)
+    table.add_row("all", *[""] * 6, f"{sum(part.all for part in hours.values()):,.3g}", style="bold")
     return table

@@ -16,6 +16,7 @@ from stdist.runs.run_folder import CONFIG, held, read_own_config
 
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
+    from stdist.runs.devices import Device
     from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep
     from stdist.runs.plan import RunPlan
     from stdist.runs.run import Run
@@ -52,8 +53,8 @@ class Recipe(ABC, Generic[ConfigT]):
         """The forecaster in a finished run's checkpoint."""
 
     @abstractmethod
-    def plan(self, config: ConfigT, device_memory: int | None, device_flops: float) -> "RunPlan":
-        """Memory, operations and communication of every stage, before anything starts."""
+    def plan(self, config: ConfigT, device: "Device") -> "RunPlan":
+        """Memory, operations and communication of every stage on one learner's ``device``, before anything starts."""
 
     def workers(self, config: ConfigT) -> "WorkersConfig | None":
         """The workers that the run's learners ask for samples; None where there are none."""
@@ -69,6 +70,7 @@ class Recipe(ABC, Generic[ConfigT]):
         log: Callable[[str], None],
         on_metrics: Callable[[dict[str, float]], None],
         pool: "WorkPool | None" = None,
+        force: bool = False,
     ) -> dict[str, Any]:
         """See :func:`stdist.runs.training.train`."""
         from stdist.runs import training
@@ -78,7 +80,7 @@ class Recipe(ABC, Generic[ConfigT]):
             run.pool = pool
             return run
 
-        return training.train(config, self.stages(config), open_run, log, on_metrics)
+        return training.train(config, self.stages(config), open_run, log, on_metrics, partial(self.plan, config), force)
 
     def forecast(
         self,
@@ -125,10 +127,11 @@ def train(
     config: RunConfig,
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """``stdist train`` in this process alone, which holds the run folder; see :func:`stdist.runs.training.train`."""
     with held(config.run_dir):
-        return learn(config, log, on_metrics)
+        return learn(config, log, on_metrics, force=force)
 
 
 def learn(
@@ -136,10 +139,11 @@ def learn(
     log: Callable[[str], None],
     on_metrics: Callable[[dict[str, float]], None],
     pool: "WorkPool | None" = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """The same on this learner, with the workers of ``pool`` if it has any; whoever started the learners holds the run
     folder."""
-    return recipe_of(config).train(config, log, on_metrics, pool)
+    return recipe_of(config).train(config, log, on_metrics, pool, force)
 
 
 def forecast(

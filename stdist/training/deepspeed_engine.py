@@ -61,6 +61,9 @@ class DeepSpeedEngine(Scheduled):
             internals.begin_backward(self._zero)
         self._engine.backward(loss)
 
+    def discard_gradients(self) -> bool:
+        return False  # some of them are in its buckets, or on their way
+
     def step(self) -> float:
         self._set_rates(self._zero.param_groups)
         self._engine.step()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, as torch calls them."""
 
@@ -38,6 +39,10 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None: ...
+
+    def discard_gradients(self) -> bool:
+        """Drops the gradients of a step that failed, so that it can be made again; False where it cannot."""
+        ...
 
     def step(self) -> float:
         """Clips, updates, advances the schedule, clears gradients. Returns the gradient norm before clipping."""
@@ -85,15 +90,20 @@ def cosine_schedule(warmup_steps: int, max_steps: int) -> Callable[[int], float]
     return scale
 
 
-def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
-    """The optimizer of every engine. On a GPU it is fused and updates in place: torch's other way makes temporaries as
-    large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where in its tensor
-    an element lies, and learners that hold different parts of one would differ."""
-    given: list[dict[str, Any]] = [
+def torch_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
+    """Groups as optimizers take them."""
+    return [
         {"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups
     ]
+
+
+def adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
+    """The optimizer of every engine by default. On a GPU it is fused and updates in place: torch's other way makes
+    temporaries as large as all that trains. On a CPU it is not: there the last digits of a fused update depend on where
+    in its tensor an element lies, and learners that hold different parts of one would differ."""
+    given = torch_groups(groups)
     on_gpu = all(parameter.device.type != "cpu" for group in given for parameter in group["params"])
-    return torch.optim.AdamW(given, betas=(0.9, 0.95), fused=on_gpu)
+    return torch.optim.AdamW(given, betas=BETAS, fused=on_gpu)
 
 
 class Scheduled:
@@ -130,12 +140,22 @@ class Scheduled:
 class TorchEngine(Scheduled):
     """AdamW with gradient clipping by global norm, for one learner."""
 
-    def __init__(self, groups: Iterable[ParameterGroup], schedule: Callable[[int], float], max_grad_norm: float):
+    def __init__(
+        self,
+        groups: Iterable[ParameterGroup],
+        schedule: Callable[[int], float],
+        max_grad_norm: float,
+        make_optimizer: Callable[[Iterable[ParameterGroup]], torch.optim.Optimizer] = adamw,
+    ):
         super().__init__(groups, schedule)
-        self._optimizer, self._max_grad_norm = adamw(self._groups), max_grad_norm
+        self._optimizer, self._max_grad_norm = make_optimizer(self._groups), max_grad_norm
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def discard_gradients(self) -> bool:
+        self._optimizer.zero_grad(set_to_none=True)
+        return True
 
     def step(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._max_grad_norm)

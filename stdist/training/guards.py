@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stdist.errors import DivergenceError, ResourceError, SilentLearner, of_the_system
+from stdist.errors import DivergenceError, MemoryFullError, ResourceError, SilentLearner, of_the_system
 from stdist.training.process_group import ProcessGroup
 
 FIRST_STEPS = 10
@@ -46,7 +46,7 @@ def resource_errors(stage: str, phase: str, step: int, group: ProcessGroup) -> I
         where = f"{stage}: learner {group.rank} at step {step}, {phase}"
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise ResourceError(
+            raise MemoryFullError(
                 f"{where}: out of memory ({text or 'no details'}{_in_use()}); "
                 f"lower {stage}'s batch or activation_memory, or shard more (learners.zero_stage)"
             ) from error

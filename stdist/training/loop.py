@@ -3,6 +3,7 @@
 Knows no model: a :class:`Stage` computes losses, an :class:`~stdist.training.engine.Engine` optimises.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from stdist.errors import DivergenceError, Interrupted
+from stdist.errors import DivergenceError, Interrupted, MemoryFullError
 from stdist.scalars import defined
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line
 from stdist.training.engine import Engine
@@ -53,6 +55,11 @@ class Stage(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Returns metrics, the same ones on every learner."""
         ...
+
+    def halve_memory(self) -> bool:
+        """Lets the next steps, or this one again, hold half as many activations at once; False where it cannot. What is
+        drawn and averaged stays."""
+        return False
 
     def on_weights_changed(self, step: int) -> None:
         """Called on every learner when the weights are those after ``step`` updates, with all of them at hand: before
@@ -113,7 +120,7 @@ class Trainer:
 
     Args:
         log: is given a line for people, on the main learner. on_metrics: is given every logged step's scalars, on every
-            learner.
+            learner. advice: says of a stage for which memory was not enough what to change; asked only then.
     """
 
     def __init__(
@@ -122,8 +129,9 @@ class Trainer:
         group: ProcessGroup = ProcessGroup(),
         log: Callable[[str], None] = lambda line: None,
         on_metrics: Callable[[dict[str, float]], None] = lambda scalars: None,
+        advice: Callable[[str], str] = lambda stage: "",
     ):
-        self.run_dir, self.group, self.on_metrics = run_dir, group, on_metrics
+        self.run_dir, self.group, self.on_metrics, self.advice = run_dir, group, on_metrics, advice
         self.log = log if group.is_main else lambda line: None
         self.run_log = RunLog(run_dir) if group.is_main else None
 
@@ -176,7 +184,7 @@ class _StageRun:
         self.run_log, self.group = trainer.run_log, trainer.group
         self.checkpoints = trainer.checkpoints(stage.name)
         self.step, self.progress = 0, _Progress()
-        self.resumed = False
+        self.resumed = self.halved = False
         self.best_saved = 0
         """The best step of the last checkpoint's time: where the newest one is damaged, that one serves."""
 
@@ -263,8 +271,8 @@ class _StageRun:
     def _one_step(self) -> dict[str, float]:
         """Makes a step. Returns its scalars over all learners."""
         stage, group, number = self.stage, self.group, self.step + 1
+        local_scalars = self._gradients(number)
         with resource_errors(stage.name, "forward and backward", number, group):
-            local_scalars = stage.step(self.step, self.engine.backward)
             scalars_of = group.all_gather_object(local_scalars)
         losses, ceiling = [scalars["loss"] for scalars in scalars_of], self.progress.ceiling
         check_losses(losses, ceiling, stage.name, number, group, lambda: stage.describe_batch(self.step))
@@ -284,6 +292,26 @@ class _StageRun:
         with self._resource_errors("weights changed"):
             self._weights_changed()
         return scalars
+
+    def _gradients(self, number: int) -> dict[str, float]:
+        """Forward and backward passes of a step. Where memory is not enough they are made again, once in a stage, with
+        half the activations at once: by a learner alone, since others would wait in another collective. Returns the
+        step's scalars. Raises MemoryFullError with the plan's advice."""
+        stage = self.stage
+        try:
+            with resource_errors(stage.name, "forward and backward", number, self.group):
+                return stage.step(self.step, self.engine.backward)
+        except MemoryFullError as error:
+            may_repeat = self.group.size == 1 and not self.halved
+            if not (may_repeat and self.engine.discard_gradients() and stage.halve_memory()):
+                advice = self.trainer.advice(stage.name)
+                raise MemoryFullError(f"{error}{f'; {advice}' if advice else ''}") from error
+            self.trainer.log(f"{error}; making step {number} again with half the activations at once")
+        # Behind the handler, whose error holds on to all that the step had made.
+        self.halved = True
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self._gradients(number)
 
     def _weights_changed(self) -> None:
         with self.engine.gather_full_params():

@@ -9,6 +9,7 @@ from stdist.nodes.dataset import NodeDataset
 from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners, nodes_of
 from stdist.runs import memory_plan
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Ranks, Weights
 from stdist.runs.meter import metered
 from stdist.runs.plan import RunPlan, StagePlan, update_bytes, verdict
@@ -25,8 +26,8 @@ ROWS, SHARED = "rows of nodes", "what every learner has"
 OTHERWISE = "set nodes.block_nodes, raise nodes.ranks or lower training.train_batch_size"
 
 
-def plan_run(config: UrbanConfig, device_memory: int | None) -> RunPlan:
-    """``device_memory``: bytes of one learner's. Raises InputError as training would before its first step."""
+def plan_run(config: UrbanConfig, device: Device) -> RunPlan:
+    """``device``: one learner's. Raises InputError as training would before its first step."""
     datasets, model, _, notes = open_run(config, ProcessGroup(0, config.learners.num_workers))
     stages = []
     for number, (name, dataset) in enumerate(zip(stage_names(config), datasets, strict=True)):
@@ -36,9 +37,9 @@ def plan_run(config: UrbanConfig, device_memory: int | None) -> RunPlan:
     if config.nodes.ranks > 1 and (rows := sum(row.nbytes for row in model.node_parameters())):
         notes.append(f"while a checkpoint is saved, every learner also holds the whole city's rows: {rows:,} bytes")
     verdicts = [
-        verdict(stage, device_memory, (), lambda changes: None, OTHERWISE)
+        verdict(stage, device.memory, (), lambda changes: None, OTHERWISE)
         for stage in stages
-        if device_memory is not None
+        if device.memory is not None
     ]
     notes += [
         "beside these a process holds Python, torch and up to 1 GiB of decoded frames",

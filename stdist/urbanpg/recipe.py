@@ -11,6 +11,7 @@ from stdist.urbanpg.config import UrbanConfig
 if TYPE_CHECKING:
     from stdist.nodes.dataset import NodeDataset
     from stdist.nodes.predictor import NodesPredictor
+    from stdist.runs.devices import Device
     from stdist.runs.plan import RunPlan
     from stdist.training.process_group import ProcessGroup
     from stdist.urbanpg.run import NodesRun
@@ -45,7 +46,7 @@ class UrbanPGRecipe(Recipe[UrbanConfig]):
         model.block_nodes = config.nodes.block_nodes
         return nodes_predictor(config, model.to(learner_device()), load_fitted(checkpoint) or ())
 
-    def plan(self, config: UrbanConfig, device_memory: int | None, device_flops: float) -> "RunPlan":
+    def plan(self, config: UrbanConfig, device: "Device") -> "RunPlan":
         from stdist.urbanpg.plan import plan_run
 
-        return plan_run(config, device_memory)
+        return plan_run(config, device)

@@ -10,6 +10,7 @@ from stdist.vision_llm.base_folder import why_no_base
 
 StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
 Trainable = Literal["rows", "lora", "full"]
+Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 Drawing = Literal["chain", "direct"]
 
 
@@ -50,9 +51,12 @@ class PolicyConfig(Strict):
 
 
 class StageConfig(OptimizerConfig):
-    """Keys of every stage. ``trainable``: numeral rows only, LoRA and rows, or everything."""
+    """Keys of every stage. ``trainable``: numeral rows only, LoRA and rows, or everything. ``optim``, in transformers'
+    names: AdamW with moments in the dtype of their weight, or in eight bits (engine torch, extra ``quantised``), which
+    ``paged`` lets a GPU's driver move to the CPU where room is short."""
 
     trainable: Trainable = "lora"
+    optim: Optim = "adamw_torch"
     max_steps: int = Field(1000, ge=1)
     numeral_learning_rate: float | None = Field(None, gt=0, le=100, description="learning_rate if absent")
     save_steps: int = Field(200, ge=1)

@@ -25,6 +25,7 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
                 )
         elif isinstance(stage, ForecastStageConfig):
             group.local_slice(stage.windows_per_step, f"{name}.windows_per_step")
+        engines.check_optim(learners, stage.optim, f"{name}.optim")
         if learners.engine == "deepspeed":
             bf16 = config.policy.dtype == "bfloat16" and stage.trainable == "full"
             deepspeed_json(learners, stage.max_grad_norm, bf16, group.size)
@@ -70,5 +71,12 @@ def make_engine(config: VisionLLMConfig, settings: StageConfig, policy: PolicyMo
     """The configured engine on what trains in the stage."""
     groups = parameter_groups(policy, settings)
     return engines.make_engine(
-        config.learners, settings, settings.max_steps, policy, groups, group.size, policy.read_in_place
+        config.learners,
+        settings,
+        settings.max_steps,
+        policy,
+        groups,
+        group.size,
+        policy.read_in_place,
+        settings.optim,
     )

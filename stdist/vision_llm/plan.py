@@ -11,16 +11,28 @@ from pydantic import ValidationError
 from stdist.data import Region
 from stdist.errors import InputError
 from stdist.runs import memory_plan
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Ranks, gathered_bytes
 from stdist.runs.plan import Changes, RunPlan, StagePlan, update_bytes, verdict
+from stdist.training.eight_bit_engine import moment_bytes
 from stdist.training.process_group import ProcessGroup
-from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, VisionLLMConfig
+from stdist.vision_llm.config import AlignmentConfig, ForecastStageConfig, GRPOConfig, VisionLLMConfig
 from stdist.vision_llm.dataset import ASSUMED_GRID, check_values, open_dataset, open_grid, stage_config, unfitted_spec
+from stdist.vision_llm.evaluation_costs import TEST, forecast_hours, hours_of
 from stdist.vision_llm.learning import check_learners, parameter_groups
 from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import PolicySpec
+from stdist.vision_llm.rollout.forecaster import plan_pieces
 from stdist.vision_llm.rollout.versions import sent_bytes
-from stdist.vision_llm.stage_costs import Costs, Stages, alignment_costs, policy_weights, shape_policy, window_costs
+from stdist.vision_llm.stage_costs import (
+    Costs,
+    Stages,
+    alignment_costs,
+    policy_weights,
+    sampling_bytes,
+    shape_policy,
+    window_costs,
+)
 from stdist.vision_llm.warm_start import initial_checkpoint
 
 NETWORK = memory_plan.INFINIBAND
@@ -29,34 +41,43 @@ HASHING = 1.2e9
 """Bytes a second and core: SHA-256 as measured on an Intel Xeon."""
 
 
-def plan_run(
-    config: VisionLLMConfig, device_memory: int | None, device_flops: float = memory_plan.PEAK_FLOPS
-) -> RunPlan:
-    """``device_memory`` (bytes) and ``device_flops`` (peak a second) are of one learner's. See :func:`plan_stage`.
+def plan_run(config: VisionLLMConfig, device: Device = Device()) -> RunPlan:
+    """``device``: one learner's. See :func:`plan_stage`.
 
     Raises InputError also where the learners cannot share a stage's batch, or their engine cannot train this policy.
     """
     check_learners(config, ProcessGroup(0, config.learners.num_workers))
     notes = check_values(config, open_dataset(config)) if config.data.store.exists() else []  # as training would
     initial_checkpoint(config, read_city(config)[0])
-    stages = [plan_stage(config, stage, device_flops) for stage in config.stages]
+    stages = [plan_stage(config, stage, device) for stage in config.stages]
     otherwise = "take a larger device or a smaller base"
     verdicts = [
-        verdict(stage, device_memory, _changes(config, stage.stage), partial(_replan, config, stage.stage), otherwise)
+        verdict(stage, device.memory, _changes(config, stage.stage), partial(_replan, config, stage.stage), otherwise)
         for stage in stages
-        if device_memory is not None
+        if device.memory is not None
     ]
     notes += [
         *read_city(config)[2],
-        f"seconds are on paper: {device_flops / 1e12:.0f} TFLOP/s at an assumed MFU of {memory_plan.MFU:.0%}, "
+        f"seconds are on paper: {device.flops / 1e12:.0f} TFLOP/s at an assumed MFU of {device.mfu:.0%}, "
         f"{memory_plan.bandwidth(config.learners.num_workers) / 1e9:.0f} GB/s between learners, nothing overlapped",
     ]
-    notes += [line for plan in stages if _has_workers(config, plan.stage) for line in _notes_on_workers(config, plan)]
+    notes += [
+        line for plan in stages if _has_workers(config, plan.stage) for line in _notes_on_workers(config, plan, device)
+    ]
     if "grpo" in config.stages:
         notes.append(
             "sampling is counted by its operations; its steps of one token are bound by memory and take longer"
         )
-    return RunPlan(stages, verdicts, notes)
+    cells, hours = read_city(config)[1], {}
+    for plan in stages:
+        hours[plan.stage] = hours_of(config, plan, starting_point(config, plan.stage), cells, device)
+    if (of_test := forecast_hours(config, starting_point(config, config.stages[-1]), cells, device)) is not None:
+        hours[TEST] = of_test
+    else:
+        notes.append("hours are without the test forecast: no store and no data.split says how many windows it has")
+    if any(getattr(stage_config(config, name), "patience", None) for name in config.stages):
+        notes.append("hours are to max_steps; a stage with patience ends earlier where its validation stops falling")
+    return RunPlan(stages, verdicts, notes, hours)
 
 
 def workers_for(sampling_seconds: float, training_seconds: float, version_bytes: int) -> float:
@@ -71,10 +92,9 @@ def workers_for(sampling_seconds: float, training_seconds: float, version_bytes:
     return sampling_seconds / left if left > 0 else inf
 
 
-def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]:
+def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan, device: Device) -> Iterator[str]:
     learners, updates, rollouts = plan.ranks.world_size, config.grpo.num_iterations, config.rollouts
-    sampling_flops = updates * learners * costs_of(config, plan.stage).sampling_flops
-    sampling = memory_plan.compute_seconds(sampling_flops, plan.device_flops or memory_plan.PEAK_FLOPS)
+    sampling = updates * learners * costs_of(config, plan.stage).sampling_flops / device.sustained
     training = updates * sum(plan.seconds.values())
     version = sum(sent_bytes(shape_policy(*starting_point(config, plan.stage))).values())
     enough = workers_for(sampling, training, version)
@@ -93,22 +113,28 @@ def _notes_on_workers(config: VisionLLMConfig, plan: StagePlan) -> Iterator[str]
     )
 
 
-def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory_plan.PEAK_FLOPS) -> StagePlan:
+def plan_stage(config: VisionLLMConfig, stage: str, device: Device = Device()) -> StagePlan:
     """One stage of a run, from its configuration alone.
 
     Raises InputError where the base's configuration cannot be read or the store holds no such grid or region.
     """
     settings, ranks = stage_config(config, stage), ranks_of(config)
     policy, costs = shape_policy(*starting_point(config, stage)), costs_of(config, stage)
-    weights = policy_weights(policy, config.policy.load_in_4bit)
+    weights = policy_weights(policy, config.policy.load_in_4bit, settings.optim)
     if ranks.zero_stage and settings.trainable == "full":  # DeepSpeed casts all of it
         weights = [replace(w, bytes_each=policy.text_head.element_size()) for w in weights]
-    phases = costs.phases | {"update": {"temporaries": update_bytes(parameter_groups(policy, settings), ranks)}}
+    groups = parameter_groups(policy, settings)
+    phases = costs.phases | {"update": {"temporaries": update_bytes(groups, ranks)}}
+    if settings.optim == "paged_adamw_8bit":
+        largest = max(p.numel() for group in groups for p in group.parameters.values())
+        phases["update"]["moments of a tensor"] = moment_bytes(largest)
+    if held := validation_bytes(config, stage):
+        phases["validation"] = held
     live, everything = gathered_bytes(weights, ranks)
     if everything:
         # ZeRO-3 makes the policy whole for every validation; a stage that samples is refused it.
         phases["training"] = phases["training"] | {"gathered weights": live}
-        phases["validation"] = {"gathered weights": everything}
+        phases["validation"] = phases.get("validation", {}) | {"gathered weights": everything}
     return StagePlan(
         stage,
         settings.trainable,
@@ -118,7 +144,7 @@ def plan_stage(config: VisionLLMConfig, stage: str, device_flops: float = memory
         costs.flops + (0 if _has_workers(config, stage) else costs.sampling_flops),
         memory_plan.traffic(weights, ranks, *costs.passes(weights)),
         {"tokens_per_learner": costs.tokens, "micro_batches": costs.micro_batches},
-        device_flops,
+        device,
     )
 
 
@@ -137,6 +163,28 @@ def costs_of(config: VisionLLMConfig, stage: str) -> Costs:
     windows = len(group.local_items(range(settings.windows_per_step)))
     cells = min(settings.cells_per_window, read_city(config)[1])
     return window_costs(*starting_point(config, stage), settings, windows, cells)
+
+
+def validation_bytes(config: VisionLLMConfig, stage: str) -> dict[str, float]:
+    """What an evaluation holds on a learner: forecasts of all cells, and where it looks at candidates these."""
+    settings, cells = stage_config(config, stage), read_city(config)[1]
+    if not isinstance(settings, ForecastStageConfig):
+        return {}
+    windows = min(settings.windows_per_step, settings.eval_windows)
+    piece, drawing = plan_pieces(windows, cells, windows), config.forecast.decoding
+    held = sampling_bytes(
+        *starting_point(config, stage),
+        piece.windows_per_chunk,
+        piece.cells_per_chunk,
+        1,
+        "direct" if drawing == "direct" else "chain",
+    )
+    if isinstance(settings, GRPOConfig):
+        of_candidates = sampling_bytes(
+            *starting_point(config, stage), windows, cells, settings.num_generations, settings.candidates
+        )
+        held = {what: max(size, of_candidates[what]) for what, size in held.items()}
+    return held
 
 
 def starting_point(config: VisionLLMConfig, stage: str) -> tuple[PolicySpec, Stages]:
@@ -178,6 +226,8 @@ def _changes(config: VisionLLMConfig, stage: str) -> Iterator[Changes]:
         yield {"learners.zero_stage": 3}
     if config.policy.base not in SHAPES and all(stage_config(config, s).trainable != "full" for s in config.stages):
         yield {"policy.load_in_4bit": True}
+    for optim in ("adamw_8bit", "paged_adamw_8bit"):
+        yield {f"{stage}.optim": optim}
     yield {"learners.engine": "deepspeed", "learners.offload_optimizer": True}
     yield {"numerals.mantissa_digits": 3}
 

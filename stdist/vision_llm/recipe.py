@@ -10,6 +10,7 @@ from stdist.vision_llm.config import VisionLLMConfig
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
     from stdist.runs.dataset import Dataset
+    from stdist.runs.devices import Device
     from stdist.runs.plan import RunPlan
     from stdist.runs.workers import WorkerProgram
     from stdist.training.process_group import ProcessGroup
@@ -59,7 +60,7 @@ class VisionLLMRecipe(Recipe[VisionLLMConfig]):
 
         return rollout_program(config)
 
-    def plan(self, config: VisionLLMConfig, device_memory: int | None, device_flops: float) -> "RunPlan":
+    def plan(self, config: VisionLLMConfig, device: "Device") -> "RunPlan":
         from stdist.vision_llm.plan import plan_run
 
-        return plan_run(config, device_memory, device_flops)
+        return plan_run(config, device)

@@ -19,8 +19,9 @@ from stdist.errors import InputError, is_damage
 from stdist.numerals import Vocabulary
 from stdist.runs.memory_plan import Weights
 from stdist.runs.meter import META, Meter, metered
+from stdist.training.eight_bit_engine import moment_bytes
 from stdist.training.inference import inference
-from stdist.vision_llm.config import AlignmentConfig, Drawing, ForecastStageConfig, GRPOConfig
+from stdist.vision_llm.config import AlignmentConfig, Drawing, ForecastStageConfig, GRPOConfig, Optim
 from stdist.vision_llm.kernels.prefix import Prefix
 from stdist.vision_llm.learning import begin_stage
 from stdist.vision_llm.policy.adapters import active_adapter, add_lora
@@ -116,8 +117,9 @@ def _base_config(name: str) -> Qwen2_5_VLConfig:
     return config
 
 
-def policy_weights(policy: PolicyModel, four_bit: bool) -> list[Weights]:
+def policy_weights(policy: PolicyModel, four_bit: bool, optim: Optim = "adamw_torch") -> list[Weights]:
     """Everything a learner has, by kind. ZeRO-3 leaves whole what is read outside of its own module."""
+    eight_bit = optim != "adamw_torch"
     kinds: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in policy.named_parameters():
         kinds.setdefault(_kind(policy, name, parameter), []).append(parameter)
@@ -129,6 +131,8 @@ def policy_weights(policy: PolicyModel, four_bit: bool) -> list[Weights]:
             NF4_BYTES if four_bit and kind == DECODER else parameters[0].element_size(),
             parameters[0].requires_grad,
             id(parameters[0]) in whole,
+            sum(moment_bytes(p.numel()) for p in parameters) if eight_bit and parameters[0].requires_grad else None,
+            optim == "paged_adamw_8bit",
         )
         for kind, parameters in kinds.items()
     ]
@@ -147,19 +151,26 @@ def _kind(policy: PolicyModel, name: str, parameter: Tensor) -> str:
 def alignment_costs(spec: PolicySpec, stages: Stages, config: AlignmentConfig, examples: int) -> Costs:
     """Measures the stage's own step on its first micro-batch, for ``examples`` of them in all."""
     at_once = -(-examples // config.gradient_accumulation_steps)
-    tokens, flops, training = _alignment(spec, stages, at_once, config.values_per_example)
+    tokens, flops, _, training = _alignment(spec, stages, at_once, config.values_per_example)
     calls = config.gradient_accumulation_steps
     return Costs(tokens * examples // at_once, flops * examples / at_once, [calls], [at_once], {"training": training})
 
 
+def example_flops(spec: PolicySpec, stages: Stages, config: AlignmentConfig) -> float:
+    """Operations of one example without its backward pass."""
+    at_once = -(-config.train_batch_size // config.gradient_accumulation_steps)
+    return _alignment(spec, stages, at_once, config.values_per_example)[2] / at_once
+
+
 @cache
-def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> tuple[int, int, dict[str, float]]:
+def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> tuple[int, int, int, dict[str, float]]:
+    """Tokens, operations, those of them before the backward pass, and bytes."""
     policy = shape_policy(spec, stages)
     config = AlignmentConfig(train_batch_size=at_once, values_per_example=values)
     with metered(policy) as meter:
         walk = _Walk(policy, meter)
         tokens = AlignmentStage(stages[-1][0], policy, config, seed=0).step(0, walk.backward)["tokens"]
-    return int(tokens), meter.flops, walk.bytes
+    return int(tokens), meter.flops, meter.flops - walk.flops[1][0], walk.bytes
 
 
 def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
@@ -177,7 +188,7 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
         "training": {"activations": sum(map(mul, sequence_bytes, at_once)), "temporaries": temporaries},
     }
     if grpo:
-        phases["sampling"] = _sampling(spec, stages, windows, cells, grpo.num_generations, grpo.candidates)
+        phases["sampling"] = sampling_bytes(spec, stages, windows, cells, grpo.num_generations, grpo.candidates)
     one_forward = sum(map(mul, forward, sequences))
     more_forwards = one_forward / grpo.num_iterations if grpo else 0
     flops = one_forward + sum(map(mul, backward, sequences)) + more_forwards
@@ -277,12 +288,12 @@ class _EnoughError(Exception):
 
 
 @cache
-def _sampling(
+def sampling_bytes(
     spec: PolicySpec, stages: Stages, windows: int, cells: int, generations: int, candidates: Drawing
 ) -> dict[str, float]:
     """Bytes held up to the candidates' first token: room for all later ones is made before; in one pass, to the end."""
     policy = shape_policy(spec, stages)
-    batch, chain, most = _batch(policy, windows, cells), candidates == "chain", max_tokens(policy, candidates)
+    batch, chain, most = shape_batch(policy, windows, cells), candidates == "chain", max_tokens(policy, candidates)
     sampler = Sampler(policy, "sample", generations, allow_eos=chain)
     uniforms = torch.rand(windows * cells * generations, most, device=META)
     with (
@@ -302,7 +313,7 @@ def _sampling(
 def _stage_tree(policy: PolicyModel, stage: str, families: tuple[int, ...], direct: int) -> tuple[Tree, Visit]:
     """The tree of SFT or GRPO on windows of nothing, and what its leaves are asked."""
     windows, cells, generations = (*families, 1)[:3]
-    batch = _batch(policy, windows, cells)
+    batch = shape_batch(policy, windows, cells)
     if stage == "sft":
         return sft_tree(policy, batch, torch.zeros(windows * cells, dtype=torch.bool)), sft_loss(policy, batch)
     scoring, per_leaf = SCORINGS["direct" if direct else "chain"], direct or 1
@@ -316,7 +327,8 @@ def _stage_tree(policy: PolicyModel, stage: str, families: tuple[int, ...], dire
     return scoring.tree(policy, batch, completions), loss
 
 
-def _batch(policy: PolicyModel, windows: int, cells: int) -> PolicyBatch:
+def shape_batch(policy: PolicyModel, windows: int, cells: int) -> PolicyBatch:
+    """Windows of nothing, for a policy without weights."""
     setting, frames, count = policy.spec.setting, policy.spec.frames, windows * cells
     grid, zeros = (frames.height, frames.width) if frames else (1, 1), np.zeros(count, np.int64)
     shared = policy.prompts.shared(np.datetime64("2013-11-04T00:00"))

@@ -156,5 +156,5 @@ class ScaledPersistenceRecipe(Recipe[ScaledPersistenceConfig]):
         run.model.read(checkpoint)
         return run.predictor()
 
-    def plan(self, config: ScaledPersistenceConfig, device_memory: int | None, device_flops: float) -> Any:
+    def plan(self, config: ScaledPersistenceConfig, device: Any) -> Any:
         return ScaledPersistencePlan()

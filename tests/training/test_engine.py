@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+from stdist.config import LearnersConfig
+from stdist.errors import InputError
+from stdist.training.eight_bit_engine import EightBitEngine, moment_bytes
 from stdist.training.engine import ParameterGroup, TorchEngine, cosine_schedule
+from stdist.training.engines import check_optim
 
 
 def _parameter(*values: float) -> torch.nn.Parameter:
@@ -182,3 +186,70 @@ def test_closing_leaves_no_gradient():
     engine.backward(w.sum())
     engine.close()
     assert w.grad is None
+
+
+# --- moments of eight bits -----------------------------------------------------------------------------------------
+
+
+def _wide(engine_class: type[TorchEngine]) -> tuple[torch.nn.Module, TorchEngine]:
+    """A matrix of 128 x 64 that has moments in eight bits, and vectors too small for that."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Tanh(), torch.nn.Linear(64, 128))
+    return model, engine_class([ParameterGroup(dict(model.named_parameters()), 0.05, 0.1)], cosine_schedule(3, 12), 0.5)
+
+
+def test_eight_bit_state_continues_the_optimisation_bit_for_bit():
+    model, engine = _wide(EightBitEngine)
+    _steps(engine, model, range(5))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors, steps = {name: value.clone() for name, value in engine.state()}, engine.steps
+    expected = _steps(engine, model, range(5, 12))
+
+    other, resumed = _wide(EightBitEngine)
+    _steps(resumed, other, range(20, 22))
+    other.load_state_dict(weights)
+    resumed.load_state(tensors, steps)
+    assert _steps(resumed, other, range(5, 12)) == expected
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_eight_bit_state_has_the_bytes_that_are_planned():
+    """Two bytes an element, and two float32 scales a block of 256; float32 below 4,096 elements."""
+    model, engine = _wide(EightBitEngine)
+    _steps(engine, model, range(1))
+    held = {name: value for name, value in engine.state() if not name.endswith("/step")}
+    assert held["2.weight/state1"].dtype == torch.uint8 and held["0.weight/state1"].dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        size = sum(value.nbytes for key, value in held.items() if key.startswith(f"{name}/"))
+        assert size == moment_bytes(parameter.numel()), name
+    assert moment_bytes(128 * 64) == 2 * 8192 + 2 * 32 * 4 and moment_bytes(4 * 64) == 2 * 256 * 4
+
+
+def test_eight_bits_are_near_torchs_own_adamw():
+    (model, engine), (other, exact) = _wide(EightBitEngine), _wide(TorchEngine)
+    ours, theirs = _steps(engine, model, range(12)), _steps(exact, other, range(12))
+    assert ours == pytest.approx(theirs, rel=0.02) and ours != theirs
+
+
+def test_a_parameter_without_a_gradient_so_far_has_no_eight_bit_state():
+    used, idle = _parameter(1.0), _parameter(1.0)
+    groups = [ParameterGroup({"used": used}, 0.1, 0.0), ParameterGroup({"idle": idle}, 0.1, 0.0)]
+    engine, resumed = (EightBitEngine(groups, lambda step: 1.0, 1e9) for _ in range(2))
+    engine.backward(used.sum())
+    engine.step()
+    resumed.load_state({name: value.clone() for name, value in engine.state()}, 1)
+    resumed.backward(used.sum() + idle.sum())
+    resumed.step()
+    counts = {name: value.item() for name, value in resumed.state() if name.endswith("/step")}
+    assert counts == {"used/step": 2.0, "idle/step": 1.0} and idle.item() == pytest.approx(0.9)
+
+
+def test_eight_bits_are_refused_with_deepspeed_and_without_bitsandbytes(monkeypatch):
+    check_optim(LearnersConfig(engine="deepspeed"), "adamw_torch", "sft.optim")
+    check_optim(LearnersConfig(), "adamw_8bit", "sft.optim")
+    with pytest.raises(InputError, match=r"sft\.optim adamw_8bit is of engine torch: DeepSpeed"):
+        check_optim(LearnersConfig(engine="deepspeed"), "adamw_8bit", "sft.optim")
+    monkeypatch.setattr("stdist.training.eight_bit_engine.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"sft\.optim paged_adamw_8bit needs bitsandbytes: pip install"):
+        check_optim(LearnersConfig(), "paged_adamw_8bit", "sft.optim")

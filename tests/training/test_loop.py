@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdist.errors import DivergenceError, Interrupted
+from stdist.errors import DivergenceError, Interrupted, MemoryFullError
 from stdist.training.loop import LoopSettings
 
 
@@ -362,3 +362,49 @@ def test_tensorboard_shows_each_step_once_after_a_resume(toy, tmp_path):
     toy.run(tmp_path, toy.ToyStage())
     events = EventAccumulator(str(tmp_path / "tensorboard" / "toy")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, toy.MAX_STEPS + 1))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+
+
+def _full(toy, failures: int, can_halve: bool = True):
+    """A stage whose memory ends in step 5, ``failures`` times, when part of the gradient is there."""
+
+    class Full(toy.ToyStage):
+        failed = halved = 0
+
+        def step(self, step, backward):
+            if step == 5 and self.failed < failures:
+                self.failed += 1
+                backward(self.model.weight.sum())
+                raise NO_MEMORY
+            return super().step(step, backward)
+
+        def halve_memory(self):
+            self.halved += 1
+            return can_halve
+
+    return Full()
+
+
+def test_a_step_without_memory_is_made_again_with_half_the_activations(toy, tmp_path, log_lines, uninterrupted):
+    """The same draws, and nothing left of the gradient that was begun: the log is that of a run with room enough."""
+    lines: list[str] = []
+    stage = _full(toy, failures=1)
+    toy.run(tmp_path, stage, log=lines.append)
+    assert stage.halved == 1 and log_lines(tmp_path) == uninterrupted
+    (said,) = (line for line in lines if "out of memory" in line)
+    assert said.startswith("toy: learner 0 at step 6, forward and backward: out of memory")
+    assert said.endswith("making step 6 again with half the activations at once")
+
+
+@pytest.mark.parametrize(("failures", "can_halve"), [(2, True), (1, False)], ids=["a second time", "no smaller"])
+def test_memory_that_ends_again_ends_the_run_with_the_plans_advice(toy, tmp_path, failures, can_halve):
+    stage = _full(toy, failures, can_halve)
+    trainer = toy.PromptTrainer(tmp_path, advice=lambda name: f"try {name}.optim=adamw_8bit")
+    with pytest.raises(MemoryFullError, match=r"step 6, .* out of memory .*; try toy\.optim=adamw_8bit$") as caught:
+        trainer.fit(stage, stage, stage.engine, toy.SETTINGS)
+    trainer.close()
+    assert stage.halved == 1 and "\n" not in str(caught.value)

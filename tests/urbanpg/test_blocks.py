@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stdist.errors import InputError
+from stdist.runs.devices import Device
 from stdist.training.process_group import ProcessGroup
 from stdist.urbanpg.opening import open_run
 from stdist.urbanpg.plan import plan_run
@@ -146,7 +147,7 @@ def test_a_plan_counts_what_a_whole_batch_keeps(city, make_config, tmp_path, blo
     """Against every tensor that is alive behind the forward pass of a batch, be it known to autograd or not."""
     model, nodes = {"d": 64} | ablation, {"block_nodes": block_nodes}
     config = make_config(city, tmp_path, model=model, nodes=nodes, training={"train_batch_size": 8})
-    (planned,) = plan_run(config, None).stages
+    (planned,) = plan_run(config, Device()).stages
     _, model, _, _ = open_run(config, ProcessGroup(0, 1))
     zero, history = torch.zeros(8, dtype=torch.int64), torch.full((8, 6, 9), 100.0)
     model.train()

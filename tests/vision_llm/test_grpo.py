@@ -447,3 +447,26 @@ def test_candidates_of_other_weights_are_refused(make_policy: MakePolicy, store:
     policy.rows.output.data[3, 5] += 1
     with pytest.raises(RuntimeError, match=r"step 2 needs candidates of window \d+, cell \d+ by weights"):
         step(stage, 2)
+
+
+def test_a_step_that_is_made_again_learns_from_the_same_candidates(make_policy: MakePolicy, store: GridStore) -> None:
+    """Memory ends in the backward pass: what was drawn stays, the micro-batches shrink, the scalars are the same."""
+    policy = sft_model(make_policy, with_adapter=True)
+    begin_grpo(policy)
+    stage = stage_of(policy, store, rollouts := FixedRollouts(policy), windows_per_step=3, beta=0.1)
+    expected = step(stage, 0, torch.Tensor.backward)
+    policy.zero_grad()
+    fresh = stage_of(policy, store, rollouts := FixedRollouts(policy), windows_per_step=3, beta=0.1)
+
+    def no_memory(loss: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        step(fresh, 0, no_memory)
+    before = fresh._rollout
+    for _ in range(12):
+        assert fresh.halve_memory()
+    calls: list[Tensor] = []
+    again = step(fresh, 0, lambda loss: calls.append(loss.detach()) or loss.backward())
+    assert len(rollouts.generated) == 1 and fresh._rollout.completions is before.completions
+    assert len(calls) > 3 and again == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -16,13 +16,15 @@ from data_prep import READERS
 from stdist import cli
 from stdist.data import GridStore
 from stdist.errors import InputError
+from stdist.runs.devices import Device
 from stdist.runs.memory_plan import Weights, parse_memory
-from stdist.runs.plan import StagePlan
+from stdist.runs.plan import Hours, StagePlan
 from stdist.runs.recipes import load_config, parse_config
 from stdist.training.engine import ParameterGroup, TorchEngine, adamw, cosine_schedule
 from stdist.vision_llm import stage_costs
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
+from stdist.vision_llm.evaluation_costs import TEST, forecast_flops, window_flops, windows_of
 from stdist.vision_llm.kernels.attention import MATH, Choice
 from stdist.vision_llm.learning import begin_stage, parameter_groups
 from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point, workers_for
@@ -31,6 +33,7 @@ from stdist.vision_llm.policy.city_windows import CityWindows
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_model
 from stdist.vision_llm.policy.spec import PolicySpec, Setting
+from stdist.vision_llm.rollout.sampler import Sampler
 from stdist.vision_llm.rollout.versions import pack
 from stdist.vision_llm.stage_costs import (
     LORA,
@@ -252,7 +255,7 @@ def test_the_plan_says_how_many_workers_keep_up_and_what_a_version_costs(config)
     assert workers_for(1, 0.4, 25 * 10**9) == float("inf")
     sections: dict[str, Any] = {"stages": ["grpo"], "grpo": {"windows_per_step": 4}}
     run = config(**sections, rollouts={"num_workers": 3}, learners={"num_workers": 2, "engine": "deepspeed"})
-    plan, version = plan_run(run, None, device_flops=1e9), pack(policy_at(run, "grpo"), 0)
+    plan, version = plan_run(run, Device(flops=1e9)), pack(policy_at(run, "grpo"), 0)
     assert version.tensors["rows.input"].size == 0 == version.tensors["rows.input.changed"].size
     a_learner = costs_of(run, "grpo").sampling_flops / plan.stages[0].flops
     many, weights = (line for line in plan.notes if "keep up" in line or "a version of" in line)
@@ -260,9 +263,9 @@ def test_the_plan_says_how_many_workers_keep_up_and_what_a_version_costs(config)
     assert many.endswith("with rollouts.max_staleness 0 they take turns, from 1 on both work at once")
     assert f"a version of the weights is {version.nbytes / 1e9:.3g} GB" in weights
     ahead = config(**sections, rollouts={"num_workers": 3, "max_staleness": 1})
-    plan = plan_run(ahead, None, device_flops=1e17)
+    plan = plan_run(ahead, Device(flops=1e17))
     assert any(line.endswith("no number of workers keeps up (configured: 3)") for line in plan.notes)
-    assert not [line for line in plan_run(config(**sections), None).notes if "version" in line or "keep" in line]
+    assert not [line for line in plan_run(config(**sections)).notes if "version" in line or "keep" in line]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 2), (2, 100, 7), (9, 9, 100)])
@@ -381,12 +384,16 @@ def test_a_published_base_asks_no_hub(monkeypatch):
         assert stage_costs._base_config(name).model_type == "qwen2_5_vl"
 
 
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/milan*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*PROJECT.glob("configs/milan*.yaml"), *PROJECT.glob("configs/single_gpu*.yaml")]),
+    ids=lambda path: path.stem,
+)
 def test_a_shipped_configuration_fits_the_device_that_its_header_names(path, monkeypatch, tmp_path):
     """With a tenth of it free, on a grid of 100 x 100 cells where there is no store. Other recipes plan on a store."""
     (named,) = re.findall(r"^# Device: .*?(\d+) GB\.", path.read_text(), re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    plan = plan_run(load_config(path, []), int(0.9 * int(named) * 10**9))
+    plan = plan_run(load_config(path, []), Device(int(0.9 * int(named) * 10**9)))
     assert len(plan.verdicts) == 4 and all(line.endswith(", fits") for line in plan.verdicts), plan.verdicts
 
 
@@ -424,6 +431,64 @@ def test_a_tied_head_is_counted_once_and_computed_all_the_same(config, base, tmp
     assert [w.kind for w in two.weights if w.kind not in one.states] == ["head"]
     assert (one.flops, one.phases) == (two.flops, two.phases)
     assert [w.kind for w in one.weights if w.whole] == ["embeddings", ROWS]
+
+
+# --- hours ------------------------------------------------------------------------------------------------------------
+
+
+def test_hours_are_steps_and_evaluations_times_seconds():
+    """3,600 steps of 2 s and 18 evaluations of 100 s."""
+    hours = Hours(3600, 2.0, 18, 100.0)
+    assert (hours.training, hours.validation, hours.all) == (2.0, 0.5, 2.5)
+
+
+def test_hours_of_a_run_by_hand(config):
+    """Ten steps with evaluations every four: at 0, 4, 8 and 10. A device of 1e9 operations a second, used to a tenth,
+    does 1e8: its seconds are operations over that."""
+    sft = {"max_steps": 10, "eval_steps": 4, "eval_windows": 5}
+    grpo = {"max_steps": 3, "eval_steps": 3, "eval_windows": 2, "num_generations": 4}
+    run = config(stages=["sft", "grpo"], sft=sft, grpo=grpo)
+    plan = plan_run(run, Device(flops=1e9, mfu=0.1))
+    cells = open_dataset(run).train.region.shape[0] * open_dataset(run).train.region.shape[1]
+    of_sft, of_grpo, of_test = (plan.hours[name] for name in ("sft", "grpo", TEST))
+    assert (of_sft.steps, of_sft.evaluations, of_grpo.evaluations) == (10, 4, 2)
+    assert of_sft.seconds_per_step == pytest.approx(plan.stages[0].flops / 1e8)
+    window, prompt, answer = forecast_flops(*starting_point(run, "sft"))
+    assert of_sft.seconds_per_evaluation == pytest.approx(5 * (window + cells * (prompt + answer)) / 1e8)
+    window, prompt, answer = forecast_flops(*starting_point(run, "grpo"))
+    # It forecasts, and looks at four candidates of every cell.
+    both = 2 * window + cells * (2 * prompt + 5 * answer)
+    assert of_grpo.seconds_per_evaluation == pytest.approx(2 * both / 1e8)
+    windows = len(open_dataset(run).test)
+    assert of_test.validation == pytest.approx(windows * (window + cells * (prompt + answer)) / 1e8 / 3600)
+    assert plan.as_dict()["hours"] == pytest.approx(of_sft.all + of_grpo.all + of_test.all)
+
+
+def test_a_forecast_costs_what_the_sampler_does(config):
+    """Two windows of all cells, step by step, on real tensors; the plan knows them from one cell of one window."""
+    run = config(stages=["sft"])
+    policy = policy_at(run, "sft").eval()
+    policy.attention_choice = Choice(MATH, "counted")
+    city = CityWindows(policy, open_dataset(run).test)
+    batch = city.batch(np.arange(2), city.cells)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Sampler(policy, "median").forecast(policy.prefix(batch.shared, batch.grids), batch.prompts)
+    planned = 2 * window_flops(*starting_point(run, "sft"), len(city.cells), 1)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_windows_without_a_store_are_those_of_gap_free_days(config, tmp_path):
+    """Two days of 144 steps, each window's 3 targets in them."""
+    days = {
+        "train": ["2013-11-01", "2013-11-09"],
+        "validation": ["2013-11-10"] * 2,
+        "test": ["2013-11-11", "2013-11-12"],
+    }
+    absent = {"store": str(tmp_path / "absent.zarr"), "split": days}
+    assert windows_of(config(data=absent), "test") == 2 * 144 - 3 + 1
+    assert windows_of(config(data=absent), "validation") == 144 - 3 + 1
+    plan = plan_run(config(data={"store": str(tmp_path / "absent.zarr")}, stages=["sft"]))
+    assert TEST not in plan.hours and any("without the test forecast" in note for note in plan.notes)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -506,20 +571,20 @@ def test_a_batch_that_learners_cannot_share(stdist_plan):
 def test_what_training_refuses_the_plan_refuses(config, sections, reason):
     learners = {"engine": "deepspeed", "zero_stage": 3}
     with pytest.raises(InputError, match=reason):
-        plan_run(config(learners=learners, **sections), None)
+        plan_run(config(learners=learners, **sections))
 
 
 def test_advice_can_be_trained(config, base):
     """ZeRO-3 alone would fit, but GRPO may not sample with it, nor with four bits of it."""
     learners = DEEPSPEED | {"num_workers": 2, "zero_stage": 1}
     run = config(policy={"base": base}, stages=["grpo"], learners=learners)
-    verdict = plan_run(run, 2 * MIB).verdicts[0]
+    verdict = plan_run(run, Device(2 * MIB)).verdicts[0]
     assert "with " in verdict and "zero_stage=2" in verdict and "zero_stage=3" not in verdict
 
 
 def test_without_a_store_a_grid_is_assumed_and_said(config, tmp_path):
     run = config(data={"store": str(tmp_path / "none.zarr")})
-    plan = plan_run(run, None)
+    plan = plan_run(run)
     assert "none.zarr does not exist yet: a grid of 100 x 100 cells is assumed" in plan.notes[0]
     assert isinstance(plan.stages[0], StagePlan)
 
@@ -529,7 +594,7 @@ def test_a_store_of_nodes(config, tmp_path):
     np.savez(tmp_path / "pems.npz", data=np.ones((288 * 7, 3, 1)))
     READERS["pems-npz"].prepare([tmp_path / "pems.npz"], out, city="pems", start="2018-01-01T00:00")
     with pytest.raises(InputError, match="holds nodes, the vision-LLM reads grids"):
-        plan_run(config(data={"store": str(out)}), None)
+        plan_run(config(data={"store": str(out)}))
 
 
 def test_a_hub_out_of_reach_is_one_line(stdist_plan, monkeypatch):
@@ -545,4 +610,4 @@ def test_a_folder_that_is_no_base(config, tmp_path: Path, model_type):
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(InputError, match=f"is a {model_type}" if model_type else "no configuration to plan with"):
-        plan_run(config(policy={"base": str(tmp_path)}), None)
+        plan_run(config(policy={"base": str(tmp_path)}))

@@ -158,3 +158,18 @@ def test_blank_share_is_a_share_of_sequences(
             stage.step(step, lambda loss: None)
         mean = torch.cat(blanks).float().mean().item()
         assert len(torch.cat(blanks)) == 20 * 12 and low <= mean <= high
+
+
+def test_half_the_memory_is_the_same_step(make_policy: Callable[..., PolicyModel], store: GridStore) -> None:
+    """Made again behind an error, with smaller micro-batches: the same loss of the same windows."""
+    policy = make_policy()
+    train_only(policy, "full")
+    stage = stage_of(policy, store, activation_memory=0.02)
+    calls: list[Tensor] = []
+    before = stage.step(3, calls.append)
+    many = len(calls)
+    policy.eval()  # as an error inside an evaluation's context might leave it
+    for _ in range(6):
+        assert stage.halve_memory()
+    again = stage.step(3, calls.append)
+    assert again == pytest.approx(before, rel=1e-5) and len(calls) - many > many and policy.training

@@ -30,6 +30,7 @@ from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.prompts import END
 
 HEADLINES = {"alignment": ("exact_match",), "arithmetic": ("loss", "exact_match", "median_relative_error")}
+TASKS = {"alignment": 2, "arithmetic": 9}
 BATCHES = {"alignment": transcription_batch, "arithmetic": arithmetic_batch}
 T = TypeVar("T")
 _EVALUATION_SEED = 7_000_001  # added to the run's seed
@@ -46,6 +47,7 @@ class AlignmentStage(Stage):
         self.name, self.policy, self.config, self.seed, self.group = name, policy, config, seed, group
         self.headline = HEADLINES[name]
         self._batch = BATCHES[name]
+        self._parts = config.gradient_accumulation_steps
         self._share = group.local_slice(config.train_batch_size, f"{name}.train_batch_size")
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
@@ -58,14 +60,21 @@ class AlignmentStage(Stage):
             config.values_per_example,
         )
         total = tokens = 0.0
-        for part in np.split(np.arange(config.train_batch_size)[self._share], config.gradient_accumulation_steps):
+        for part in np.split(np.arange(config.train_batch_size)[self._share], self._parts):
             ids, is_target = tokenise(self.policy, [examples[i] for i in part])
             hidden, targets = _answers(self.policy, ids, is_target)
             loss = example_loss(hidden, self.policy.full_head, targets, is_target)
-            loss = loss / config.gradient_accumulation_steps
+            loss = loss / self._parts
             backward(loss)
             total, tokens = total + loss.item(), tokens + ids.numel()
         return {"loss": total, "tokens": tokens}
+
+    def halve_memory(self) -> bool:
+        examples = (self._share.stop - self._share.start) // self._parts
+        if examples % 2:
+            return False
+        self._parts *= 2
+        return True
 
     def describe_batch(self, step: int) -> str:
         return f"examples {self._share.start} to {self._share.stop - 1} of step {step + 1} of seed {self.seed}"
@@ -78,7 +87,7 @@ class AlignmentStage(Stage):
         when greedy decoding generates exactly this answer.
         """
         config, vocabulary = self.config, self.policy.vocabulary
-        total = config.eval_examples * (2 if self.name == "alignment" else 9)
+        total = config.eval_examples * TASKS[self.name]
         examples = self._batch(vocabulary, self.seed + _EVALUATION_SEED, 0, total, config.values_per_example)
         exact: dict[str, list[bool]] = defaultdict(list)
         errors: dict[str, list[float]] = defaultdict(list)

@@ -9,7 +9,7 @@ stage ends when validation NRMSE stops falling. Candidates drawn in one pass (``
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +109,8 @@ class GRPOStage(Stage):
         self._scoring = SCORINGS[config.candidates]
         self.resumable_every = config.num_iterations
         self._rollout: Rollout | None = None
+        self._rollout_step = -1
+        self._generated: tuple[PolicyBatch, Completions] | None = None
         self._requested: dict[int, PolicyBatch] = {}
 
     def on_weights_changed(self, step: int) -> None:
@@ -119,8 +121,9 @@ class GRPOStage(Stage):
         self.rollouts.close()
 
     def step(self, step: int, backward: Callable[[Tensor], None]) -> dict[str, float]:
-        if step % self.config.num_iterations == 0:
+        if step % self.config.num_iterations == 0 and self._rollout_step != step:
             self._rollout = self._new_rollout(step)
+            self._rollout_step, self._generated = step, None
         assert self._rollout, "steps begin where a rollout does"
         policy, config, rollout, learners = self.policy, self.config, self._rollout, self.group.size
         sums: dict[str, float] = defaultdict(float)
@@ -171,6 +174,16 @@ class GRPOStage(Stage):
         self._evaluator.release()
         return errors | {"reward": float(torch.cat(self.group.all_gather_object(torch.cat(rewards))).mean())}
 
+    def halve_memory(self) -> bool:
+        self.policy.train()  # wherever it was left
+        self._evaluator.release()
+        if isinstance(self.rollouts, LocalRollouts):
+            self.rollouts.release()
+        self.micro_batches.halve()
+        if self._rollout is not None:
+            self._rollout = replace(self._rollout, sizes=self.micro_batches.sizes(self._rollout.tree))
+        return True
+
     def describe_batch(self, step: int) -> str:
         return self.batches.describe(step // self.config.num_iterations)
 
@@ -179,8 +192,10 @@ class GRPOStage(Stage):
     def _new_rollout(self, step: int) -> "Rollout":
         """Candidates of the policy as it is at ``step``, and what the updates on them need."""
         config, policy = self.config, self.policy
-        batch = self._request(step)
-        completions = self._generate(step, batch)
+        if self._generated is None:
+            batch = self._request(step)
+            self._generated = batch, self._generate(step, batch)
+        batch, completions = self._generated  # drawn before, where scoring them had no memory
         longest, tokens = zip(
             *self.group.all_gather_object((completions.mask.shape[1], int(completions.mask.sum()))), strict=True
         )

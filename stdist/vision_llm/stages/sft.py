@@ -55,6 +55,11 @@ class SFTStage(Stage):
         )
         return {"loss": loss, "tokens": tree.tokens, "tokens_saved": tree.tokens_per_sample - tree.tokens}
 
+    def halve_memory(self) -> bool:
+        self.policy.train()  # wherever it was left
+        self.micro_batches.halve()
+        return True
+
     def describe_batch(self, step: int) -> str:
         return self.batches.describe(step)
 

@@ -21,6 +21,10 @@ class MicroBatches:
         self.policy, self.memory = policy, memory
         self._bytes: dict[tuple[torch.Size, ...], list[int]] = {}
 
+    def halve(self) -> None:
+        """Gives the next trees half the memory."""
+        self.memory //= 2
+
     def sizes(self, tree: Tree) -> list[int]:
         """For the windows and for each level; at least 1, whatever one sequence takes. The same for the same shapes."""
         shapes = tuple(x.shape[1:] for x in (tree.shared, tree.grids, *(level.ids for level in tree.levels)))
