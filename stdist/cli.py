@@ -13,8 +13,9 @@ from rich.console import Console
 
 from stdist import __version__
 from stdist.boundary import ended
+from stdist.console import Json, finish, log
 from stdist.errors import InputError
-from stdist.files import to_json
+from stdist.operation_commands import calibrate, said_of_next, serve, watch
 from stdist.reader_commands import Group, reader_commands, run_reader
 from stdist.scalars import figure
 
@@ -22,8 +23,6 @@ MOST_PROCESSES, MOST_WORKERS = 1024, 65536
 """Processes that a command may ask of one machine, and of a cluster."""
 DAMAGED = 4
 """Exit code where something is not as it was written, of ``stdist check`` and of ``stdist ledger``."""
-NEWS = 6
-"""Exit code of ``stdist watch`` where something is unusual that it has not said before."""
 
 app = typer.Typer(
     cls=Group,
@@ -31,16 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Forecast city-wide traffic.",
 )
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
-
-
-def log(line: str) -> None:
-    """A line for people; standard output stays free for results."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
-    print(to_json(result) if as_json else line, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -242,86 +231,8 @@ def forecast(
     finish(result, as_json, "; ".join([str(out), *said_of_next(result)]))
 
 
-def said_of_next(result: dict[str, Any]) -> list[str]:
-    """What a forecast of the next steps rests on, in words; nothing of a split's."""
-    lines = []
-    if "origin" in result:
-        lines.append(f"behind {result['origin']} local time")
-    if absent := result.get("frames_absent_behind_it"):
-        lines.append(f"{absent} frames of the store behind it are absent")
-    if imputed := result.get("imputed"):
-        lines.append(f"{imputed} values of the history were missing and are imputed, as in training")
-    return lines
-
-
-@app.command()
-def calibrate(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    store: Annotated[Path, typer.Argument(help="grid store")],
-    region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
-    split: Annotated[str, typer.Option(help="validation, or local days A:B that the model was not fitted on")] = (
-        "validation"
-    ),
-    as_json: Json = False,
-) -> None:
-    """Forecast days whose truth is known and keep, by step and place, how far off it was: the quantiles and intervals
-    of all later forecasts of the run (docs/intervals.md)."""
-    from stdist.runs import recipes
-    from stdist.runs.calibration import FORECASTS
-    from stdist.runs.forecasting import ForecastRequest
-
-    result = recipes.calibrate(ForecastRequest(run, store, region, split, run / FORECASTS), log)
-    line = f"{result['calibration']}: {result['days']} days, {result['windows']} windows, {result['places']} places"
-    for name, scores in result.get("test", {}).items():
-        covered = ", ".join(f"{each['coverage']:.1%} in {which}" for which, each in scores["intervals"].items())
-        line += f"; test, {name}: CRPS {figure(scores['crps'])}, {covered}"
-    finish(result, as_json, line)
-
-
-@app.command()
-def watch(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    store: Annotated[Path, typer.Argument(help="grid store that days were appended to")],
-    days: Annotated[int, typer.Option(help="newest whole local days to look at")] = 1,
-    again: Annotated[bool, typer.Option("--again", help="say again what was said before")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compare the newest whole day with the days that the run was calibrated on: places that left their intervals,
-    places that stopped, drift of the whole and the command that helps (docs/intervals.md).
-
-    Exit code 6 where something is unusual; what was said before is not said again.
-    """
-    from stdist.runs import recipes
-    from stdist.runs.watch import WatchRequest, lines_of
-
-    result = recipes.watch(WatchRequest(run, store, days, again), log)
-    finish(result, as_json, "\n".join(lines_of(result)))
-    if result["news"]:
-        raise typer.Exit(NEWS)
-
-
-@app.command()
-def serve(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    store: Annotated[Path, typer.Argument(help="grid store")],
-    places: Annotated[str | None, typer.Option(help="their ids, as 4142,4143, or all; the run's own if absent")] = None,
-    host: Annotated[str, typer.Option(help="address; another than this machine's own needs a token")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8000,
-    token_file: Annotated[Path | None, typer.Option(help="file with the token; if absent STDIST_SERVE_TOKEN")] = None,
-    rate: Annotated[float, typer.Option(help="requests a second of one client; 0: any number")] = 50.0,
-    as_json: Json = False,
-) -> None:
-    """Answer over HTTP what comes next: /forecast, /places, /health, /metrics, and a page with a map (docs/serving.md).
-
-    A forecast of all places is made at the start and after each stdist append or calibrate. Ends on Ctrl-C or SIGTERM.
-    """
-    from stdist.serving.service import serve as answer
-
-    def ready(said: dict[str, Any]) -> None:
-        log("; ".join([f"{said['places']} places", *said_of_next(said), "Ctrl-C ends it"]))
-        finish(said, as_json, said["url"])
-
-    answer(run, store, places, host, port, token_file, rate, ready, log)
+for command in (calibrate, watch, serve):
+    app.command()(command)
 
 
 @app.command()

@@ -42,7 +42,7 @@ def require_fit(plan: Plan, device: Device | None, force: bool, log: Callable[[s
 def advice(plan: Plan, stage: str) -> str:
     """What the plan would change of ``stage``, for which memory was not enough, so that it takes a tenth less."""
     # A plan that cannot be made must not take the place of the error that it was asked for.
-    with suppress(InputError, RuntimeError, MemoryError):
+    with suppress(InputError, RuntimeError, MemoryError, StopIteration):
         takes = next(each.device_bytes for each in plan(Device()).stages if each.stage == stage)
         planned = plan(Device(int(0.9 * takes)))
         return next(line for line in planned.verdicts if line.startswith(f"{stage}: "))
