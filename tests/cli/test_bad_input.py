@@ -304,7 +304,7 @@ def test_forecasts_that_are_none(refused, city, tmp_path):
 def test_main_turns_each_failure_into_its_code_and_one_line(stdist, config, monkeypatch, error, code, line):
     from stdist.runs import recipes
 
-    monkeypatch.setattr(recipes, "train", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(recipes, "train", lambda *_, **__: (_ for _ in ()).throw(error))
     result = stdist("train", config)
     assert result.code == code and result.out == ""
     assert result.err.rstrip("\n").rstrip() == line.rstrip() and result.err.count("\n") == 1
@@ -313,7 +313,7 @@ def test_main_turns_each_failure_into_its_code_and_one_line(stdist, config, monk
 def test_a_bug_keeps_its_traceback(stdist, config, monkeypatch):
     from stdist.runs import recipes
 
-    monkeypatch.setattr(recipes, "train", lambda *_: (_ for _ in ()).throw(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(recipes, "train", lambda *_, **__: (_ for _ in ()).throw(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         stdist("train", config)
 

@@ -45,7 +45,7 @@ from .conftest import line_of, prepare_zones
 def test_what_the_system_refuses_is_a_line_with_its_code(stdist, world, monkeypatch, error, code, words):
     from stdist.runs import recipes
 
-    monkeypatch.setattr(recipes, "train", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(recipes, "train", lambda *_, **__: (_ for _ in ()).throw(error))
     assert words in line_of(stdist("train", "c.yaml"), code)
 
 
@@ -59,7 +59,7 @@ def test_a_line_is_one_line_of_what_can_be_printed(stdist, world, monkeypatch):
     from stdist.runs import recipes
 
     text = "first\nsecond \x1b[31m" + "x" * 5000 + " the end"
-    monkeypatch.setattr(recipes, "train", lambda *_: (_ for _ in ()).throw(InputError(text)))
+    monkeypatch.setattr(recipes, "train", lambda *_, **__: (_ for _ in ()).throw(InputError(text)))
     line = line_of(stdist("train", "c.yaml"), 2)
     assert line.startswith("first second \\x1b[31mxx") and line.endswith("xx the end") and " … " in line
     assert len(line) == LONGEST + len(" … ")
