@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from stdist.console import Json, finish, log
+from stdist.scalars import figure
 
 NEWS = 6
 """Exit code of ``stdist watch`` where something is unusual that it has not said before."""

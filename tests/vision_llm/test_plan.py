@@ -464,11 +464,11 @@ def test_hours_of_a_run_by_hand(config):
     assert plan.as_dict()["hours"] == pytest.approx(of_sft.all + of_grpo.all + of_test.all)
 
 
-def test_a_forecast_costs_what_the_sampler_does(config):
+def test_a_forecast_costs_what_the_sampler_does(config, monkeypatch):
     """Two windows of all cells, step by step, on real tensors; the plan knows them from one cell of one window."""
     run = config(stages=["sft"])
     policy = policy_at(run, "sft").eval()
-    policy.attention_choice = Choice(MATH, "counted")
+    monkeypatch.setattr(PolicyModel, "attention_choice", Choice(MATH, "plain"))
     city = CityWindows(policy, open_dataset(run).test)
     batch = city.batch(np.arange(2), city.cells)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
