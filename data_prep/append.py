@@ -26,8 +26,8 @@ OF_THE_FILES = ("start", *SPANS)
 
 @dataclass(frozen=True)
 class AppendSummary:
-    """What an append did, in numbers; see ``Growth``. ``frames``: time steps that exist in the store now;
-    ``places_without_data``: those of the store that the files do not have."""
+    """The result of an append: its ``Growth``, ``frames``, the time steps that exist in the store now, and
+    ``places_without_data``, places of the store that the files do not have."""
 
     path: Path
     city: str
@@ -145,7 +145,7 @@ def require_same(store: GridStore, spec: GridSpec | NodeSpec, sources: Iterable[
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the places of new files lie in a store. ``positions``: of each of them in the store's places, row by row,
+    """A map from the places of new files to those of a store. ``positions``: of each in the store's places, row by row,
     -1 for one outside the city, int64 [n]; None where they are the store's in its order."""
 
     shape: tuple[int, ...]

@@ -41,7 +41,7 @@ class Prompts:
     patches: Float[Tensor, "patches features"]
     grid_thw: Int[Tensor, "frames 3"]
     image_id: int
-    sayable: Int[Tensor, "answers"]
+    sayable: Int[Tensor, " answers"]
 
     @classmethod
     def of(cls, policy: PolicyModel, batch: PolicyBatch, generations: int) -> "Prompts":

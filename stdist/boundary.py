@@ -1,6 +1,9 @@
-"""The commands' way out: whatever stops one ends in one line that says what, where and what to do, and an exit code."""
+"""The commands' way out: results on standard output, lines for people on standard error, and whatever stops a command
+as one line that says what, where and what to do, with an exit code."""
 
+import sys
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +15,22 @@ from stdist.errors import (
     ResourceError,
     of_the_system,
 )
+from stdist.files import to_json
 
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 LONGEST = 1000
 """Characters of a line; of a longer one its middle is left out, since what to do stands at the end."""
 CODES = ((DamageError, 4), (InputError, 2), (DivergenceError, 3), (ResourceError, 5), (Interrupted, 130))
+
+
+def log(line: str) -> None:
+    """Prints a line for people; standard output stays free for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def finish(result: dict[str, Any], as_json: bool, line: str) -> None:
+    """Prints a command's result: all of it as JSON, or ``line``."""
+    print(to_json(result) if as_json else line, flush=True)
 
 
 def ended(command: Callable[[], int | None], say: Callable[[str], None]) -> int:

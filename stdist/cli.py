@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 
 from stdist import __version__
-from stdist.boundary import ended
-from stdist.console import Json, finish, log
+from stdist.boundary import Json, ended, finish, log
 from stdist.errors import InputError
 from stdist.operation_commands import calibrate, said_of_next, serve, watch
 from stdist.reader_commands import Group, reader_commands, run_reader

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stdist.console import Json, finish, log
+from stdist.boundary import Json, finish, log
 from stdist.scalars import figure
 
 NEWS = 6

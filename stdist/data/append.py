@@ -46,7 +46,7 @@ from stdist.locks import WriterLock
 
 @dataclass
 class Growth:
-    """What an append found, in numbers. ``new_days``: local days that had no frame before; ``changed_days``: others
+    """Counts of what is new in a store. ``new_days``: local days that had no frame before; ``changed_days``: others
     that changed; ``new_frames``: time steps that did not exist; per channel ``late``: values that frames of the store
     lacked, ``corrected``: other values than the store had. ``first_conflict``: the place and time of the first of
     these, for people."""

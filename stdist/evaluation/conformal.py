@@ -27,7 +27,8 @@ FOLDS = 5
 """Stretches of the days calibrated on: a residual is divided by the mean of the others' residuals, as a new day's will
 be. By its own it would be too small: 1 point of coverage for a week of New York."""
 SMALLEST_SHARE = 0.05
-"""Of a place's mean residual, that a class of it has at least: a class of nothing but zeros still has a band."""
+"""Share of a place's mean residual that each of its classes has at least: a class of nothing but zeros still has a
+band."""
 
 
 def conformal_quantiles(residuals: Float[np.ndarray, " n"], levels: Sequence[float]) -> Float[np.ndarray, " levels"]:

@@ -33,7 +33,7 @@ def cost_level(ratio: float, levels: Sequence[float]) -> float:
 
 
 def for_cost(
-    quantiles: Float[np.ndarray, "levels *points"], levels: Sequence[float], ratio: float
+    quantiles: Float[np.ndarray, " levels *points"], levels: Sequence[float], ratio: float
 ) -> Float[np.ndarray, "*points"]:
     """The quantile of :func:`cost_level`, interpolated linearly between the nearest ``levels``."""
     level = cost_level(ratio, levels)

@@ -69,8 +69,8 @@ class NodeBackbone(nn.Module, ABC):
     def forward(
         self,
         features: Float[Tensor, "B S N C"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
+        slot: Int64[Tensor, " B"],
+        weekday: Int64[Tensor, " B"],
         graph: Float[Tensor, "N N"] | None,
     ) -> Float[Tensor, "B N K"]:
         """z-scores of the next K frames. ``slot``, ``weekday``: of the last history frame; ``graph``: sparse, weights

@@ -36,8 +36,8 @@ class Forecaster(nn.Module, ABC):
     def forward(
         self,
         history: Float[Tensor, "B S N"],
-        slot: Int64[Tensor, "B"],
-        weekday: Int64[Tensor, "B"],
+        slot: Int64[Tensor, " B"],
+        weekday: Int64[Tensor, " B"],
         *,
         noise_seed: int | None = None,
     ) -> Float[Tensor, "B K N"]:

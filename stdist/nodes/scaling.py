@@ -42,7 +42,7 @@ class CityScaling(nn.Module):
         """z-scores in the data's units."""
         return torch.addcmul(self.mean, scores, self.std).transpose(1, 2)
 
-    def calendar(self, local_times: np.ndarray) -> tuple[Int64[Tensor, "B"], Int64[Tensor, "B"]]:
+    def calendar(self, local_times: np.ndarray) -> tuple[Int64[Tensor, " B"], Int64[Tensor, " B"]]:
         """Slot of the day and weekday (Monday 0; always 0 without ``weekdays``) of last history frames, datetime64 [B]
         in the city's local time.
 

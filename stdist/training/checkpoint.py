@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stdist.errors import DamageError, InputError, ResourceError
 from stdist.files import own_file, to_json, write_atomically
+from stdist.folders import copy_linked
 from stdist.training.engine import Engine
 from stdist.training.process_group import ProcessGroup
 
@@ -244,7 +245,9 @@ class StageCheckpoints:
         assert summary is not None and not self.begun
         made = self.folder.with_name(f"{self.folder.name}.partial")
         shutil.rmtree(made, ignore_errors=True)
-        shutil.copytree(other.folder / summary["checkpoint"], made / summary["checkpoint"], copy_function=_link)
+        result = other.folder / summary["checkpoint"]
+        files = sorted(str(file.relative_to(result)) for file in result.rglob("*") if file.is_file())
+        copy_linked(result, made / result.name, files, lambda file: True)
         StageCheckpoints(made).finish(summary | {"seconds": 0.0, "taken_from": str(other.folder)})
         os.replace(made, self.folder)
 
@@ -268,13 +271,6 @@ class StageCheckpoints:
             sealed = summary | {"crc32": _json_crc32(summary)}
             write_atomically(self.folder / "finished.json", to_json(sealed, indent=1))
         self.group.all_gather_object(None)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
 
 
 class _Shards(Mapping[str, Tensor]):

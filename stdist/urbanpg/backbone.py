@@ -195,5 +195,5 @@ def _with_one(x: Float[Tensor, "B n S"]) -> Float[Tensor, "B n S+1"]:
     return F.pad(x, (0, 1), value=1.0)
 
 
-def _with_bias(weight: Float[Tensor, "d S"], bias: Float[Tensor, "d"]) -> Float[Tensor, "S+1 d"]:
+def _with_bias(weight: Float[Tensor, "d S"], bias: Float[Tensor, " d"]) -> Float[Tensor, "S+1 d"]:
     return torch.cat([weight, bias[:, None]], 1).T

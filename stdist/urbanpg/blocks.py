@@ -28,8 +28,8 @@ def forward_in_blocks(
     prompts: ContextPrompts,
     all_reduce: Callable[[Tensor], Tensor],
     history: Float[Tensor, "B S N"],
-    slot: Int64[Tensor, "B"],
-    weekday: Int64[Tensor, "B"],
+    slot: Int64[Tensor, " B"],
+    weekday: Int64[Tensor, " B"],
     block_nodes: int,
     noise_seed: int | None,
 ) -> Float[Tensor, "B K N"]:

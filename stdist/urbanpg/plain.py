@@ -59,8 +59,8 @@ def plain_forecasts(
     backbone: Backbone,
     prompts: ContextPrompts,
     history: Float[Tensor, "B S N"],
-    slot: Int64[Tensor, "B"],
-    weekday: Int64[Tensor, "B"],
+    slot: Int64[Tensor, " B"],
+    weekday: Int64[Tensor, " B"],
     noise_seed: int | None = None,
 ) -> Float[Tensor, "B K N"]:
     """Forecasts in the data's units, as ``UrbanPG(backbone, prompts)`` gives them; ``noise_seed`` as in training."""

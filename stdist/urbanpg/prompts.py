@@ -86,7 +86,7 @@ class ContextPrompts(CityScaling):
             else:
                 self.register_buffer("shared", shared)
 
-    def temporal(self, slot: Int64[Tensor, "B"], weekday: Int64[Tensor, "B"]) -> Float[Tensor, "B d"] | None:
+    def temporal(self, slot: Int64[Tensor, " B"], weekday: Int64[Tensor, " B"]) -> Float[Tensor, "B d"] | None:
         """P_t (Eq. 3): the same for all nodes of a sample. None without temporal context."""
         return self.time_of_day[slot] + self.day_of_week[weekday] if self.spec.temporal else None
 

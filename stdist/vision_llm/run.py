@@ -28,7 +28,7 @@ from stdist.vision_llm.rollout_table import rollout_table
 from stdist.vision_llm.stages.alignment import AlignmentStage
 from stdist.vision_llm.stages.grpo import GRPOStage
 from stdist.vision_llm.stages.sft import SFTStage
-from stdist.vision_llm.warm_start import begin_from, initial_checkpoint
+from stdist.vision_llm.warm_start import begin_from, initial_checkpoint, note_source, what_it_took
 
 NOTHING_GAINED = (
     "GRPO did not lower the validation error, so the fine-tuned policy is kept: what a reward sees of a single draw is "
@@ -46,8 +46,9 @@ class VisionLLMRun(Run):
         self.config, self.dataset = config, dataset
         self.store, self.train, self.test = dataset.store, dataset.train, dataset.test
         self.notes = check_values(config, dataset)
-        self.policy, begun = _first_policy(config, dataset)
-        self.notes += begun
+        self.policy, self.source = _first_policy(config, dataset)
+        if self.source is not None:
+            self.notes.append(what_it_took(self.policy, self.source))
         clamp = config.numerals.out_of_range == "clamp"
         self._train, self._validation = (
             CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
@@ -59,6 +60,8 @@ class VisionLLMRun(Run):
 
     def fit(self, stage: str, trainer: Trainer) -> dict[str, Any]:
         policy, settings = self.policy, stage_config(self.config, stage)
+        if trainer.group.is_main and self.source is not None:
+            note_source(self.config, self.source)
         if trainer.group.is_main and (line := take_over(self.config, policy.spec, stage, trainer.checkpoints(stage))):
             trainer.log(line)
         summary = trainer.fit(
@@ -116,12 +119,13 @@ def rollout_program(config: VisionLLMConfig) -> RolloutProgram:
     return RolloutProgram(policy.eval(), config.grpo, config.seed)
 
 
-def _first_policy(config: VisionLLMConfig, dataset: Dataset) -> tuple[PolicyModel, list[str]]:
-    """The policy that the first stage trains, and a line about what it began with."""
+def _first_policy(config: VisionLLMConfig, dataset: Dataset) -> tuple[PolicyModel, Path | None]:
+    """The policy that the first stage trains, and the checkpoint that it begins with, if any."""
     spec = policy_spec(config, dataset)
     policy, checkpoint = build_policy(spec, config.seed), initial_checkpoint(config, spec)
-    notes = [begin_from(policy, checkpoint)] if checkpoint else []
-    return on_device(policy), notes
+    if checkpoint is not None:
+        begin_from(policy, checkpoint)
+    return on_device(policy), checkpoint
 
 
 def on_device(policy: PolicyModel) -> PolicyModel:

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_an_unfinished_stage(refused, finished_run, config, tmp_path):
     (tmp_path / "copy" / "checkpoints" / "grpo" / "finished.json").unlink()
     line = refused("train", config, "name=new", f"init_from={tmp_path}/copy")
     assert line.startswith(f"{tmp_path}/copy has not finished its stage grpo; ")
+
+
+def test_a_source_that_was_trained_again_is_another(stdist, finished_run, config, tmp_path):
+    """What GRPO is held to is what it began with: a run resumed from other weights would not be the same run."""
+    shutil.copytree(finished_run.run_dir, tmp_path / "source")
+    begun = ["train", config, "name=new", "init_from=source/sft", *ONE_STEP]
+    assert stdist(*begun).code == 0
+    state = newest(tmp_path / "source", "sft") / "trainer_state" / "state.json"
+    content = json.loads(state.read_text())
+    del content["crc32"]
+    content["step"] += 1
+    state.write_text(json.dumps(content | {"crc32": zlib.crc32(json.dumps(content).encode())}))
+    again = stdist(*begun)
+    assert again.code == 2
+    assert "init_from source/sft was trained again since runs/new began with it; choose another name=" in again.err
 
 
 # --- alignment once ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from stdist.data.audit import data_digest
 from stdist.data.check import check_store
 from stdist.data.metadata import GROWN_FROM
 from stdist.errors import DamageError, InputError
+
+from .killing import kill_at
 
 DAY = np.datetime64("2024-03-01")
 SLOTS = 8
@@ -138,26 +140,10 @@ def test_tiles_of_a_large_raster_and_nodes_that_begin_late(tmp_path):
     require_equal(open_store(tmp_path / "nodes.zarr"), nodes.write(tmp_path / "all.zarr", 9))
 
 
-def _after(call: Callable[..., object], count: int, before: bool) -> Callable[..., object]:
-    calls = 0
-
-    def counted(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if before and calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*args, **kwargs)
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    return counted
-
-
 def _append_until(path: Path, owner: object, name: str, count: int, before: bool, exchanges: bool) -> None:
     if not exchanges:
         append.exchange = lambda *_: False
-    setattr(owner, name, _after(getattr(owner, name), count, before))
+    kill_at(owner, name, count, before)
     city(1).append(path, [6, 7, 8])
 
 

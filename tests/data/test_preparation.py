@@ -23,6 +23,8 @@ from stdist.data.check import check_store
 from stdist.data.parts import Executor, PartResult, RunPart
 from stdist.errors import InputError, Interrupted, ResourceError
 
+from .killing import kill_at
+
 DAY = np.datetime64("2024-03-01")
 SLOTS, DAYS, H, W = 6, 6, 3, 4
 SYNTHETIC = {"height": 257, "width": 258, "days": 3, "cadence": 240, "seed": 4}
@@ -128,24 +130,8 @@ def test_processes_share_the_cores(monkeypatch, given, threads):
 # call, or right after it.
 
 
-def _after(call: Callable[..., object], count: int, before: bool) -> Callable[..., object]:
-    calls = 0
-
-    def counted(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if before and calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*args, **kwargs)
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    return counted
-
-
 def _prepare_until(out: Path, owner: object, name: str, count: int, before: bool) -> None:
-    setattr(owner, name, _after(getattr(owner, name), count, before))
+    kill_at(owner, name, count, before)
     prepare(_plan(), out)
 
 

@@ -123,6 +123,22 @@ def test_a_frozen_base_that_changed_is_no_base_of_a_checkpoint(
     load_policy(folder)  # of a version that noted none
 
 
+def test_a_base_that_is_trained_is_noted_and_not_needed_again(
+    make_policy: MakePolicy, base: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Noted, since alignment on another base is another alignment; a checkpoint has the trained weights itself."""
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    policy = make_policy(base=str(copy), base_is_trained=True)
+    assert [name for name, _ in policy.spec.base_sha256] == ["config.json", "model.safetensors"]
+    snapshot_policy(policy)(folder)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    other = make_policy(base=str(copy), base_is_trained=True)
+    assert other.spec.base_sha256 != policy.spec.base_sha256
+    load_weights(other, folder)
+    assert make_policy().spec.base_sha256 == (), "a preset has no files"
+
+
 def test_a_frozen_base_is_bitwise_what_was_published(make_policy: MakePolicy, base: Path) -> None:
     policy = make_policy(base=str(base), base_is_trained=False)
     published = dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(base).named_parameters())

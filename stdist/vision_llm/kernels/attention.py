@@ -46,7 +46,7 @@ class MathAttention:
         v: K,
         scale: float,
         causal: bool = False,
-        lengths: Int[Tensor, "batch"] | None = None,
+        lengths: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Q, LSE]:
         """``lengths``: keys of each batch entry that are read, the first ones."""
         scores = _scores(q, k, scale, causal, lengths)
@@ -71,7 +71,7 @@ class MathAttention:
         return d_scores @ k, d_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
 
 
-def _scores(q: Q, k: K, scale: float, causal: bool, lengths: Int[Tensor, "batch"] | None = None) -> Tensor:
+def _scores(q: Q, k: K, scale: float, causal: bool, lengths: Int[Tensor, " batch"] | None = None) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)

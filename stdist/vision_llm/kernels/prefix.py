@@ -88,7 +88,7 @@ class Branching:
         ancestors = self.parent.segments(layer) if self.parent else []
         return tree_attention(self.attention, scale, query, Segment(key, value), ancestors)
 
-    def prefix(self, hidden: Float[Tensor, "sequences tokens d"], position: Int[Tensor, "sequences"]) -> Prefix:
+    def prefix(self, hidden: Float[Tensor, "sequences tokens d"], position: Int[Tensor, " sequences"]) -> Prefix:
         """The node that this call encoded, from its final hidden states; its children start at ``position``."""
         layers = sorted(self.keys)
         keys, values = [self.keys[i] for i in layers], [self.values[i] for i in layers]

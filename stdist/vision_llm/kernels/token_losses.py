@@ -24,9 +24,9 @@ TILE_POSITIONS = 1024
 def token_log_probs(
     hidden: Float[Tensor, "positions d"],
     head: Sequence[Float[Tensor, "_ d"]],
-    targets: Int[Tensor, "positions"],
+    targets: Int[Tensor, " positions"],
     temperature: float = 1.0,
-) -> Float[Tensor, "positions"]:
+) -> Float[Tensor, " positions"]:
     """log P(target) under softmax(hidden · headᵀ / temperature); its negative is the cross-entropy.
 
     Differentiable, once, in ``hidden`` and in every block of the head that requires a gradient; a block that does not
@@ -59,7 +59,7 @@ def shared_log_probs(
 @torch.no_grad()
 def argmax_tokens(
     hidden: Float[Tensor, "positions d"], head: Sequence[Float[Tensor, "_ d"]]
-) -> Int[Tensor, "positions"]:
+) -> Int[Tensor, " positions"]:
     """The token with the largest logit, as an index into the blocks one behind the other; the first one of equals."""
     tiles = _Head(hidden, head)
     best = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
@@ -184,14 +184,16 @@ class _TokenLogProbs(torch.autograd.Function):
         return hidden_gradient, None, None, *block_gradients
 
 
-def _columns(targets: Int[Tensor, "part"], tile: _Tile) -> tuple[Int[Tensor, "part"], Bool[Tensor, "part"]]:
+def _columns(targets: Int[Tensor, " part"], tile: _Tile) -> tuple[Int[Tensor, " part"], Bool[Tensor, " part"]]:
     """Columns of the targets in the tile, and whether they lie in it; where not, the column is any."""
     column = targets - tile.first
     width = len(tile.weights)
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _absorb(logits: Float[Tensor, "part width"], highest: Float[Tensor, "part"], total: Float[Tensor, "part"]) -> None:
+def _absorb(
+    logits: Float[Tensor, "part width"], highest: Float[Tensor, " part"], total: Float[Tensor, " part"]
+) -> None:
     """Takes a tile of logits z into m = max z and Σ exp(z − m). Overwrites all three."""
     before = highest.clone()
     torch.maximum(before, logits.amax(1), out=highest)

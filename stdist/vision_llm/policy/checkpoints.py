@@ -63,8 +63,7 @@ def build_policy(spec: PolicySpec, seed: int) -> PolicyModel:
         model = model.to(getattr(torch, spec.dtype))
     else:
         model, tokenizer, processor = _load_pretrained(spec)
-        if not spec.base_is_trained:
-            spec = spec.model_copy(update={"base_sha256": base_digests(spec.base)})
+        spec = spec.model_copy(update={"base_sha256": base_digests(spec.base)})
     vocabulary = Vocabulary(mantissa_digits=spec.mantissa_digits)
     digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
     rows = NumeralEmbeddings(
@@ -109,7 +108,8 @@ def load_weights(policy: PolicyModel, path: Path) -> None:
     Raises InputError where the checkpoint is of another model or vocabulary, DamageError where a frozen base is not
     the one that it was trained on.
     """
-    require_same_base(policy.spec.base, policy.spec.base_sha256, read_spec(path).base_sha256, path)
+    if not policy.spec.base_is_trained:  # else the checkpoint has the weights itself
+        require_same_base(policy.spec.base, policy.spec.base_sha256, read_spec(path).base_sha256, path)
     first = policy.first_numeral_id
     rows: dict[str, Tensor] = {}
     if (path / "model.safetensors").exists():

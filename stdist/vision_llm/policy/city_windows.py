@@ -24,8 +24,8 @@ class PolicyBatch:
     answers: Int[Tensor, "sequences K+1"]
     truth: Float[np.ndarray, "windows cells K"]
     observed: np.ndarray
-    cells: Int[np.ndarray, "cells"]
-    origins: Int[np.ndarray, "windows"]
+    cells: Int[np.ndarray, " cells"]
+    origins: Int[np.ndarray, " windows"]
 
 
 def encode_windows(

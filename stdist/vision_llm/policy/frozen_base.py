@@ -1,4 +1,5 @@
-"""A frozen base, of which a checkpoint holds no weights: the digests that tell whether it is still the same."""
+"""Digests of a base, which tell whether it is still the one that a checkpoint was trained on: of a frozen one the
+checkpoint holds no weights."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

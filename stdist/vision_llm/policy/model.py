@@ -139,7 +139,7 @@ class PolicyModel(nn.Module):
         return hidden, tree.prefix(hidden, start + ids.shape[1])
 
     def decode(
-        self, ids: Int[Tensor, "sequences"], positions: Int[Tensor, "sequences"], tree: TreeContext
+        self, ids: Int[Tensor, " sequences"], positions: Int[Tensor, " sequences"], tree: TreeContext
     ) -> Float[Tensor, "sequences d"]:
         """One more token of many sequences; ``tree`` holds the tokens of each of them and what it continues."""
         hidden = self._decoder(

@@ -42,8 +42,8 @@ class PolicySpec(BaseModel):
     none. ``base_is_trained``: checkpoints carry the whole model, not an adapter on the named base. ``load_in_4bit``:
     the decoder of a frozen base is NF4, computing in ``dtype``. ``gradient_checkpointing``: its layers keep their
     inputs alone and are recomputed in the backward pass; training mode only. ``fitted``: what was fitted on which days
-    of which data. ``base_sha256``: each file of a frozen base and its
-    digest. Both are empty in a checkpoint older than them."""
+    of which data. ``base_sha256``: the digests of the base's files, by name; of a preset there are none. Both are empty
+    in a checkpoint older than them."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -128,7 +128,7 @@ class DecodeBatch:
     def _per_generation(self, of_cells: Tensor) -> Tensor:
         return of_cells.repeat_interleave(self.num_generations, 0)
 
-    def keep(self, stay: Bool[Tensor, "sequences"]) -> Int[Tensor, "staying"]:
+    def keep(self, stay: Bool[Tensor, " sequences"]) -> Int[Tensor, " staying"]:
         """Drops the others: sequences from the end move into their places. Returns the new order of the old numbers."""
         count = int(stay.sum())
         order = torch.arange(count, device=stay.device)
@@ -143,7 +143,7 @@ class DecodeBatch:
                 setattr(self, name, getattr(self, name)[order])
         return order
 
-    def feed(self, ids: Int[Tensor, "sequences"]) -> Float[Tensor, "sequences d"]:
+    def feed(self, ids: Int[Tensor, " sequences"]) -> Float[Tensor, "sequences d"]:
         """Appends one token to every sequence. Returns the hidden states that predict the next ones."""
         # What is recorded reads all windows, whichever are left.
         first, last = 0, self.prefix.sequences

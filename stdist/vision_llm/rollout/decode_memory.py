@@ -20,12 +20,12 @@ from stdist.vision_llm.policy.model import PolicyModel
 class Family:
     """The parent of each sequence with its rank among the siblings, and a table of each parent's sequences."""
 
-    parent: Int[Tensor, "sequences"]
-    rank: Int[Tensor, "sequences"]
+    parent: Int[Tensor, " sequences"]
+    rank: Int[Tensor, " sequences"]
     table: Int[Tensor, "parents most"]
 
     @classmethod
-    def of(cls, parent: Int[Tensor, "sequences"], parents: int) -> "Family":
+    def of(cls, parent: Int[Tensor, " sequences"], parents: int) -> "Family":
         """``table`` is filled up with sequence 0: a read too many, thrown away."""
         order = parent.argsort(stable=True)
         counts = torch.bincount(parent, minlength=parents)
@@ -46,9 +46,9 @@ class Step:
     ``extent`` places of the memory are read, those behind ``index`` hidden where ``ragged`` says that sequences differ.
     """
 
-    ids: Int[Tensor, "sequences"]
-    position: Int[Tensor, "sequences"]
-    index: Int[Tensor, "sequences"]
+    ids: Int[Tensor, " sequences"]
+    position: Int[Tensor, " sequences"]
+    index: Int[Tensor, " sequences"]
     cells: Family
     windows: Family
     prefix: Prefix

@@ -69,7 +69,7 @@ class Candidates:
     weights: str
     answer_ids: Int[np.ndarray, "G tokens"]
     log_probs: Float[np.ndarray, "G tokens"]
-    lengths: Int[np.ndarray, "G"]
+    lengths: Int[np.ndarray, " G"]
 
 
 class Rollouts(Protocol):

@@ -44,7 +44,7 @@ class Completions:
     mask: Bool[Tensor, "sequences tokens"]
     log_probs: Float[Tensor, "sequences tokens"]
     values: Float[Tensor, "sequences tokens"]
-    lengths: Int[Tensor, "sequences"]
+    lengths: Int[Tensor, " sequences"]
 
     def widened(self, tokens: int) -> "Completions":
         """The same with at least ``tokens`` columns, the new ones outside the mask."""

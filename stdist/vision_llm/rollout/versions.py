@@ -82,7 +82,7 @@ def unpack(policy: PolicyModel, version: Version) -> None:
         )
 
 
-def probe(policy: PolicyModel) -> Float[np.ndarray, "numerals"]:
+def probe(policy: PolicyModel) -> Float[np.ndarray, " numerals"]:
     """Log-probabilities of evenly spaced numerals behind one cell of a made-up window."""
     spec, count = policy.spec, len(policy.vocabulary)
     height, width = (spec.frames.height, spec.frames.width) if spec.frames else (1, 1)
@@ -111,7 +111,7 @@ def _sent_dtypes(policy: PolicyModel) -> dict[str, torch.dtype]:
     return trained | dict.fromkeys((EMBEDDING, HEAD), policy.text_head.dtype) | {CHANGED: torch.int64}
 
 
-def _changed_rows(policy: PolicyModel) -> Int[Tensor, "rows"]:
+def _changed_rows(policy: PolicyModel) -> Int[Tensor, " rows"]:
     now, before = (rows.input.detach().split(ROWS_AT_ONCE) for rows in (policy.rows, _reference(policy)))
     return torch.cat([(a != b).any(1) for a, b in zip(now, before, strict=True)]).nonzero().flatten()
 

@@ -161,7 +161,7 @@ def tokenise(
 def example_loss(
     hidden: Float[Tensor, "positions d"],
     head: Sequence[Float[Tensor, "_ d"]],
-    targets: Int[Tensor, "positions"],
+    targets: Int[Tensor, " positions"],
     is_target: Bool[Tensor, "examples tokens"],
 ) -> Float[Tensor, ""]:
     """−log P of an example's answer tokens, averaged over its tokens, then over examples; positions example by example.

@@ -57,7 +57,7 @@ class Rollout:
 
     completions: Completions
     reference_log_probs: Float[Tensor, "candidates tokens"]
-    advantages: Float[Tensor, "candidates"] | Float[Tensor, "candidates tokens"]
+    advantages: Float[Tensor, " candidates"] | Float[Tensor, "candidates tokens"]
     old_log_probs: Float[Tensor, "candidates tokens"]
     tokens: int
     tree: Tree
@@ -92,7 +92,7 @@ class GRPOStage(Stage):
         policy: PolicyModel,
         train: CityWindows,
         validation: CityWindows,
-        cell_mean: Float[np.ndarray, "cells"],
+        cell_mean: Float[np.ndarray, " cells"],
         config: GRPOConfig,
         seed: int,
         decoding: Decoding,
@@ -249,7 +249,7 @@ class GRPOStage(Stage):
 
     def _truth(
         self, batch: PolicyBatch, completions: Completions
-    ) -> tuple[Float[Tensor, "candidates K"], Float[Tensor, "candidates"]]:
+    ) -> tuple[Float[Tensor, "candidates K"], Float[Tensor, " candidates"]]:
         """Each candidate's truth, and its d of Eq. 19."""
         g, device = self.config.num_generations, completions.values.device
         truth = torch.from_numpy(batch.truth).flatten(0, 1).float().to(device)
@@ -274,7 +274,7 @@ class GRPOStage(Stage):
 
     def _advantages(
         self, batch: PolicyBatch, completions: Completions, rewards: Float[Tensor, "groups G"]
-    ) -> Float[Tensor, "candidates"] | Float[Tensor, "candidates tokens"]:
+    ) -> Float[Tensor, " candidates"] | Float[Tensor, "candidates tokens"]:
         """A candidate's, from its reward; of each step by itself where the reward adds up steps that were drawn
         independently, so that no step pays for another one's luck."""
         config = self.config

@@ -37,7 +37,7 @@ class LossInputs:
     trainer_log_probs: Float[Tensor, "candidates tokens"]
     rollout_log_probs: Float[Tensor, "candidates tokens"]
     reference_log_probs: Float[Tensor, "candidates tokens"]
-    advantages: Float[Tensor, "candidates"] | Float[Tensor, "candidates tokens"]
+    advantages: Float[Tensor, " candidates"] | Float[Tensor, "candidates tokens"]
     mask: Bool[Tensor, "candidates tokens"]
     tokens: int
     sequences: int
@@ -126,5 +126,5 @@ def _mean_of_sequences(per_token: Float[Tensor, "candidates tokens"], inputs: Lo
     return ((per_token * inputs.mask).sum(1) / _lengths(inputs)).sum() / inputs.sequences
 
 
-def _lengths(inputs: LossInputs) -> Float[Tensor, "candidates"]:
+def _lengths(inputs: LossInputs) -> Float[Tensor, " candidates"]:
     return inputs.mask.sum(1).clamp(min=1)

@@ -16,9 +16,9 @@ from torch import Tensor
 def nrmse(
     predicted: Float[Tensor, "candidates K"],
     truth: Float[Tensor, "candidates K"],
-    steps: Int[Tensor, "candidates"],
-    normalizer: Float[Tensor, "candidates"],
-) -> Float[Tensor, "candidates"]:
+    steps: Int[Tensor, " candidates"],
+    normalizer: Float[Tensor, " candidates"],
+) -> Float[Tensor, " candidates"]:
     """Eq. 19 over each candidate's first ``steps`` values; 0 where ``steps`` is 0. ``normalizer`` is d, in units."""
     inside = torch.arange(truth.shape[1], device=truth.device) < steps[:, None]
     squared = ((predicted - truth) ** 2 * inside).sum(1) / steps.clamp(min=1)
@@ -31,34 +31,34 @@ RewardKind = Literal["eq17", "squared_error", "error_of_mean"]
 class RewardTerms(NamedTuple):
     """The three terms of Eq. 17, or of the reward in its place; their sum is the reward."""
 
-    accuracy: Float[Tensor, "candidates"]
-    length: Float[Tensor, "candidates"]
-    decoding: Float[Tensor, "candidates"]
+    accuracy: Float[Tensor, " candidates"]
+    length: Float[Tensor, " candidates"]
+    decoding: Float[Tensor, " candidates"]
 
     @property
-    def reward(self) -> Float[Tensor, "candidates"]:
+    def reward(self) -> Float[Tensor, " candidates"]:
         return self.accuracy + self.length + self.decoding
 
 
 def reward(
     predicted: Float[Tensor, "candidates tokens"],
-    lengths: Int[Tensor, "candidates"],
+    lengths: Int[Tensor, " candidates"],
     truth: Float[Tensor, "candidates K"],
-    normalizer: Float[Tensor, "candidates"],
+    normalizer: Float[Tensor, " candidates"],
     half_score: float,
-    decoded: Bool[Tensor, "candidates"] | None = None,
-) -> Float[Tensor, "candidates"]:
+    decoded: Bool[Tensor, " candidates"] | None = None,
+) -> Float[Tensor, " candidates"]:
     """Eq. 17 with Eq. 18 and 19, see :func:`reward_terms`."""
     return reward_terms(predicted, lengths, truth, normalizer, half_score, decoded).reward
 
 
 def reward_terms(
     predicted: Float[Tensor, "candidates tokens"],
-    lengths: Int[Tensor, "candidates"],
+    lengths: Int[Tensor, " candidates"],
     truth: Float[Tensor, "candidates K"],
-    normalizer: Float[Tensor, "candidates"],
+    normalizer: Float[Tensor, " candidates"],
     half_score: float,
-    decoded: Bool[Tensor, "candidates"] | None = None,
+    decoded: Bool[Tensor, " candidates"] | None = None,
     kind: RewardKind = "eq17",
     num_generations: int = 1,
 ) -> RewardTerms:

@@ -70,7 +70,7 @@ class SFTStage(Stage):
         )
 
 
-def sft_tree(policy: PolicyModel, batch: PolicyBatch, blank: Bool[Tensor, "cells"]) -> Tree:
+def sft_tree(policy: PolicyModel, batch: PolicyBatch, blank: Bool[Tensor, " cells"]) -> Tree:
     """Windows, and below them each cell's prompt and answer. Where ``blank`` is True the sequence reads blanks in
     place of its previous values y_<i."""
     previous = batch.answers[:, :-1].masked_fill(blank[:, None], policy.blank_id)
