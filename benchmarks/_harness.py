@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -144,6 +145,23 @@ def parser(doc: str | None, runs: int) -> argparse.ArgumentParser:
     arguments.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments.add_argument("--runs", type=int, default=runs, help="runs a side (default: %(default)s)")
     return arguments
+
+
+def data_and_work(arguments: argparse.ArgumentParser, work: str) -> None:
+    """Adds ``--data`` and ``--work`` to a benchmark on real data."""
+    default = os.environ.get("STDIST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+    arguments.add_argument("--data", type=Path, default=Path(default), help="folder of the real data")
+    arguments.add_argument("--work", type=Path, default=Path(work), help="stores and runs")
+
+
+def opened(options: argparse.Namespace) -> Path:
+    """Makes the folder of ``--work`` and returns it. Ends the process with 2 where there is no data."""
+    if not options.data.is_dir():
+        print(f"error: no real data at {options.data}; name its folder with --data", file=sys.stderr)
+        raise SystemExit(2)
+    work: Path = options.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    return work
 
 
 def publish(result: dict[str, Any], as_json: bool) -> None:

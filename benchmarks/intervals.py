@@ -9,14 +9,13 @@ STDIST_TEST_DATA, is its folder.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from _harness import comparison, figure, parser, publish
+from _harness import comparison, data_and_work, figure, opened, parser, publish
 from urbanpg_accuracy import prepare
 
 from data_prep import READERS
@@ -127,16 +126,10 @@ def row(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    default = os.environ.get("STDIST_TEST_DATA", REPOSITORY.parent / "shared" / "data")
     arguments = parser(__doc__, runs=1)
-    arguments.add_argument("--data", type=Path, default=Path(default), help="folder of the real data")
-    arguments.add_argument("--work", type=Path, default=Path("runs/intervals"), help="stores and runs")
+    data_and_work(arguments, "runs/intervals")
     options = arguments.parse_args()
-    if not options.data.is_dir():
-        print(f"error: no real data at {options.data}; name its folder with --data", file=sys.stderr)
-        raise SystemExit(2)
-    work = options.work.absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    work = opened(options)
     prepare(options.data, work)
     if not (work / "block.zarr").exists():
         block = options.data / "milan_block_5x5" / "milan_grid_data.csv"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from _harness import comparison, parser, publish
+from _harness import comparison, data_and_work, opened, parser, publish
 
 from data_prep import READERS
 
@@ -303,19 +303,13 @@ def _shown(spread: list[float]) -> str:
 
 
 def main() -> None:
-    default = os.environ.get("STDIST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
     arguments = parser(__doc__, runs=5)
-    arguments.add_argument("--data", type=Path, default=Path(default), help="folder of the real data")
-    arguments.add_argument("--work", type=Path, default=Path("runs/urbanpg_accuracy"), help="stores and runs")
+    data_and_work(arguments, "runs/urbanpg_accuracy")
     arguments.add_argument("--jobs", type=int, default=1, help="trainings at a time, a thread each")
     arguments.add_argument("--d", type=int, default=128, help="hidden width of UrbanPG; STID's is 128")
     arguments.add_argument("--tables", nargs="*", help="some of the tables, as nyc metr; all by default")
     options = arguments.parse_args()
-    if not options.data.is_dir():
-        print(f"error: no real data at {options.data}; name its folder with --data", file=sys.stderr)
-        raise SystemExit(2)
-    work = options.work.absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    work = opened(options)
     prepare(options.data, work)
     asked = wanted(list(jobs(work, options.runs, options.d)), options.tables)
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -326,11 +326,12 @@ def submit(
     if stop is not None or config is None:
         raise InputError("submit takes the CONFIG of a job to run, or --stop ID of one to end")
     if store is not None:
+        from stdist.evaluation.forecasts import require_suffix
         from stdist.runs.forecasting import ForecastRequest
 
-        if out is None or out.suffix not in (".zarr", ".parquet", ".csv"):
+        if out is None:
             raise InputError("--forecast needs --out NAME.zarr, .parquet or .csv, where the cluster can write it")
-        request = ForecastRequest(config, store, region, split, out)
+        request = ForecastRequest(config, store, region, split, require_suffix(out))
         job, result = jobs.submit_forecast(request, workers, address, working_dir, submission_id), out.absolute()
     else:
         job, parsed = jobs.submit(config, overrides or [], address, working_dir, submission_id)

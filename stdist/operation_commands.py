@@ -13,7 +13,7 @@ NEWS = 6
 
 
 def said_of_next(result: dict[str, Any]) -> list[str]:
-    """What a forecast of the next steps rests on, in words; nothing of a split's."""
+    """Returns what a forecast of the next steps rests on, in words; nothing of a split's."""
     lines = []
     if "origin" in result:
         lines.append(f"behind {result['origin']} local time")

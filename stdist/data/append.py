@@ -276,7 +276,7 @@ class StoreAppender:
         return count_unseen(new.inside, seen, scored, trained)
 
     def _has_fresh(self, new: RecordedShards, channel: str, span: DaySpan | None) -> bool:
-        """Whether a shard with a new value has time steps of ``span``."""
+        """Returns whether a shard with a new value has time steps of ``span``."""
         within = new.within(span)
         return any(within[new.slots(day)].any() for day in self._fresh[channel])
 

@@ -69,8 +69,8 @@ class ConformalQuantiles:
         observed: Bool[np.ndarray, "N K P"],
         own: Float[np.ndarray, "levels N K P"] | None = None,
     ) -> ConformalQuantiles:
-        """Of forecasts whose truth was observed where ``observed``. ``own``: the model's own quantiles, which are then
-        what residuals are of, each level for itself. Fewer classes where a class would have too few residuals of a
+        """Fits forecasts whose truth was observed where ``observed``. ``own``: the model's own quantiles, which are
+        then what residuals are of, each level for itself. Fewer classes where a class would have too few residuals of a
         step. Raises InputError where one class has."""
         forecast = forecast.astype(np.float64)
         residuals = np.where(observed, truth - forecast, np.nan)
@@ -111,8 +111,8 @@ class ConformalQuantiles:
         places: Int[np.ndarray, " p"],
         own: Float[np.ndarray, "levels N K p"] | None = None,
     ) -> Float[np.ndarray, "levels N K p"]:
-        """Of point forecasts of the ``places`` number …, of the first K steps, and the model's ``own`` quantiles if it
-        was fitted with such; rising with the level, NaN where the forecast is."""
+        """Returns quantiles of point forecasts of these ``places``, of the first K steps, with the model's ``own`` if
+        it was fitted with such; rising with the level, NaN where the forecast is."""
         exact = forecast.astype(np.float64)
         members = _classes(exact, self.edges[places])
         scales = _of(self.scales[places], members)
@@ -138,7 +138,7 @@ def _of(scales: Float[np.ndarray, "p classes"], members: Int[np.ndarray, "N K p"
 def _sums(
     sizes: Float[np.ndarray, "N K P"], members: Int[np.ndarray, "N K P"], classes: int
 ) -> tuple[Float[np.ndarray, "P classes"], Float[np.ndarray, "P classes"]]:
-    """How many of ``sizes`` there are by place and class, and their sums."""
+    """Returns the number of ``sizes`` by place and class, and their sums."""
     seen = ~np.isnan(sizes)
     counts, sums = np.zeros((2, sizes.shape[2], classes))
     for c in range(classes):

@@ -107,7 +107,7 @@ class QuantileState:
 
 
 def intervals_of(levels: tuple[float, ...]) -> dict[str, tuple[int, int]]:
-    """Those ``INTERVALS`` whose ends are among ``levels``: the numbers of these."""
+    """Returns the ``INTERVALS`` whose ends are among ``levels``, as numbers of these."""
     return {
         name: (levels.index(low), levels.index(high))
         for name, (low, high) in INTERVALS.items()

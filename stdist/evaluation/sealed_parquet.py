@@ -12,7 +12,7 @@ from stdist.errors import DamageError
 
 SEAL_KEY = "stdist_sha256"
 BLANK = "0" * 64
-"""What the metadata holds below ``SEAL_KEY`` until the file is sealed."""
+"""Placeholder of the digest, until the file is sealed."""
 _BLOCK = 2**20
 _TAIL = 8
 """Bytes behind the footer: its length and the format's mark."""
@@ -44,7 +44,7 @@ def require_sealed(path: Path) -> None:
 
 
 def _place(file: BinaryIO) -> int:
-    """Where the digest's text begins. Raises ValueError where there is none."""
+    """Returns the offset of the digest's text. Raises ValueError where there is none."""
     end = file.seek(0, 2)
     file.seek(max(0, end - _TAIL))
     length = int.from_bytes(file.read(4), "little")
@@ -57,7 +57,7 @@ def _place(file: BinaryIO) -> int:
 
 
 def _digest(file: BinaryIO, place: int) -> str:
-    """Of the whole file, with the blank at ``place``."""
+    """Returns the SHA-256 of the whole file, with the blank at ``place``."""
     digest = hashlib.sha256()
     file.seek(0)
     at = 0

@@ -1,4 +1,4 @@
-"""What a day of forecasts and truth is unusual against: the days calibrated on. docs/intervals.md says what the rules
+"""Statistics that tell an unusual place or day from those of the days calibrated on. docs/intervals.md says what they
 promise.
 
 A place: by how many of its values lie outside the 95 % interval, with a beta-binomial tail (Skellam 1948), since values
@@ -24,7 +24,7 @@ from stdist.evaluation.levels import INTERVALS
 from stdist.evaluation.quantile_scores import intervals_of
 
 LEVEL = 0.01
-"""Of the places named, the share that may be false; of days like those calibrated on, the share called a drift."""
+"""Share of the places named that may be false, and of ordinary days that are called a drift."""
 OUTSIDE = 0.05
 """Share of values outside the 95 % interval; no place is expected to have fewer."""
 SMALLEST_DRIFT = 0.02
@@ -79,7 +79,7 @@ class Reference(BaseModel, extra="forbid", frozen=True):
         return np.maximum(OUTSIDE, (outside + 1) / (points + 1 / OUTSIDE))
 
     def chance_of_run(self, K: int) -> float:
-        """How often K values lie beyond one end all together: windows share their values, so K of them count as one."""
+        """Returns how often K values all lie beyond one end: windows share their values, so K of them count as one."""
         return min(1.0, (self.one_sided + 1) / (self.stretches / K + 1))
 
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -106,8 +106,8 @@ def fit_reference(
     observed: Bool[np.ndarray, "N K P"],
     own: Float[np.ndarray, "levels N K P"] | None = None,
 ) -> Reference | None:
-    """Of the forecasts that ``conformal`` was fitted on, with its arguments; ``targets`` in local time, ``origins`` as
-    frame indices. None where no window lies in one day.
+    """Scores the forecasts that ``conformal`` was fitted on; ``targets`` in local time, ``origins`` as frame indices.
+    None where no window lies in one day.
 
     The intervals of each fifth of the windows are fitted on the others alone, as a new day's are: by its own they cover
     too well. Where the others are too few for that they are those of all.
@@ -152,7 +152,7 @@ def pooled(rows: list[DayScores]) -> dict[str, Any] | None:
 
 
 def day_scores(tally: DayTally) -> list[DayScores]:
-    """Of each day that has an observed point."""
+    """Returns the scores of each day that has an observed point."""
     names, levels = intervals_of(tally.scores.levels), len(tally.scores.levels)
     rows = []
     for number, day in enumerate(tally.days):

@@ -84,7 +84,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
 
 
 def model_digest(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What tells two models apart: the closing ``summary`` of the training and the ``settings`` of the decoding."""
+    """Returns what tells two models apart: the closing ``summary`` of the training and the ``settings`` of the
+    decoding."""
     return hashlib.sha256(json.dumps([summary, dict(settings)], sort_keys=True).encode()).hexdigest()
 
 

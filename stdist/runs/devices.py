@@ -1,4 +1,7 @@
-"""Devices that a run is planned for, by name: memory and operations a second, as their vendor's data sheet has them.
+"""Devices that a run is planned for, by name: memory and operations a second, by their vendor's data sheets.
+
+The sheets named below were not at hand when this was written. The figures of 3090, 4080, 4090, H200 and B200 agree with
+tables of others; the rest stand from memory, and a device's own can be given beside its name.
 
 Operations are dense bfloat16 products with float32 sums; where a sheet prints "with sparsity", half of it stands here.
 Memory is the sheet's GB of 10⁹ bytes, which is never more than the device really shows to a program.

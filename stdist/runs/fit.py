@@ -1,5 +1,4 @@
-"""Whether a run fits the device that is about to train it: what ``stdist plan`` says,
-before anything is loaded."""
+"""A check, by ``stdist plan``, that a run fits the device that is about to train it, before anything is loaded."""
 
 import time
 from collections.abc import Callable
@@ -40,7 +39,7 @@ def require_fit(plan: Plan, device: Device | None, force: bool, log: Callable[[s
 
 
 def advice(plan: Plan, stage: str) -> str:
-    """What the plan would change of ``stage``, for which memory was not enough, so that it takes a tenth less."""
+    """Returns what the plan would change of ``stage``, for which memory was not enough, to take a tenth less."""
     # A plan that cannot be made must not take the place of the error that it was asked for.
     with suppress(InputError, RuntimeError, MemoryError, StopIteration):
         takes = next(each.device_bytes for each in plan(Device()).stages if each.stage == stage)

@@ -78,7 +78,7 @@ class Predictor(ABC):
     places: Int[np.ndarray, " n"] | None = None
 
     def wanted(self, positions: Int[np.ndarray, " cells"]) -> Int[np.ndarray, " n"]:
-        """Those of ``positions`` that are to be forecast."""
+        """Returns the ``positions`` that are to be forecast."""
         return positions if self.places is None else np.intersect1d(positions, self.places)
 
     @abstractmethod
@@ -194,8 +194,8 @@ def _header(
 def _calibrated(
     header: ForecastHeader, cells: Int[np.ndarray, " cells"], calibration: Calibration | None
 ) -> Callable[[Chunk, np.ndarray], np.ndarray]:
-    """What becomes of a chunk's predictions [quantities, windows, K, cells]: the steps that are kept, and the
-    calibration's quantiles."""
+    """Returns a function of a chunk's predictions [quantities, windows, K, cells] that keeps the steps asked for and
+    adds the calibration's quantiles."""
     steps = header.shape[1]
     if calibration is None:
         return lambda chunk, values: values[:, :, :steps]
@@ -210,7 +210,7 @@ def _calibrated(
 
 
 def local_targets(windows: Windows) -> Shaped[np.ndarray, "N K"]:
-    """What the city's clocks show at the targets, changed or not since the origin."""
+    """Local times of the targets, of clocks that may have been changed since the origin."""
     store = windows.store
     utc = windows.origin_times[:, None] + store.cadence * np.arange(1, windows.K + 1)
     return store.local(utc.ravel()).reshape(utc.shape)
@@ -366,7 +366,8 @@ def forecast_store(
 def _calibration(
     request: ForecastRequest, predictor: Predictor, windows: Windows, summary: dict[str, Any]
 ) -> Calibration | None:
-    """What makes the quantiles that are asked for. Raises InputError where it does not fit the model or the windows."""
+    """The calibration that makes the quantiles asked for. Raises InputError where it is of another model or other
+    windows."""
     path = request.run_dir / CALIBRATION
     if request.quantiles is False or (request.quantiles is None and not path.exists()):
         return None
@@ -378,8 +379,8 @@ def _calibration(
 
 
 def of_next(window: NextWindow) -> dict[str, Any]:
-    """What the steps behind one frame rest on: its local time, frames of the store behind it that are not there, and
-    values of the history that were not observed."""
+    """Returns what the steps behind one frame rest on: its local time, frames of the store behind it that are not
+    there, and values of the history that were not observed."""
     store = window.store
     behind = int((~store.present[window.origin + 1 :]).sum())
     return {

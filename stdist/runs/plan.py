@@ -93,7 +93,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Hours:
-    """Of a stage, or of another part of a run, on paper."""
+    """Hours of a stage, or of another part of a run, on paper."""
 
     steps: int
     seconds_per_step: float

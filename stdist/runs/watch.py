@@ -100,7 +100,7 @@ def watch_run(
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
-    """What a watch found, for people: a line that sums up, and one for each thing to know."""
+    """Returns what a watch found, for people: a line that sums up, and one for each thing to know."""
     if "nothing" in result:
         return [result["nothing"]]
     scores, usual = result["scores"], result["usual"]
@@ -184,8 +184,8 @@ def _digest_of_observed(store: GridStore, channel: str, region: AnyRegion, span:
 
 
 def _news(found: Comparison, said: Said | None, told: Places, now: Said) -> dict[str, Any]:
-    """What was found, without what was said before: of a place on the same days (``told``), that a place stopped, of a
-    drift by the same calibration."""
+    """Returns what was found, without what was said before: of a place on the same days (``told``), that a place
+    stopped, of a drift by the same calibration."""
     unusual = [entry for entry in found.unusual if entry.place not in told]
     silent = [place for place in found.silent if said is None or place not in said.silent]
     same = said if said is not None and said.calibration == now.calibration else None

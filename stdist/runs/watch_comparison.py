@@ -54,7 +54,7 @@ class Comparison:
 
 
 def compare(path: Path, windows: Windows, calibration: Calibration, reference: Reference) -> Comparison:
-    """Of the forecasts ``path`` of ``windows``, with the quantiles of ``calibration``. Raises InputError where no
+    """Compares the forecasts ``path`` of ``windows``, with ``calibration``'s quantiles. Raises InputError where no
     window lies in one day."""
     forecasts, store, K = open_forecasts(path), windows.store, windows.K
     assert isinstance(store, GridStore)

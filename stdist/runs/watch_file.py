@@ -1,4 +1,4 @@
-"""What ``stdist watch`` has said of a run, so that cron does not hear it again."""
+"""The note of what ``stdist watch`` has said of a run, so that cron does not hear it again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_said(path: Path, said: Said) -> None:
 
 
 def unsaid_drift(said: Said | None, days: list[str], drifting: list[str]) -> list[str]:
-    """Those of the ``drifting`` days of ``days`` (rising) that nobody was told of and that no drift that was told of
+    """Returns the ``drifting`` days of ``days`` (rising) that nobody was told of and that no drift that was told of
     goes on into."""
     known = set(said.drift) if said else set()
     goes_on = said is not None and said.last_day in known and said.last_day < days[0]

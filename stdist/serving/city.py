@@ -1,4 +1,4 @@
-"""What a run says comes next for all its places, made once for each state of the store and of the run."""
+"""The forecast of all places of a run, made once for each state of the store and of the run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a request must keep to before it is looked at: one client's rate, no body, the token. ASGI middleware."""
+"""ASGI middleware that lets in requests which keep to their client's rate, have no body and bring the token."""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""What the service counts, in Prometheus' text format."""
+"""Counters of the service, in Prometheus' text format."""
 
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -11,7 +11,8 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Metrics:
-    """Of one service, in a registry of its own. ``last_frame``: UTC of the last frame of what is served."""
+    """The counters of one service, in a registry of its own. ``last_frame``: UTC of the last frame of what is
+    served."""
 
     def __init__(self, last_frame: Callable[[], np.datetime64], routes: frozenset[str]) -> None:
         self._routes = routes

@@ -23,7 +23,7 @@ TEST = "test forecast"
 def hours_of(
     config: VisionLLMConfig, plan: StagePlan, start: tuple[PolicySpec, Stages], cells: int, device: Device
 ) -> Hours:
-    """Of one stage, whose evaluations all learners share. ``start``: the policy that it trains; ``cells``: of the
+    """Hours of one stage, whose evaluations all learners share. ``start``: the policy that it trains; ``cells``: of the
     region, all of which are evaluated."""
     settings = stage_config(config, plan.stage)
     if isinstance(settings, AlignmentConfig):
@@ -47,7 +47,7 @@ def hours_of(
 def forecast_hours(
     config: VisionLLMConfig, start: tuple[PolicySpec, Stages], cells: int, device: Device
 ) -> Hours | None:
-    """Of the first learner, which forecasts the test days alone; None where nothing says how many windows they have."""
+    """Hours of the first learner, which forecasts the test days alone; None where nothing tells their windows."""
     if (windows := windows_of(config, "test")) is None:
         return None
     flops = windows * window_flops(*start, cells, candidates_per_cell(config.forecast))
@@ -55,8 +55,8 @@ def forecast_hours(
 
 
 def windows_of(config: VisionLLMConfig, span: str) -> int | None:
-    """How many windows the ``validation`` or ``test`` days have: those of the store, or where it is yet to be prepared,
-    of days without a gap at the assumed 10 minutes. A window counts to the day of its targets."""
+    """Returns how many windows the ``validation`` or ``test`` days have: those of the store, or where it is yet to be
+    prepared, of days without a gap at the assumed 10 minutes. A window counts to the day of its targets."""
     data = config.data
     if data.store.exists():
         return len(getattr(open_dataset(config), span))

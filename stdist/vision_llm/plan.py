@@ -166,7 +166,7 @@ def costs_of(config: VisionLLMConfig, stage: str) -> Costs:
 
 
 def validation_bytes(config: VisionLLMConfig, stage: str) -> dict[str, float]:
-    """What an evaluation holds on a learner: forecasts of all cells, and where it looks at candidates these."""
+    """Bytes that an evaluation holds on a learner: forecasts of all cells, and where it looks at candidates these."""
     settings, cells = stage_config(config, stage), read_city(config)[1]
     if not isinstance(settings, ForecastStageConfig):
         return {}

@@ -18,7 +18,7 @@ from stdist.vision_llm.policy.spec import PolicySpec, read_spec
 
 STAGES = ("alignment", "arithmetic")
 POLICY = "base", "base_sha256", "base_is_trained", "dtype", "load_in_4bit", "mantissa_digits", "lora_r", "lora_alpha"
-"""What of a policy these stages begin with; the rest of its spec is the city's."""
+"""Fields of the policy that these stages begin with; the rest of its spec is the city's."""
 
 
 def take_over(config: VisionLLMConfig, spec: PolicySpec, stage: str, checkpoints: StageCheckpoints) -> str | None:

@@ -1,4 +1,4 @@
-"""Where a run begins that goes on from another one's policy: for another channel, city, horizon or reward."""
+"""Warm starts: a run that goes on from another one's policy, for another channel, city, horizon or reward."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SAME = {
     "lora_r": "policy.lora_r",
     "lora_alpha": "policy.lora_alpha",
 }
-"""What the two policies must have in common, by the key that says it."""
+"""Fields that two policies must have in common, by the key that says them."""
 
 
 def initial_checkpoint(config: VisionLLMConfig, spec: PolicySpec) -> Path | None:

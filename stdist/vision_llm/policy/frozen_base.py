@@ -10,7 +10,7 @@ from stdist.data.integrity import sha256_of
 from stdist.errors import DamageError
 
 Digests = tuple[tuple[str, str], ...]
-"""Of files, by name."""
+"""SHA-256 of files, by name."""
 
 
 def base_digests(base: str) -> Digests:
