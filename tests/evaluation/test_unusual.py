@@ -8,6 +8,7 @@ import pytest
 
 from stdist.evaluation.conformal import ConformalQuantiles
 from stdist.evaluation.day_tally import DayTally, each_once, windows_of_days
+from stdist.evaluation.levels import LEVELS
 from stdist.evaluation.unusual import (
     DayScores,
     Reference,
@@ -57,6 +58,34 @@ def test_the_correlation_of_values_that_are_outside_together_is_one_and_of_other
     assert intra_day_correlation(rng.binomial(points, 0.05), points) == pytest.approx(0, abs=0.002)
     shares = rng.beta(0.05 * 9, 0.95 * 9, points.shape)  # correlation 1 / (1 + 9)
     assert intra_day_correlation(rng.binomial(points, shares), points) == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_days_sums_by_hand():
+    """Two windows of two steps at three places, in one day; the 95 % interval is 0 to 10, the forecast 5."""
+    truth = np.array([[[1, 11, -1], [2, 12, 5]], [[3, 13, -2], [4, 6, -3]]], float)
+    observed = np.ones(truth.shape, bool)
+    observed[0, 0, 0] = False
+    quantiles = np.broadcast_to(np.linspace(0, 10, len(LEVELS))[:, None, None, None], (len(LEVELS), *truth.shape))
+    once = np.array([[True, False], [True, True]])
+    day = np.array(["2024-03-01"], "datetime64[D]")
+    tally = DayTally.empty(day, 3)
+    tally.add(np.full(truth.shape, 5.0), quantiles, truth, observed, day.repeat(2), once)
+    assert tally.points.tolist() == [[2, 3, 3]]
+    assert tally.above.tolist() == [[0, 2, 0]] and tally.below.tolist() == [[0, 0, 3]]
+    assert tally.errors.tolist() == [3 + 2 + 1, 6 + 7 + 8 + 1, 6 + 0 + 7 + 8] and tally.counted.tolist() == [3, 4, 4]
+    assert tally.absolute.tolist() == [49] and tally.squared.tolist() == [9 + 4 + 1 + 36 + 49 + 64 + 1 + 36 + 49 + 64]
+    assert (tally.stretches, tally.one_sided) == (5, 2), "the second place's first window, the third's second"
+
+
+def test_a_place_is_named_for_its_last_values_all_beyond_one_end():
+    """Four of 24 values outside are not rare enough alone; all of the last four, once in 25,001, are."""
+    day = np.array(["2024-03-01"], "datetime64[D]")
+    tally = DayTally.empty(day, 1)
+    tally.points[:], tally.above[:] = 24, 4
+    usual = reference([], one_sided=0, stretches=100_000)
+    named, chances = unusual(usual, tally, np.array([True]), 4)
+    assert named.tolist() == [True] and chances[0] == pytest.approx(2 / 25_001)
+    assert unusual(usual, tally, np.array([False]), 4)[0].tolist() == [False]
 
 
 def scores(coverage: float, day: int = 1) -> DayScores:
