@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
+from data_prep.append import Places
 from stdist import folders
 from stdist.data import Day, DaySpan, GridSpec, GridStore, GridWriter, NodeSpec, Split, append, open_store, shards
 from stdist.data.append import StoreAppender
@@ -267,3 +268,51 @@ def test_a_second_append_is_refused_and_a_failed_one_leaves_the_store(tmp_path, 
         appender.finish()
     assert open_store(path).digest == stores[0].digest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["raw.csv", "toy.zarr"]
+
+
+def test_a_value_behind_a_gap_is_no_neighbour(tmp_path):
+    """Place 0 is missing over a midnight and up to a gap of eight frames, behind which another segment begins."""
+    values = np.arange(9.0 * SLOTS * 2, dtype=np.float32).reshape(9 * SLOTS, 1, 2)
+    values[6 * SLOTS - 3 : 6 * SLOTS + 2, 0, 0] = np.nan
+    present = np.ones(9 * SLOTS, bool)
+    present[6 * SLOTS + 2 : 7 * SLOTS + 2] = False
+    toy = City({"flow": values}, present)
+    toy.write(tmp_path / "grown.zarr", 6)
+    toy.append(tmp_path / "grown.zarr", [6, 7, 8])
+    require_equal(open_store(tmp_path / "grown.zarr"), toy.write(tmp_path / "whole.zarr", 9))
+
+
+def test_places_of_a_grid_are_those_inside_its_city(tmp_path):
+    toy = city(0)
+    store = toy.write(tmp_path / "toy.zarr", 6)
+    ids = np.arange(6).reshape(2, 3)
+
+    def spec(ids: np.ndarray, inside: np.ndarray | None = None) -> GridSpec:
+        return GridSpec("toy", tuple(toy.values), DAY, DAY + 5, ids, 1440 // SLOTS, inside=inside)
+
+    assert Places.of(store, spec(ids)).positions is None
+    other = np.array([[0, 1, 99], [3, 4, 5]])
+    with pytest.raises(InputError, match=r"1 places of the files are none of .*, the first: 99"):
+        Places.of(store, spec(other))
+    places = Places.of(store, spec(other, other != 99))
+    assert places.positions is not None and places.positions.tolist() == [0, 1, -1, 3, 4, 5]
+    assert places.without_data == 1, "2 is of the store and not of the files"
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_place_of_the_same_id_elsewhere_is_refused(tmp_path, place):
+    def spec(latitude: np.ndarray) -> NodeSpec:
+        more = {"latitude": latitude, "longitude": np.zeros(3)}
+        return NodeSpec("toy", ("flow",), DAY, DAY + 2, np.arange(3), 1440 // SLOTS, **more)
+
+    degrees = np.array([45.0, 46.0, 47.0])
+    with GridWriter(tmp_path / "toy.zarr", spec(degrees), {"reader": "test"}) as writer:
+        for day in range(3):
+            writer.write_day(day, {"flow": np.ones((SLOTS, 3), np.float32)})
+        store = open_store(writer.finalise(Split(*(DaySpan(DAY + day, DAY + day) for day in range(3)))))
+    moved = degrees.copy()
+    moved[place] += 1
+    with pytest.raises(
+        InputError, match=f"1 places of the files lie elsewhere in .*, the first: {place}, whose latitude"
+    ):
+        Places.of(store, spec(moved))
