@@ -14,7 +14,19 @@ import zarr
 
 from data_prep.append import Places
 from stdist import folders
-from stdist.data import Day, DaySpan, GridSpec, GridStore, GridWriter, NodeSpec, Split, append, open_store, shards
+from stdist.data import (
+    Day,
+    DaySpan,
+    GridSpec,
+    GridStore,
+    GridWriter,
+    NodeSpec,
+    Split,
+    append,
+    finalise,
+    open_store,
+    shards,
+)
 from stdist.data.append import StoreAppender
 from stdist.data.audit import data_digest
 from stdist.data.check import check_store
@@ -270,12 +282,13 @@ def test_a_second_append_is_refused_and_a_failed_one_leaves_the_store(tmp_path, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["raw.csv", "toy.zarr"]
 
 
-def test_a_value_behind_a_gap_is_no_neighbour(tmp_path):
-    """Place 0 is missing over a midnight and up to a gap of eight frames, behind which another segment begins."""
+def test_a_value_behind_a_gap_is_no_neighbour(tmp_path, monkeypatch):
+    """Place 0 is missing over a midnight and up to a gap in the new day, behind which another segment begins."""
+    monkeypatch.setattr(finalise, "MAX_GAP", 2)
     values = np.arange(9.0 * SLOTS * 2, dtype=np.float32).reshape(9 * SLOTS, 1, 2)
     values[6 * SLOTS - 3 : 6 * SLOTS + 2, 0, 0] = np.nan
     present = np.ones(9 * SLOTS, bool)
-    present[6 * SLOTS + 2 : 7 * SLOTS + 2] = False
+    present[6 * SLOTS + 2 : 6 * SLOTS + 6] = False
     toy = City({"flow": values}, present)
     toy.write(tmp_path / "grown.zarr", 6)
     toy.append(tmp_path / "grown.zarr", [6, 7, 8])
