@@ -207,7 +207,7 @@ def test_a_forecast_needs_a_run_and_a_file_to_write(tmp_path):
     main = [sys.executable, "-c", "from stdist.cli import main; main()", "submit", "runs/x", "--address", CLOSED]
     for arguments, expected in (
         (["--forecast", "city.zarr"], "--forecast needs --out NAME.zarr, .parquet or .csv"),
-        (["--forecast", "city.zarr", "--out", "x.xlsx"], "--forecast needs --out NAME.zarr, .parquet or .csv"),
+        (["--forecast", "city.zarr", "--out", "x.xlsx"], "x.xlsx: forecasts are files of .zarr, .parquet or .csv, not"),
         (["--forecast", "city.zarr", "--out", "x.zarr"], "runs/x is no run folder"),
         (["--forecast", "city.zarr", "--out", "x.zarr", "--workers", "0"], "--workers is 0; give at least 1"),
     ):
