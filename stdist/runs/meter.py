@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from stdist.training.fused_accumulation import set_fused_accumulation
+
 aten = torch.ops.aten
 META, CPU = torch.device("meta"), torch.device("cpu")
 # torch counts products, but not those added in place, which the head's tiles are.
@@ -108,8 +110,10 @@ def _tensor(data: Any, *, device: Any = None, make: Callable[..., Tensor] = torc
 
 
 @contextmanager
-def metered(module: nn.Module, *inputs: Tensor) -> Iterator[Meter]:
-    """Counts what runs inside, on a module whose gradients are there already, as from a second micro-batch on."""
+def metered(module: nn.Module, *inputs: Tensor, fused: bool = False) -> Iterator[Meter]:
+    """Counts what runs inside, on a module whose gradients are there already, as from a second micro-batch on;
+    ``fused``: kernels may add to them, as under the engine of plain torch."""
+    set_fused_accumulation(module.parameters(), fused)
     gradients = {parameter: torch.zeros_like(parameter) for parameter in module.parameters() if parameter.requires_grad}
     for parameter, gradient in gradients.items():
         parameter.grad = gradient

@@ -20,6 +20,9 @@ from stdist.training.engine import ParameterGroup
 
 UNITS = {"GiB": 2**30, "MiB": 2**20}
 Changes = dict[str, Any]
+WITH_GRADIENTS = "training", "update"
+"""Phases of a step in which plain torch holds gradients."""
+WITHOUT = "gradients, not held then"
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,17 @@ class StagePlan:
 
     @property
     def buffers(self) -> dict[str, float]:
-        """Bytes beside weights and their states in the phase that takes most."""
-        phase, held = max(self.phases.items(), key=lambda item: sum(item[1].values()))
+        """Bytes beside weights and their states in the phase that takes most, less the gradients that it has not."""
+        phases = {name: {**held, WITHOUT: -self._gradients_dropped(name)} for name, held in self.phases.items()}
+        phase, held = max(phases.items(), key=lambda item: sum(item[1].values()))
         bucket = {"gradient bucket": memory_plan.bucket_bytes(self.weights, self.ranks)}
-        return bucket | {f"{phase}: {what}": size for what, size in held.items()}
+        return bucket | {f"{phase}: {what}": size for what, size in held.items() if size}
+
+    def _gradients_dropped(self, phase: str) -> float:
+        """Plain torch has gradients between a step's first backward pass and its update."""
+        if self.ranks.zero_stage or phase in WITH_GRADIENTS:
+            return 0
+        return sum(state.gradients for state in self.states.values())
 
     @property
     def device_bytes(self) -> float:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stdist.training.fused_accumulation import set_fused_accumulation
+
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, as torch calls them."""
@@ -149,6 +151,7 @@ class TorchEngine(Scheduled):
     ):
         super().__init__(groups, schedule)
         self._optimizer, self._max_grad_norm = make_optimizer(self._groups), max_grad_norm
+        set_fused_accumulation(self.parameters.values(), True)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -182,3 +185,4 @@ class TorchEngine(Scheduled):
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        set_fused_accumulation(self.parameters.values(), False)

@@ -156,13 +156,14 @@ def _has_workers(config: VisionLLMConfig, stage: str) -> bool:
 def costs_of(config: VisionLLMConfig, stage: str) -> Costs:
     """One learner's of a step."""
     settings, group = stage_config(config, stage), ProcessGroup(0, config.learners.num_workers)
+    fused = config.learners.engine == "torch"
     if isinstance(settings, AlignmentConfig):
         examples = len(group.local_items(range(settings.train_batch_size)))
-        return alignment_costs(*starting_point(config, stage), settings, examples)
+        return alignment_costs(*starting_point(config, stage), settings, examples, fused)
     assert isinstance(settings, ForecastStageConfig)
     windows = len(group.local_items(range(settings.windows_per_step)))
     cells = min(settings.cells_per_window, read_city(config)[1])
-    return window_costs(*starting_point(config, stage), settings, windows, cells)
+    return window_costs(*starting_point(config, stage), settings, windows, cells, fused)
 
 
 def validation_bytes(config: VisionLLMConfig, stage: str) -> dict[str, float]:

@@ -148,10 +148,13 @@ def _kind(policy: PolicyModel, name: str, parameter: Tensor) -> str:
     return base or (DECODER if parameter.ndim > 1 else NORMS)
 
 
-def alignment_costs(spec: PolicySpec, stages: Stages, config: AlignmentConfig, examples: int) -> Costs:
-    """Measures the stage's own step on its first micro-batch, for ``examples`` of them in all."""
+def alignment_costs(
+    spec: PolicySpec, stages: Stages, config: AlignmentConfig, examples: int, fused: bool = True
+) -> Costs:
+    """Measures the stage's own step on its first micro-batch, for ``examples`` of them in all. ``fused``: whether
+    kernels may add to gradients, as they may in plain torch."""
     at_once = -(-examples // config.gradient_accumulation_steps)
-    tokens, flops, _, training = _alignment(spec, stages, at_once, config.values_per_example)
+    tokens, flops, _, training = _alignment(spec, stages, at_once, config.values_per_example, fused)
     calls = config.gradient_accumulation_steps
     return Costs(tokens * examples // at_once, flops * examples / at_once, [calls], [at_once], {"training": training})
 
@@ -159,21 +162,25 @@ def alignment_costs(spec: PolicySpec, stages: Stages, config: AlignmentConfig, e
 def example_flops(spec: PolicySpec, stages: Stages, config: AlignmentConfig) -> float:
     """Operations of one example without its backward pass."""
     at_once = -(-config.train_batch_size // config.gradient_accumulation_steps)
-    return _alignment(spec, stages, at_once, config.values_per_example)[2] / at_once
+    return _alignment(spec, stages, at_once, config.values_per_example, True)[2] / at_once
 
 
 @cache
-def _alignment(spec: PolicySpec, stages: Stages, at_once: int, values: int) -> tuple[int, int, int, dict[str, float]]:
+def _alignment(
+    spec: PolicySpec, stages: Stages, at_once: int, values: int, fused: bool
+) -> tuple[int, int, int, dict[str, float]]:
     """Tokens, operations, those of them before the backward pass, and bytes."""
     policy = shape_policy(spec, stages)
     config = AlignmentConfig(train_batch_size=at_once, values_per_example=values)
-    with metered(policy) as meter:
+    with metered(policy, fused=fused) as meter:
         walk = _Walk(policy, meter)
         tokens = AlignmentStage(stages[-1][0], policy, config, seed=0).step(0, walk.backward)["tokens"]
     return int(tokens), meter.flops, meter.flops - walk.flops[1][0], walk.bytes
 
 
-def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int) -> Costs:
+def window_costs(
+    spec: PolicySpec, stages: Stages, config: ForecastStageConfig, windows: int, cells: int, fused: bool = True
+) -> Costs:
     """Measures a step on ``windows`` × ``cells``. GRPO's reference and sampler go forward over its tree, once
     for all updates on the same candidates; a sampler step by step is as many operations. Candidates of one pass are no
     leaves of their own."""
@@ -183,7 +190,7 @@ def window_costs(spec: PolicySpec, stages: Stages, config: ForecastStageConfig, 
     sequences = list(accumulate([windows, *families], mul))
     tokens, sequence_bytes = _sequence(spec, stages, direct)
     calls, at_once = micro_batches(windows, families, sizes_within(config.activation_bytes, sequence_bytes))
-    forward, backward, temporaries = _tree(spec, stages, tuple(at_once), direct)
+    forward, backward, temporaries = _tree(spec, stages, tuple(at_once), direct, fused)
     phases = {
         "training": {"activations": sum(map(mul, sequence_bytes, at_once)), "temporaries": temporaries},
     }
@@ -235,14 +242,14 @@ def _sequence(spec: PolicySpec, stages: Stages, direct: int) -> tuple[list[int],
 
 @cache
 def _tree(
-    spec: PolicySpec, stages: Stages, at_once: tuple[int, ...], direct: int
+    spec: PolicySpec, stages: Stages, at_once: tuple[int, ...], direct: int, fused: bool
 ) -> tuple[list[float], list[float], float]:
     """Operations of one sequence of each depth, forward and backward; bytes of what comes and goes where about
     ``at_once`` of them are in memory."""
     policy = shape_policy(spec, stages)
     families = [-(-children // parents) for parents, children in zip([1, *at_once[:-1]], at_once, strict=True)]
     tree, visit = _stage_tree(policy, stages[-1][0], (*families, 1), direct)
-    with metered(policy) as meter:
+    with metered(policy, fused=fused) as meter:
         walk = _Walk(policy, meter)
         prefix_tree.backward(walk, tree, walk.visit(visit), walk.backward, at_once)  # type: ignore[arg-type]
     sequences = [len(tree.shared), *map(len, tree.levels)]

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stdist import cli
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs.devices import Device
-from stdist.runs.memory_plan import Weights, parse_memory
+from stdist.runs.memory_plan import Ranks, Weights, parse_memory
 from stdist.runs.plan import Hours, StagePlan
 from stdist.runs.recipes import load_config, parse_config
 from stdist.training.engine import ParameterGroup, TorchEngine, adamw, cosine_schedule
@@ -25,6 +26,7 @@ from stdist.vision_llm import stage_costs
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import open_dataset, policy_spec
 from stdist.vision_llm.evaluation_costs import TEST, forecast_flops, window_flops, windows_of
+from stdist.vision_llm.kernels import token_losses
 from stdist.vision_llm.kernels.attention import MATH, Choice
 from stdist.vision_llm.learning import begin_stage, parameter_groups
 from stdist.vision_llm.plan import costs_of, plan_run, plan_stage, starting_point, workers_for
@@ -335,11 +337,29 @@ def test_zero_updates_from_float32_copies_of_a_ranks_gradients(config):
     assert plan.phases["update"]["temporaries"] == 4 * rows.count / 8
 
 
-def test_temporaries_are_those_of_the_head_and_of_look_ups(config):
-    """The dense gradients of the numerals' rows, as large as these, come beside the gradients that are there."""
-    plan = plan_stage(config(stages=["sft"], sft={"activation_memory": 1e-6}), "sft")
+@pytest.mark.parametrize("learners", [{}, DEEPSPEED])
+def test_dense_gradients_of_rows_are_temporaries_where_autograd_adds_them(config, learners, monkeypatch):
+    """DeepSpeed waits for autograd's own adding: there a gradient of the numerals' rows, of the head or of a look-up,
+    is made anew in every pass. In plain torch kernels add to the one that is held. With tiles far smaller than rows."""
+    monkeypatch.setitem(token_losses.TILE_BYTES, "meta", 2**16)
+    monkeypatch.setattr(stage_costs, "_tree", stage_costs._tree.__wrapped__)  # which remembers other tiles
+    run = config(stages=["sft"], sft={"activation_memory": 1e-6, "windows_per_step": 8}, learners=learners)
+    plan = plan_stage(run, "sft")
     rows = next(w for w in plan.weights if w.kind == ROWS)
-    assert plan.phases["training"]["temporaries"] > rows.bytes / 2
+    assert (plan.phases["training"]["temporaries"] > rows.bytes / 2) is bool(learners)
+
+
+def test_plain_torch_holds_no_gradients_while_it_validates(config):
+    """Phases by hand: training needs 10 beside gradients of 400, validation 300 without them."""
+    ranks, rows = Ranks(), Weights(ROWS, 100, 4, trainable=True)
+    phases = {"training": {"activations": 10.0}, "validation": {"keys": 300.0}}
+    plan = StagePlan("sft", "rows", ranks, [rows], phases, 0, {}, {})
+    assert plan.device_bytes == 400 + 800 + 400 + 10
+    more = replace(plan, phases={**phases, "sampling": {"keys": 500.0}})
+    assert more.device_bytes == 400 + 800 + 500
+    assert sum(more.buffers.values()) == 500 - 400
+    sharded = replace(more, ranks=Ranks(1, zero_stage=1))  # DeepSpeed keeps them
+    assert "sampling: gradients, not held then" not in sharded.buffers
 
 
 # --- the 7B ---------------------------------------------------------------------------------------------------------

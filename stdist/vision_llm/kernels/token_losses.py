@@ -14,6 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stdist.training.fused_accumulation import fused_gradient
+from stdist.vision_llm.kernels.embedding import embedding
+
 # Most bytes of a tile of logits, and of the weights behind it: cached on a CPU, worth its kernels' launches on a GPU.
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28, "meta": 2**28}
 # Half-precision products with float32 sums exist on CUDA, and in a plan for it; elsewhere rounded factors are widened.
@@ -51,7 +54,7 @@ def shared_log_probs(
     Two targets of a position differ by their logits alone: log P(b) = log P(a) + (z_b − z_a) / temperature.
     """
     first = token_log_probs(hidden, [rows], targets[:, 0], temperature)
-    chosen = rows[targets].to(hidden.dtype).to(first.dtype)
+    chosen = embedding(targets, rows).to(hidden.dtype).to(first.dtype)
     logits = torch.einsum("pgd,pd->pg", chosen, hidden.to(first.dtype)) / temperature
     return first[:, None] + (logits - logits[:, :1])
 
@@ -156,8 +159,10 @@ class _TokenLogProbs(torch.autograd.Function):
         scale = -grad[:, None] / ctx.temperature
         scaled_hidden = (head.hidden * scale).to(head.operand)
         hidden_gradient = torch.zeros_like(hidden, dtype=head.dtype) if needs_hidden else None
+        held = [fused_gradient(block) if need else None for block, need in zip(blocks, needs_blocks, strict=True)]
         block_gradients = [
-            torch.zeros_like(block) if need else None for block, need in zip(blocks, needs_blocks, strict=True)
+            torch.zeros_like(block) if need and added is None else added
+            for block, need, added in zip(blocks, needs_blocks, held, strict=True)
         ]
         for tile in head.tiles():
             gradient = block_gradients[tile.block]
@@ -165,7 +170,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 continue
             if gradient is not None:
                 gradient = gradient[tile.within]
-                sums = gradient if gradient.dtype == head.dtype else torch.zeros_like(gradient, dtype=head.dtype)
+                # Summed apart and added once, as autograd does: the same bits, whoever adds.
+                sums = torch.zeros_like(gradient, dtype=head.dtype)
             for part in head.parts():
                 # p − onehot, before any rounding to half precision: or the gradient of a sure position would be nothing
                 # but rounding.
@@ -177,11 +183,12 @@ class _TokenLogProbs(torch.autograd.Function):
                     _add_product(hidden_gradient[part], slope, tile.weights)
                 if gradient is not None:
                     _add_product(sums, slope.T, scaled_hidden[part])
-            if gradient is not None and sums is not gradient:
-                gradient.copy_(sums)
+            if gradient is not None:
+                gradient.add_(sums)
         if hidden_gradient is not None:
             hidden_gradient = (hidden_gradient * scale).to(hidden.dtype)
-        return hidden_gradient, None, None, *block_gradients
+        returned = (None if added is not None else made for added, made in zip(held, block_gradients, strict=True))
+        return hidden_gradient, None, None, *returned
 
 
 def _columns(targets: Int[Tensor, " part"], tile: _Tile) -> tuple[Int[Tensor, " part"], Bool[Tensor, " part"]]:

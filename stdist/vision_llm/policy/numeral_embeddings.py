@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stdist.numerals import Vocabulary
+from stdist.vision_llm.kernels.embedding import embedding
 
 # Periods, in decades of magnitude, of the sine and cosine features: the longest orders the whole range −4…6, the
 # shortest separates neighbouring two-digit mantissas.
@@ -29,7 +30,7 @@ class NumeralEmbeddings(nn.Module):
         """Embeddings of a mixture of text ids (below ``first_id``) and numeral ids."""
         is_numeral = ids >= first_id
         of_text = text(ids.masked_fill(is_numeral, 0))
-        of_numerals = nn.functional.embedding((ids - first_id).clamp(min=0), self.input)
+        of_numerals = embedding((ids - first_id).clamp(min=0), self.input)
         return torch.where(is_numeral.unsqueeze(-1), of_numerals.to(of_text.dtype), of_text)
 
 

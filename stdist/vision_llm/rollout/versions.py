@@ -113,7 +113,8 @@ def _sent_dtypes(policy: PolicyModel) -> dict[str, torch.dtype]:
 
 def _changed_rows(policy: PolicyModel) -> Int[Tensor, " rows"]:
     now, before = (rows.input.detach().split(ROWS_AT_ONCE) for rows in (policy.rows, _reference(policy)))
-    return torch.cat([(a != b).any(1) for a, b in zip(now, before, strict=True)]).nonzero().flatten()
+    differ = [(a.to(b.dtype) != b).any(1) for a, b in zip(now, before, strict=True)]
+    return torch.cat(differ).nonzero().flatten()
 
 
 def _reference(policy: PolicyModel) -> NumeralEmbeddings:
