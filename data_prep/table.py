@@ -22,7 +22,7 @@ length, also stamps at odd seconds. Absent rows are gaps. An index, a count of r
 a table, and a summary row or a note at the end are no measurements.
 
 Trips and other events are counted: --duplicates count --cadence 60 --time started_at --place start_station_id, with
---days where some stamps are wrong. An interval without one is 0, a day without any a gap.
+--span where some stamps are wrong. An interval without one is 0, a day without any a gap.
 
 Several files are several places, or several spans: where their times say so, in any order; where they tell none, in
 the order that train, validation and test or the numbers in their names tell.
@@ -92,7 +92,7 @@ def plan(
     cadence: int | None = None,
     utc_offset: int | None = None,
     duplicates: str = "refuse",
-    days: str | None = None,
+    span: str | None = None,
     header: bool | None = None,
     decimal: str | None = None,
     array: str | None = None,
@@ -109,7 +109,7 @@ def plan(
     time. cadence: minutes between rows, as the stamps say where there are some. utc_offset: minutes the city is ahead
     of UTC, by default as the stamps' own offset says. duplicates: several rows of one place and time are refused where
     they differ (refuse), added (sum) or averaged (mean), with --cadence those of one place and interval; rows that are
-    events, as trips, are counted (count). days: local days to take, as 2013-11-01:2013-11-20. header:
+    events, as trips, are counted (count). span: local days to take, as 2013-11-01:2013-11-20. header:
     the first line names the columns, or is a row.
     decimal: mark of decimals, . or , where it cannot be told. array: name of one in an npz that holds several. nodes:
     places are nodes, as they are by default. Raises InputError where a table can be read in two ways, is none, or holds
@@ -121,7 +121,7 @@ def plan(
         raise InputError("--nodes makes nodes of the places, --height, --width, … a grid; give one kind")
     if duplicates == COUNT and cadence is None:
         raise InputError("--duplicates count counts the rows of each interval; say how long it is: --cadence 60")
-    options = Options(channel, start, cadence, duplicates, header, decimal, array, named, measure, utc_offset, days)
+    options = Options(channel, start, cadence, duplicates, header, decimal, array, named, measure, utc_offset, span)
     return _plan(sources, options, city, units, utc_offset, grid if grid.asked else None, sensors, nodes)
 
 
@@ -157,7 +157,7 @@ def _plan(
         utc_offset = min(piece.offsets)
     offset = utc_offset_of(town, utc_offset)
     stamps, cadence, begun = _stamps(piece, options, offset)
-    stamps, row, other_days = _of_days(piece, stamps, options.days)
+    stamps, row, other_days = _of_days(piece, stamps, options.span)
     if clock.timezone and piece.stamps is None:
         stamps, offset = clock.of_first(piece.label, town, stamps)
     said = [*piece.said, *begun, *other_days, *([order] if order and piece.stamps is None else [])]
@@ -215,7 +215,7 @@ def _of_days(piece: Piece, stamps: np.ndarray, days: str | None) -> tuple[np.nda
     of_day = stamps.astype("datetime64[D]")
     inside = (of_day >= span.first_day) & (of_day <= span.last_day)
     if not inside.any():
-        raise InputError(f"{piece.label} has no time step in --days {days}, but {of_day[0]} to {of_day[-1]}")
+        raise InputError(f"{piece.label} has no time step in --span {days}, but {of_day[0]} to {of_day[-1]}")
     return stamps[inside], piece.order[inside], [f"time steps of other days left out: {int((~inside).sum())}"]
 
 

@@ -109,6 +109,16 @@ def _are_midnights(sample: pl.DataFrame, time: TimeColumns) -> bool:
     return bool(len(read)) and 2 * read.n_unique() <= len(read) and bool((read == read.dt.truncate("1d")).all())
 
 
+def tell_time_of_day(sample: pl.DataFrame) -> bool:
+    """True where a column holds stamps other than midnights."""
+    for name in sample.columns:
+        if time := _column(sample, name, None):
+            read = next(iter(time.readings(sample.select(name)).values())).drop_nulls()
+            if (read != read.dt.truncate("1d")).any():
+                return True
+    return False
+
+
 def have_several_rows_a_day(sample: pl.DataFrame) -> bool:
     """True where a column tells days, and each is that of several rows."""
     times = [time for name in sample.columns if (time := _column(sample, name, None))]

@@ -226,7 +226,8 @@ def _place(
     named = [name for name in named if name not in asked]
     counters = [name for name in named if _counts_rows(table, name)]
     if others := [name for name in named if name not in counters]:
-        apart = (name for name in others if not _occur_twice(table, (*time.columns, name)))
+        # An id may be one of rows.
+        apart = (n for n in others if plain(n) != "id" and not _occur_twice(table, (*time.columns, n)))
         return (next(apart, others[0]),)
     if counters and _stamps_repeat(table, time):
         return (counters[0],)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_prep.table_clock import have_several_rows_a_day
+from data_prep.table_clock import have_several_rows_a_day, tell_time_of_day
 from data_prep.table_reading import Source
 from data_prep.table_times import clock_format, plain
 from stdist.data.schema import MINUTES_PER_DAY
@@ -79,7 +79,8 @@ class HourColumns:
 
 
 def rows_of_hours(table: Source) -> Source:
-    """The table with a row an hour where it has a row a day and a column an hour: H01 … H24, or times of day."""
+    """The table with a row an hour where it has a row a day and a column an hour: H01 … H24, or times of day. Rows with
+    a time of day of their own are not of days."""
     clocks = {name: name for name in table.names if clock_format(name)}
     spans = {
         name: span[1] for name in table.names if (span := re.fullmatch(r"(\d{1,2}:\d\d) ?[-–] ?\d{1,2}:\d\d", name))
@@ -90,7 +91,7 @@ def rows_of_hours(table: Source) -> Source:
     if [*map(int, numbered.values())] not in ([*range(24)], [*range(1, 25)]):
         numbered = {}
     hours = next((hours for hours in (clocks, spans, numbered) if len(hours) >= FEWEST), {}) or _counted(table)
-    if not hours or {HOUR, VALUE} & ({*table.names} - {*hours}):
+    if not hours or {HOUR, VALUE} & ({*table.names} - {*hours}) or tell_time_of_day(table.sample):
         return table
     return HourColumns(table, hours)
 

@@ -11,7 +11,7 @@ from data_prep.common import STORE_NAMES
 from data_prep.kinds import kind_of
 from data_prep.table_arrays import array_piece, frame_piece, series_piece
 from data_prep.table_columns import Named, Roles, roles_of, shown
-from data_prep.table_hours import VALUE, HourColumns, rows_of_hours
+from data_prep.table_hours import HOUR, VALUE, HourColumns, rows_of_hours
 from data_prep.table_long import COUNT, Gather, gathered, read_long
 from data_prep.table_parquet import Parquet
 from data_prep.table_reading import Piece, Source, described, read_turned, read_wide
@@ -36,7 +36,7 @@ class Options:
     named: Named = field(default_factory=Named)
     measure: Measure = field(default_factory=Measure)
     utc_offset: int | None = None
-    days: str | None = None
+    span: str | None = None
 
     @property
     def gather(self) -> Gather:
@@ -76,8 +76,8 @@ def piece_of(files: Sequence[Path], options: Options) -> tuple[Piece, str]:
         return joined, f"read as: {joined.steps} steps{every}, {places}, channels {', '.join(joined.rows)}"
     tables = [rows_of_hours(table) for table in tables]
     counting = options.duplicates == COUNT
-    if named.values is None and not counting and any(isinstance(table, HourColumns) for table in tables):
-        named = replace(named, values=VALUE)
+    if any(isinstance(table, HourColumns) for table in tables):
+        named = replace(named, time=f"{named.time},{HOUR}" if named.time else None, values=named.values or VALUE)
     roles = [roles_of(table, named, options.start is not None, counting) for table in tables]
     roles = _one_reading(_one_layout(tables, roles, named))
     layout, zoned = roles[0].layout, {role.time.zoned for role in roles if role.time}

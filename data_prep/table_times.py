@@ -178,7 +178,9 @@ class TimeColumns:
             parts = frame.select(
                 pl.col(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False) for name in self.columns
             )
-            return {"": parts.select(pl.datetime(*map(pl.col, self.columns), time_unit="us")).to_series()}
+            year, *others = map(pl.col, self.columns)
+            year = pl.when(year < 100).then(year + 1900 + 100 * (year < 70)).otherwise(year)
+            return {"": parts.select(pl.datetime(year, *others, time_unit="us")).to_series()}
         if self.kind == "text":
             text = cleaned(first)
             return {format: parse(text, format) for format in self.formats}

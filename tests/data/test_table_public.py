@@ -6,7 +6,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from data_prep import READERS
+from data_prep.append import append
 from data_prep.graphs import read_graph, read_nodes
+from stdist.data import open_store
 
 
 def lines(*rows: object) -> str:
@@ -37,12 +40,12 @@ def test_trips_are_counted(read_table):
     )
 
 
-def test_days_to_take(read_table, refused):
-    read = read_table(TRIPS, **COUNTED, days="2022-05-02:2022-05-04", channel="pickups")
+def test_a_span_of_days(read_table, refused):
+    read = read_table(TRIPS, **COUNTED, span="2022-05-02:2022-05-04", channel="pickups")
     assert read.stamps == ["2022-05-04 00:00"] and read.values == {"pickups": [[1, 0]]}
     assert "time steps of other days left out: 16" in read.plan.said
-    with refused("no time step in --days 2021-01-01:2021-01-02, but 2022-05-01 to 2022-05-04"):
-        read_table(TRIPS, **COUNTED, days="2021-01-01:2021-01-02")
+    with refused("no time step in --span 2021-01-01:2021-01-02, but 2022-05-01 to 2022-05-04"):
+        read_table(TRIPS, **COUNTED, span="2021-01-01:2021-01-02")
 
 
 def test_trips_refuse(read_table, refused):
@@ -128,6 +131,21 @@ def test_hours_in_columns(read_table):
     )
 
 
+def test_places_called_as_hours_are(read_table):
+    """Their rows have a time of day."""
+    read = read_table(lines(",".join(["time", *H24]), *[(f"2019-01-01 0{h}:00", *range(h, h + 24)) for h in (0, 1)]))
+    assert read.ids == H24 and read.values["value"][1] == [*range(1, 25)]
+
+
+def test_hours_in_columns_beside_a_date_in_three(read_table):
+    """Federal counts: years of two digits, a station's direction in a column of its own."""
+    head = ",".join(["Station_Id", "Travel_Dir", "Yr", "Mon", "Dy", *[f"Hour_{hour:02}" for hour in range(24)]])
+    read = read_table(lines(head, *[("000123", way, 20, 6, 2, *range(way, way + 24)) for way in (1, 5)]),
+                      place="Station_Id,Travel_Dir", time="Yr,Mon,Dy")  # fmt: skip
+    assert read.ids == ["000123,1", "000123,5"] and read.stamps[23] == "2020-06-02 23:00"
+    assert read.values["value"][23] == [24, 28]
+
+
 @pytest.mark.parametrize("hours", [["00:00", "08:00", "16:00"], ["00:00-08:00", "08:00-16:00", "16:00-24:00"]])
 def test_times_of_day_in_columns(read_table, hours):
     rows = [("2019-01-01", 1, 2, 3, 6), ("2019-01-02", 4, 5, 6, 15)]
@@ -165,6 +183,13 @@ def test_kpi_of_cells_with_titles_percents_and_a_footer(read_table):
         "Users": [[7, 7], [None, None], [None, None]],
     }
     assert "lines above the table left out: 3" in read.plan.said
+
+
+def test_an_id_of_rows_is_no_place(read_table, refused):
+    """Where rows of a site differ they are refused, not taken for places of their own."""
+    rows = [(f"2019-01-01 0{hour}:00", "A", number, 5 + number) for hour, number in [(0, 7), (0, 3), (1, 9), (1, 4)]]
+    with refused("occurs twice with different values"):
+        read_table(lines("time,site,id,flow", *rows))
 
 
 def test_a_row_cut_short_is_no_footer(read_table, refused):
@@ -233,3 +258,15 @@ def test_graph_and_places_of_atomic_files(tmp_path, refused):
     geo.write_text('geo_id,type,coordinates\n767,Polygon,"[[[0, 1], [1, 1]]]"\n773,Point,"[-118.3, 34.15]"\n')
     with refused("no column of the latitude"):
         read_nodes(geo, ids)
+
+
+def test_later_trips_are_appended_as_the_first_were_counted(tmp_path, prepared):
+    """The span is of the files it was given with."""
+    first, later = tmp_path / "may.csv", tmp_path / "june.csv"
+    first.write_text(TRIPS)
+    prepared(READERS["table"].plan([first], **COUNTED, span="2022-05-01:2022-05-01"))
+    later.write_text(TRIPS.replace("2022-05-01", "2022-05-02"))
+    append(tmp_path / "out.zarr", [later])
+    store = open_store(tmp_path / "out.zarr")
+    assert str(store.days) == "2022-05-01:2022-05-04"
+    assert store.values("count", 10, 11).tolist() == store.values("count", 34, 35).tolist() == [[2, 0]]
