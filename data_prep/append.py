@@ -20,7 +20,7 @@ from stdist.data.append import Growth, StoreAppender
 from stdist.errors import InputError
 from stdist.progress import Progress
 
-OF_THE_FILES = ("start", *SPANS)
+OF_THE_FILES = ("start", "span", *SPANS)
 """Options that are of the files they were given with, or of the store."""
 
 

@@ -19,8 +19,9 @@ from stdist.errors import InputError
 
 THRESHOLD = 0.1
 """DCRNN's: weaker edges are cut."""
+EDGES = ("origin_id", "destination_id")
 COLUMNS = {
-    "ids": ("sensor_id", "zone_id", "node_id", "station_id", "id", "station"),
+    "ids": ("sensor_id", "zone_id", "node_id", "station_id", "id", "station", "geo_id"),
     "the latitude": ("latitude", "lat"),
     "the longitude": ("longitude", "lng", "lon"),
     "position": ("graph_id", "index"),
@@ -115,8 +116,8 @@ def ids_of(names: list[str]) -> np.ndarray:
 
 
 def read_nodes(path: Path, expected: np.ndarray | int) -> Nodes:
-    """Ids and places from a CSV with columns under their usual names, ``COLUMNS``; or without header, from ids one a
-    line (as PEMS03.txt) or ids, latitude and longitude (as graph_sensor_locations_bay.csv).
+    """Ids and places from a CSV with columns under their usual names, ``COLUMNS``, LibCity's .geo too; or without
+    header, from ids one a line (as PEMS03.txt) or ids, latitude and longitude (as graph_sensor_locations_bay.csv).
 
     expected: the ids, whose rows are found by them and must tell places; or how many nodes there are, in the order of
     a column that counts their positions, else of the rows. Raises InputError where the table is not of these nodes.
@@ -126,6 +127,8 @@ def read_nodes(path: Path, expected: np.ndarray | int) -> Nodes:
         table = read_table(path)
     elif table.width == 1 or (table.width == 3 and _is_number(table[0, 1])):
         table.columns = ["id", "latitude", "longitude"][: table.width]
+    if "coordinates" in table.columns:
+        table = _with_degrees(table)
     ids, place = column_of(path, table, "ids"), ["the latitude", "the longitude"]
     if isinstance(expected, int):
         if len(table) != expected:
@@ -148,11 +151,11 @@ def read_nodes(path: Path, expected: np.ndarray | int) -> Nodes:
 def read_graph(path: Path, ids: np.ndarray, dcrnn: bool = False) -> tuple[np.ndarray, dict[str, float]]:
     """Weights of the edges from node (row) to node (column), float32 [N, N], 0 where there is none; recipe notes.
 
-    A square table of weights in .csv (with or without a header and a first column that name the nodes), .npy
-    or .npz (its only array, as ``YYYY_adj.npz``) is taken as it is. A CSV of edges ``from,to,distance`` becomes
-    the weights of ``gaussian_kernel``. DCRNN's lists may have no header, pairs of other nodes are passed over and
-    weak edges cut; else all names must be known and no edge is cut. A pickled graph (``adj_mx.pkl``) is
-    never loaded, since a pickle can run any program. Raises InputError for one, and where size or names do not fit.
+    A square table of weights in .csv (with or without a header and a first column that name the nodes), .npy or .npz
+    (its only array, as ``YYYY_adj.npz``) is taken as it is. A CSV of edges ``from,to,distance``, or LibCity's .rel,
+    becomes the weights of ``gaussian_kernel``. DCRNN's lists may have no header, pairs of other nodes are passed over
+    and weak edges cut; else all names must be known and no edge is cut. A pickled graph (``adj_mx.pkl``) is never
+    loaded, since a pickle can run any program. Raises InputError for one, and where size or names do not fit.
     """
     if path.suffix.lower() in (".pkl", ".pickle"):
         raise InputError(
@@ -162,7 +165,14 @@ def read_graph(path: Path, ids: np.ndarray, dcrnn: bool = False) -> tuple[np.nda
     if path.suffix.lower() in (".npy", ".npz"):
         return require_weights(path, np.asarray(array_file(path, None, "N, N").load()), len(ids)), {}
     table = read_table(path, header=False)
-    titled = [str(title).lower() for title in table.row(0)[:2]] == ["from", "to"]
+    titles = [str(title).lower() for title in table.row(0)]
+    if {*EDGES} <= {*titles}:
+        # LibCity's .rel: rel_id, type, origin_id, destination_id, and a distance.
+        ends = [titles.index(name) for name in EDGES]
+        if max(ends) + 1 == table.width:
+            raise InputError(f"{path} has no distance behind {EDGES[1]}; give one, as cost")
+        table, titles = table[:, [*ends, max(ends) + 1]], ["from", "to"]
+    titled = titles[:2] == ["from", "to"]
     if titled or (dcrnn and table.width == 3 and len(ids) != 3):
         titled = titled or not _is_number(table[0, 2])
         return _weights_of_edges(path, table[1:] if titled else table, ids, dcrnn, first_line=1 + titled)
@@ -174,6 +184,13 @@ def read_graph(path: Path, ids: np.ndarray, dcrnn: bool = False) -> tuple[np.nda
     if names and names[-len(ids) :] not in ([*map(str, ids.tolist())], [*map(str, range(len(ids)))]):
         raise InputError(f"{path} names other nodes than the data, or in another order; sort it as the data")
     return require_weights(path, numbers(path, table), len(ids)), {}
+
+
+def _with_degrees(table: pl.DataFrame) -> pl.DataFrame:
+    """LibCity's ``coordinates``, the text [longitude, latitude] of a point, as columns of numbers; none of polygons."""
+    point = pl.col("coordinates").str.extract_groups(r"^\[\s*([-\d.eE]+)\s*,\s*([-\d.eE]+)\s*\]$")
+    degrees = table.select(point.struct.rename_fields(["longitude", "latitude"]).alias("point")).unnest("point")
+    return table.hstack(degrees) if degrees["latitude"].null_count() == 0 else table
 
 
 def gaussian_kernel(distances: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:

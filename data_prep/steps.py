@@ -28,7 +28,7 @@ def stamps_from(
     return parse_start(start) + np.arange(steps) * np.timedelta64(cadence, "m")
 
 
-def whole_minutes(path: Path | str, stamps: np.ndarray) -> np.ndarray:
+def whole_minutes(path: Path | str, stamps: np.ndarray, advice: str = "round the stamps to the cadence") -> np.ndarray:
     """Stamps of any unit as datetime64[m]: what all readers make of them.
 
     Fractions of a second are rounded, since stamps that are stored as fractions (days since …) are exact to no more.
@@ -42,11 +42,11 @@ def whole_minutes(path: Path | str, stamps: np.ndarray) -> np.ndarray:
         stamps = (stamps.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
     minutes = stamps.astype("datetime64[m]")
     if (odd := minutes != stamps).any():
-        raise InputError(f"{path}: stamp {stamps[odd][0]} is not a whole minute; round the stamps to the cadence")
+        raise InputError(f"{path}: stamp {stamps[odd][0]} is not a whole minute; {advice}")
     return minutes
 
 
-def cadence_of(path: Path | str, stamps: np.ndarray, given: int | None = None) -> int:
+def cadence_of(path: Path | str, stamps: np.ndarray, given: int | None = None, advice: str = "check --cadence") -> int:
     """Minutes between time steps: the shortest step of stamps, datetime64[m] [T], in local time.
 
     given: as the user says; it must be what the stamps show, and counts alone where there is one stamp. Raises
@@ -74,7 +74,7 @@ def cadence_of(path: Path | str, stamps: np.ndarray, given: int | None = None) -
             f"{path}: {cadence} minutes pass between {before} and the next stamp, which does not divide a day; "
             "resample to a regular cadence"
         )
-    require_on_grid(path, stamps, cadence)
+    require_on_grid(path, stamps, cadence, advice)
     return cadence
 
 
@@ -86,13 +86,22 @@ def cadence_of_most(stamps: np.ndarray) -> int | None:
     return None if MINUTES_PER_DAY % cadence or (minutes_of_day(stamps) % cadence).any() else cadence
 
 
-def require_on_grid(path: Path | str, stamps: np.ndarray, cadence: int) -> None:
+def beginnings(stamps: np.ndarray, cadence: int) -> tuple[np.ndarray, str]:
+    """Local stamps that all lie behind the grid of ``cadence`` minutes by one and the same time, as 00:14, 00:29, …, as
+    the beginnings of their intervals, and a remark; others as they are."""
+    behind = (stamps - stamps.astype("datetime64[D]")) % np.timedelta64(cadence, "m")
+    if not len(stamps) or not behind[0] or (behind != behind[0]).any():
+        return stamps, ""
+    begun = stamps - behind[0]
+    clocks = (str(stamp.astype("datetime64[s]"))[11:] for stamp in (stamps[0], begun[0]))
+    return begun, "stamps as {} are taken for the intervals they lie in, from {} on".format(*clocks)
+
+
+def require_on_grid(path: Path | str, stamps: np.ndarray, cadence: int, advice: str = "check --cadence") -> None:
     """Raise InputError for a local stamp (datetime64[m] [n]) that is repeated or off the cadence's grid."""
     off = stamps[minutes_of_day(stamps) % cadence != 0]
     if len(off):
-        raise InputError(
-            f"{path}: stamp {off[0]} is off the {cadence}-minute grid that begins at midnight; check --cadence"
-        )
+        raise InputError(f"{path}: stamp {off[0]} is off the {cadence}-minute grid that begins at midnight; {advice}")
     unique, counts = np.unique(stamps, return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path}: stamp {unique[counts > 1][0]} occurs twice; give each frame once")

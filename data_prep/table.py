@@ -1,27 +1,35 @@
 """Reader of tables as people have them: CSV, TSV, text with semicolons, packed or not, Parquet, arrays, .tsf.
 
 Wide tables have a row a time step and a column a place; long ones a row a place and time (place, time, value, …), with
-a channel for every column of values; turned ones a row a place and a column a time. Which it is, the separator, the
-decimal mark, the header, and the columns of time and place are told from the first lines and shown in one line; where
-they can be read in two ways the line says which option decides. Also read: .npy and .npz of (T, N) or (T, N, C), a
-frame of pandas in HDF5, Monash's .tsf; zip, gzip, bzip2 and xz.
+a channel for every column of values; turned ones a row a place and a column a time; others a row a day and a column an
+hour. Which it is, the separator, the decimal mark, the header, and the columns of time and place are told from the
+first lines and shown in one line; where they can be read in two ways the line says which option decides. Columns
+without names are column_1, column_2, …. Also read: .npy and .npz of (T, N) or (T, N, C), a frame of pandas in HDF5,
+Monash's .tsf, LibCity's .dyna and .grid; zip, gzip, bzip2 and xz.
 
 Time may be ISO text (with T or a blank, with an offset or Z), day first where days or dots say so, names of months,
-epochs of s, ms, us or ns, spans (``a - b``: their beginning), a date and an hour, or year, month, day and hour. Stamps
-without an offset are the clock's; --timezone tells which hours that clock repeats and skips: of two equal stamps the
-first row is summer's (the second where rows run backwards in time). Without a column of time, rows follow one another
-from --start at --cadence.
+epochs of s, ms, us or ns, spans (``a - b``: their beginning), a date and an hour, or year, month, day and hour; 24:00
+and hour 24 are the next midnight. Stamps without an offset are the clock's; --timezone tells which hours that clock
+repeats and skips: of two equal stamps the first row is summer's (the second where rows run backwards in time). Stamps
+are kept as they are written: one that ends its interval on the grid stays its end. Where all lie behind the grid of
+--cadence by one time, as 00:14, 00:29, …, each is taken for the interval it lies in. Without a column of time, rows
+follow one another from --start at --cadence.
 
-What is made of it: a blank field, NaN, NA, null, ``-`` or ``?`` is a missing value, as are the numbers of --missing; 0
-is measured; traffic is never negative. Rows may come in any order; equal repetitions are merged, others refused unless
---duplicates adds or averages them. Absent rows are gaps. An index, a count of rows, a calendar's columns, and a summary
-row at the end are no measurements.
+What is made of it: a blank field, NaN, NA, null, NIL, ``-`` or ``?`` is a missing value, as are the numbers of
+--missing; 0 is measured; a sign of percent is passed over; traffic is never negative. Rows may come in any order; equal
+repetitions are merged, others refused unless --duplicates adds or averages them, with --cadence in intervals of that
+length, also stamps at odd seconds. Absent rows are gaps. An index, a count of rows, a calendar's columns, titles above
+a table, and a summary row or a note at the end are no measurements.
+
+Trips and other events are counted: --duplicates count --cadence 60 --time started_at --place start_station_id, with
+--span where some stamps are wrong. An interval without one is 0, a day without any a gap.
 
 Several files are several places, or several spans: where their times say so, in any order; where they tell none, in
 the order that train, validation and test or the numbers in their names tell.
 
-Places are nodes; a grid's cells with --height, --width, --row0, --col0, --id-width or --geometry. Whole numbers as ids
-place cells by --row0, --col0 and --id-width, or count from 0; other names are taken row by row.
+Places are nodes, of several columns where --place names them, as site,direction; a grid's cells with --height, --width,
+--row0, --col0, --id-width or --geometry. Whole numbers as ids place cells by --row0, --col0 and --id-width, or count
+from 0; other names are taken row by row.
 
 Examples: the 5 x 5 block of Milan of the Telecom Italia grid, 4,320 rows x 25 columns without header or time (--start
 2013-11-01T00:00 --cadence 10 --row0 41 --col0 41 --id-width 100 --channel internet); the public week of METR-LA,
@@ -29,37 +37,48 @@ los_speed.csv, 2,016 x 207 with a header of ids (--start 2012-03-01T00:00 --cade
 --utc-offset -480 --adjacency los_adj.csv --meta graph_sensor_locations.csv).
 """
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.common import STORE_NAMES, Clock, city_of, existing, in_time, utc_offset_of
+from data_prep.common import Clock, city_of, existing, in_time, utc_offset_of
 from data_prep.graphs import SensorFiles, ids_of
-from data_prep.kinds import kind_of
 from data_prep.preparation import Plan
 from data_prep.reader import reader
-from data_prep.steps import cadence_of, part_of, plan_of, slices_of_days, stamps_from, steps_of, whole_minutes
-from data_prep.table_arrays import array_piece, frame_piece, series_piece
-from data_prep.table_columns import Named, Roles, roles_of, shown
+from data_prep.steps import (
+    beginnings,
+    cadence_of,
+    part_of,
+    plan_of,
+    require_on_grid,
+    slices_of_days,
+    stamps_from,
+    steps_of,
+    whole_minutes,
+)
+from data_prep.table_columns import Named
 from data_prep.table_grid import Contents, PlacedGrid
-from data_prep.table_parquet import SLICE_BYTES, Parquet
-from data_prep.table_reading import Piece, Source, described, read_long, read_turned, read_wide
-from data_prep.table_text import open_text
-from data_prep.table_values import Held, Measure, Rows, Slice, union
+from data_prep.table_long import COUNT
+from data_prep.table_parquet import SLICE_BYTES
+from data_prep.table_pieces import Options, piece_of
+from data_prep.table_reading import Piece
+from data_prep.table_values import Measure, Slice
 from data_prep.table_zone import skipped_hours
-from stdist.data import GridSpec, NodeSpec
+from stdist.data import DaySpan, GridSpec, NodeSpec
 from stdist.data.schema import MINUTES_PER_DAY
 from stdist.errors import InputError
 from stdist.zones import standard_offset
 
-CHANNEL = "value"
-ENDINGS = ("*.csv", "*.csv.gz", "*.tsv", "*.tsv.gz", "*.txt", "*.txt.gz", "*.parquet", "*.zip", "*.tsf")
-DUPLICATES = ("refuse", "sum", "mean")
+TEXTS = ("csv", "csv.gz", "tsv", "tsv.gz", "txt", "txt.gz", "dyna", "grid")
+ENDINGS = tuple(f"*.{ending}" for ending in (*TEXTS, "parquet", "zip", "tsf"))
+DUPLICATES = ("refuse", "sum", "mean", COUNT)
+WITHIN = "give --cadence where stamps lie within their intervals, with --duplicates mean where rows are to be gathered"
+ODD = "give --cadence, with --duplicates mean or sum where rows are to be gathered, count where they are events"
+"""What to do about stamps off the grid, and at odd seconds."""
 
 
 @reader("table")
@@ -73,6 +92,7 @@ def plan(
     cadence: int | None = None,
     utc_offset: int | None = None,
     duplicates: str = "refuse",
+    span: str | None = None,
     header: bool | None = None,
     decimal: str | None = None,
     array: str | None = None,
@@ -88,7 +108,9 @@ def plan(
     of the columns of values. units: of the values. start: local ISO time of the first row, where there is no column of
     time. cadence: minutes between rows, as the stamps say where there are some. utc_offset: minutes the city is ahead
     of UTC, by default as the stamps' own offset says. duplicates: several rows of one place and time are refused where
-    they differ (refuse), added (sum) or averaged (mean). header: the first line names the columns, or is a row.
+    they differ (refuse), added (sum) or averaged (mean), with --cadence those of one place and interval; rows that are
+    events, as trips, are counted (count). span: local days to take, as 2013-11-01:2013-11-20. header:
+    the first line names the columns, or is a row.
     decimal: mark of decimals, . or , where it cannot be told. array: name of one in an npz that holds several. nodes:
     places are nodes, as they are by default. Raises InputError where a table can be read in two ways, is none, or holds
     what an option does not fit.
@@ -97,26 +119,15 @@ def plan(
         raise InputError(f"--duplicates {duplicates!r} is unknown; choose {', '.join(DUPLICATES)}")
     if nodes and grid.asked:
         raise InputError("--nodes makes nodes of the places, --height, --width, … a grid; give one kind")
-    options = _Options(channel, start, cadence, duplicates, header, decimal, array, named, measure)
+    if duplicates == COUNT and cadence is None:
+        raise InputError("--duplicates count counts the rows of each interval; say how long it is: --cadence 60")
+    options = Options(channel, start, cadence, duplicates, header, decimal, array, named, measure, utc_offset, span)
     return _plan(sources, options, city, units, utc_offset, grid if grid.asked else None, sensors, nodes)
-
-
-@dataclass(frozen=True)
-class _Options:
-    channel: str | None
-    start: str | None
-    cadence: int | None
-    duplicates: str = "refuse"
-    header: bool | None = None
-    decimal: str | None = None
-    array: str | None = None
-    named: Named = field(default_factory=Named)
-    measure: Measure = field(default_factory=Measure)
 
 
 def _plan(
     sources: list[Path],
-    options: _Options,
+    options: Options,
     city: str | None,
     units: str,
     utc_offset: int | None,
@@ -138,17 +149,18 @@ def _plan(
     if not sources:
         raise InputError("table reads one file or more, 0 given; give the tables of one city")
     files, order = in_time(_files(sources))
-    piece, read_as = _piece(files, options)
+    piece, read_as = piece_of(files, options)
     town = city or city_of(files[0])
     if clock.timezone and piece.stamps is not None:
         utc_offset = standard_offset(clock.timezone, piece.stamps[0])
     elif utc_offset is None and piece.zoned and piece.offsets:
         utc_offset = min(piece.offsets)
     offset = utc_offset_of(town, utc_offset)
-    stamps, cadence = _stamps(piece, options, offset)
+    stamps, cadence, begun = _stamps(piece, options, offset)
+    stamps, row, other_days = _of_days(piece, stamps, options.span)
     if clock.timezone and piece.stamps is None:
         stamps, offset = clock.of_first(piece.label, town, stamps)
-    said = [*piece.said, *([order] if order and piece.stamps is None else [])]
+    said = [*piece.said, *begun, *other_days, *([order] if order and piece.stamps is None else [])]
     if piece.stamps is not None and not piece.zoned:
         said += skipped_hours(stamps, cadence)
     recipe: dict[str, Any] = {"reader": "table", "start": str(stamps[0]), "read_as": read_as, "said": said}
@@ -170,23 +182,41 @@ def _plan(
     days_at_once = max(1, SLICE_BYTES // (4 * len(piece.ids) * len(channels) * spec.slots_per_day))
     parts = []
     for a, b in slices_of_days(steps // spec.slots_per_day, days_at_once):
-        rows = {name: Slice(source, piece.order[a:b]) for name, source in piece.rows.items()}
+        rows = {name: Slice(source, row[a:b]) for name, source in piece.rows.items()}
         load = partial(_load, piece.label, rows, stamps[a:b], piece.ids, columns, spec.shape)
         parts.append(part_of(spec, steps[a:b], load, piece.label))
     return replace(plan_of(spec, recipe, [*files, *about], parts), read_as=read_as, said=tuple(said))
 
 
-def _stamps(piece: Piece, options: _Options, utc_offset: int) -> tuple[np.ndarray, int]:
-    """Local stamps of the time steps, datetime64[m] [T], and minutes between them."""
+def _stamps(piece: Piece, options: Options, utc_offset: int) -> tuple[np.ndarray, int, list[str]]:
+    """Local stamps of the time steps, datetime64[m] [T], minutes between them, and remarks."""
     start, cadence = options.start, options.cadence
     if piece.stamps is None:
         if start is None or cadence is None:
             lacking = "--start 2013-11-01T00:00 (local)" if start is None else "--cadence 10 (minutes)"
             raise InputError(f"{piece.label} has no column of time; say when its first row is and how far rows lie "
                              f"apart: {lacking}")  # fmt: skip
-        return stamps_from(Path(piece.label), start, piece.steps, cadence, "2013-11-01T00:00"), cadence
-    stamps = whole_minutes(piece.label, piece.stamps) + np.timedelta64(utc_offset if piece.zoned else 0, "m")
-    return stamps, cadence_of(piece.label, stamps, cadence)
+        return stamps_from(Path(piece.label), start, piece.steps, cadence, "2013-11-01T00:00"), cadence, []
+    local, said = piece.stamps + np.timedelta64(utc_offset if piece.zoned else 0, "m"), ""
+    if cadence and (not piece.zoned or not (60 % cadence or utc_offset % cadence)):
+        local, said = beginnings(local, cadence)
+    stamps = whole_minutes(piece.label, local, ODD)
+    if options.gather.in_intervals and cadence is not None:
+        require_on_grid(piece.label, stamps, cadence)
+        return stamps, cadence, []
+    return stamps, cadence_of(piece.label, stamps, cadence, WITHIN), [said] if said else []
+
+
+def _of_days(piece: Piece, stamps: np.ndarray, days: str | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The stamps of ``days`` alone, the row of each, and a remark."""
+    if days is None:
+        return stamps, piece.order, []
+    span = DaySpan.parse(days)
+    of_day = stamps.astype("datetime64[D]")
+    inside = (of_day >= span.first_day) & (of_day <= span.last_day)
+    if not inside.any():
+        raise InputError(f"{piece.label} has no time step in --span {days}, but {of_day[0]} to {of_day[-1]}")
+    return stamps[inside], piece.order[inside], [f"time steps of other days left out: {int((~inside).sum())}"]
 
 
 def _files(sources: Sequence[Path]) -> list[Path]:
@@ -202,132 +232,6 @@ def _files(sources: Sequence[Path]) -> list[Path]:
     if twice := next((path for path in files if files.count(path) > 1), None):
         raise InputError(f"{twice} is given twice; give each file once")
     return files
-
-
-def _piece(files: Sequence[Path], options: _Options) -> tuple[Piece, str]:
-    """All files as one table, and the line that shows how they were read."""
-    named, measure = options.named, options.measure
-    channel = options.channel or CHANNEL
-    kinds = {path: kind_of(path) for path in files}
-    tables: list[Source] = []
-    pieces: list[Piece] = []
-    for path, kind in kinds.items():
-        if kind in ("npy", "npz"):
-            pieces.append(array_piece(path, options.array, options.channel, CHANNEL, measure))
-        elif kind == "hdf5":
-            pieces.append(frame_piece(path, channel, measure))
-        elif path.name.lower().removesuffix(".zip").removesuffix(".gz").endswith(".tsf"):
-            pieces.append(series_piece(path, options.start, options.cadence, channel, measure))
-        elif kind == "parquet":
-            tables.append(Parquet(path))
-        else:
-            tables += open_text(path, options.header, options.decimal)
-    if options.array and not any(kind == "npz" for kind in kinds.values()):
-        raise InputError(f"--array {options.array} is for npz files; leave it out")
-    if tables and pieces:
-        raise InputError(f"{pieces[0].label} is no table as {tables[0].label} is; give files of one kind")
-    if pieces:
-        if named.timezone and any(piece.stamps is not None for piece in pieces):
-            raise InputError(f"--timezone reads stamps of text and Parquet, {pieces[0].label} is neither; leave it out")
-        if options.start is not None and pieces[0].stamps is not None:
-            raise InputError(f"{pieces[0].label} has stamps of its own; leave --start out")
-        joined = _joined(pieces)
-        every = f", every {joined.cadence} minutes" if joined.cadence else ""
-        places = f"{len(joined.ids)} places {shown(joined.ids, 3)}"
-        return joined, f"read as: {joined.steps} steps{every}, {places}, channels {', '.join(joined.rows)}"
-    roles = [roles_of(table, named, options.start is not None) for table in tables]
-    roles = _one_layout(tables, roles, named)
-    layout, zoned = roles[0].layout, {role.time.zoned for role in roles if role.time}
-    if len(zoned) > 1:
-        raise InputError(f"{tables[0].label} … {tables[-1].label}: some stamps tell a zone, others none")
-    if layout in ("long", "one"):
-        channels = _channels(roles[0].values, options.channel)
-        piece = read_long(tables, roles, channels, measure, options.duplicates)
-    else:
-        channels = _channel_a_file(options.channel, len(tables)) or [channel] * len(tables)
-        read: Callable[..., Piece] = read_turned if layout == "turned" else read_wide
-        piece = _joined([read(t, r, name, measure) for t, r, name in zip(tables, roles, channels, strict=True)])
-        channels = [*piece.rows]
-    return piece, described(tables, roles[0], piece, _zone(piece, roles[0]), channels)
-
-
-def _zone(piece: Piece, roles: Roles) -> str:
-    """The clock of the stamps, for people."""
-    written = f", written {piece.format}" if piece.format and not piece.format.startswith("%Y-%m-%d") else ""
-    if roles.time and roles.time.kind == "epoch":
-        return f"epoch {roles.time.unit}, UTC"
-    if roles.time and roles.time.zone:
-        return f"{roles.time.zone}{written}"
-    if not piece.zoned:
-        return f"local{written}"
-    offsets = " and ".join(f"{'+-'[m < 0]}{abs(m) // 60:02}:{abs(m) % 60:02}" for m in sorted(piece.offsets))
-    return f"UTC{offsets}{written}"
-
-
-def _one_layout(tables: Sequence[Source], roles: list[Roles], named: Named) -> list[Roles]:
-    """The roles of tables that belong together. InputError where they do not."""
-    if not named.values and {role.layout for role in roles} == {"one"} and len({role.values for role in roles}) > 1:
-        # A file a place, whose column bears its name.
-        return [replace(role, layout="wide") for role in roles]
-    for table, role in zip(tables[1:], roles[1:], strict=True):
-        same = role.layout == roles[0].layout and bool(role.time) == bool(roles[0].time)
-        if not same or (role.layout in ("long", "one") and role.values != roles[0].values):
-            raise InputError(
-                f"{table.label} is read as {role.layout} of {', '.join(role.values[:4])}, {tables[0].label} as "
-                f"{roles[0].layout} of {', '.join(roles[0].values[:4])}; give tables of one kind, or --values"
-            )
-    return roles
-
-
-def _channels(values: Sequence[str], channel: str | None) -> list[str]:
-    """Names of channels: those given, else those of the columns with what is no letter, digit or _ replaced."""
-    names = [re.sub(r"\W+", "_", name).strip("_") or f"value_{n}" for n, name in enumerate(values)]
-    if channel is not None:
-        names = [name.strip() for name in channel.split(",")]
-        if len(names) != len(values):
-            raise InputError(f"--channel {channel!r} names {len(names)} of {len(values)} columns ({', '.join(values)})")
-    names = [f"{name}_value" if name in STORE_NAMES else name for name in names]
-    if len(set(names)) < len(names):
-        raise InputError(f"columns {', '.join(values)} make channels of one name; name them with --channel a,b")
-    return names
-
-
-def _channel_a_file(channel: str | None, files: int) -> list[str] | None:
-    """Names of one channel a file; None where the files are not that."""
-    names = [name.strip() for name in channel.split(",")] if channel else []
-    if len(names) > 1 and len(names) != files:
-        raise InputError(f"--channel {channel!r} names {len(names)} channels for {files} tables; name one for each")
-    return names if len(names) > 1 else None
-
-
-def _joined(pieces: list[Piece]) -> Piece:
-    """Several tables as one: by their stamps, else one after the other, else a channel each."""
-    first = pieces[0]
-    if len(pieces) == 1:
-        return first
-    said = [remark for piece in pieces for remark in piece.said]
-    label = f"{first.label} … {pieces[-1].label}"
-    stamped = [(p.label, p.stamps, p.ids, p.rows, p.order) for p in pieces if p.stamps is not None]
-    if len(stamped) == len(pieces):
-        stamps, ids, values = union(stamped)
-        rows = dict[str, Rows]({name: Held([grid]) for name, grid in values.items()})
-        offsets = frozenset(offset for piece in pieces for offset in piece.offsets)
-        return replace(
-            first, label=label, stamps=stamps, steps=len(stamps), ids=ids, rows=rows, order=np.arange(len(stamps)),
-            offsets=offsets, said=said,
-        )  # fmt: skip
-    if stamped:
-        raise InputError(f"{label}: some files tell their time and others none; prepare them apart")
-    for piece in pieces[1:]:
-        if piece.ids != first.ids:
-            raise InputError(f"{piece.label} has other places than {first.label}, and no time to join them by")
-    if len({name for piece in pieces for name in piece.rows}) == sum(len(piece.rows) for piece in pieces):
-        if wrong := next((piece for piece in pieces if piece.steps != first.steps), None):
-            raise InputError(f"{wrong.label} has {wrong.steps} rows, {first.label} {first.steps}; channels share them")
-        return replace(first, rows={name: rows for piece in pieces for name, rows in piece.rows.items()}, said=said)
-    steps = sum(piece.steps for piece in pieces)
-    rows = {name: Held([piece.rows[name].take(piece.order) for piece in pieces]) for name in first.rows}
-    return replace(first, label=label, steps=steps, rows=rows, order=np.arange(steps), said=said)
 
 
 def _load(
@@ -383,7 +287,7 @@ def _alias(name: str) -> None:
         """Plan of a wide table. nodes: columns are nodes. start: local ISO time of the first row, where there is no
         column of time. header: the first line names the columns, or is a row."""
         cadence = 10 if cadence is None and start is not None else cadence
-        options = _Options(channel, start, cadence, named=Named(layout="wide"), header=header)
+        options = Options(channel, start, cadence, named=Named(layout="wide"), header=header)
         return _plan(sources, options, city, "unknown", utc_offset, None if nodes else grid, sensors, nodes)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 
 from data_prep.table_times import (
-    CLOCKS,
     TimeColumns,
     cleaned,
+    clock_format,
     epoch_unit,
     fitting,
     is_zoned,
@@ -101,15 +101,43 @@ def _is_of_days(sample: pl.DataFrame, time: TimeColumns) -> bool:
     return time.kind == "text" and not re.search("%[HI]", time.formats[0])
 
 
+def _are_midnights(sample: pl.DataFrame, time: TimeColumns) -> bool:
+    """True of days that are written with a time of day and repeat, as 01/05/2023 00:00:00."""
+    if time.kind not in ("text", "typed") or time.zoned:
+        return False
+    read = next(iter(time.readings(sample.select(time.columns)).values())).drop_nulls()
+    return bool(len(read)) and 2 * read.n_unique() <= len(read) and bool((read == read.dt.truncate("1d")).all())
+
+
+def tell_time_of_day(sample: pl.DataFrame) -> bool:
+    """True where a column holds stamps other than midnights."""
+    for name in sample.columns:
+        if time := _column(sample, name, None):
+            read = next(iter(time.readings(sample.select(name)).values())).drop_nulls()
+            if (read != read.dt.truncate("1d")).any():
+                return True
+    return False
+
+
+def have_several_rows_a_day(sample: pl.DataFrame) -> bool:
+    """True where a column tells days, and each is that of several rows."""
+    times = [time for name in sample.columns if (time := _column(sample, name, None))]
+    return any(
+        (_is_of_days(sample, time) or _are_midnights(sample, time)) and sample[time.columns[0]].n_unique() < len(sample)
+        for time in times
+    )
+
+
 def _with_hours(sample: pl.DataFrame, time: TimeColumns) -> TimeColumns:
     """A column of days with the one of hours, or of times of day, beside it; itself where there is none."""
-    if not _is_of_days(sample, time):
+    days = _is_of_days(sample, time)
+    if not days and not _are_midnights(sample, time):
         return time
     names = [name for usual in HOURS for name in pairs(sample.columns, (usual,))]
     if sample[time.columns[0]].n_unique() < len(sample):
         # Days that repeat have hours, however the column is called.
-        names += [name for name in sample.columns if {*words_of(name)} & {*HOURS}]
         names += [name for name in sample.columns if _of_day(sample_of(sample[name])) == "date+clock"]
+        names += [name for name in sample.columns if days and {*words_of(name)} & {*HOURS}]
     for name in names:
         if name not in time.columns and (kind := _of_day(sample_of(sample[name]))):
             return replace(time, columns=(*time.columns, name), kind=kind)
@@ -125,7 +153,8 @@ def _of_day(column: pl.Series) -> str | None:
         return "date+clock"
     if column.dtype == pl.String and len(column):
         fields = column.str.strip_chars().to_list()
-        return "date+clock" if any(all(re.fullmatch(p, f) for f in fields) for p in CLOCKS) else None
+        formats = {clock_format(field) for field in fields}
+        return "date+clock" if len(formats) == 1 and None not in formats else None
     return None
 
 

@@ -12,8 +12,8 @@ import polars as pl
 from data_prep.table_clock import clock_of
 from data_prep.table_sniff import is_number, is_time
 from data_prep.table_times import (
-    CLOCKS,
     TimeColumns,
+    clock_format,
     epoch_unit,
     fitting,
     pairs,
@@ -32,6 +32,7 @@ PLACES = (
     *("sensor", "station", "detector", "cell", "square", "zone", "node", "location", "site", "segment", "link"),
     *("place", "meter", "counter", "device", "turbine", "region", "area", "series", "seriesname", "id", "name"),
     *("stationname", "sensorname", "sitename", "road", "street", "household", "page"),
+    *("estacion", "stazione", "sensore", "messstelle", "standort", "zst", "capteur", "compteur"),
 )
 """Usual names of columns of places, in small letters and digits; the first of those that a table has is taken."""
 INDEX = ("index", "level0", "rownum", "rownumber", "row", "rowid", "no", "nr", "instant", "dynaid", "objectid")
@@ -40,7 +41,8 @@ CALENDAR = (
     *("weekday", "dayofweek", "dow", "week", "weekofyear", "dayofyear", "quarter", "season", "holiday", "workingday"),
     *("isholiday", "isweekend", "weekend", "timeofday", "tod", "date", "time", "timestamp", "datetime", "epoch"),
 )
-ID_WORDS = ("id", "ids", "identifiant", "identifier", "code", "nummer", "number")
+IDS = ("id", "ids", "identifiant", "identifier")
+ID_WORDS = (*IDS, "code", "nummer", "number", "name")
 PLACE_WORDS = ("station", "sensor", "detector", "zone", "cell", "site", "node", "link", "segment", "location", "arc")
 DEGREES = (
     *("lat", "latitude", "lon", "lng", "long", "longitude", "elevation", "altitude", "x", "y"),
@@ -48,6 +50,7 @@ DEGREES = (
 )
 CELLS = (("rowid", "row"), ("columnid", "column", "colid", "col"))
 """Usual names of rows and columns of a grid's cells."""
+AXES = (*CELLS[0], *CELLS[1], "i", "j", "x", "y", "r", "c")
 TOTALS = ("total", "sum", "totals", "mean", "average", "all")
 MANIFOLD = 1.5
 """Rows a stamp from which on rows are of several places."""
@@ -69,11 +72,11 @@ class Table(Protocol):
 @dataclass(frozen=True)
 class Named:
     """Options: the columns of a table, where their names and first lines do not tell. time: column of time, or those
-    that tell it together, as date,hour. place: column of places, which makes the table long, or row,column of a grid's
-    cells. values: columns of values, a,b,…, each a channel; in a wide table the places to take. layout: wide (a column
-    a place) or long (a row a place and time). time_format: how stamps are written, as %d/%m/%Y %H:%M.
-    timezone: the city's zone, as Europe/Madrid: stamps without an offset are of its clock, also in the hours that are
-    repeated and skipped, and so are the store's local days and times."""
+    that tell it together, as date,hour. place: column of places, which makes the table long, or those that tell it
+    together, as site,direction; row,column of a grid's cells. values: columns of values, a,b,…, each a channel; in a
+    wide table the places to take. layout: wide (a column a place) or long (a row a place and time). time_format: how
+    stamps are written, as %d/%m/%Y %H:%M. timezone: the city's zone, as Europe/Madrid: stamps without an offset are of
+    its clock, also in the hours that are repeated and skipped, and so are the store's local days and times."""
 
     time: str | None = None
     place: str | None = None
@@ -93,9 +96,9 @@ class Named:
 
 @dataclass(frozen=True)
 class Roles:
-    """The part of every column. place: the column of places, or those of rows and columns of a grid; none of a wide
-    table. layout: ``wide``, ``long``, ``turned`` (a row a place, a column a time), or ``one``
-    (values of one place). left_out: what is no measurement."""
+    """The part of every column. place: the column of places, or those that tell it together; none of a wide table.
+    layout: ``wide``, ``long``, ``turned`` (a row a place, a column a time), or ``one`` (values of one place). left_out:
+    what is no measurement."""
 
     layout: str
     time: TimeColumns | None
@@ -104,30 +107,27 @@ class Roles:
     left_out: tuple[str, ...]
 
 
-def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
-    """stampless: the rows follow one another from a stamp that the user gives.
+def roles_of(table: Table, named: Named, stampless: bool, counting: bool = False) -> Roles:
+    """stampless: the rows follow one another from a stamp that the user gives. counting: rows are events, to be counted
+    by place and time, and no column holds values.
 
     Raises InputError in one line that names the option where the columns can be read in several ways.
     """
     place = tuple(_listed(table, "--place", named.place))
-    if len(place) > 2:
-        raise InputError(f"--place {named.place!r} names {len(place)} columns; give the one of places, or row,column")
     asked = _listed(table, "--values", named.values)
     time = clock_of(table.label, table.sample, _listed(table, "--time", named.time), named.time_format, stampless)
     if time is not None and not time.zoned:
         time = replace(time, zone=named.timezone)
+    if time and (both := next((name for name in time.columns if name in place), None)):
+        raise InputError(f"{table.label}: column {both!r} of --place tells the time; leave it out")
     if time is None and not stampless and (turned := _turned(table, place, named.timezone)):
         return turned
-    hours = [name for name in table.names if any(re.fullmatch(clock, name) for clock in CLOCKS)]
-    if len(hours) > 2 and 2 * len(hours) > len(table.names):
-        raise InputError(
-            f"{table.label}: columns are times of day ({hours[0]}, {hours[1]}, …), rows days; write a row a time, as "
-            "frame.unpivot or pandas' melt does"
-        )
     free = [name for name in table.names if not (time and name in time.columns) and name not in place]
     numeric = [name for name in free if is_numeric(table.sample[name])]
     text = [name for name in free if name not in numeric and not _is_time(table.sample[name])]
     values = [name for name in numeric if not _is_no_measurement(table, name, time is not None)]
+    if counting:
+        return _events(table, time, place or _place(table, time, values, text, [], "long") if time else ())
     if not place and named.layout != "wide" and time is not None:
         place = _cells(values) or _place(table, time, values, text, asked, named.layout)
     if asked:
@@ -139,7 +139,8 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
         if time is None:
             raise InputError(f"{table.label} has no column of time beside {place[0]!r}; name it with --time")
         if not asked:
-            values = [name for name in values if plain(name) not in (*DEGREES, *PLACES)]
+            others = [name for name in values if plain(name) not in (*DEGREES, *PLACES)]
+            values = [name for name in others if not {*words_of(name)} & {*IDS}] or others
     if not values:
         raise InputError(f"{table.label} has no column of values; it has {', '.join(map(repr, table.names[:12]))}")
     if named.layout == "long" and time is None:
@@ -151,6 +152,17 @@ def roles_of(table: Table, named: Named, stampless: bool) -> Roles:
         values = _without_total(table, values)
     used = {*values, *place, *(time.columns if time else ())}
     return Roles(layout, time, place, tuple(values), tuple(name for name in table.names if name not in used))
+
+
+def _events(table: Table, time: TimeColumns | None, place: tuple[str, ...]) -> Roles:
+    """The roles of a table whose rows are counted."""
+    others = [name for name in table.names if not (time and name in time.columns) and name not in place]
+    for option, lacking in (("--time", time is None), ("--place", not place and others)):
+        if lacking:
+            columns = ", ".join(map(repr, table.names[:20]))
+            raise InputError(f"{table.label}: which column tells it for --duplicates count? name it with {option}: "
+                             f"{columns}")  # fmt: skip
+    return Roles("long", time, place, (), tuple(others))
 
 
 def is_numeric(column: pl.Series) -> bool:
@@ -165,7 +177,7 @@ def _is_time(column: pl.Series) -> bool:
     if column.dtype != pl.String:
         return column.dtype.is_temporal()
     fields = sample_of(column).to_list()
-    return is_time(fields) or (bool(fields) and all(any(re.fullmatch(c, f) for c in CLOCKS) for f in fields))
+    return is_time(fields) or (bool(fields) and all(map(clock_format, fields)))
 
 
 def _is_no_measurement(table: Table, name: str, timed: bool) -> bool:
@@ -207,10 +219,16 @@ def _place(
     named = [name for usual in PLACES for name in pairs(table.names, (usual,)) if name in {*values, *text}]
     if _stamps_repeat(table, time):
         named += [name for name in (*values, *text) if _is_called_a_place(name) and name not in named]
+        ids = [
+            name for name in (*values, *text) if {*words_of(name)} & {*IDS} and table.sample[name].is_duplicated().any()
+        ]
+        named += ids if len(ids) == 1 and not named else []
     named = [name for name in named if name not in asked]
     counters = [name for name in named if _counts_rows(table, name)]
     if others := [name for name in named if name not in counters]:
-        return (others[0],)
+        # An id may be one of rows.
+        apart = (n for n in others if plain(n) != "id" and not _occur_twice(table, (*time.columns, n)))
+        return (next(apart, others[0]),)
     if counters and _stamps_repeat(table, time):
         return (counters[0],)
     words = [name for name in text if plain(name) not in CALENDAR]
@@ -224,12 +242,20 @@ def _place(
         return tuple(words)
     if _stamps_repeat(table, time):
         whole = [name for name in values if whole_numbers(sample_of(table.sample[name])) is not None]
+        if len(only := [*words, *whole]) == 1 and values != only and not _occur_twice(table, (*time.columns, *only)):
+            return (only[0],)
         might = ", ".join(map(repr, [*words, *whole][:6])) or "none might"
         raise InputError(
             f"{table.label}: several rows share a stamp, and no column is known to be the place ({might}); "
             "name it with --place"
         )
     return ()
+
+
+def _occur_twice(table: Table, names: tuple[str, ...]) -> bool:
+    """True where rows of the sample are equal in these columns, and not in others."""
+    rows = table.sample.unique()
+    return rows.select(names).n_unique() < len(rows)
 
 
 def _is_called_a_place(name: str) -> bool:

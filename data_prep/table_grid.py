@@ -17,6 +17,7 @@ from stdist.errors import InputError
 OUTSIDE = -1
 CELL = ","
 """Between row and column of a cell that a table names so."""
+GRID_CELL = rf"-?\d+{CELL}-?\d+"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class PlacedGrid(GridPlace):
             if self != PlacedGrid(geometry=self.geometry):
                 raise InputError("--geometry tells rows and columns itself; leave the other options of a grid out")
             return self._by_geometry(table)
-        if all(re.fullmatch(rf"-?\d+{CELL}-?\d+", name) for name in table.places):
+        if all(re.fullmatch(GRID_CELL, name) for name in table.places):
             around, numbers = self._by_row_and_column([*table.places])
             return around.placed(replace(table, places=numbers))
         shape = self._shape(table.label, len(table.places))

@@ -2,25 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import polars as pl
 
-from data_prep.steps import cadence_of_most, minutes_of_day
 from data_prep.table_columns import TOTALS, Roles, shown
-from data_prep.table_grid import CELL
 from data_prep.table_parquet import Parquet, ParquetRows
 from data_prep.table_text import array_of
 from data_prep.table_times import TimeColumns, chosen_reading, cleaned, offsets_in, parse, plain
-from data_prep.table_values import Held, Measure, Records, Rows, dense, in_order, merge
+from data_prep.table_values import Held, Measure, Rows, in_order, merge
 from data_prep.table_zone import utc_of
 from stdist.errors import InputError
 
 LISTED = 3
-MERGED = {"refuse": "merged", "sum": "added", "mean": "averaged"}
 
 
 class Source(Protocol):
@@ -212,129 +208,6 @@ def read_turned(table: Source, roles: Roles, channel: str, measure: Measure) -> 
     return Piece(table.label, stamps, len(stamps), places, rows, order, zoned, format=format, said=said)
 
 
-def read_long(
-    tables: Sequence[Source], roles: Sequence[Roles], channels: Sequence[str], measure: Measure, duplicates: str
-) -> Piece:
-    """A row a place and time, all tables together; without a column of places each table is a place of its own, or,
-    where their times lie apart, a span of one."""
-    position: dict[str, int] = {}
-    parts: list[Records] = []
-    formats, offsets, said = list[str](), set[int](), list[str]()
-    for table, role in zip(tables, roles, strict=True):
-        part, format, seen, notes = _records(table, role, channels, measure, position)
-        parts.append(part)
-        formats.append(format)
-        offsets |= seen
-        said += notes
-    if not roles[0].place and len(tables) > 1 and _lie_apart(parts):
-        name = _common_name([table.stem for table in tables])
-        position = {name: 0}
-        for part in parts:
-            part.places[:] = 0
-        said.append(f"{len(tables)} files are spans of one place")
-    label = tables[0].label if len(tables) == 1 else f"{tables[0].label} … {tables[-1].label}"
-    records = Records(
-        label,
-        np.concatenate([part.stamps for part in parts]),
-        np.concatenate([part.places for part in parts]),
-        {channel: np.concatenate([part.values[channel] for part in parts]) for channel in channels},
-    )
-    del parts
-    if zone := roles[0].time and roles[0].time.zone:
-        records = _in_utc(records, zone)
-    records, dropped = _on_the_grid(records)
-    if dropped:
-        said.append(f"rows left out without a value, off the grid of the other stamps: {dropped}")
-    names = list(position)
-    if all(name.endswith(".0") and name[:-2].isdigit() for name in names):
-        names = [name[:-2] for name in names]
-    axis = np.unique(records.stamps)
-    values, again = dense(records, axis, names, duplicates)
-    if again:
-        said.append(f"rows {MERGED[duplicates]} that repeat others: {again}")
-    numeric = all(name.isdigit() for name in names)
-    order = sorted(range(len(names)), key=lambda number: (int(names[number]) if numeric else 0, names[number]))
-    held = dict[str, Rows]({channel: Held([grid[:, order]]) for channel, grid in values.items()})
-    zoned = bool(zone or (roles[0].time and roles[0].time.zoned))
-    ids = [names[number] for number in order]
-    return Piece(
-        label, axis, len(axis), ids, held, np.arange(len(axis)), zoned, frozenset(offsets), formats[0],
-        cells=len(roles[0].place) == 2, said=said,
-    )  # fmt: skip
-
-
-def _records(
-    table: Source, roles: Roles, channels: Sequence[str], measure: Measure, position: dict[str, int]
-) -> tuple[Records, str, set[int], list[str]]:
-    """The rows of one table; new places are added to ``position``."""
-    assert roles.time is not None
-    stamps = Stamps(table.label, roles.time)
-    places, values = list[np.ndarray](), dict[str, list[np.ndarray]]({channel: [] for channel in channels})
-    text = dict.fromkeys([*roles.time.columns, *roles.place])
-    for lines, frame in table.blocks(roles.values, [*text]):
-        stamps.add(lines, frame)
-        for channel, name in zip(channels, roles.values, strict=True):
-            values[channel].append(measure.of(array_of(frame.select(name))[:, 0]))
-        if not roles.place:
-            places.append(np.full(len(frame), position.setdefault(table.stem, len(position)), np.int32))
-            continue
-        parts = [pl.col(name).cast(pl.String).str.strip_chars() for name in roles.place]
-        names = frame.select(pl.concat_str(parts, separator=CELL)).to_series()
-        known = names.drop_nulls().unique(maintain_order=True)
-        codes = [position.setdefault(name, len(position)) for name in known]
-        places.append(names.replace_strict(known, codes, default=-1, return_dtype=pl.Int32).to_numpy())
-    if not places:
-        raise InputError(f"{table.label} holds no row{' below its header' if table.header else ''}; give data")
-    joined = {channel: np.concatenate(blocks) for channel, blocks in values.items()}
-    empty = np.logical_and.reduce([np.isnan(column) for column in joined.values()])
-    read, there, format, said = stamps.finish(empty)
-    codes_of = np.concatenate(places)
-    if len(lost := np.flatnonzero(there & (codes_of < 0))):
-        raise InputError(f"{table.label}: row {lost[0] + 1} has no place in {roles.place[0]!r}; fill or drop it")
-    columns = {channel: column[there] for channel, column in joined.items()}
-    return Records(table.label, read[there], codes_of[there], columns), format, stamps.offsets, said
-
-
-def _common_name(stems: Sequence[str]) -> str:
-    """The common beginning of several names, without numbers at its end."""
-    same = [len({*letters}) == 1 for letters in zip(*stems, strict=False)]
-    return stems[0][: same.index(False) if False in same else len(same)].rstrip("_-. 0123456789") or stems[0]
-
-
-def _lie_apart(parts: Sequence[Records]) -> bool:
-    """True where no two tables share a stretch of time."""
-    spans = sorted((part.stamps.min(), part.stamps.max()) for part in parts)
-    return all(after[0] > before[1] for before, after in pairwise(spans))
-
-
-def _in_utc(records: Records, zone: str) -> Records:
-    """Without the rows of hours that the clock skips."""
-    stamps = utc_of(records.label, records.stamps, zone, _empty(records), records.places)
-    keep = ~np.isnat(stamps)
-    values = {channel: column[keep] for channel, column in records.values.items()}
-    return Records(records.label, stamps[keep], records.places[keep], values)
-
-
-def _empty(records: Records) -> np.ndarray:
-    """True of rows without a value, bool [n]."""
-    return np.logical_and.reduce([np.isnan(column) for column in records.values.values()])
-
-
-def _on_the_grid(records: Records) -> tuple[Records, int]:
-    """Records without those that hold no value and lie off the grid of all others; their number."""
-    empty = _empty(records)
-    if not empty.any() or empty.all():
-        return records, 0
-    cadence = cadence_of_most(np.unique(records.stamps[~empty]))
-    if cadence is None:
-        return records, 0
-    minutes = minutes_of_day(records.stamps)
-    whole = records.stamps == records.stamps.astype("datetime64[m]")
-    keep = ~empty | (whole & (minutes % cadence == 0))
-    values = {channel: column[keep] for channel, column in records.values.items()}
-    return Records(records.label, records.stamps[keep], records.places[keep], values), int((~keep).sum())
-
-
 def described(tables: Sequence[Source], roles: Roles, piece: Piece, zone: str, channels: Sequence[str]) -> str:
     """One line that shows how the tables were read."""
     words = {"wide": "wide, a column a place", "turned": "a row a place, a column a time", "one": "values of one place"}
@@ -349,7 +222,7 @@ def described(tables: Sequence[Source], roles: Roles, piece: Piece, zone: str, c
         said.append(f"time = header ({zone})")
     said.append(f"{len(piece.ids)} places {shown(piece.ids, 3)}")
     if roles.layout in ("long", "one"):
-        said.append(f"values = {shown(roles.values, 8)}")
+        said.append(f"values = {shown(roles.values, 8) or 'the count of rows'}")
     if [*channels] != [*roles.values] or roles.layout in ("wide", "turned"):
         said.append(f"channels {', '.join(channels)}")
     if roles.left_out:

@@ -11,14 +11,17 @@ from stdist.errors import InputError
 
 BLANKS = [
     *("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NAN", "NULL", "Null", "null", "None", "none", "nil", "-", "--"),
-    *("?", "n/e", "N/E", "n.a.", "N.A.", ".", "<NA>", "missing"),
+    *("?", "n/e", "N/E", "n.a.", "N.A.", ".", "<NA>", "missing", "NIL", "Nil", "#DIV/0!", "#VALUE!", "#REF!"),
 ]
 """Fields that mean missing."""
 SEPARATORS = ",;\t|"
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
+PERCENT = re.compile(r"\s*%$")
 GROUPED = re.compile(r"[+-]?\d{1,3}([.,' \u00a0\u202f]\d{3})+([.,]\d+)?")
 CHANCE = 1e-3
 """At less than this a row of values would hold whole numbers alone."""
+FOOTER = re.compile(r"(?i)\W*(total|source|note|rows?|records?|end|generated|exported|copyright|\d+ rows?)\b.*")
+"""A line below a table that is none of its rows."""
 ALIKE = 0.1
 """Share of rows that must be as orderly as a first row of whole numbers for it to be one of them."""
 
@@ -41,15 +44,35 @@ def separator_of(lines: list[str]) -> str:
         even = widths.count(usual) / len(widths)
         best[mark] = (usual > 1 and even >= 0.9, mark == ";" or even, usual)
     if not any(fits for fits, _, _ in best.values()):
-        fields = {len(line.split(" ")) for line in lines if line}
-        if len(fields) == 1 and fields != {1} and all(map(is_number, lines[-1].split(" "))):
-            # numpy.savetxt
+        fields = {len(line.split()) for line in lines if line.strip()}
+        if len(fields) == 1 and fields != {1} and all(map(is_number, lines[-1].split())):
+            # numpy.savetxt, and columns of one width
             return " "
         return max(SEPARATORS, key=lambda mark: sum(line.count(mark) for line in lines))
     return max(SEPARATORS, key=lambda mark: best[mark])
 
 
-def require_even(label: str, rows: list[list[str]]) -> None:
+def titles_above(rows: Sequence[Sequence[str]]) -> int:
+    """The number of rows above a table that are titles of it: fewer fields than it has columns, or words in fewer than
+    half of them, and neither a number nor a time. The row below them names the columns, and at least one more follows,
+    all of one length."""
+    if len(rows) < 2:
+        return 0
+    width, number = len(rows[-1]), 0
+    while number < len(rows) and _is_title(rows[number], width):
+        number += 1
+    table = rows[number:]
+    is_whole = len(table) > 1 and all(len(row) == width for row in table)
+    return number if is_whole and not any(is_number(field) or formats_of(field) for field in table[0]) else 0
+
+
+def _is_title(row: Sequence[str], width: int) -> bool:
+    words = [field for field in row if field.strip()]
+    short = len(row) < width or (len(row) == width and 2 * len(words) < width)
+    return short and not any(is_number(word) or formats_of(word) for word in words)
+
+
+def require_even(label: str, rows: list[list[str]], first_line: int = 1) -> None:
     """InputError where the first rows differ in length."""
     widths = [len(row) for row in rows]
     wrong = next((number for number, width in enumerate(widths) if width != widths[0]), None)
@@ -57,11 +80,11 @@ def require_even(label: str, rows: list[list[str]]) -> None:
         return
     if wrong == 1 and len(widths) > 2 and len({*widths[1:]}) == 1:
         raise InputError(
-            f"{label}, line 1: {widths[0]} columns, the lines below have {widths[1]}; "
+            f"{label}, line {first_line}: {widths[0]} columns, the lines below have {widths[1]}; "
             "is the line a title? remove what stands above the table, or mark it with #"
         )
     raise InputError(
-        f"{label}, line {wrong + 1}: {widths[wrong]} columns instead of {widths[0]}; "
+        f"{label}, line {wrong + first_line}: {widths[wrong]} columns instead of {widths[0]}; "
         "the row is broken, blank, or the file was cut short"
     )
 
@@ -128,6 +151,8 @@ def _counts(row: list[float]) -> bool:
 
 
 def is_number(field: str) -> bool:
+    """True of numbers, with marks of thousands or a sign of percent too."""
+    field = PERCENT.sub("", field)
     return bool(NUMBER.fullmatch(field) or GROUPED.fullmatch(field))
 
 
@@ -137,11 +162,12 @@ def marks_of(label: str, rows: Sequence[Sequence[str]], separator: str, decimal:
     if decimal not in (None, ",", "."):
         raise InputError(f"--decimal {decimal!r} is neither , nor .; give one of the two")
     given = decimal
-    fields = [field for row in rows for field in row if not field.isalnum() and is_number(field)]
+    fields = [PERCENT.sub("", field) for row in rows for field in row if not field.isalnum() and is_number(field)]
     commas, dots = ([field for field in fields if mark in field] for mark in ",.")
     blanks = "".join({mark for field in fields for mark in "' \u00a0\u202f" if mark in field})
     if decimal is None:
-        decimal = "." if not commas or _groups_by_comma(commas, dots) else ","
+        by_dot = not commas and any(field.count(".") > 1 for field in dots)
+        decimal = "." if not by_dot and (not commas or _groups_by_comma(commas, dots)) else ","
         grouped = all(re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", field) for field in commas)
         if decimal == "," and grouped and separator == ",":
             decimal = "."

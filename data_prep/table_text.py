@@ -23,7 +23,17 @@ import numpy as np
 import polars as pl
 
 from data_prep.kinds import kind_of, refuse_kind
-from data_prep.table_sniff import BLANKS, is_header, marks_of, records, require_even, separator_of
+from data_prep.table_sniff import (
+    BLANKS,
+    FOOTER,
+    PERCENT,
+    is_header,
+    marks_of,
+    records,
+    require_even,
+    separator_of,
+    titles_above,
+)
 from stdist.errors import InputError
 
 BLOCK = 1 << 24
@@ -32,6 +42,8 @@ HEAD = 1 << 20
 SAMPLED = 200
 """Rows that are looked at to see what a table is."""
 PACKED: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+NO_TABLE = re.compile(r"(?i)\..*|(readme|licen[cs]e|notice|metadata|citation).*|.*\.(pdf|html?|md|docx?|xml|png|jpg)")
+"""Names of what lies beside tables in an archive."""
 DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
@@ -39,8 +51,9 @@ DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 class Text:
     """One table of text before its rows are read. member: its name in a zip archive.
 
-    separator, decimal, thousands: marks. comments: whether lines begin with ``#``, which are passed over. header:
-    whether the first line names the columns; names: of the columns. head: the first rows.
+    separator, decimal, thousands: marks. comments: whether lines begin with ``#``, which are passed over. titles: how
+    many lines above the table are none of it. header: whether its first line names the columns; names: of the columns.
+    head: the first rows.
     """
 
     path: Path
@@ -49,6 +62,7 @@ class Text:
     decimal: str = "."
     thousands: str = ""
     comments: bool = False
+    titles: int = 0
     header: bool = False
     names: tuple[str, ...] = ()
     head: tuple[tuple[str, ...], ...] = ()
@@ -89,13 +103,25 @@ class Text:
             if self.comments and b"#" in block:
                 lines = lines[[not text.startswith(b"#") for text in block.splitlines()]]
                 block = re.sub(rb"(?m)^#.*\n", b"", block)
+            if number == 0 and self.titles:
+                block, lines = block.split(b"\n", self.titles)[-1], lines[self.titles :]
             if number == 0 and self.header:
                 block, lines = _behind_record(block), lines[1:]
-            block = block.rstrip(b"\r\n") + b"\n"
+            block = self._without_footers(block.rstrip(b"\r\n")) + b"\n"
+            if self.separator == " ":
+                block = re.sub(rb"(?m)^ +| +$", b"", re.sub(rb"[ \t]+", b" ", block))
             if block != b"\n":
                 self._require_even(block, lines)
                 rows = self._rows(block, lines, schema, [*text, *numeric])
                 yield lines[: len(rows)], rows
+
+    def _without_footers(self, block: bytes) -> bytes:
+        """A line of words below the table becomes a row whose other fields are blank, as a summary is."""
+        above, _, last = block.rpartition(b"\n")
+        if len(self.names) < 2 or self.separator.encode() in last or not FOOTER.fullmatch(last.decode().strip('"')):
+            return block
+        row = last + self.separator.encode() * (len(self.names) - 1)
+        return self._without_footers(above.rstrip(b"\r\n")) + b"\n" + row
 
     def _rows(
         self, block: bytes, lines: np.ndarray, schema: dict[str, type[pl.DataType]], wanted: list[str]
@@ -138,11 +164,11 @@ class Text:
             if schema[name] != pl.Float64:
                 columns.append(text.set(blank, None).alias(name))
                 continue
-            plain, odd = text, pl.Series([False]).new_from_index(0, len(text))
+            plain, odd = text.str.replace(PERCENT.pattern, ""), pl.Series([False]).new_from_index(0, len(text))
             if self.thousands:
                 mark = f"[{re.escape(self.thousands)}]"
-                odd = text.str.contains(mark) & ~text.str.contains(rf"^[+-]?\d{{1,3}}({mark}\d{{3}})+(\D\d+)?$")
-                plain = text.str.replace_all(mark, "")
+                odd = plain.str.contains(mark) & ~plain.str.contains(rf"^[+-]?\d{{1,3}}({mark}\d{{3}})+(\D\d+)?$")
+                plain = plain.str.replace_all(mark, "")
             plain = plain.str.replace(",", ".", literal=True) if self.decimal == "," else plain
             numbers = plain.cast(pl.Float64, strict=False)
             wrong = ~blank & (odd | numbers.is_null() | ~numbers.is_finite())
@@ -207,7 +233,9 @@ def _members(path: Path) -> list[Text]:
             raise InputError(f"{path} is a zip archive that was cut short ({error}); fetch it again") from error
         if any(info.flag_bits & 1 for info in infos):
             raise InputError(f"{path} is a zip archive under a password; unpack it first")
-        members = [i.filename for i in infos if not Path(i.filename).name.startswith(".")]
+        members = [i.filename for i in infos if not NO_TABLE.fullmatch(Path(i.filename).name)] or [
+            i.filename for i in infos
+        ]
         if not members:
             raise InputError(f"{path} is a zip archive without a file in it; give one that holds a table")
     elif kind not in PACKED and kind != "text":
@@ -283,12 +311,18 @@ def _sniffed(table: Text, header: bool | None, decimal: str | None) -> Text:
         what = "holds comments alone" if any(line.strip() for line in lines) else "is empty"
         raise InputError(f"{table.label} {what}; give a file that holds data")
     separator = separator_of(plain[: SAMPLED + 1])
+    if separator == " ":
+        plain = [" ".join(line.split()) for line in plain]
     rows = [fields for _, fields in islice(records("\n".join(plain), separator), SAMPLED + 1)]
     while rows and not any(field.strip() for field in rows[-1]):
         rows.pop()
     if not rows:
         raise InputError(f"{table.label} holds blank fields alone; give a file that holds data")
-    require_even(table.label, rows)
+    while len(rows) > 2 and (rows[-1] == [""] or (len(rows[-1]) == 1 and FOOTER.fullmatch(rows[-1][0]))):
+        rows.pop()
+    titles = titles_above(rows)
+    rows = rows[titles:]
+    require_even(table.label, rows, 1 + titles)
     rows = [[field.strip() for field in row] for row in rows]
     titled = is_header(table.label, rows) if header is None else header
     body = tuple(map(tuple, rows[1:] if titled else rows))
@@ -301,6 +335,7 @@ def _sniffed(table: Text, header: bool | None, decimal: str | None) -> Text:
         decimal=decimal,
         thousands=thousands,
         comments=comments,
+        titles=titles,
         header=titled,
         names=names,
         head=body,

@@ -35,6 +35,10 @@ CLOCKS = {
     r"\d{1,2}\.\d{2}\.\d{2}": "%H.%M.%S",
 }
 COMPACT = {r"\d{12}": "%Y%m%d%H%M", r"\d{14}": "%Y%m%d%H%M%S", r"\d{8}T\d{6}": "%Y%m%dT%H%M%S"}
+MIDNIGHT = r"(^|[T ,])24([:.-]00)"
+"""The end of a day, 24:00."""
+DAY = 86_400_000_000
+"""Microseconds."""
 YEARS = ("1970", "2101")
 EPOCHS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 SINCE, UNTIL = 946_684_800, 4_102_444_800
@@ -70,6 +74,15 @@ def formats_of(stamp: str) -> tuple[str, ...]:
     return ()
 
 
+def clock_format(field: str) -> str | None:
+    """The format that a time of day is written in; None where it is none."""
+    for clock, format in CLOCKS.items():
+        if found := re.fullmatch(rf"{clock}( ?[AaPp][Mm])?", field):
+            half = found[1]
+            return format.replace("%H", "%I") + half[:-2] + "%p" if half else format
+    return None
+
+
 def cleaned(text: pl.Series) -> pl.Series:
     """Text of stamps without the ends of spans (``a - b``) and the names of zones in brackets."""
     text = text.cast(pl.String).str.strip_chars()
@@ -83,6 +96,8 @@ def parse(text: pl.Series, format: str) -> pl.Series:
 
     A date alone among stamps with a time of day is its midnight: so Excel writes it.
     """
+    if text.str.contains(MIDNIGHT).any():
+        return parse(text.str.replace(MIDNIGHT, "${1}00$2"), format) + _days_later(text)
     if not re.search("%[HI]", format):
         days = text.str.strptime(pl.Date, format, strict=False)
         return days.cast(pl.Datetime("us"))
@@ -95,6 +110,11 @@ def parse(text: pl.Series, format: str) -> pl.Series:
     if not clock or not date or not date[1] or is_zoned(format):
         return stamps
     return stamps.fill_null(text.str.strptime(pl.Date, date[1], strict=False).cast(pl.Datetime("us")))
+
+
+def _days_later(text: pl.Series) -> pl.Series:
+    """A day of stamps that are the end of one, 24:00, else none: Duration[us]."""
+    return (text.str.contains(MIDNIGHT).cast(pl.Int64) * DAY).cast(pl.Duration("us"))
 
 
 def is_zoned(format: str) -> bool:
@@ -158,7 +178,9 @@ class TimeColumns:
             parts = frame.select(
                 pl.col(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False) for name in self.columns
             )
-            return {"": parts.select(pl.datetime(*map(pl.col, self.columns), time_unit="us")).to_series()}
+            year, *others = map(pl.col, self.columns)
+            year = pl.when(year < 100).then(year + 1900 + 100 * (year < 70)).otherwise(year)
+            return {"": parts.select(pl.datetime(year, *others, time_unit="us")).to_series()}
         if self.kind == "text":
             text = cleaned(first)
             return {format: parse(text, format) for format in self.formats}
@@ -171,8 +193,9 @@ class TimeColumns:
             hours = column.cast(pl.Float64, strict=False)
             return (hours * 3600).cast(pl.Int64).cast(pl.Duration("ms")) * 1000
         clock = column.cast(pl.String).str.strip_chars()
-        format = next((f for p, f in CLOCKS.items() if re.fullmatch(p, clock.drop_nulls()[0])), "%H:%M:%S")
-        return clock.str.strptime(pl.Time, format, strict=False).cast(pl.Duration("us"))
+        format = clock_format(clock.drop_nulls()[0]) or "%H:%M:%S"
+        of_day = clock.str.replace(MIDNIGHT, "${1}00$2").str.strptime(pl.Time, format, strict=False)
+        return of_day.cast(pl.Duration("us")) + _days_later(clock)
 
 
 def _typed(column: pl.Series) -> pl.Series:
@@ -195,20 +218,18 @@ def chosen_reading(path: Path | str, readings: Sequence[tuple[str, np.ndarray]],
     Raises InputError naming ``--time-format`` where day and month cannot be told apart: no day beyond the twelfth, and
     neither reading runs at a steady pace where the other does not.
     """
-    if len(readings) == 1:
+    if len(readings) == 1 or all((read == readings[0][1]).all() for _, read in readings):
         return readings[0]
     steady = [reading for reading in readings if _is_steady(reading[1])]
     if len(steady) == 1:
         return steady[0]
     formats = " or ".join(f"--time-format '{format}'" for format, _ in readings)
+    (_, first), (_, second), *_ = readings
+    unlike = int((first != second).argmax())
+    one, other = (str(stamps[unlike].astype("datetime64[m]")).replace("T", " ") for stamps in (first, second))
     raise InputError(
-        f"{path}: column {column!r} may have the day or the month first, as {_shown(readings[0][1])} or "
-        f"{_shown(readings[1][1])}; give {formats}"
+        f"{path}: column {column!r} may have the day or the month first, as {one} or {other}; give {formats}"
     )
-
-
-def _shown(stamps: np.ndarray) -> str:
-    return str(stamps[0].astype("datetime64[m]")).replace("T", " ")
 
 
 def _is_steady(stamps: np.ndarray) -> bool:

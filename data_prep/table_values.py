@@ -10,7 +10,10 @@ from data_prep.table_zone import REPEATED, clock_change
 from stdist.errors import InputError
 
 ONCE = "give each time once; --place names the column of places of a long table"
-PLACED = "give each place and time once, name the column of places with --place, or say --duplicates sum or mean"
+PLACED = (
+    "give each place and time once, name the column of places with --place, several as site,direction, or say "
+    "--duplicates sum or mean, or count where rows are events"
+)
 
 
 class Rows(Protocol):
