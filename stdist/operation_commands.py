@@ -77,7 +77,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8000,
     token_file: Annotated[Path | None, typer.Option(help="file with the token; if absent STDIST_SERVE_TOKEN")] = None,
     rate: Annotated[float, typer.Option(help="requests a second of one client; 0: any number")] = 50.0,
-    ray: Annotated[str | None, typer.Option(help="answer on a Ray cluster: HOST:6379, auto or local")] = None,
+    ray: Annotated[str | None, typer.Option(help="on a cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="with --ray: processes that answer; 1 if absent")] = None,
     as_json: Json = False,
 ) -> None:

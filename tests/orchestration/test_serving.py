@@ -27,6 +27,7 @@ from ray import serve  # noqa: E402
 from stdist.data import Day, open_store  # noqa: E402
 from stdist.data.append import StoreAppender  # noqa: E402
 from stdist.errors import InputError, ResourceError  # noqa: E402
+from stdist.orchestration import serving  # noqa: E402
 from stdist.orchestration.serving import deployed  # noqa: E402
 from stdist.runs import recipes  # noqa: E402
 from stdist.runs.forecasting import NEXT, ForecastRequest  # noqa: E402
@@ -107,7 +108,7 @@ def alone(folder: Path) -> TestClient:
     return TestClient(app, headers={"authorization": f"Bearer {TOKEN}"})
 
 
-# The first two begin with a cluster on which nothing is served, as it is only before ``served`` is made.
+# The first three begin with a cluster on which nothing is served, as it is only before ``served`` is made.
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_the_command_ends_as_it_does_alone_and_leaves_nothing_on_the_cluster(local_ray, trained, how, code):
@@ -130,6 +131,12 @@ def test_a_run_that_the_cluster_does_not_see_is_one_line(local_ray, tmp_path):
         pass
     assert str(refused.value).startswith(f"{tmp_path}/runs/tiny does not exist on ") and "\n" not in str(refused.value)
     assert not serve.status().applications
+
+
+def test_a_service_that_another_command_ended_is_the_machines_fault(local_ray, monkeypatch):
+    monkeypatch.setattr(serving, "LOOK_EVERY", 0)
+    with pytest.raises(ResourceError, match="no longer served: another command ended Ray Serve"):
+        serving._watch()
 
 
 def test_it_answers_with_the_bytes_of_the_service_alone(served, client):
