@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from stdist.boundary import Json, finish, log
+from stdist.errors import InputError
 from stdist.scalars import figure
 
 NEWS = 6
@@ -76,16 +77,26 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8000,
     token_file: Annotated[Path | None, typer.Option(help="file with the token; if absent STDIST_SERVE_TOKEN")] = None,
     rate: Annotated[float, typer.Option(help="requests a second of one client; 0: any number")] = 50.0,
+    ray: Annotated[str | None, typer.Option(help="on a cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="with --ray: processes that answer; 1 if absent")] = None,
     as_json: Json = False,
 ) -> None:
     """Answer over HTTP what comes next: /forecast, /places, /health, /metrics, and a page with a map (docs/serving.md).
 
     A forecast of all places is made at the start and after each stdist append or calibrate. Ends on Ctrl-C or SIGTERM.
     """
-    from stdist.serving.service import serve as answer
 
     def ready(said: dict[str, Any]) -> None:
         log("; ".join([f"{said['places']} places", *said_of_next(said), "Ctrl-C ends it"]))
         finish(said, as_json, said["url"])
+
+    if ray is not None:
+        from stdist.orchestration.serving import serve as answer_on_ray
+
+        answer_on_ray(run, store, places, host, port, token_file, rate, ray, replicas or 1, ready)
+        return
+    if replicas is not None:
+        raise InputError(f"--replicas {replicas} are processes of a Ray cluster; give --ray ADDRESS, or leave it out")
+    from stdist.serving.service import serve as answer
 
     answer(run, store, places, host, port, token_file, rate, ready, log)

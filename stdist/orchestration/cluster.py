@@ -123,17 +123,17 @@ def require_workers(workers: int | None) -> None:
         raise InputError(f"--workers is {workers}; give at least 1, or leave it out")
 
 
-def workers_that_fit(workers: int | None) -> tuple[int, dict[str, float]]:
+def workers_that_fit(workers: int | None, option: str = "--workers") -> tuple[int, dict[str, float]]:
     """Returns how many workers the cluster holds, or ``workers`` of them, and what each takes.
 
-    Raises InputError, naming what is missing, where it does not hold so many.
+    Raises InputError, naming what is missing, where it does not hold so many; ``option`` is what gave the number.
     """
     resources, cluster = default_resources(), ray.cluster_resources()
     scarcest = min(resources, key=lambda kind: cluster.get(kind, 0))
     has = int(cluster.get(scarcest, 0))
     if not has or (workers or 0) > has:
-        wanted = f"--workers {workers} need" if workers else "a worker needs"
-        raise InputError(f"{wanted} a {scarcest} each and the cluster has {has}; lower --workers, or see `ray status`")
+        wanted = f"{option} {workers} need" if workers else "a worker needs"
+        raise InputError(f"{wanted} a {scarcest} each and the cluster has {has}; lower {option}, or see `ray status`")
     return workers or has, resources
 
 

@@ -1,21 +1,24 @@
 """Counters of the service, in Prometheus' text format."""
 
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
     """The counters of one service, in a registry of its own. ``last_frame``: UTC of the last frame of what is
-    served."""
+    served. ``replica``: a label of every line, where one address is answered by one of several processes, each of which
+    knows its own counters alone."""
 
-    def __init__(self, last_frame: Callable[[], np.datetime64], routes: frozenset[str]) -> None:
-        self._routes = routes
+    def __init__(
+        self, last_frame: Callable[[], np.datetime64], routes: frozenset[str], replica: str | None = None
+    ) -> None:
+        self._routes, self._replica = routes, replica
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
 
@@ -41,7 +44,14 @@ class Metrics:
         self.seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """All that ``registry`` collects, with the replica's label."""
+        of = {} if self._replica is None else {"replica": self._replica}
+        for family in self.registry.collect():
+            family.samples = [sample._replace(labels={**sample.labels, **of}) for sample in family.samples]
+            yield family
 
 
 class Counted:

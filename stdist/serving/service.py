@@ -1,4 +1,7 @@
-"""``stdist serve``: from a run and a store to a service that answers until it is told to end."""
+"""``stdist serve``: from a run and a store to a service that answers until it is told to end.
+
+What a replica on a Ray cluster has in common with it, see :mod:`stdist.orchestration.serving`, is here too.
+"""
 
 import ipaddress
 import os
@@ -13,11 +16,12 @@ from typing import Any
 
 from stdist.errors import InputError, Interrupted, ResourceError
 from stdist.runs.forecasting import NEXT, ForecastRequest
-from stdist.serving.city import CityForecaster
+from stdist.serving.city import CityForecast, CityForecaster
 from stdist.serving.forecasts import CityForecasts
 
 try:
     import uvicorn
+    from fastapi import FastAPI
 
     from stdist.serving.app import ROUTES, make_app
     from stdist.serving.metrics import Metrics
@@ -49,43 +53,65 @@ def serve(
     Raises InputError as ``stdist forecast --next``, for a token that is none and for a host that other machines reach
     without a token; ResourceError where the port is in use.
     """
-    if not 0 <= rate <= MOST_RATE:
-        raise InputError(f"--rate is {rate}; give requests a second up to {MOST_RATE:g}, or 0 for any")
+    require_rate(rate)
     token = read_token(token_file)
+    request = ForecastRequest(run, store, None, NEXT, Path(), places=places)
     # uvicorn hands a signal on when it has ended
+    with ended_by_signals(), bound(host, port, token) as listener:
+        app, first = begin(request, rate, token, log)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=LAST_ANSWERS,
+        )
+        address, number = listener.getsockname()[:2]
+        listen(listener, host, port)
+        ready({"url": url_of(address, number), **said_of(first)})
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def begin(
+    request: ForecastRequest, rate: float, token: str | None, log: Callable[[str], None], replica: str | None = None
+) -> tuple[FastAPI, CityForecast]:
+    """Makes the first forecast; returns the app that answers with it and with those that follow, and the forecast.
+    ``replica``: see :class:`stdist.serving.metrics.Metrics`."""
+    forecaster = CityForecaster(request, log)
+    began = time.monotonic()
+    first = forecaster.make()
+    metrics = Metrics(lambda: forecasts.city.origin, ROUTES, replica)
+    forecasts = CityForecasts(forecaster, first, metrics.made, log)
+    metrics.made(time.monotonic() - began)
+    return make_app(forecasts, metrics, rate, token), first
+
+
+def url_of(address: str, port: int) -> str:
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
+
+
+def said_of(first: CityForecast) -> dict[str, Any]:
+    """What is served, for the result of the command."""
+    return {"places": len(first.ids), **first.of_next, "levels": list(first.header.levels)}
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ends what is done inside: at SIGTERM the process with exit code 0, and Ctrl-C raises Interrupted."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        with bound(host, port, token) as listener:
-            request = ForecastRequest(run, store, None, NEXT, Path(), places=places)
-            forecaster = CityForecaster(request, log)
-            began = time.monotonic()
-            first = forecaster.make()
-            metrics = Metrics(lambda: forecasts.city.origin, ROUTES)
-            forecasts = CityForecasts(forecaster, first, metrics.made, log)
-            metrics.made(time.monotonic() - began)
-            config = uvicorn.Config(
-                make_app(forecasts, metrics, rate, token),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=LAST_ANSWERS,
-            )
-            address, number = listener.getsockname()[:2]
-            said = {
-                "url": f"http://{f'[{address}]' if ':' in address else address}:{number}",
-                "places": len(first.ids),
-                **first.of_next,
-                "levels": list(first.header.levels),
-            }
-            with _in_use(host, port):
-                listener.listen(MOST_CONNECTIONS)
-            ready(said)
-            uvicorn.Server(config).run(sockets=[listener])
+        yield
     except KeyboardInterrupt:
         raise Interrupted("no longer served") from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def require_rate(rate: float) -> None:
+    """Raises InputError for a rate that is none."""
+    if not 0 <= rate <= MOST_RATE:
+        raise InputError(f"--rate is {rate}; give requests a second up to {MOST_RATE:g}, or 0 for any")
 
 
 def read_token(file: Path | None) -> str | None:
@@ -120,6 +146,12 @@ def bound(host: str, port: int, token: str | None) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def listen(listener: socket.socket, host: str, port: int) -> None:
+    """Raises ResourceError where another socket that had the port bound listens by now."""
+    with _in_use(host, port):
+        listener.listen(MOST_CONNECTIONS)
 
 
 @contextmanager
