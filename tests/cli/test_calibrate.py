@@ -23,7 +23,7 @@ COLUMNS = ["q2.5", "q5", "q10", "q25", "q50", "q75", "q90", "q95", "q97.5"]
 def calibrated_once(finished_run, city, tmp_path_factory) -> Path:
     from stdist.runs import recipes
     from stdist.runs.calibration import FORECASTS
-    from stdist.runs.forecasting import ForecastRequest
+    from stdist.runs.forecast_request import ForecastRequest
 
     run = Path(shutil.copytree(finished_run.run_dir, tmp_path_factory.mktemp("calibrated") / "tiny"))
     recipes.calibrate(ForecastRequest(run, city, None, "validation", run / FORECASTS), lambda line: None)
