@@ -11,7 +11,8 @@ import numpy as np
 
 from stdist.config import RunConfig
 from stdist.data import GridStore, Windows
-from stdist.data.audit import Fitted, data_digest, leaks, refuse_leaks
+from stdist.data.audit import Fitted, data_digest, leak_line, leaks, refuse_leaks
+from stdist.errors import InputError
 from stdist.evaluation import build_report, open_forecasts
 from stdist.evaluation.conformal import ConformalQuantiles
 from stdist.evaluation.forecasts import ForecastFile
@@ -23,16 +24,10 @@ from stdist.evaluation.run_files import METRICS, add_quantiles
 from stdist.evaluation.unusual import fit_reference
 from stdist.runs.calibration_file import CALIBRATION, Calibration, model_digest, write_calibration
 from stdist.runs.dataset import split_of, training_span
-from stdist.runs.forecasting import (
-    TEST_FORECASTS,
-    ForecastRequest,
-    Predictor,
-    Sweep,
-    local_targets,
-    open_sweep,
-    write_forecasts,
-)
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import TEST_FORECASTS, Predictor, Sweep, local_targets, open_sweep, write_forecasts
 from stdist.runs.run_folder import held
+from stdist.runs.whole_days import newest_whole_days
 
 FORECASTS = TEST_FORECASTS.with_name("calibration.zarr")
 
@@ -58,6 +53,8 @@ def calibrate_run(
         predictor.ask_distribution()
         log(windows.contract)
         data = data_digest(windows.store, windows.channel)
+        if isinstance(request.split, int):
+            _require_newer(predictor.fitted, windows, request.split)
         refuse_leaks(predictor.fitted, windows.span, data)
         path = run_dir / FORECASTS
         shutil.rmtree(path, ignore_errors=True)
@@ -84,6 +81,18 @@ def calibrate_run(
         scores = _score_test(config, calibration, windows, run_dir, forecast_test, log)
         shutil.rmtree(path, ignore_errors=True)
         return result | ({"test": scores} if scores else {})
+
+
+def _require_newer(fitted: tuple[Fitted, ...], windows: Windows, newest: int) -> None:
+    """Raises InputError where one of the newest days was fitted on, and says how many were not."""
+    store = windows.store
+    assert isinstance(store, GridStore)
+    if not (leaked := leaks(fitted, windows.span, data_digest(store, windows.channel))):
+        return
+    days = newest_whole_days(store, windows.channel, windows.region, newest)
+    newer = sum(all(day > item.span.last_day for item in leaked) for day in days)
+    remedy = f"ask for --newest {newer} or fewer" if newer else "append newer days first"
+    raise InputError(f"--newest {newest}: {leak_line(leaked, windows.span)}; {newer} whole days are newer, {remedy}")
 
 
 def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:

@@ -143,7 +143,7 @@ def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
     result = stdist("watch", "runs/n", "city.zarr", "--json")
     assert result.code == 6 and result.json["drift"] == ["2024-03-28"], result
     commands = result.json["commands"]
-    assert commands["calibrate"] == "stdist calibrate runs/n city.zarr --split 2024-03-22:2024-03-28"
+    assert commands["calibrate"] == "stdist calibrate runs/n city.zarr --newest 7"
     assert "same time yesterday" not in result.json["better"] and "persistence" in result.json["better"]
     _, _, path, *changes = shlex.split(commands["train"])
     split = load_config(Path(path), changes).data.split
@@ -163,9 +163,51 @@ def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
     append(KNOWN + 4, 1, lambda values: values.__imul__(3))
     assert stdist("watch", "runs/n", "city.zarr", "--json").json["drift"] == ["2024-04-01"], "another one"
     assert stdist(*shlex.split(commands["calibrate"])[1:]).code == 0
+    assert read_sealed(Path("runs/n/calibration.json"))["fitted"]["first_day"] == "2024-03-26"
 
 
-def test_killed_before_its_end_it_has_said_nothing(append, stdist, monkeypatch):
+def test_every_night_a_day_is_appended_watched_and_calibrated_on(append, stdist):
+    """A day that came by halves is watched and calibrated on once it is whole, and every day is watched once."""
+    nights = [
+        (KNOWN, {}, "2024-03-28", "2024-03-22"),
+        (KNOWN + 1, {"change": lambda values: values.__setitem__((slice(12, None), slice(None)), np.nan)}, None, None),
+        (KNOWN + 1, {}, "2024-03-29", "2024-03-23"),
+        (KNOWN + 3, {}, "2024-03-31", "2024-03-24"),  # a day is left out: the seventh whole one is a day earlier
+    ]
+    for first, change, watched, calibrated in nights:
+        append(first, 1, **change)
+        result = stdist("watch", "runs/n", "city.zarr", "--json")
+        assert result.code == 0 and result.json.get("span") == watched, result
+        result = stdist("calibrate", "runs/n", "city.zarr", "--newest", "7", "--json")
+        assert result.code == 0 and result.json["days"] == 7, result
+        fitted = read_sealed(Path("runs/n/calibration.json"))["fitted"]
+        if calibrated:
+            assert (fitted["first_day"], fitted["last_day"]) == (calibrated, watched)
+        again = stdist("watch", "runs/n", "city.zarr")
+        assert (again.code, again.out.startswith("nothing new: the run is calibrated on")) == (0, True)
+    append(KNOWN + 2)
+    assert "nothing new" in stdist("watch", "runs/n", "city.zarr").out, "it lies among the days calibrated on"
+
+
+def test_newest_days_that_cannot_be_calibrated_on(append, refused):
+    append(KNOWN)
+
+    def line(*options: str) -> str:
+        return refused("calibrate", "runs/n", "city.zarr", *options)
+
+    assert "--split and --newest both say which days; give one of them" in line("--split", "test", "--newest", "7")
+    assert (
+        "--newest 26: city.zarr has 25 whole days, 2024-03-04 to 2024-03-28; append more, or ask for --newest 25"
+        in (line("--newest", "26"))
+    )
+    assert "fitted on 2024-03-04:2024-03-18 of this data, which shares days with 2024-03-18:2024-03-28; 10 whole" in (
+        line("--newest", "11")
+    )
+    assert "10 whole days are newer, ask for --newest 10 or fewer" in line("--newest", "25")
+    assert "greater than or equal to 1" in line("--newest", "0")
+
+
+def test_killed_it_says_it_twice_rather_than_never(append, stdist, monkeypatch, capsys):
     append(KNOWN, 1, lambda values: values.__setitem__((slice(None), 3), 999))
     before = files_below(Path("runs/n"))
 
@@ -175,14 +217,18 @@ def test_killed_before_its_end_it_has_said_nothing(append, stdist, monkeypatch):
     def killed(*arguments: object) -> None:
         raise Killed
 
-    for module, name in ((watch, "compare"), (watch, "write_said"), (watch_file, "write_sealed")):
+    kills = ((watch, "compare", ""), (watch, "write_said", "s3: "), (watch_file, "write_sealed", "s3: "))
+    for module, name, said in kills:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, killed)
             with pytest.raises(Killed):
                 stdist("watch", "runs/n", "city.zarr")
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
         left = {name for name in files_below(Path("runs/n")) if name not in before}
         assert all(name.startswith("forecasts/watch.zarr") for name in left)
-    assert stdist("watch", "runs/n", "city.zarr").code == 6
+    result = stdist("watch", "runs/n", "city.zarr")
+    assert result.code == 6 and "s3: " in result.out
     assert set(files_below(Path("runs/n"))) - set(before) == {"watch.json"}
 
 
