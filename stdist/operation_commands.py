@@ -58,6 +58,7 @@ def watch(
     store: Annotated[Path, typer.Argument(help="grid store that days were appended to")],
     days: Annotated[int, typer.Option(help="newest whole local days to look at")] = 1,
     again: Annotated[bool, typer.Option("--again", help="say again what was said before")] = False,
+    out: Annotated[Path | None, typer.Option(help="NAME.parquet or .csv: the scores of all places")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the newest whole day with the days that the run was calibrated on: places that left their intervals,
@@ -71,7 +72,7 @@ def watch(
     def tell(result: dict[str, Any]) -> None:
         finish(result, as_json, "\n".join(lines_of(result)))
 
-    if recipes.watch(WatchRequest(run, store, days, again), tell, log):
+    if recipes.watch(WatchRequest(run, store, days, again, out), tell, log):
         raise typer.Exit(NEWS)
 
 

@@ -24,6 +24,7 @@ from stdist.runs.forecasting import TEST_FORECASTS, Predictor, Sweep, open_sweep
 from stdist.runs.run_folder import CONFIG, held
 from stdist.runs.watch_comparison import Comparison, compare
 from stdist.runs.watch_file import WATCH, Places, Said, read_said, unsaid_drift, write_said
+from stdist.runs.watch_table import require_table_place, write_table
 from stdist.runs.whole_days import newest_whole_days
 from stdist.scalars import figure
 
@@ -37,12 +38,13 @@ MOST = 20
 @dataclass(frozen=True)
 class WatchRequest:
     """The arguments of ``stdist watch``. ``days``: how many of the newest whole ones. ``again``: what was said before
-    is said again."""
+    is said again. ``out``: the file of all places' scores, none where None."""
 
     run_dir: Path
     store: Path
     days: int = 1
     again: bool = False
+    out: Path | None = None
 
 
 def watch_run(
@@ -57,13 +59,15 @@ def watch_run(
     where it was; what was told is noted behind it, so that a kill in between has it told twice, and never not at all.
 
     Raises what ``open_sweep`` raises, InputError for a run without a calibration that days can be compared with, for a
-    store without a whole day, and where the model was fitted on the days.
+    store without a whole day, where the model was fitted on the days, and where ``request.out`` is not to be written.
     """
     if request.days < 1:
         raise InputError(f"--days {request.days}: give 1 or more")
     run_dir, path = request.run_dir, request.run_dir / FORECASTS
     calibration, store = read_calibration(run_dir / CALIBRATION), open_store(request.store)
     reference = _reference(calibration, run_dir, store)
+    if request.out is not None:
+        require_table_place(request.out, store)
     edges, channel = calibration.contract.region, store.require_channel(calibration.contract.channel)
     region = store.region(NodeRange(*edges) if len(edges) == 2 else Region(*edges))
     days = newest_whole_days(store, channel, region, request.days)
@@ -80,7 +84,8 @@ def watch_run(
     said = None if request.again else read_said(run_dir / WATCH)
     told = said.unusual if said is not None and said.days == now.days else ()
     if said is not None and said.days == now.days and (said.data, said.calibration) == (now.data, now.calibration):
-        return _nothing(tell, f"nothing new: {span} was watched before, and has no other values since")
+        remedy = "" if request.out is None else f"; --again writes {request.out}"
+        return _nothing(tell, f"nothing new: {span} was watched before, and has no other values since{remedy}")
     with held(run_dir):
         asked = ForecastRequest(run_dir, request.store, str(region), str(span), path, quantiles=True)
         sweep = open_sweep(config, last_stage, load, asked, log)
@@ -96,6 +101,8 @@ def watch_run(
             result["commands"] = _commands(config, request, sweep, bool(result["better"]))
         unusual = tuple(entry.place for entry in found.unusual if entry.place not in told)
         noted = {"drift": tuple(found.drifting), "silent": tuple(found.silent), "unusual": (*told, *unusual)}
+        if request.out is not None:
+            write_table(request.out, found.table)
         tell(result)
         write_said(run_dir / WATCH, now.model_copy(update=noted))
     return bool(result["news"])

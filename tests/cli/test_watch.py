@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import xarray
 import yaml
 
 from stdist import cli
@@ -136,6 +137,70 @@ def test_a_planted_place_and_a_dead_sensor_are_named_once(append, stdist):
     result = stdist("watch", "runs/n", "city.zarr", "--json")
     assert result.code == 6 and [each["place"] for each in result.json["unusual"]] == ["s5"]
     assert result.json["silent"] == [], "s7 still is, and that was said"
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
+def test_the_scores_of_all_places_are_those_of_the_forecasts(append, stdist, name):
+    """Counted once more from the forecasts' table. K = 2: every second window has each value once."""
+
+    def change(values: np.ndarray) -> None:
+        values[:, 3] *= 4
+        values[:, 7] = np.nan
+        values[5, 2] = np.nan
+
+    append(KNOWN, 1, change)
+    said = stdist("watch", "runs/n", "city.zarr", "--out", name, "--json").json["unusual"]
+    read = pl.read_parquet if name.endswith("parquet") else pl.read_csv
+    table = {row.pop("cell"): row for row in read(name).iter_rows(named=True)}
+    assert sorted(table) == sorted(f"s{i}" for i in range(PLACES)) and {len(row) for row in table.values()} == {10}
+    assert [cell for cell, row in table.items() if row["unusual"]] == [entry["place"] for entry in said] == ["s3"]
+    assert table["s3"]["chance"] == pytest.approx(said[0]["chance"]) and table["s0"]["chance"] > 0.01
+    assert table["s3"]["above"] == said[0]["above"] / 24 and table["s3"]["below"] == 0
+    silent = table.pop("s7")
+    assert (silent.pop("silent"), silent.pop("unusual"), silent.pop("values")) == (True, False, 0)
+    assert set(silent.values()) == {None} and not any(row["silent"] for row in table.values())
+
+    assert stdist("forecast", "runs/n", "city.zarr", "--split", "2024-03-28:2024-03-28", "--out", "f.zarr").code == 0
+    with xarray.open_zarr("f.zarr") as made:
+        point, low, high = made["point"].values, made["forecast"][2].values, made["forecast"][6].values
+    values = values_of(KNOWN + 5)[KNOWN * SLOTS : (KNOWN + 1) * SLOTS].copy()
+    change(values)
+    truth = np.stack([values[:-1], values[1:]], 1)  # [windows, K, places] of the windows within the day
+    point, low, high = (array[-23:] for array in (point, low, high))
+    for number in (0, 2, 3):
+        row, seen = table[f"s{number}"], ~np.isnan(truth[..., number])
+        errors = (truth - point)[..., number][seen]
+        assert (row["mae"], row["mean_error"]) == pytest.approx((np.abs(errors).mean(), errors.mean()), rel=1e-4)
+        once = seen.copy()
+        once[1::2] = False
+        inside = ((low <= truth) & (truth <= high))[..., number][once].mean()
+        assert (row["values"], row["coverage_80"]) == (once.sum(), pytest.approx(inside))
+        assert row["coverage_95"] == pytest.approx(1 - row["above"] - row["below"])
+
+
+def test_a_table_of_scores_is_whole_and_replaces_nothing_else(append, stdist, refused, monkeypatch):
+    append(KNOWN)
+    for name, content in (("x.csv", "cell,values\n1,2\n"), ("x.parquet", "no Parquet"), ("y.csv", "\xff")):
+        Path(name).write_text(content, encoding="latin-1")
+        assert "holds no scores of places that `stdist watch` wrote" in refused(
+            "watch", "runs/n", "city.zarr", "--out", name
+        )
+    Path("link.csv").symlink_to("new.csv")
+    assert "link.csv holds no scores" in refused("watch", "runs/n", "city.zarr", "--out", "link.csv")
+    assert "are a file of .parquet or .csv, not '.txt'" in refused("watch", "runs/n", "city.zarr", "--out", "x.txt")
+    assert "lies inside the run folder" in refused("watch", "runs/n", "city.zarr", "--out", "runs/n/x.csv")
+    result = stdist("watch", "runs/n", "city.zarr", "--out", "day.csv")
+    assert result.code == 0, result
+    before = Path("day.csv").read_bytes()
+    assert "--again writes day.csv" in stdist("watch", "runs/n", "city.zarr", "--out", "day.csv").out
+    append(KNOWN + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert stdist("watch", "runs/n", "city.zarr", "--out", "day.csv").code == 5
+    assert Path("day.csv").read_bytes() == before
+    result = stdist("watch", "runs/n", "city.zarr", "--out", "day.csv")
+    assert result.code == 0 and result.out.startswith("2024-03-29, in brackets"), "what was not written is not noted"
+    assert Path("day.csv").read_bytes() != before
 
 
 def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
