@@ -1,6 +1,7 @@
 """``stdist calibrate``: forecasts of days that the model was not fitted on, compared with what came, become the
 quantiles of all later forecasts of the run."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from stdist.evaluation.quantile_baselines import score_baseline_quantiles
 from stdist.evaluation.quantile_scores import QuantileErrors
 from stdist.evaluation.run_files import METRICS, add_quantiles
 from stdist.evaluation.unusual import fit_reference
+from stdist.memory import fits, require_room
 from stdist.runs.calibration_file import CALIBRATION, Calibration, model_digest, write_calibration
 from stdist.runs.dataset import split_of, training_span
 from stdist.runs.forecast_request import ForecastRequest
@@ -30,6 +32,9 @@ from stdist.runs.run_folder import held
 from stdist.runs.whole_days import newest_whole_days
 
 FORECASTS = TEST_FORECASTS.with_name("calibration.zarr")
+BYTES, BYTES_WITH_OWN, BYTES_OF_SCORES = 75, 180, 250
+"""Memory at the peak, measured, of each window, step and place: of a calibration, of one that corrects quantiles of the
+model's own, and of scoring quantiles."""
 
 
 def calibrate_run(
@@ -43,7 +48,7 @@ def calibrate_run(
     forecasts puts the scores of their quantiles into its report.
 
     Killed it goes on where it was. Raises what ``open_sweep`` raises, and InputError for days that the model was fitted
-    on, whose residuals are too small, and for too few observed points.
+    on, whose residuals are too small, for too few observed points, and for more than memory holds.
     """
     run_dir = request.run_dir
     with held(run_dir):
@@ -56,6 +61,11 @@ def calibrate_run(
         if isinstance(request.split, int):
             _require_newer(predictor.fitted, windows, request.split)
         refuse_leaks(predictor.fitted, windows.span, data)
+        require_room(
+            points_of(windows) * (BYTES_WITH_OWN if predictor.own_levels else BYTES),
+            f"calibrating on {len(windows)} windows of {windows.K} steps and {math.prod(windows.region.shape)} places",
+            "calibrate fewer places by --region, or on fewer days by --newest or --split",
+        )
         path = run_dir / FORECASTS
         shutil.rmtree(path, ignore_errors=True)
         write_forecasts(config, predictor, windows, sweep.summary, path, log)
@@ -81,6 +91,11 @@ def calibrate_run(
         scores = _score_test(config, calibration, windows, run_dir, forecast_test, log)
         shutil.rmtree(path, ignore_errors=True)
         return result | ({"test": scores} if scores else {})
+
+
+def points_of(windows: Windows) -> int:
+    """The number of windows, steps and places together."""
+    return len(windows) * windows.K * math.prod(windows.region.shape)
 
 
 def _require_newer(fitted: tuple[Fitted, ...], windows: Windows, newest: int) -> None:
@@ -162,6 +177,9 @@ def _score_test(
     tested, origins = match_windows(header, store)
     if leaks([calibration.fitted], tested.span, data_digest(store, calibrated.channel)):
         log(f"note: test days are among the days calibrated on, {calibrated.span}; their intervals are not scored")
+        return None
+    if not fits(points_of(tested) * BYTES_OF_SCORES):
+        log("note: the test forecasts are more than memory holds; their intervals are not scored")
         return None
     if calibration.corrects_own:
         forecasts = open_forecasts(forecast_test())

@@ -17,6 +17,8 @@ from stdist.data.audit import data_digest, refuse_leaks
 from stdist.data.spans import AnyRegion, NodeRange, Region
 from stdist.errors import InputError
 from stdist.evaluation.unusual import Reference, pooled
+from stdist.memory import require_room
+from stdist.runs.calibration import BYTES_OF_SCORES, points_of
 from stdist.runs.calibration_file import CALIBRATION, Calibration, read_calibration
 from stdist.runs.dataset import split_of
 from stdist.runs.forecast_request import ForecastRequest
@@ -90,6 +92,11 @@ def watch_run(
         asked = ForecastRequest(run_dir, request.store, str(region), str(span), path, quantiles=True)
         sweep = open_sweep(config, last_stage, load, asked, log)
         refuse_leaks(sweep.predictor.fitted, span, data_digest(store, sweep.windows.channel))
+        require_room(
+            points_of(sweep.windows) * BYTES_OF_SCORES,
+            f"watching {span}",
+            "calibrate the run by --region, on fewer places",
+        )
         log(sweep.windows.contract)
         shutil.rmtree(path, ignore_errors=True)
         write_forecasts(config, sweep.predictor, sweep.windows, sweep.summary, path, log, calibration=sweep.calibration)

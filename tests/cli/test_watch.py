@@ -13,7 +13,7 @@ import pytest
 import xarray
 import yaml
 
-from stdist import cli
+from stdist import cli, memory
 from stdist.files import read_sealed, write_sealed
 from stdist.runs import watch, watch_file
 from stdist.runs.recipes import load_config
@@ -322,6 +322,18 @@ def test_what_cannot_be_watched_is_one_line(append, refused, stdist):
     assert "watch.json is damaged; remove it" in line(code=4)
     path.unlink()
     assert "has no calibration to make quantiles with; run `stdist calibrate` first" in line()
+
+
+def test_more_than_memory_holds_is_refused_before_it_is_forecast(append, refused, stdist, monkeypatch):
+    needed = 47 * 2 * PLACES * 75
+    monkeypatch.setattr(memory, "available", lambda: needed - 1)
+    line = refused("calibrate", "runs/n", "city.zarr")
+    assert line.startswith("calibrating on 47 windows of 2 steps and 12 places takes") and "by --region" in line
+    monkeypatch.setattr(memory, "available", lambda: needed)
+    result = stdist("calibrate", "runs/n", "city.zarr")
+    assert result.code == 0 and "more than memory holds; their intervals are not scored" in result.err, result
+    monkeypatch.setattr(memory, "available", lambda: 23 * 2 * PLACES * 250 - 1)
+    assert refused("watch", "runs/n", "city.zarr").startswith("watching 2024-03-27:2024-03-27 takes")
 
 
 def test_a_calibration_keeps_what_its_days_scored(append):
