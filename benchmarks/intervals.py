@@ -28,7 +28,8 @@ from stdist.evaluation.protocol import local_hours, match_windows, read_targets
 from stdist.evaluation.quantile_scores import QuantileErrors
 from stdist.runs import recipes
 from stdist.runs.calibration import FORECASTS
-from stdist.runs.forecasting import ForecastRequest, write_forecasts
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import write_forecasts
 
 SETTINGS = {"nyc": ("nyc", "flow_in", 25), "metr": ("metr", "speed", 50), "milan": ("block", "internet", 40)}
 """UrbanPG's runs: store, channel, epochs at most."""

@@ -41,7 +41,7 @@ from data_prep import READERS
 from stdist.data import open_store
 from stdist.orchestration import learners
 from stdist.orchestration.policy_workers.sweep import sweep
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.runs.recipes import load_config
 
 STEPS, SKIPPED = 24, 4

@@ -36,7 +36,7 @@ except ValueError as error:
 
 from data_prep import READERS
 from stdist.runs import recipes
-from stdist.runs.forecasting import NEXT, ForecastRequest
+from stdist.runs.forecast_request import NEXT, ForecastRequest
 from stdist.serving.city import CityForecaster
 
 SIDE, TRAINED, WINDOWS = 100, 8, 2

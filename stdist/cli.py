@@ -14,6 +14,7 @@ from rich.console import Console
 from stdist import __version__
 from stdist.boundary import Json, ended, finish, log
 from stdist.errors import InputError
+from stdist.forecast_options import ABSENT, request_of, takes_forecast_options
 from stdist.operation_commands import calibrate, said_of_next, serve, watch
 from stdist.reader_commands import Group, reader_commands, run_reader
 from stdist.scalars import figure
@@ -188,39 +189,22 @@ def demo(
 
 
 @app.command()
+@takes_forecast_options
 def forecast(
     run: Annotated[Path, typer.Argument(help="run folder")],
     store: Annotated[Path, typer.Argument(help="grid store")],
     out: Annotated[Path, typer.Option(help="NAME.zarr, .parquet or .csv")] = ...,  # type: ignore[assignment]
-    region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
-    places: Annotated[str | None, typer.Option(help="ids of the store's places instead, as 4142,4143, or all")] = None,
-    split: Annotated[str | None, typer.Option(help="train, validation, test (if absent), or local days A:B")] = None,
-    next_steps: Annotated[bool, typer.Option("--next", help="the steps behind the store's last frame instead")] = False,
-    origin: Annotated[str | None, typer.Option(help="of --next: another last frame, local time")] = None,
-    horizon: Annotated[int | None, typer.Option(help="the first steps only, as 3; all of the run's if absent")] = None,
-    quantiles: Annotated[
-        bool | None, typer.Option("--quantiles/--no-quantiles", help="by stdist calibrate; if absent, where it was run")
-    ] = None,
-    cost_ratio: Annotated[
-        float | None, typer.Option(help="forecast_for_cost: too little costs so many times as much as too much")
-    ] = None,
     workers: Annotated[
         int | None, typer.Option(max=MOST_WORKERS, help="Ray actors that forecast; as many as fit if --ray alone")
     ] = None,
     ray: Annotated[str | None, typer.Option(help="their cluster: HOST:6379, ray://HOST:10001, auto or local")] = None,
     as_json: Json = False,
+    **asked: Any,
 ) -> None:
     """Forecast a region of a store for every window of a split, or what comes next, in this process or by workers."""
     from stdist.runs import recipes
-    from stdist.runs.forecasting import NEXT, ForecastRequest
 
-    if region is not None and places is not None:
-        raise InputError("--region and --places both say which places; give one of them")
-    next_steps = next_steps or origin is not None
-    if next_steps and split is not None:
-        raise InputError("--split names past windows, --next and --origin the steps behind one frame; give one of them")
-    days = NEXT if next_steps else split or "test"
-    request = ForecastRequest(run, store, region, days, out, origin, places, horizon, quantiles, cost_ratio)
+    request = request_of(run, store, out, **asked)
     if workers is None and ray is None:
         result = recipes.forecast(request, log)
     else:
@@ -295,6 +279,7 @@ def report(
 
 
 @app.command()
+@takes_forecast_options
 def submit(
     config: Annotated[Path | None, typer.Argument(help="YAML below the working directory, or a run folder")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
@@ -305,12 +290,11 @@ def submit(
     stop: Annotated[str | None, typer.Option(metavar="ID", help="end a job instead; it saves its step first")] = None,
     store: Annotated[Path | None, typer.Option("--forecast", metavar="STORE", help="forecast it with the run")] = None,
     out: Annotated[Path | None, typer.Option(help="of --forecast, as of stdist forecast")] = None,
-    region: Annotated[str | None, typer.Option(help="of --forecast")] = None,
-    split: Annotated[str, typer.Option(help="of --forecast")] = "test",
     workers: Annotated[
         int | None, typer.Option(max=MOST_WORKERS, help="of --forecast; as many as fit if absent")
     ] = None,
     as_json: Json = False,
+    **asked: Any,
 ) -> None:
     """Run stdist train CONFIG, or with --forecast stdist forecast RUN STORE, on a Ray cluster and follow its log; the
     exit code is the job's.
@@ -327,12 +311,13 @@ def submit(
         raise InputError("submit takes the CONFIG of a job to run, or --stop ID of one to end")
     if store is not None:
         from stdist.evaluation.forecasts import require_suffix
-        from stdist.runs.forecasting import ForecastRequest
 
         if out is None:
             raise InputError("--forecast needs --out NAME.zarr, .parquet or .csv, where the cluster can write it")
-        request = ForecastRequest(config, store, region, split, require_suffix(out))
+        request = request_of(config, store, require_suffix(out), **asked)
         job, result = jobs.submit_forecast(request, workers, address, working_dir, submission_id), out.absolute()
+    elif out is not None or workers is not None or asked != ABSENT:
+        raise InputError("a training has no --out, no --workers and nothing to forecast; name a store by --forecast")
     else:
         job, parsed = jobs.submit(config, overrides or [], address, working_dir, submission_id)
         result = working_dir.absolute() / parsed.run_dir

@@ -29,18 +29,23 @@ def calibrate(
     run: Annotated[Path, typer.Argument(help="run folder")],
     store: Annotated[Path, typer.Argument(help="grid store")],
     region: Annotated[str | None, typer.Option(help="r0:r1,c0:c1; the run's own if absent")] = None,
-    split: Annotated[str, typer.Option(help="validation, or local days A:B that the model was not fitted on")] = (
-        "validation"
-    ),
+    split: Annotated[
+        str | None, typer.Option(help="validation (if absent), or local days A:B that the model was not fitted on")
+    ] = None,
+    newest: Annotated[int | None, typer.Option(min=1, help="as many of the newest whole local days instead")] = None,
     as_json: Json = False,
 ) -> None:
     """Forecast days whose truth is known and keep, by step and place, how far off it was: the quantiles and intervals
     of all later forecasts of the run (docs/intervals.md)."""
     from stdist.runs import recipes
     from stdist.runs.calibration import FORECASTS
-    from stdist.runs.forecasting import ForecastRequest
+    from stdist.runs.forecast_request import ForecastRequest
 
-    result = recipes.calibrate(ForecastRequest(run, store, region, split, run / FORECASTS), log)
+    if split is not None and newest is not None:
+        raise InputError("--split and --newest both say which days; give one of them")
+    result = recipes.calibrate(
+        ForecastRequest(run, store, region, newest or split or "validation", run / FORECASTS), log
+    )
     line = f"{result['calibration']}: {result['days']} days, {result['windows']} windows, {result['places']} places"
     for name, scores in result.get("test", {}).items():
         covered = ", ".join(f"{each['coverage']:.1%} in {which}" for which, each in scores["intervals"].items())
@@ -53,6 +58,7 @@ def watch(
     store: Annotated[Path, typer.Argument(help="grid store that days were appended to")],
     days: Annotated[int, typer.Option(help="newest whole local days to look at")] = 1,
     again: Annotated[bool, typer.Option("--again", help="say again what was said before")] = False,
+    out: Annotated[Path | None, typer.Option(help="NAME.parquet or .csv: the scores of all places")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the newest whole day with the days that the run was calibrated on: places that left their intervals,
@@ -63,9 +69,10 @@ def watch(
     from stdist.runs import recipes
     from stdist.runs.watch import WatchRequest, lines_of
 
-    result = recipes.watch(WatchRequest(run, store, days, again), log)
-    finish(result, as_json, "\n".join(lines_of(result)))
-    if result["news"]:
+    def tell(result: dict[str, Any]) -> None:
+        finish(result, as_json, "\n".join(lines_of(result)))
+
+    if recipes.watch(WatchRequest(run, store, days, again, out), tell, log):
         raise typer.Exit(NEWS)
 
 

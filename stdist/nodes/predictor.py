@@ -20,7 +20,8 @@ from stdist.nodes.interface import Forecaster
 from stdist.nodes.learners import NodeLearners
 from stdist.nodes.node_set import NodeSet
 from stdist.nodes.stage import WindowForecasts
-from stdist.runs.forecasting import TEST_FORECASTS, ForecastRequest, Predictor
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import TEST_FORECASTS, Predictor
 from stdist.runs.run_folder import noted_digest
 
 

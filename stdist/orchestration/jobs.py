@@ -14,10 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import chdir, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -25,6 +25,7 @@ from stdist.config import LearnersConfig, RunConfig
 from stdist.errors import InputError, Interrupted, ResourceError
 from stdist.files import require_outside
 from stdist.orchestration.cluster import require_workers
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.runs.recipes import load_config, read_run_config, recipe_of
 
 try:
@@ -35,9 +36,6 @@ try:
     from ray.job_submission import JobStatus, JobSubmissionClient
 except ModuleNotFoundError as error:
     raise InputError("Ray is not installed; pip install 'stdist[cluster]'") from error
-
-if TYPE_CHECKING:
-    from stdist.runs.forecasting import ForecastRequest
 
 ANSWER_TIMEOUT = 10.0
 """Seconds in which the dashboard has to answer."""
@@ -154,9 +152,9 @@ def submit(
 
 
 def submit_forecast(
-    request: "ForecastRequest", workers: int | None, address: str, working_dir: Path, submission_id: str | None = None
+    request: ForecastRequest, workers: int | None, address: str, working_dir: Path, submission_id: str | None = None
 ) -> Job:
-    """Submits ``stdist forecast`` by ``workers`` of the cluster, as many as it has room for if None.
+    """Submits the ``stdist forecast`` of ``request`` by ``workers`` of the cluster, as many as it has room for if None.
 
     Run, store and output are named by the absolute paths that they have on this machine. Raises InputError as
     ``submit`` does, and where there is no such run here.
@@ -169,8 +167,7 @@ def submit_forecast(
     # Beside a run lie others: what is uploaded is code.
     excludes = [*DATA, *(f"/{p.relative_to(root)}" for p in (run.parent, run, store, out) if root in p.parents)]
     _require_small(root, excludes)
-    command = ["stdist", "forecast", str(run), str(store), "--out", str(out), "--split", request.split, "--ray", "auto"]
-    command += ["--region", request.region] if request.region else []
+    command = ["stdist", *replace(request, run_dir=run, store=store, out=out).as_arguments(), "--ray", "auto"]
     command += ["--workers", str(workers)] if workers else []
     return _send(command, root, excludes, address, submission_id, claims={})
 

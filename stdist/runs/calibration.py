@@ -1,6 +1,7 @@
 """``stdist calibrate``: forecasts of days that the model was not fitted on, compared with what came, become the
 quantiles of all later forecasts of the run."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,8 @@ import numpy as np
 
 from stdist.config import RunConfig
 from stdist.data import GridStore, Windows
-from stdist.data.audit import Fitted, data_digest, leaks, refuse_leaks
+from stdist.data.audit import Fitted, data_digest, leak_line, leaks, refuse_leaks
+from stdist.errors import InputError
 from stdist.evaluation import build_report, open_forecasts
 from stdist.evaluation.conformal import ConformalQuantiles
 from stdist.evaluation.forecasts import ForecastFile
@@ -21,20 +23,18 @@ from stdist.evaluation.quantile_baselines import score_baseline_quantiles
 from stdist.evaluation.quantile_scores import QuantileErrors
 from stdist.evaluation.run_files import METRICS, add_quantiles
 from stdist.evaluation.unusual import fit_reference
+from stdist.memory import fits, require_room
 from stdist.runs.calibration_file import CALIBRATION, Calibration, model_digest, write_calibration
 from stdist.runs.dataset import split_of, training_span
-from stdist.runs.forecasting import (
-    TEST_FORECASTS,
-    ForecastRequest,
-    Predictor,
-    Sweep,
-    local_targets,
-    open_sweep,
-    write_forecasts,
-)
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import TEST_FORECASTS, Predictor, Sweep, local_targets, open_sweep, write_forecasts
 from stdist.runs.run_folder import held
+from stdist.runs.whole_days import newest_whole_days
 
 FORECASTS = TEST_FORECASTS.with_name("calibration.zarr")
+BYTES, BYTES_WITH_OWN, BYTES_OF_SCORES = 75, 180, 250
+"""Memory at the peak, measured, of each window, step and place: of a calibration, of one that corrects quantiles of the
+model's own, and of scoring quantiles."""
 
 
 def calibrate_run(
@@ -48,7 +48,7 @@ def calibrate_run(
     forecasts puts the scores of their quantiles into its report.
 
     Killed it goes on where it was. Raises what ``open_sweep`` raises, and InputError for days that the model was fitted
-    on, whose residuals are too small, and for too few observed points.
+    on, whose residuals are too small, for too few observed points, and for more than memory holds.
     """
     run_dir = request.run_dir
     with held(run_dir):
@@ -58,7 +58,14 @@ def calibrate_run(
         predictor.ask_distribution()
         log(windows.contract)
         data = data_digest(windows.store, windows.channel)
+        if isinstance(request.split, int):
+            _require_newer(predictor.fitted, windows, request.split)
         refuse_leaks(predictor.fitted, windows.span, data)
+        require_room(
+            points_of(windows) * (BYTES_WITH_OWN if predictor.own_levels else BYTES),
+            f"calibrating on {len(windows)} windows of {windows.K} steps and {math.prod(windows.region.shape)} places",
+            "calibrate fewer places by --region, or on fewer days by --newest or --split",
+        )
         path = run_dir / FORECASTS
         shutil.rmtree(path, ignore_errors=True)
         write_forecasts(config, predictor, windows, sweep.summary, path, log)
@@ -84,6 +91,23 @@ def calibrate_run(
         scores = _score_test(config, calibration, windows, run_dir, forecast_test, log)
         shutil.rmtree(path, ignore_errors=True)
         return result | ({"test": scores} if scores else {})
+
+
+def points_of(windows: Windows) -> int:
+    """The number of windows, steps and places together."""
+    return len(windows) * windows.K * math.prod(windows.region.shape)
+
+
+def _require_newer(fitted: tuple[Fitted, ...], windows: Windows, newest: int) -> None:
+    """Raises InputError where one of the newest days was fitted on, and says how many were not."""
+    store = windows.store
+    assert isinstance(store, GridStore)
+    if not (leaked := leaks(fitted, windows.span, data_digest(store, windows.channel))):
+        return
+    days = newest_whole_days(store, windows.channel, windows.region, newest)
+    newer = sum(all(day > item.span.last_day for item in leaked) for day in days)
+    remedy = f"ask for --newest {newer} or fewer" if newer else "append newer days first"
+    raise InputError(f"--newest {newest}: {leak_line(leaked, windows.span)}; {newer} whole days are newer, {remedy}")
 
 
 def _fit(forecasts: ForecastFile, sweep: Sweep, data: str) -> Calibration:
@@ -153,6 +177,9 @@ def _score_test(
     tested, origins = match_windows(header, store)
     if leaks([calibration.fitted], tested.span, data_digest(store, calibrated.channel)):
         log(f"note: test days are among the days calibrated on, {calibrated.span}; their intervals are not scored")
+        return None
+    if not fits(points_of(tested) * BYTES_OF_SCORES):
+        log("note: the test forecasts are more than memory holds; their intervals are not scored")
         return None
     if calibration.corrects_own:
         forecasts = open_forecasts(forecast_test())

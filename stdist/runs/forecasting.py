@@ -25,35 +25,15 @@ from stdist.files import require_outside, require_writable
 from stdist.progress import progress_bar
 from stdist.runs.calibration_file import CALIBRATION, Calibration, model_digest, read_calibration
 from stdist.runs.dataset import split_of
+from stdist.runs.forecast_request import NEXT, ForecastRequest
 from stdist.runs.places import find_places
 from stdist.runs.run_folder import noted_digest
+from stdist.runs.whole_days import span_of_newest
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line, require_undamaged_model
 
 TEST_FORECASTS = Path("forecasts") / "test.zarr"
 """Path of the test forecasts in a run's folder."""
-NEXT = "next"
-"""The split of a request for the K steps behind one moment, of which no truth need be there."""
-
-
-@dataclass(frozen=True)
-class ForecastRequest:
-    """The arguments of ``stdist forecast``: a finished run, a store, cells or nodes (the run's own where None), a
-    split's name, local days ``A:B`` or ``NEXT``, and the file to write. ``origin``: of the next steps, the local time
-    of the last frame that is looked at, the store's last one where None. ``places``: ids in place of a region.
-    ``horizon``: the first steps alone, all of the model's where None. ``quantiles``: by the run's calibration, where
-    None if it has one. ``cost_ratio``: of ``forecast_for_cost``, none where None."""
-
-    run_dir: Path
-    store: Path
-    region: str | None
-    split: str
-    out: Path
-    origin: str | None = None
-    places: str | None = None
-    horizon: int | None = None
-    quantiles: bool | None = None
-    cost_ratio: float | None = None
-
+PARTS = ("train", "validation", "test")
 
 Prediction = tuple[Chunk, Float[np.ndarray, "quantities windows K cells"], dict[str, int]]
 
@@ -296,14 +276,13 @@ def _windows(
     if request.split == NEXT:
         origin = None if request.origin is None else parse_local_time(request.origin, "--origin")
         return next_window(store, data.history, data.horizon, channel=data.channel, origin=origin, **regions)
-    named = ":" not in request.split
     return store.windows(
-        _days(config, store, request.split, request.run_dir) if named else DaySpan.parse(request.split),
+        _days(config, store, request, region),
         data.history,
         data.horizon,
         channel=data.channel,
         history_inside=request.split == "train",
-        name=request.split if named else "span",
+        name=str(request.split) if request.split in PARTS else "span",
         **regions,
     )
 
@@ -390,10 +369,15 @@ def of_next(window: NextWindow) -> dict[str, Any]:
     }
 
 
-def _days(config: RunConfig, store: GridStore, part: str, run_dir: Path) -> DaySpan:
-    if part not in ("train", "validation", "test"):
+def _days(config: RunConfig, store: GridStore, request: ForecastRequest, region: AnyRegion) -> DaySpan:
+    part = request.split
+    if isinstance(part, int):
+        return span_of_newest(store, store.require_channel(config.data.channel), region, part)
+    if ":" in part:
+        return DaySpan.parse(part)
+    if part not in PARTS:
         raise InputError(
             f"{store.path} has no {part} days; choose train, validation or test, give local days A:B, or ask for --next"
         )
-    split = config.last_split if store.is_or_was(noted_digest(run_dir)) else None
+    split = config.last_split if store.is_or_was(noted_digest(request.run_dir)) else None
     return split_of(split, store).named(part)

@@ -17,7 +17,8 @@ from stdist.runs.run_folder import CONFIG, held, read_own_config
 if TYPE_CHECKING:
     from stdist.config.base import WorkersConfig
     from stdist.runs.devices import Device
-    from stdist.runs.forecasting import ForecastRequest, Predict, Predictor, Sweep
+    from stdist.runs.forecast_request import ForecastRequest
+    from stdist.runs.forecasting import Predict, Predictor, Sweep
     from stdist.runs.plan import RunPlan
     from stdist.runs.run import Run
     from stdist.runs.watch import WatchRequest
@@ -100,11 +101,17 @@ class Recipe(ABC, Generic[ConfigT]):
 
         return calibrate_run(config, self.stages(config)[-1], partial(self.load, config), request, log)
 
-    def watch(self, config: ConfigT, request: "WatchRequest", log: Callable[[str], None]) -> dict[str, Any]:
+    def watch(
+        self,
+        config: ConfigT,
+        request: "WatchRequest",
+        tell: Callable[[dict[str, Any]], None],
+        log: Callable[[str], None],
+    ) -> bool:
         """See :func:`stdist.runs.watch.watch_run`."""
         from stdist.runs.watch import watch_run
 
-        return watch_run(config, self.stages(config)[-1], partial(self.load, config), request, log)
+        return watch_run(config, self.stages(config)[-1], partial(self.load, config), request, tell, log)
 
     def open_sweep(
         self, config: ConfigT, request: "ForecastRequest", log: Callable[[str], None] = lambda line: None
@@ -160,10 +167,10 @@ def calibrate(request: "ForecastRequest", log: Callable[[str], None]) -> dict[st
     return recipe_of(config).calibrate(config, request, log)
 
 
-def watch(request: "WatchRequest", log: Callable[[str], None]) -> dict[str, Any]:
+def watch(request: "WatchRequest", tell: Callable[[dict[str, Any]], None], log: Callable[[str], None]) -> bool:
     """``stdist watch``; see :func:`stdist.runs.watch.watch_run`."""
     config = read_run_config(request.run_dir)
-    return recipe_of(config).watch(config, request, log)
+    return recipe_of(config).watch(config, request, tell, log)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -17,17 +17,20 @@ from stdist.data.audit import data_digest, refuse_leaks
 from stdist.data.spans import AnyRegion, NodeRange, Region
 from stdist.errors import InputError
 from stdist.evaluation.unusual import Reference, pooled
+from stdist.memory import require_room
+from stdist.runs.calibration import BYTES_OF_SCORES, points_of
 from stdist.runs.calibration_file import CALIBRATION, Calibration, read_calibration
 from stdist.runs.dataset import split_of
-from stdist.runs.forecasting import TEST_FORECASTS, ForecastRequest, Predictor, Sweep, open_sweep, write_forecasts
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import TEST_FORECASTS, Predictor, Sweep, open_sweep, write_forecasts
 from stdist.runs.run_folder import CONFIG, held
 from stdist.runs.watch_comparison import Comparison, compare
 from stdist.runs.watch_file import WATCH, Places, Said, read_said, unsaid_drift, write_said
+from stdist.runs.watch_table import require_table_place, write_table
+from stdist.runs.whole_days import newest_whole_days
 from stdist.scalars import figure
 
 FORECASTS = TEST_FORECASTS.with_name("watch.zarr")
-WHOLE = 0.9
-"""Share of a day's frames that are there where it is taken for whole."""
 NEWEST = 7
 """Days that a new calibration is proposed on; of a new training for validation, and for test, at most."""
 MOST = 20
@@ -37,12 +40,13 @@ MOST = 20
 @dataclass(frozen=True)
 class WatchRequest:
     """The arguments of ``stdist watch``. ``days``: how many of the newest whole ones. ``again``: what was said before
-    is said again."""
+    is said again. ``out``: the file of all places' scores, none where None."""
 
     run_dir: Path
     store: Path
     days: int = 1
     again: bool = False
+    out: Path | None = None
 
 
 def watch_run(
@@ -50,27 +54,29 @@ def watch_run(
     last_stage: str,
     load: Callable[[Path], Predictor],
     request: WatchRequest,
+    tell: Callable[[dict[str, Any]], None],
     log: Callable[[str], None],
-) -> dict[str, Any]:
-    """Killed it goes on where it was, and what it says is noted at its very end. ``news`` tells whether there is
-    anything that was not said before.
+) -> bool:
+    """Gives ``tell`` what was found, and returns whether there is anything that was not said before. Killed it goes on
+    where it was; what was told is noted behind it, so that a kill in between has it told twice, and never not at all.
 
     Raises what ``open_sweep`` raises, InputError for a run without a calibration that days can be compared with, for a
-    store without a whole day, and where the model was fitted on the days.
+    store without a whole day, where the model was fitted on the days, and where ``request.out`` is not to be written.
     """
     if request.days < 1:
         raise InputError(f"--days {request.days}: give 1 or more")
     run_dir, path = request.run_dir, request.run_dir / FORECASTS
     calibration, store = read_calibration(run_dir / CALIBRATION), open_store(request.store)
     reference = _reference(calibration, run_dir, store)
+    if request.out is not None:
+        require_table_place(request.out, store)
     edges, channel = calibration.contract.region, store.require_channel(calibration.contract.channel)
     region = store.region(NodeRange(*edges) if len(edges) == 2 else Region(*edges))
-    last = _newest_whole_day(store, channel, region)
-    span = _days(store, calibration, last, request.days)
+    days = newest_whole_days(store, channel, region, request.days)
+    span = _uncalibrated(store, calibration, days)
     if span is None:
-        return _nothing(
-            f"nothing new: the run is calibrated on {calibration.fitted.span}, the newest whole day is {last}"
-        )
+        fitted = calibration.fitted.span
+        return _nothing(tell, f"nothing new: the run is calibrated on {fitted}, the newest whole day is {days[0]}")
     now = Said(
         calibration=calibration.digest,
         first_day=str(span.first_day),
@@ -80,23 +86,33 @@ def watch_run(
     said = None if request.again else read_said(run_dir / WATCH)
     told = said.unusual if said is not None and said.days == now.days else ()
     if said is not None and said.days == now.days and (said.data, said.calibration) == (now.data, now.calibration):
-        return _nothing(f"nothing new: {span} was watched before, and has no other values since")
+        remedy = "" if request.out is None else f"; --again writes {request.out}"
+        return _nothing(tell, f"nothing new: {span} was watched before, and has no other values since{remedy}")
     with held(run_dir):
         asked = ForecastRequest(run_dir, request.store, str(region), str(span), path, quantiles=True)
         sweep = open_sweep(config, last_stage, load, asked, log)
         refuse_leaks(sweep.predictor.fitted, span, data_digest(store, sweep.windows.channel))
+        require_room(
+            points_of(sweep.windows) * BYTES_OF_SCORES,
+            f"watching {span}",
+            "calibrate the run by --region, on fewer places",
+        )
         log(sweep.windows.contract)
         shutil.rmtree(path, ignore_errors=True)
         write_forecasts(config, sweep.predictor, sweep.windows, sweep.summary, path, log, calibration=sweep.calibration)
         found = compare(path, sweep.windows, calibration, reference)
         shutil.rmtree(path)
         result = _news(found, said, told, now)
+        result |= {"usual": pooled(reference.days), "usual_coverage": reference.ranges()}
         if result["drift"]:
             result["commands"] = _commands(config, request, sweep, bool(result["better"]))
         unusual = tuple(entry.place for entry in found.unusual if entry.place not in told)
         noted = {"drift": tuple(found.drifting), "silent": tuple(found.silent), "unusual": (*told, *unusual)}
+        if request.out is not None:
+            write_table(request.out, found.table)
+        tell(result)
         write_said(run_dir / WATCH, now.model_copy(update=noted))
-    return result | {"usual": pooled(reference.days), "usual_coverage": reference.ranges()}
+    return bool(result["news"])
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -142,8 +158,9 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _nothing(why: str) -> dict[str, Any]:
-    return {"news": False, "nothing": why}
+def _nothing(tell: Callable[[dict[str, Any]], None], why: str) -> bool:
+    tell({"news": False, "nothing": why})
+    return False
 
 
 def _reference(calibration: Calibration, run_dir: Path, store: GridStore) -> Reference:
@@ -159,18 +176,9 @@ def _reference(calibration: Calibration, run_dir: Path, store: GridStore) -> Ref
     return calibration.reference
 
 
-def _newest_whole_day(store: GridStore, channel: str, region: AnyRegion) -> np.datetime64:
-    """The newest local day with ``WHOLE`` of its frames, each with a value of some place."""
-    for day in np.unique(store.local_days[store.present])[::-1]:
-        seen = store.observed(channel, *store.step_range(DaySpan(day, day)), region)
-        if seen.reshape(len(seen), -1).any(1).sum() >= WHOLE * store.slots_per_day:
-            return day
-    raise InputError(f"{store.path} has no day with {WHOLE:.0%} of its frames; append the rest of one")
-
-
-def _days(store: GridStore, calibration: Calibration, last: np.datetime64, wanted: int) -> DaySpan | None:
-    """The ``wanted`` days up to ``last``, without those that the run was calibrated on; None where none is left."""
-    first = max(last - (min(wanted, len(store.days)) - 1), store.days.first_day)
+def _uncalibrated(store: GridStore, calibration: Calibration, days: list[np.datetime64]) -> DaySpan | None:
+    """The span of ``days``, the newest first, without those that the run was calibrated on; None where none is left."""
+    first, last = days[-1], days[0]
     if calibration.fitted.data == data_digest(store, store.require_channel(calibration.contract.channel)):
         first = max(first, calibration.fitted.span.last_day + 1)
     return DaySpan(first, last) if first <= last else None
@@ -208,14 +216,16 @@ def _news(found: Comparison, said: Said | None, told: Places, now: Said) -> dict
 
 
 def _commands(config: RunConfig, request: WatchRequest, sweep: Sweep, train: bool) -> dict[str, str]:
-    """``calibrate`` on the newest days; ``train`` on all days up to them, under a new name, where it is asked for and
-    the recipe has one training span."""
-    store, last = sweep.windows.store, sweep.windows.span.last_day
+    """``calibrate`` on the newest days that nothing was fitted on; ``train`` on all days up to them, under a new name,
+    where it is asked for and the recipe has one training span."""
+    windows, last = sweep.windows, sweep.windows.span.last_day
+    store = windows.store
     assert isinstance(store, GridStore)
-    data = data_digest(store, sweep.windows.channel)
+    data = data_digest(store, windows.channel)
     unfit = [item.span.last_day for item in sweep.predictor.fitted if item.data == data and item.span.last_day < last]
-    first = max([last - (NEWEST - 1), store.days.first_day, *(day + 1 for day in unfit)])
-    calibrate = ["stdist", "calibrate", str(request.run_dir), str(request.store), "--split", f"{first}:{last}"]
+    days = newest_whole_days(store, windows.channel, windows.region, NEWEST)
+    newest = sum(all(day > other for other in unfit) for day in days)
+    calibrate = ["stdist", "calibrate", str(request.run_dir), str(request.store), "--newest", str(newest)]
     commands = {"calibrate": shlex.join(calibrate)}
     if train and config.last_split == config.data.split:
         began = split_of(config.data.split, store).named("train").first_day

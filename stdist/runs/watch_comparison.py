@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from jaxtyping import Bool, Float, Int
 
 from stdist.data import GridStore, Windows
@@ -16,6 +17,7 @@ from stdist.evaluation.unusual import DayScores, Reference, day_scores, mean_err
 from stdist.runs.calibration import read_all
 from stdist.runs.calibration_file import Calibration
 from stdist.runs.forecasting import local_targets
+from stdist.runs.watch_table import place_table
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ class UnusualPlace:
 class Comparison:
     """``unusual``: the worst first. ``silent``: places without a value that had some on the days calibrated on.
     ``drifting``: days whose coverage is none of a day like those. ``baselines``: mean absolute errors of what needs no
-    training, on the same points."""
+    training, on the same points. ``table``: of all places (:func:`stdist.runs.watch_table.place_table`)."""
 
     days: list[DayScores]
     unusual: list[UnusualPlace]
     silent: list[int | str]
     drifting: list[str]
     baselines: dict[str, float]
+    table: pl.DataFrame
 
 
 def compare(path: Path, windows: Windows, calibration: Calibration, reference: Reference) -> Comparison:
@@ -100,13 +103,15 @@ def compare(path: Path, windows: Windows, calibration: Calibration, reference: R
         )
     first, stop = store.step_range(windows.span)
     seen = store.observed(windows.channel, first, stop, windows.region).reshape(stop - first, -1)[:, places].any(0)
+    silent = (np.array(reference.points) > 0) & ~seen
     rows, ranges = day_scores(tally), reference.ranges()
     return Comparison(
         days=rows,
         unusual=sorted(entries, key=lambda entry: (entry.chance, -(entry.above + entry.below))),
-        silent=[calibration.places[number] for number in np.flatnonzero((np.array(reference.points) > 0) & ~seen)],
+        silent=[calibration.places[number] for number in np.flatnonzero(silent)],
         drifting=[row.day for row in rows if any(not a <= row.coverage[name] <= b for name, (a, b) in ranges.items())],
         baselines=_baselines(windows, origins, places, truth, observed) if rows else {},
+        table=place_table(windows, places, values, quantiles, truth, observed, once, tally, chances, named, silent),
     )
 
 

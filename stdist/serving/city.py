@@ -14,7 +14,8 @@ from stdist.data.stored_arrays import StoredArrays
 from stdist.errors import InputError
 from stdist.evaluation import ForecastHeader
 from stdist.runs.calibration_file import CALIBRATION
-from stdist.runs.forecasting import ForecastRequest, Sweep, forecast_in_memory, local_targets, of_next, sweep_with
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import Sweep, forecast_in_memory, local_targets, of_next, sweep_with
 from stdist.runs.recipes import read_run_config, recipe_of
 from stdist.training.checkpoint import StageCheckpoints
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stdist.errors import InputError, Interrupted, ResourceError
-from stdist.runs.forecasting import NEXT, ForecastRequest
+from stdist.runs.forecast_request import NEXT, ForecastRequest
 from stdist.serving.city import CityForecast, CityForecaster
 from stdist.serving.forecasts import CityForecasts
 

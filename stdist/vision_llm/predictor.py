@@ -10,7 +10,8 @@ from stdist.data.spans import AnyRegion
 from stdist.evaluation import Chunk, ChunkGrid
 from stdist.evaluation.forecast_header import QUANTILES
 from stdist.evaluation.levels import LEVELS
-from stdist.runs.forecasting import ForecastRequest, Predictor
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import Predictor
 from stdist.vision_llm.config import VisionLLMConfig
 from stdist.vision_llm.dataset import cadence_minutes, first_cell
 from stdist.vision_llm.numeral_range import find_unwritable

@@ -15,7 +15,8 @@ from stdist.config import OptimizerConfig, RunConfig
 from stdist.data import GridStore, Windows, open_store
 from stdist.data.audit import Fitted, data_digest
 from stdist.evaluation import Chunk, ChunkGrid
-from stdist.runs.forecasting import ForecastRequest, Predictor
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import Predictor
 from stdist.runs.recipes import Recipe
 from stdist.runs.run import Run
 from stdist.training.engine import ParameterGroup

@@ -23,7 +23,7 @@ COLUMNS = ["q2.5", "q5", "q10", "q25", "q50", "q75", "q90", "q95", "q97.5"]
 def calibrated_once(finished_run, city, tmp_path_factory) -> Path:
     from stdist.runs import recipes
     from stdist.runs.calibration import FORECASTS
-    from stdist.runs.forecasting import ForecastRequest
+    from stdist.runs.forecast_request import ForecastRequest
 
     run = Path(shutil.copytree(finished_run.run_dir, tmp_path_factory.mktemp("calibrated") / "tiny"))
     recipes.calibrate(ForecastRequest(run, city, None, "validation", run / FORECASTS), lambda line: None)
@@ -116,9 +116,12 @@ def test_what_was_forecast_before_its_truth_came_is_the_split_forecast_of_that_o
     assert first["origin"][0] == then["origin"][0] and first["forecast"].shape[:2] == (len(LEVELS), 1)
     np.testing.assert_allclose(first["forecast"], then["forecast"][:, :1], rtol=1e-5)
     np.testing.assert_allclose(first["point"], then["point"][:1], rtol=1e-5)
-    watched = stdist("watch", run, store, "--json")
+    watched = stdist("watch", run, store, "--json", "--out", tmp_path / "places.csv")
     assert watched.json["span"] == "2013-11-09" and watched.json["scores"]["points"] == 23 * 2 * 4, watched
     assert watched.json["drift"] == [] and watched.json["usual_coverage"] == {}, "one day tells no range"
+    table = pl.read_csv(tmp_path / "places.csv").sort("cell")
+    where = [(row, column, old.cell_ids[row, column]) for row in range(2) for column in range(2)]
+    assert table.select("row", "col", "cell").rows() == where and set(table["values"]) == {24}
 
 
 def test_a_policy_that_answers_in_one_pass_has_its_own_distribution_corrected(stdist, run, city, tmp_path):

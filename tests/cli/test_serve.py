@@ -7,15 +7,36 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from .conftest import PATIENCE, Command, files_below, line_of
+from .conftest import MAIN, PATIENCE, Command, files_below, line_of
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'stdist[serve]'")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed: pip install 'stdist[dev]'")
 Start = Callable[..., tuple[Command, str]]
+HANGING_SECOND = """
+import time
+from pathlib import Path
+from stdist.serving import city
+
+forecast, computing = city.forecast_in_memory, Path("computing")
+first = iter([True])
+
+def forecast_first_only(*arguments):
+    if next(first, False):
+        return forecast(*arguments)
+    computing.touch()
+    while True:
+        time.sleep(1)
+
+city.forecast_in_memory = forecast_first_only
+from stdist.cli import main
+main()
+"""
 
 
 @pytest.fixture
@@ -23,8 +44,8 @@ def serving() -> Iterator[Start]:
     """``stdist serve … --port 0`` in a process of its own, which answers when this returns, and its address."""
     started = []
 
-    def start(folder: Path, *arguments: object) -> tuple[Command, str]:
-        process = Command(folder, "serve", *map(str, arguments), "--port", "0", "--json")
+    def start(folder: Path, *arguments: object, program: str = MAIN) -> tuple[Command, str]:
+        process = Command(folder, "serve", *map(str, arguments), "--port", "0", "--json", program=program)
         started.append(process)
         deadline = time.monotonic() + PATIENCE
         while not (said := process.said()).endswith("\n"):
@@ -86,6 +107,40 @@ def test_killed_under_requests_it_leaves_no_file_and_serves_again(serving, world
     assert files_below(world) == before and all(answer == expected for answer in answers)
     _, again = serving(world, "runs/n", "z.zarr")
     assert httpx.get(f"{again}/forecast").json() == expected
+
+
+def test_killed_while_it_computes_it_answers_what_is_forecast_of_the_store_as_it_is(serving, stdist, world):
+    """Days are appended before the computation that is killed and while it lasts."""
+
+    def append(day: str) -> None:
+        np.savez("day.npz", arr_0=np.random.default_rng(2).uniform(1, 40, (24, 4, 1)))
+        assert stdist("append", "z.zarr", "day.npz", "--start", f"{day}T00:00").code == 0
+
+    def ask() -> None:
+        with suppress(httpx.TransportError):
+            while True:
+                httpx.get(f"{url}/forecast", timeout=PATIENCE)
+
+    process, url = serving(world, "runs/n", "z.zarr", program=HANGING_SECOND)
+    append("2019-01-29")
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + PATIENCE
+    while not Path("computing").exists():
+        assert time.monotonic() < deadline, "the appended day is not looked at in time"
+        time.sleep(0.01)
+    append("2019-01-30")
+    before = files_below(world)
+    os.kill(process.pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(PATIENCE)
+    process.communicate(PATIENCE)
+    assert files_below(world) == before
+    _, again = serving(world, "runs/n", "z.zarr")
+    assert stdist("forecast", "runs/n", "z.zarr", "--next", "--out", "next.csv").code == 0
+    assert httpx.get(f"{again}/forecast?format=csv").content == Path("next.csv").read_bytes()
+    assert httpx.get(f"{again}/forecast").json()["origin_local"] == "2019-01-30T23:00:00"
 
 
 def test_another_machine_needs_the_token(serving, world, monkeypatch):

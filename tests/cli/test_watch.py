@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import xarray
 import yaml
 
-from stdist import cli
+from stdist import cli, memory
 from stdist.files import read_sealed, write_sealed
 from stdist.runs import watch, watch_file
 from stdist.runs.recipes import load_config
@@ -138,12 +139,76 @@ def test_a_planted_place_and_a_dead_sensor_are_named_once(append, stdist):
     assert result.json["silent"] == [], "s7 still is, and that was said"
 
 
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.csv"])
+def test_the_scores_of_all_places_are_those_of_the_forecasts(append, stdist, name):
+    """Counted once more from the forecasts' table. K = 2: every second window has each value once."""
+
+    def change(values: np.ndarray) -> None:
+        values[:, 3] *= 4
+        values[:, 7] = np.nan
+        values[5, 2] = np.nan
+
+    append(KNOWN, 1, change)
+    said = stdist("watch", "runs/n", "city.zarr", "--out", name, "--json").json["unusual"]
+    read = pl.read_parquet if name.endswith("parquet") else pl.read_csv
+    table = {row.pop("cell"): row for row in read(name).iter_rows(named=True)}
+    assert sorted(table) == sorted(f"s{i}" for i in range(PLACES)) and {len(row) for row in table.values()} == {10}
+    assert [cell for cell, row in table.items() if row["unusual"]] == [entry["place"] for entry in said] == ["s3"]
+    assert table["s3"]["chance"] == pytest.approx(said[0]["chance"]) and table["s0"]["chance"] > 0.01
+    assert table["s3"]["above"] == said[0]["above"] / 24 and table["s3"]["below"] == 0
+    silent = table.pop("s7")
+    assert (silent.pop("silent"), silent.pop("unusual"), silent.pop("values")) == (True, False, 0)
+    assert set(silent.values()) == {None} and not any(row["silent"] for row in table.values())
+
+    assert stdist("forecast", "runs/n", "city.zarr", "--split", "2024-03-28:2024-03-28", "--out", "f.zarr").code == 0
+    with xarray.open_zarr("f.zarr") as made:
+        point, low, high = made["point"].values, made["forecast"][2].values, made["forecast"][6].values
+    values = values_of(KNOWN + 5)[KNOWN * SLOTS : (KNOWN + 1) * SLOTS].copy()
+    change(values)
+    truth = np.stack([values[:-1], values[1:]], 1)  # [windows, K, places] of the windows within the day
+    point, low, high = (array[-23:] for array in (point, low, high))
+    for number in (0, 2, 3):
+        row, seen = table[f"s{number}"], ~np.isnan(truth[..., number])
+        errors = (truth - point)[..., number][seen]
+        assert (row["mae"], row["mean_error"]) == pytest.approx((np.abs(errors).mean(), errors.mean()), rel=1e-4)
+        once = seen.copy()
+        once[1::2] = False
+        inside = ((low <= truth) & (truth <= high))[..., number][once].mean()
+        assert (row["values"], row["coverage_80"]) == (once.sum(), pytest.approx(inside))
+        assert row["coverage_95"] == pytest.approx(1 - row["above"] - row["below"])
+
+
+def test_a_table_of_scores_is_whole_and_replaces_nothing_else(append, stdist, refused, monkeypatch):
+    append(KNOWN)
+    for name, content in (("x.csv", "cell,values\n1,2\n"), ("x.parquet", "no Parquet"), ("y.csv", "\xff")):
+        Path(name).write_text(content, encoding="latin-1")
+        assert "holds no scores of places that `stdist watch` wrote" in refused(
+            "watch", "runs/n", "city.zarr", "--out", name
+        )
+    Path("link.csv").symlink_to("new.csv")
+    assert "link.csv holds no scores" in refused("watch", "runs/n", "city.zarr", "--out", "link.csv")
+    assert "are a file of .parquet or .csv, not '.txt'" in refused("watch", "runs/n", "city.zarr", "--out", "x.txt")
+    assert "lies inside the run folder" in refused("watch", "runs/n", "city.zarr", "--out", "runs/n/x.csv")
+    result = stdist("watch", "runs/n", "city.zarr", "--out", "day.csv")
+    assert result.code == 0, result
+    before = Path("day.csv").read_bytes()
+    assert "--again writes day.csv" in stdist("watch", "runs/n", "city.zarr", "--out", "day.csv").out
+    append(KNOWN + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert stdist("watch", "runs/n", "city.zarr", "--out", "day.csv").code == 5
+    assert Path("day.csv").read_bytes() == before
+    result = stdist("watch", "runs/n", "city.zarr", "--out", "day.csv")
+    assert result.code == 0 and result.out.startswith("2024-03-29, in brackets"), "what was not written is not noted"
+    assert Path("day.csv").read_bytes() != before
+
+
 def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
     append(KNOWN, 1, lambda values: values.__imul__(3))
     result = stdist("watch", "runs/n", "city.zarr", "--json")
     assert result.code == 6 and result.json["drift"] == ["2024-03-28"], result
     commands = result.json["commands"]
-    assert commands["calibrate"] == "stdist calibrate runs/n city.zarr --split 2024-03-22:2024-03-28"
+    assert commands["calibrate"] == "stdist calibrate runs/n city.zarr --newest 7"
     assert "same time yesterday" not in result.json["better"] and "persistence" in result.json["better"]
     _, _, path, *changes = shlex.split(commands["train"])
     split = load_config(Path(path), changes).data.split
@@ -163,9 +228,51 @@ def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
     append(KNOWN + 4, 1, lambda values: values.__imul__(3))
     assert stdist("watch", "runs/n", "city.zarr", "--json").json["drift"] == ["2024-04-01"], "another one"
     assert stdist(*shlex.split(commands["calibrate"])[1:]).code == 0
+    assert read_sealed(Path("runs/n/calibration.json"))["fitted"]["first_day"] == "2024-03-26"
 
 
-def test_killed_before_its_end_it_has_said_nothing(append, stdist, monkeypatch):
+def test_every_night_a_day_is_appended_watched_and_calibrated_on(append, stdist):
+    """A day that came by halves is watched and calibrated on once it is whole, and every day is watched once."""
+    nights = [
+        (KNOWN, {}, "2024-03-28", "2024-03-22"),
+        (KNOWN + 1, {"change": lambda values: values.__setitem__((slice(12, None), slice(None)), np.nan)}, None, None),
+        (KNOWN + 1, {}, "2024-03-29", "2024-03-23"),
+        (KNOWN + 3, {}, "2024-03-31", "2024-03-24"),  # a day is left out: the seventh whole one is a day earlier
+    ]
+    for first, change, watched, calibrated in nights:
+        append(first, 1, **change)
+        result = stdist("watch", "runs/n", "city.zarr", "--json")
+        assert result.code == 0 and result.json.get("span") == watched, result
+        result = stdist("calibrate", "runs/n", "city.zarr", "--newest", "7", "--json")
+        assert result.code == 0 and result.json["days"] == 7, result
+        fitted = read_sealed(Path("runs/n/calibration.json"))["fitted"]
+        if calibrated:
+            assert (fitted["first_day"], fitted["last_day"]) == (calibrated, watched)
+        again = stdist("watch", "runs/n", "city.zarr")
+        assert (again.code, again.out.startswith("nothing new: the run is calibrated on")) == (0, True)
+    append(KNOWN + 2)
+    assert "nothing new" in stdist("watch", "runs/n", "city.zarr").out, "it lies among the days calibrated on"
+
+
+def test_newest_days_that_cannot_be_calibrated_on(append, refused):
+    append(KNOWN)
+
+    def line(*options: str) -> str:
+        return refused("calibrate", "runs/n", "city.zarr", *options)
+
+    assert "--split and --newest both say which days; give one of them" in line("--split", "test", "--newest", "7")
+    assert (
+        "--newest 26: city.zarr has 25 whole days, 2024-03-04 to 2024-03-28; append more, or ask for --newest 25"
+        in (line("--newest", "26"))
+    )
+    assert "fitted on 2024-03-04:2024-03-18 of this data, which shares days with 2024-03-18:2024-03-28; 10 whole" in (
+        line("--newest", "11")
+    )
+    assert "10 whole days are newer, ask for --newest 10 or fewer" in line("--newest", "25")
+    assert "greater than or equal to 1" in line("--newest", "0")
+
+
+def test_killed_it_says_it_twice_rather_than_never(append, stdist, monkeypatch, capsys):
     append(KNOWN, 1, lambda values: values.__setitem__((slice(None), 3), 999))
     before = files_below(Path("runs/n"))
 
@@ -175,14 +282,18 @@ def test_killed_before_its_end_it_has_said_nothing(append, stdist, monkeypatch):
     def killed(*arguments: object) -> None:
         raise Killed
 
-    for module, name in ((watch, "compare"), (watch, "write_said"), (watch_file, "write_sealed")):
+    kills = ((watch, "compare", ""), (watch, "write_said", "s3: "), (watch_file, "write_sealed", "s3: "))
+    for module, name, said in kills:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, killed)
             with pytest.raises(Killed):
                 stdist("watch", "runs/n", "city.zarr")
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
         left = {name for name in files_below(Path("runs/n")) if name not in before}
         assert all(name.startswith("forecasts/watch.zarr") for name in left)
-    assert stdist("watch", "runs/n", "city.zarr").code == 6
+    result = stdist("watch", "runs/n", "city.zarr")
+    assert result.code == 6 and "s3: " in result.out
     assert set(files_below(Path("runs/n"))) - set(before) == {"watch.json"}
 
 
@@ -211,6 +322,18 @@ def test_what_cannot_be_watched_is_one_line(append, refused, stdist):
     assert "watch.json is damaged; remove it" in line(code=4)
     path.unlink()
     assert "has no calibration to make quantiles with; run `stdist calibrate` first" in line()
+
+
+def test_more_than_memory_holds_is_refused_before_it_is_forecast(append, refused, stdist, monkeypatch):
+    needed = 47 * 2 * PLACES * 75
+    monkeypatch.setattr(memory, "available", lambda: needed - 1)
+    line = refused("calibrate", "runs/n", "city.zarr")
+    assert line.startswith("calibrating on 47 windows of 2 steps and 12 places takes") and "by --region" in line
+    monkeypatch.setattr(memory, "available", lambda: needed)
+    result = stdist("calibrate", "runs/n", "city.zarr")
+    assert result.code == 0 and "more than memory holds; their intervals are not scored" in result.err, result
+    monkeypatch.setattr(memory, "available", lambda: 23 * 2 * PLACES * 250 - 1)
+    assert refused("watch", "runs/n", "city.zarr").startswith("watching 2024-03-27:2024-03-27 takes")
 
 
 def test_a_calibration_keeps_what_its_days_scored(append):

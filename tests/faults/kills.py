@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors import safe_open
 
@@ -48,10 +49,16 @@ class Killed:
     weight: int
     inputs: list[str] = field(default_factory=list)
     """What it needs of the world; copied for each trial."""
+    whole: str = ""
+    """A file that it replaces, which after any kill is the old or the new one."""
+    says: bool = False
+    """Whether what it says is said once and noted: it must have been said by the time that all is made."""
 
 
 SYNTHETIC = ["--height", "9", "--width", "9", "--days", "12", "--cadence", "10"]
 FORECAST = ["runs/urban", "nodes.zarr", "--split", "2019-01-02:2019-01-08"]
+WATCHED = ["runs/watched", "watched.zarr"]
+RUN = WATCHED[0]
 MANY = ["data.history=3", "training.max_epochs=4"]
 TWO = ["learners.engine=deepspeed", "learners.num_workers=2", "learners.max_failures=1"]
 COMMANDS = [
@@ -63,6 +70,8 @@ COMMANDS = [
     Killed("forecast", ["forecast", *FORECAST, "--out", "f.zarr"], "f.zarr", 6, ["nodes.zarr", "runs"]),
     Killed("forecast table", ["forecast", *FORECAST, "--out", "f.parquet"], "f.parquet", 3, ["nodes.zarr", "runs"]),
     Killed("evaluate", ["evaluate", "runs/urban/forecasts/test.zarr", "nodes.zarr"], "runs", 2, ["nodes.zarr", "runs"]),
+    Killed("calibrate", ["calibrate", *WATCHED, "--newest", "2"], RUN, 4, [*WATCHED], f"{RUN}/calibration.json"),
+    Killed("watch", ["watch", *WATCHED, "--days", "2", "--json"], RUN, 4, [*WATCHED], f"{RUN}/watch.json", says=True),
     Killed("report", ["report", "runs/urban"], "runs/urban", 4, ["nodes.zarr", "runs"]),
 ]
 ON_RAY = [
@@ -197,16 +206,16 @@ def _group_of(stat: Path) -> int | None:
     return None if state in "ZX" else int(group)
 
 
-def finish(start: Start, arguments: list[str]) -> str | None:
+def finish(start: Start, command: Killed) -> str | None:
     """Runs to the end; what is wrong, where it does not end well."""
     Path("stderr").unlink(missing_ok=True)
-    child = start(arguments)
+    child = start(command.arguments)
     code = wait(child, time.monotonic() + PATIENCE)
     if code is None:
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
         return "hangs"
-    return None if code == 0 else f"exit code {code}: {Path('stderr').read_text()[-2000:]}"
+    return None if _ended(command, code) else f"exit code {code}: {Path('stderr').read_text()[-2000:]}"
 
 
 # --- trials --------------------------------------------------------------------------------------------------------
@@ -216,6 +225,8 @@ def finish(start: Start, arguments: list[str]) -> str | None:
 class Undisturbed:
     seconds: float
     made: dict[str, Any]
+    said: str
+    """The last line on standard output."""
 
 
 def fresh(command: Killed, world_folder: Path) -> None:
@@ -230,15 +241,16 @@ def fresh(command: Killed, world_folder: Path) -> None:
 def undisturbed(command: Killed, start: Start, world_folder: Path) -> Undisturbed:
     fresh(command, world_folder)
     began = time.monotonic()
-    wrong = finish(start, command.arguments)
+    wrong = finish(start, command)
     seconds = time.monotonic() - began
     assert wrong is None, f"{command.name}: {wrong}"
-    return Undisturbed(seconds, contents(Path(command.makes)))
+    return Undisturbed(seconds, contents(Path(command.makes)), Path("stdout").read_text().splitlines()[-1])
 
 
 def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Path, rng: random.Random) -> str | None:
     """What is wrong; None where all is as undisturbed."""
     fresh(command, world_folder)
+    wholes = _old_and_new(command, expected)
     groups = []
     code: int | None = None
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -251,14 +263,16 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
         if code is None:
             os.killpg(child, signal.SIGKILL)
             return "hangs after a kill below it"
-        if code == 0 or _was_made(command, code):
+        if command.whole and contents(Path(command.whole)) not in wholes:
+            return f"{command.whole} is neither the old nor the new one"
+        if _ended(command, code) or _was_made(command, code):
             break  # before it could be killed, or behind its last write
         if code == 1 and command in ON_RAY and "Traceback" not in Path("stderr").read_text():
             continue  # Ray itself ends a driver whose raylet died
         if code not in (5, -signal.SIGKILL):
             return f"exit code {code} after a kill below it: {Path('stderr').read_text()[-2000:]}"
     else:
-        wrong = finish(start, command.arguments)
+        wrong = finish(start, command)
         if wrong and not _was_made(command, 2):
             return wrong
     if left := [name for group in groups for name in outliving(group)]:
@@ -267,8 +281,23 @@ def trial(command: Killed, start: Start, expected: Undisturbed, world_folder: Pa
     differing = sorted(name for name in made.keys() | expected.made.keys() if made.get(name) != expected.made.get(name))
     if differing:
         return f"other contents: {differing[:5]}"
+    if command.says and expected.said not in Path("stdout").read_text().splitlines():
+        return "it is noted as said, and was not"
     partial = sorted(str(path) for path in Path().rglob("*") if ".partial" in path.name)
     return f"left behind: {partial[:5]}" if partial else None
+
+
+def _old_and_new(command: Killed, expected: Undisturbed) -> list[dict[str, Any]]:
+    """What the file that is to stay whole holds before the command, where it may not be there, and behind it."""
+    if not command.whole:
+        return []
+    new = expected.made[str(Path(command.whole).relative_to(command.makes))]
+    return [contents(Path(command.whole)), {".": new}]
+
+
+def _ended(command: Killed, code: int) -> bool:
+    """Whether it ended as it does undisturbed: with 6 where it has something to say, with 0 where that was noted."""
+    return code == 0 or (command.says and code == 6)
 
 
 def _was_made(command: Killed, code: int) -> bool:
@@ -277,13 +306,21 @@ def _was_made(command: Killed, code: int) -> bool:
 
 
 def build(folder: Path, *, vision_run: bool) -> None:
-    """The fuzz's world, with a longer training of the vision-LLM, and a run of it."""
+    """The fuzz's world, with a longer training of the vision-LLM, and a run of it; beside them a store with a day more,
+    on which a place is unusual, and a run that is calibrated on the days before."""
 
     def stdist(*arguments: str) -> int:
         child = fork(list(arguments))
         return wait(child, time.monotonic() + PATIENCE) or 0
 
     world.build(folder, stdist)
+    run, store = WATCHED
+    shutil.copytree("runs/urban", run)
+    shutil.copytree("nodes.zarr", store)
+    day = np.load("zones.npz")["arr_0"][: world.SLOTS] * np.array([10, 1, 1, 1, 1])[:, None]
+    np.savez("ninth.npz", arr_0=day)
+    assert stdist("append", store, "ninth.npz", "--start", "2019-01-09T00:00") == 0
+    assert stdist("calibrate", run, store) == 0
     tree: dict[str, Any] = world.CONFIGS["vision"]
     longer = {"logging_steps": 1, "save_steps": 1, "eval_steps": 2}
     tree = tree | {

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from data_prep import READERS
 from stdist.runs import recipes
 from stdist.runs.calibration import FORECASTS
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.serving.app import ROUTES, make_app
 from stdist.serving.city import CityForecaster
 from stdist.serving.forecasts import CityForecasts

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stdist.runs.forecasting import NEXT, ForecastRequest
+from stdist.runs.forecast_request import NEXT, ForecastRequest
 
 
 def silent(line: str) -> None:

@@ -10,7 +10,7 @@ import xarray
 from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.runs import recipes
-from stdist.runs.forecasting import NEXT, ForecastRequest
+from stdist.runs.forecast_request import NEXT, ForecastRequest
 from stdist.runs.recipes import train
 from stdist.urbanpg.config import UrbanConfig
 

@@ -16,7 +16,7 @@ from stdist.nodes.dataset import open_dataset
 from stdist.nodes.learners import NodeLearners
 from stdist.nodes.stage import ForecastStage, WindowForecasts
 from stdist.runs import recipes
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.runs.recipes import train
 from stdist.runs.run_folder import refuse_foreign_folder
 from stdist.urbanpg import UrbanPG

@@ -15,7 +15,7 @@ from stdist.data import GridStore
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
 from stdist.runs import recipes
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.runs.recipes import parse_config, train
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm import Policy

@@ -20,7 +20,8 @@ from stdist.data import Windows
 from stdist.evaluation import Chunk
 from stdist.orchestration.cluster import connected, require_workers, workers_that_fit
 from stdist.orchestration.policy_workers.pool import Pool, wait_for_answers
-from stdist.runs.forecasting import ForecastRequest, Prediction
+from stdist.runs.forecast_request import ForecastRequest
+from stdist.runs.forecasting import Prediction
 from stdist.runs.recipes import forecast, read_run_config, recipe_of
 from stdist.runs.workers import Result, Unit, Version, WorkerProgram, WorkKey
 

@@ -19,7 +19,7 @@ from stdist.orchestration.policy_workers import sweep as sweep_module
 from stdist.orchestration.policy_workers.pool import wait_for_answers
 from stdist.orchestration.policy_workers.sweep import sweep
 from stdist.runs import recipes
-from stdist.runs.forecasting import ForecastRequest
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.runs.workers import WorkKey
 from stdist.vision_llm.rollout import forecaster
 
