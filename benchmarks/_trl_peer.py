@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from _window import plain_model
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 try:
     import trl.trainer.utils
@@ -36,8 +37,7 @@ from stdist.vision_llm.config import GRPOConfig
 from stdist.vision_llm.kernels.token_losses import head_logits
 from stdist.vision_llm.policy.adapters import LORA_TARGETS
 from stdist.vision_llm.policy.model import PolicyModel
-from stdist.vision_llm.policy.tokenizer_files import full_tokenizer
-from stdist.vision_llm.stages.reward import reward
+from stdist.vision_llm.trl import PolicyProcessor, numeral_reward
 
 TRL_VERSION = trl.__version__
 # peft and Trainer ask transformers by names that its next version drops.
@@ -73,6 +73,9 @@ def check_same_model(policy: PolicyModel, samples: Samples) -> None:
     with torch.no_grad():
         ours = head_logits(policy.hidden(ids)[:, -1], policy.answer_head)[:, :-1]
         theirs = plain_model(policy)(ids).logits[:, -1, policy.first_numeral_id :]
+    processor = PolicyProcessor(policy)
+    if any(processor.encode(processor.decode(ids)) != ids for ids in samples.prompts):
+        raise SystemExit("error: the peer reads another prompt than stdist")
     if not torch.allclose(ours, theirs, atol=1e-4):
         raise SystemExit("error: the peer's model is another function than the policy")
 
@@ -87,9 +90,8 @@ class Peer:
     """
 
     def __init__(self, policy: PolicyModel, samples: Samples, config: GRPOConfig, batches: Batches, output_dir: Path):
-        self._vocabulary, self._first = policy.vocabulary, policy.first_numeral_id
-        self._half_score, self._horizon = config.half_score, policy.spec.setting.horizon
-        tokenizer = full_tokenizer(policy.tokenizer, policy.vocabulary)
+        self._eq_17, self._horizon = numeral_reward(policy, config.half_score), policy.spec.setting.horizon
+        processor = PolicyProcessor(policy)
         self._sequences = len(samples.prompts) * config.num_generations
         self.model = plain_model(policy)
         self.tokens_per_candidate: list[float] = []
@@ -99,12 +101,12 @@ class Peer:
             args=self._arguments(config, batches, output_dir),
             train_dataset=Dataset.from_dict(
                 {
-                    "prompt": [as_text(tokenizer, ids) for ids in samples.prompts],
+                    "prompt": [processor.decode(ids) for ids in samples.prompts],
                     "truth": samples.truth.tolist(),
                     "normalizer": samples.normalizer.tolist(),
                 }
             ),
-            processing_class=tokenizer,
+            processing_class=processor,
             peft_config=LoraConfig(
                 r=policy.spec.lora_r, lora_alpha=policy.spec.lora_alpha, target_modules=LORA_TARGETS
             ),
@@ -145,22 +147,9 @@ class Peer:
             dataloader_pin_memory=False,
         )
 
-    def _reward(
-        self, completion_ids: list[list[int]], truth: list[list[float]], normalizer: list[float], **_: object
-    ) -> list[float]:
-        """Eq. 17 in TRL's signature; here other tokens than numerals can be written."""
+    def _reward(self, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         self.tokens_per_candidate += [len(ids) for ids in completion_ids]
-        index = torch.tensor(completion_ids) - self._first
-        is_numeral = index >= 0
-        values = torch.tensor(self._vocabulary.values, dtype=torch.float32)[index.clamp(min=0)] * is_numeral
-        return reward(
-            values,
-            is_numeral.sum(1),
-            torch.tensor(truth),
-            torch.tensor(normalizer),
-            self._half_score,
-            decoded=is_numeral.all(1),
-        ).tolist()
+        return self._eq_17(completion_ids, **columns)
 
 
 class _Clock(TrainerCallback):
@@ -172,11 +161,3 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, *_: object, **__: object) -> None:
         self._after_step(time.perf_counter() - self._start)
-
-
-def as_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """A prompt as text, since GRPOTrainer tokenizes what it is given."""
-    text = tokenizer.decode(ids)
-    if tokenizer(text)["input_ids"] != ids:
-        raise SystemExit("error: the peer's tokenizer reads another prompt than stdist")
-    return text

@@ -34,6 +34,15 @@ def check_losses(
     )
 
 
+def check_gradient(norm: float, stage: str, step: int, group: ProcessGroup, describe_batch: Callable[[], str]) -> None:
+    """Raises DivergenceError where the norm of this learner's gradient is not finite; see :func:`check_losses`."""
+    if not math.isfinite(norm):
+        raise DivergenceError(
+            f"{stage}: gradient norm is {norm} at step {step}, learner {group.rank} on {describe_batch()}; its weights "
+            f"were not saved, lower {stage}.learning_rate and train under another name="
+        )
+
+
 @contextmanager
 def resource_errors(stage: str, phase: str, step: int, group: ProcessGroup) -> Iterator[None]:
     """Inside, out-of-memory, a full disk and a collective that timed out become one ResourceError each, with phase and

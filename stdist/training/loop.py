@@ -19,7 +19,7 @@ from stdist.errors import DivergenceError, Interrupted, MemoryFullError
 from stdist.scalars import defined
 from stdist.training.checkpoint import StageCheckpoints, damage_as_one_line
 from stdist.training.engine import Engine
-from stdist.training.guards import EXPLOSION, FIRST_STEPS, check_losses, resource_errors
+from stdist.training.guards import EXPLOSION, FIRST_STEPS, check_gradient, check_losses, resource_errors
 from stdist.training.process_group import ProcessGroup
 from stdist.training.run_log import RunLog
 from stdist.training.terminal import first_ctrl_c, loss_bar
@@ -145,23 +145,25 @@ class Trainer:
         make_engine: Callable[[], Engine],
         settings: LoopSettings,
         run_info: dict[str, str] | None = None,
+        make_steps: "Callable[[StageRun], None] | None" = None,
     ) -> dict[str, Any]:
         """Runs a stage to its end, from its newest checkpoint if there is one; a finished stage is only loaded.
 
         Args:
             make_engine: called once ``model`` has the weights to go on from.
             run_info: goes into the log, as the device and engine of this process.
+            make_steps: makes the steps in a loop of its own, see :meth:`StageRun.made`; by default the stage does.
 
         Returns the closing summary: metrics ``before``, of the result (``after``) and at the ``last`` step, ``steps``,
         ``seconds``, ``checkpoint``. The model holds the stage's result when it returns. Raises DivergenceError naming
         stage, step, learner and batch; ResourceError; Interrupted on Ctrl-C; InputError naming a damaged checkpoint.
         """
-        run = _StageRun(self, stage, model, settings)
+        run = StageRun(self, stage, model, settings)
         if (summary := run.load_finished()) is not None:
             return summary
         run.start(make_engine, run_info or {})
         try:
-            run.train()
+            run.train(make_steps or StageRun.make_steps)
         except (DivergenceError, Interrupted):
             # Of all learners at once. After any other error this one would wait for others that do something else.
             run.checkpoints.wait()
@@ -174,17 +176,19 @@ class Trainer:
             self.run_log.close()
 
 
-class _StageRun:
+class StageRun:
     """One stage on its way: load_finished, else start, train, finish."""
 
     engine: Engine
+    _advance: Callable[[float], None]
+    _interrupted: Callable[[], bool]
 
     def __init__(self, trainer: Trainer, stage: Stage, model: Model, settings: LoopSettings):
         self.trainer, self.stage, self.model, self.settings = trainer, stage, model, settings
         self.run_log, self.group = trainer.run_log, trainer.group
         self.checkpoints = trainer.checkpoints(stage.name)
         self.step, self.progress = 0, _Progress()
-        self.resumed = self.halved = False
+        self.resumed = self.halved = self._stopped = False
         self.best_saved = 0
         """The best step of the last checkpoint's time: where the newest one is damaged, that one serves."""
 
@@ -215,35 +219,63 @@ class _StageRun:
                     self.run_log.start(self.stage.name, self.step, run_info)
             self._weights_changed()
 
-    def train(self) -> None:
+    def train(self, make_steps: "Callable[[StageRun], None]") -> None:
         """Makes the steps that are left, logs, evaluates and saves."""
-        settings, last = self.settings, self.settings.max_steps
         self._began = time.monotonic() - self.progress.seconds
-        hidden = self.run_log is None
-        with loss_bar(self.stage.name, last, self.step, hidden) as advance, first_ctrl_c() as interrupted:
+        bar = loss_bar(self.stage.name, self.settings.max_steps, self.step, self.run_log is None)
+        with bar as self._advance, first_ctrl_c() as self._interrupted:
             if not self.resumed:
                 self._evaluate()
                 self._save()
-            while self.step < last and not (settings.patience and self.progress.stale >= settings.patience):
-                scalars = self._one_step()
-                advance(scalars["loss"])
-                if self.step % settings.logging_steps == 0 or self.step == last:
-                    self._log(scalars)
-                evaluated = self.step % settings.eval_steps == 0 or self.step == last
-                if evaluated:
-                    self._evaluate()
-                # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
-                stop = any(self.group.all_gather_object(interrupted())) and self.step % self.stage.resumable_every == 0
-                if evaluated or stop or self.step % settings.save_steps == 0:
-                    self._save()
-                else:
-                    self._wait(block=False)
-                if stop:
-                    self._wait()
-                    raise Interrupted(
-                        f"{self.stage.name}: stopped at step {self.step} and saved; run the same command to resume"
-                    )
+            if self.goes_on:
+                make_steps(self)
             self._wait()
+        if self._stopped:
+            raise Interrupted(
+                f"{self.stage.name}: stopped at step {self.step} and saved; run the same command to resume"
+            )
+
+    def make_steps(self) -> None:
+        """The stage's own steps."""
+        while self.goes_on:
+            self._count(self._one_step())
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step to be made."""
+        patience = self.settings.patience
+        ended = self.step >= self.settings.max_steps or (patience and self.progress.stale >= patience)
+        return not (ended or self._stopped)
+
+    def made(self, scalars: dict[str, float]) -> None:
+        """Called by a loop of one learner's own after each of its steps, as long as it ``goes_on``; ``scalars``:
+        ``loss`` and ``grad_norm`` among them. Raises DivergenceError where one of the two is lost."""
+        check_losses([scalars["loss"]], self.progress.ceiling, *self._where)
+        check_gradient(scalars["grad_norm"], *self._where)
+        self._count(scalars)
+
+    def _count(self, scalars: dict[str, float]) -> None:
+        """A step was made: logs, evaluates and saves where it is time."""
+        settings = self.settings
+        if len(self.progress.first_losses) < FIRST_STEPS:
+            self.progress.first_losses.append(scalars["loss"])
+        self.step += 1
+        with self._resource_errors("weights changed"):
+            self._weights_changed()
+        self._advance(scalars["loss"])
+        ended = self.step == settings.max_steps
+        if self.step % settings.logging_steps == 0 or ended:
+            self._log(scalars)
+        evaluated = self.step % settings.eval_steps == 0 or ended
+        if evaluated:
+            self._evaluate()
+        # Asked behind the evaluation: whoever pressed Ctrl-C while it ran does not wait for another step.
+        asked = any(self.group.all_gather_object(self._interrupted()))
+        self._stopped = asked and self.step % self.stage.resumable_every == 0
+        if evaluated or self._stopped or self.step % settings.save_steps == 0:
+            self._save()
+        else:
+            self._wait(block=False)
 
     def finish(self) -> dict[str, Any]:
         """Leaves the stage's result in the plain model. Returns the closing summary."""
@@ -274,24 +306,18 @@ class _StageRun:
         local_scalars = self._gradients(number)
         with resource_errors(stage.name, "forward and backward", number, group):
             scalars_of = group.all_gather_object(local_scalars)
-        losses, ceiling = [scalars["loss"] for scalars in scalars_of], self.progress.ceiling
-        check_losses(losses, ceiling, stage.name, number, group, lambda: stage.describe_batch(self.step))
+        check_losses([scalars["loss"] for scalars in scalars_of], self.progress.ceiling, *self._where)
         scalars = {key: _reduced(key, [s[key] for s in scalars_of]) for key in local_scalars}
         scalars["learning_rate"] = self.engine.learning_rate
         with resource_errors(stage.name, "update", number, group):
             scalars["grad_norm"] = self.engine.step()
-        if not math.isfinite(scalars["grad_norm"]):
-            raise DivergenceError(
-                f"{stage.name}: gradient norm is {scalars['grad_norm']} at step {number}, learner {group.rank} on "
-                f"{stage.describe_batch(self.step)}; its weights were not saved, lower {stage.name}.learning_rate and "
-                "train under another name="
-            )
-        if len(self.progress.first_losses) < FIRST_STEPS:
-            self.progress.first_losses.append(scalars["loss"])
-        self.step += 1
-        with self._resource_errors("weights changed"):
-            self._weights_changed()
+        check_gradient(scalars["grad_norm"], *self._where)
         return scalars
+
+    @property
+    def _where(self) -> tuple[str, int, ProcessGroup, Callable[[], str]]:
+        """The step that is being made, as checks name it."""
+        return self.stage.name, self.step + 1, self.group, lambda: self.stage.describe_batch(self.step)
 
     def _gradients(self, number: int) -> dict[str, float]:
         """Forward and backward passes of a step. Where memory is not enough they are made again, once in a stage, with

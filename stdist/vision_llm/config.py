@@ -12,6 +12,17 @@ StageName = Literal["alignment", "arithmetic", "sft", "grpo"]
 Trainable = Literal["rows", "lora", "full"]
 Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 Drawing = Literal["chain", "direct"]
+WITH_TRL = {
+    "learners.num_workers": 1,
+    "learners.engine": "torch",
+    "policy.load_in_4bit": False,
+    "rollouts.num_workers": 0,
+    "sft.optim": "adamw_torch",
+    "grpo.optim": "adamw_torch",
+    "grpo.candidates": "chain",
+    "grpo.kl_estimator": "k3",
+}
+"""Keys of what stdist does and TRL's trainers do not, with the one value that both know."""
 
 
 class NumeralsConfig(Strict):
@@ -169,9 +180,11 @@ class ForecastConfig(Strict):
 class VisionLLMConfig(RunConfig):
     """A run: data, policy, and the stages in order. ``init_from``: RUN or RUN/STAGE of a finished stage whose weights
     the policy begins with. ``reuse_alignment``: a run of the same ``output_dir`` that began with the same base and seed
-    and aligned them alike gives this one the result."""
+    and aligned them alike gives this one the result. ``backend``: whose loops make the steps of ``sft`` and ``grpo``,
+    stdist's or those of TRL's trainers, on one device (extra ``trl``)."""
 
     recipe: Literal["vision-llm"] = "vision-llm"
+    backend: Literal["stdist", "trl"] = "stdist"
     init_from: Path | None = None
     reuse_alignment: bool = True
     stages: tuple[StageName, ...] = Field(("alignment", "arithmetic", "sft", "grpo"), min_length=1)
@@ -198,6 +211,17 @@ class VisionLLMConfig(RunConfig):
                 f"rollouts.num_workers is {self.rollouts.num_workers} and only {windows} windows can be in flight "
                 "(grpo.windows_per_step × (1 + rollouts.max_staleness)): the others would never have work"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_trl_can_do(self) -> "VisionLLMConfig":
+        for key, known in WITH_TRL.items() if self.backend == "trl" else ():
+            part, name = key.split(".")
+            value = getattr(getattr(self, part), name)
+            if value != known and (part in self.stages or part not in ("sft", "grpo")):
+                raise ValueError(
+                    f"{key} is {value}, which backend trl cannot do; set it to {known}, or backend to stdist".lower()
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,9 @@
 """A stage's learning: the learners that can share it, the parameters that train, and the engine that updates them."""
 
+from importlib.util import find_spec
+
+import torch
+
 from stdist.errors import InputError
 from stdist.training import engines
 from stdist.training.deepspeed_json import deepspeed_json
@@ -14,6 +18,12 @@ from stdist.vision_llm.policy.model import PolicyModel
 def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
     """Raises InputError where ``group`` cannot share a stage's batch evenly, or its engine cannot train this policy."""
     learners = config.learners
+    if config.backend == "trl":
+        require_trl()
+        if (gpus := torch.cuda.device_count()) > 1:
+            raise InputError(
+                f"backend trl trains on one device and {gpus} GPUs are visible; set CUDA_VISIBLE_DEVICES=0"
+            )
     for name in config.stages:
         stage = stage_config(config, name)
         if isinstance(stage, AlignmentConfig):
@@ -40,6 +50,13 @@ def check_learners(config: VisionLLMConfig, group: ProcessGroup) -> None:
             )
         if reason:
             raise InputError(f"learners.zero_stage 3 shards the weights that {reason}; set zero_stage to 1 or 2")
+
+
+def require_trl() -> None:
+    """Raises InputError where TRL is not installed."""
+    for name in ("trl", "datasets"):
+        if find_spec(name) is None:
+            raise InputError(f"TRL's trainers need {name}, which is not installed: pip install 'stdist[trl]'")
 
 
 def begin_stage(policy: PolicyModel, name: str, trainable: str, seed: int) -> None:

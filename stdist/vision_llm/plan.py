@@ -64,6 +64,10 @@ def plan_run(config: VisionLLMConfig, device: Device = Device()) -> RunPlan:
     notes += [
         line for plan in stages if _has_workers(config, plan.stage) for line in _notes_on_workers(config, plan, device)
     ]
+    if config.backend == "trl":
+        notes.append(
+            "sft and grpo are counted as stdist makes their steps; TRL computes every sequence whole, and needs more"
+        )
     if "grpo" in config.stages:
         notes.append(
             "sampling is counted by its operations; its steps of one token are bound by memory and take longer"

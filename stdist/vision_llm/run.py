@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from stdist.runs.dataset import Dataset
 from stdist.runs.forecasting import Predictor, Written, finished_stage
 from stdist.runs.run import Run
 from stdist.training import engines
+from stdist.training.engine import Engine
 from stdist.training.loop import LoopSettings, Stage, Trainer
 from stdist.training.process_group import ProcessGroup
 from stdist.vision_llm.config import VisionLLMConfig
@@ -49,6 +51,8 @@ class VisionLLMRun(Run):
         self.policy, self.source = _first_policy(config, dataset)
         if self.source is not None:
             self.notes.append(what_it_took(self.policy, self.source))
+        if config.backend == "trl":
+            self.notes.append(f"steps of sft and grpo by the trainers of TRL {version('trl')} (docs/trl.md)")
         clamp = config.numerals.out_of_range == "clamp"
         self._train, self._validation = (
             CityWindows(self.policy, windows, clamp) for windows in (dataset.train, dataset.validation)
@@ -64,10 +68,19 @@ class VisionLLMRun(Run):
             note_source(self.config, self.source)
         if trainer.group.is_main and (line := take_over(self.config, policy.spec, stage, trainer.checkpoints(stage))):
             trainer.log(line)
+        training, engine = self._stage(stage, trainer.group), engines.engine_name(self.config.learners)
+        new_engine: Callable[[], Engine] = partial(make_engine, self.config, settings, policy, trainer.group)
+        make_steps = None
+        if self.config.backend == "trl" and isinstance(training, SFTStage | GRPOStage):
+            # Seconds to import, and not installed everywhere.
+            from stdist.vision_llm.trl import steps
+
+            new_engine, engine = partial(steps.make_trl_engine, policy, settings), f"TRL {version('trl')}"
+            make_steps = partial(steps.make_steps, training, self.config.seed)
         summary = trainer.fit(
-            self._stage(stage, trainer.group),
+            training,
             PolicyFiles(policy),
-            partial(make_engine, self.config, settings, policy, trainer.group),
+            new_engine,
             LoopSettings(
                 settings.max_steps,
                 settings.logging_steps,
@@ -78,8 +91,9 @@ class VisionLLMRun(Run):
             run_info={
                 "device": str(policy.device),
                 "attention": policy.attention_choice.reason,
-                "learners": f"{trainer.group.size}, {engines.engine_name(self.config.learners)}",
+                "learners": f"{trainer.group.size}, {engine}",
             },
+            make_steps=make_steps,
         )
         if stage == "grpo" and summary["checkpoint"] == "step-0":
             self.notes.append(NOTHING_GAINED)

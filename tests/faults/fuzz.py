@@ -251,7 +251,7 @@ def cut_off() -> None:
     def first_step(*_: Any, **__: Any) -> None:
         raise FirstStep
 
-    loop._StageRun.train = first_step  # type: ignore[method-assign]
+    loop.StageRun.train = first_step  # type: ignore[method-assign]
     stdist.orchestration.cluster.ray.init = first_step  # type: ignore[assignment]
     stdist.serving.service.uvicorn.Server.run = first_step  # type: ignore[method-assign]
     list(RECIPES.values()), list(BACKBONES.values())

@@ -31,13 +31,11 @@ from stdist.vision_llm.rollout.sampler import Completions, Decoding
 from stdist.vision_llm.stages import one_pass
 from stdist.vision_llm.stages.batches import StepBatches
 from stdist.vision_llm.stages.loss import LOSSES, LossInputs
-from stdist.vision_llm.stages.reward import RewardTerms, error_of_mean, group_advantages, reward_terms
+from stdist.vision_llm.stages.reward import RewardTerms, error_of_mean, group_advantages, normalizers, reward_terms
 from stdist.vision_llm.tree import prefix_tree
 from stdist.vision_llm.tree.micro_batches import MicroBatches
 from stdist.vision_llm.tree.prefix_tree import Level, Tree
 
-# d of Eq. 19 never falls below this share of the city's mean: a cell at rest would make any error enormous.
-NORMALIZER_FLOOR = 0.05
 # The step that candidates of evaluations are drawn for, the same ones every time.
 EVALUATION = 2**32 - 1
 EVALUATED = "the weights that are evaluated"
@@ -253,13 +251,14 @@ class GRPOStage(Stage):
         """Each candidate's truth, and its d of Eq. 19."""
         g, device = self.config.num_generations, completions.values.device
         truth = torch.from_numpy(batch.truth).flatten(0, 1).float().to(device)
-        cell_mean = np.tile(self.cell_mean[batch.cells], len(batch.shared))
-        normalizer = {
-            "cell_mean": torch.from_numpy(cell_mean).float().to(device),
-            "window_mean": truth.mean(1),
-            "city_mean": torch.full((len(truth),), self._city_mean, device=device),
-        }[self.config.normalizer].clamp(min=NORMALIZER_FLOOR * self._city_mean)
-        return truth.repeat_interleave(g, 0), normalizer.repeat_interleave(g, 0)
+        normalizers = self.normalizers(batch).to(device)
+        return truth.repeat_interleave(g, 0), normalizers.repeat_interleave(g, 0)
+
+    def normalizers(self, batch: PolicyBatch) -> Float[Tensor, " sequences"]:
+        """d of Eq. 19 of each sequence of a batch, in units."""
+        truth = torch.from_numpy(batch.truth).flatten(0, 1).float()
+        cell_mean = torch.from_numpy(np.tile(self.cell_mean[batch.cells], len(batch.shared))).float()
+        return normalizers(self.config.normalizer, truth, cell_mean, self._city_mean)
 
     def _reward(self, batch: PolicyBatch, completions: Completions) -> RewardTerms:
         config = self.config

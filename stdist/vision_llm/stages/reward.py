@@ -26,6 +26,21 @@ def nrmse(
 
 
 RewardKind = Literal["eq17", "squared_error", "error_of_mean"]
+Normalizer = Literal["cell_mean", "window_mean", "city_mean"]
+# d of Eq. 19 never falls below this share of the city's mean: a cell at rest would make any error enormous.
+NORMALIZER_FLOOR = 0.05
+
+
+def normalizers(
+    kind: Normalizer, truth: Float[Tensor, "sequences K"], cell_mean: Float[Tensor, " sequences"], city_mean: float
+) -> Float[Tensor, " sequences"]:
+    """d of Eq. 19: the mean of the sequence's cell over the training days, of its truth, or of the whole city."""
+    chosen = {
+        "cell_mean": cell_mean,
+        "window_mean": truth.mean(1),
+        "city_mean": torch.full_like(cell_mean, city_mean),
+    }[kind]
+    return chosen.clamp(min=NORMALIZER_FLOOR * city_mean)
 
 
 class RewardTerms(NamedTuple):
