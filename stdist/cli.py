@@ -244,15 +244,19 @@ def evaluate(
     store: Annotated[Path, typer.Argument(help="the store it was made on")],
     as_json: Json = False,
 ) -> None:
-    """Score forecasts on observed points, with their evaluation contract."""
+    """Score forecasts on observed points, with their evaluation contract, and the baselines on the same points."""
     from stdist.evaluation import evaluate as score
+    from stdist.evaluation.company import baselines_beside
 
     result = score(forecasts, store).to_json()
+    company = baselines_beside(forecasts, store)
+    result["baselines"] = company.scores
     contract, pooled, mean = result["contract"], result["pooled"], result["mean_of_horizons"]
     lines = [f"{key}: {value}" for key, value in contract.items() if value is not None]
     for name, errors in (("pooled", pooled), ("mean of horizons", mean)):
         figures = [f"{key.upper()} {figure(errors[key])}" for key in ("mae", "rmse", "mape", "nrmse")]
         lines.append(f"{name}: {', '.join(figures)}")
+    lines.append(company.line)
     if "quantiles" in result:
         pooled = result["quantiles"]["pooled"]
         lines.append(f"CRPS {result['quantiles']['crps_is']}: {figure(pooled['crps'])}")

@@ -35,6 +35,7 @@ def request_of(
     cost_ratio: Annotated[
         float | None, _option("forecast_for_cost: too little costs so many times as much as too much")
     ] = None,
+    channel: Annotated[str | None, _option("another one than the run's own, which ST-Vision-LLM can forecast")] = None,
 ) -> "ForecastRequest":
     """The request that the options make. Raises InputError where two of them say the same thing."""
     from stdist.runs.forecast_request import NEXT, ForecastRequest
@@ -45,7 +46,7 @@ def request_of(
     if next_steps and split is not None:
         raise InputError("--split names past windows, --next and --origin the steps behind one frame; give one of them")
     days = NEXT if next_steps else split or "test"
-    return ForecastRequest(run, store, region, days, out, origin, places, horizon, quantiles, cost_ratio)
+    return ForecastRequest(run, store, region, days, out, origin, places, horizon, quantiles, cost_ratio, channel)
 
 
 ABSENT: dict[str, Any] = {**(request_of.__kwdefaults__ or {})}

@@ -86,9 +86,11 @@ def forecast_baselines(
             yield block, tile, forecasts
 
 
-def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) -> dict[str, dict[str, Any]]:
+def score_baselines(
+    store: GridStore, train: DaySpan | str, windows: Windows, asked: Bool[np.ndarray, "*cells"] | None = None
+) -> dict[str, dict[str, Any]]:
     """Returns for every baseline the ``ErrorState.summary`` of its forecasts, and its ``fallbacks``: how many of the
-    scored points are persistence's.
+    scored points are persistence's. ``asked``: True for the cells of the windows' region that count, all if None.
 
     Raises InputError where the days of ``windows`` and of ``train`` overlap.
     """
@@ -99,6 +101,9 @@ def score_baselines(store: GridStore, train: DaySpan | str, windows: Windows) ->
     fallbacks: Counter[str] = Counter()
     for block, tile, forecasts in forecast_baselines(store, train, windows):
         truth, observed = read_targets(windows, tile, windows.origins[block])
+        if asked is not None:
+            whole = zip(tile.slices, windows.region.slices, strict=True)
+            observed &= asked[tuple(slice(of.start - all_.start, of.stop - all_.start) for of, all_ in whole)]
         for name, baseline in forecasts.items():
             states[name] += ErrorState.of(baseline.values, truth, observed)
             fallbacks[name] += int((baseline.fallback & observed).sum())

@@ -48,6 +48,11 @@ class NodesPredictor(Predictor):
         self, store: GridStore, request: ForecastRequest, log: Callable[[str], None]
     ) -> tuple[AnyRegion, AnyRegion]:
         """The part of this store that is asked for, all of the run's nodes by default; the history is all of theirs."""
+        if request.channel not in (None, self.data.channel):
+            raise InputError(
+                f"--channel {request.channel}: mean, deviation and rows of {request.run_dir} are those of "
+                f"{self.data.channel}; train a run on the other channel"
+            )
         known = self._known_region(store, request.run_dir, log)
         region = parse_region(request.region).within(store.shape) if request.region else known
         if any(r.start < k.start or k.stop < r.stop for r, k in zip(region.slices, known.slices, strict=True)):

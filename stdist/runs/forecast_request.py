@@ -11,10 +11,10 @@ NEXT = "next"
 class ForecastRequest:
     """The arguments of ``stdist forecast``: a finished run, a store, cells or nodes (the run's own where None), a
     split's name, local days ``A:B``, ``NEXT`` or, of ``stdist calibrate``, a number of the newest whole days, and the
-    file to write. ``origin``: of the next steps, the local time
-    of the last frame that is looked at, the store's last one where None. ``places``: ids in place of a region.
-    ``horizon``: the first steps alone, all of the model's where None. ``quantiles``: by the run's calibration, where
-    None if it has one. ``cost_ratio``: of ``forecast_for_cost``, none where None."""
+    file to write. ``origin``: of the next steps, the local time of the last frame that is looked at, the store's last
+    one where None. ``places``: ids in place of a region. ``horizon``: the first steps alone, all of the model's where
+    None. ``quantiles``: by the run's calibration, where None if it has one. ``cost_ratio``: of ``forecast_for_cost``,
+    none where None. ``channel``: another one than the run's, if any."""
 
     run_dir: Path
     store: Path
@@ -26,6 +26,7 @@ class ForecastRequest:
     horizon: int | None = None
     quantiles: bool | None = None
     cost_ratio: float | None = None
+    channel: str | None = None
 
     def as_arguments(self) -> list[str]:
         """The command line that asks for the same, behind ``stdist``."""
@@ -37,6 +38,7 @@ class ForecastRequest:
             "--places": self.places,
             "--horizon": self.horizon,
             "--cost-ratio": self.cost_ratio,
+            "--channel": self.channel,
         }
         for name, value in options.items():
             line += [] if value is None else [name, str(value)]

@@ -273,14 +273,15 @@ def _windows(
     config: RunConfig, store: GridStore, request: ForecastRequest, region: AnyRegion, history_region: AnyRegion
 ) -> Windows:
     data, regions = config.data, {"region": region, "history_region": history_region}
+    channel = request.channel or data.channel
     if request.split == NEXT:
         origin = None if request.origin is None else parse_local_time(request.origin, "--origin")
-        return next_window(store, data.history, data.horizon, channel=data.channel, origin=origin, **regions)
+        return next_window(store, data.history, data.horizon, channel=channel, origin=origin, **regions)
     return store.windows(
         _days(config, store, request, region),
         data.history,
         data.horizon,
-        channel=data.channel,
+        channel=channel,
         history_inside=request.split == "train",
         name=str(request.split) if request.split in PARTS else "span",
         **regions,
@@ -372,7 +373,7 @@ def of_next(window: NextWindow) -> dict[str, Any]:
 def _days(config: RunConfig, store: GridStore, request: ForecastRequest, region: AnyRegion) -> DaySpan:
     part = request.split
     if isinstance(part, int):
-        return span_of_newest(store, store.require_channel(config.data.channel), region, part)
+        return span_of_newest(store, store.require_channel(request.channel or config.data.channel), region, part)
     if ":" in part:
         return DaySpan.parse(part)
     if part not in PARTS:

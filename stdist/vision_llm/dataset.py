@@ -17,6 +17,8 @@ from stdist.vision_llm.policy.presets import SHAPES
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
 
 ASSUMED_GRID = (100, 100)
+T_MAX = "t_max of the frames"
+"""What the leak audit calls it."""
 
 
 def open_dataset(config: VisionLLMConfig) -> Dataset:
@@ -99,7 +101,7 @@ def unfitted_spec(config: VisionLLMConfig, store: GridStore | None) -> PolicySpe
 def fitted_on_data(config: VisionLLMConfig, dataset: Dataset) -> tuple[Fitted, ...]:
     """The leak audit's record of what a run fits on its training days; the alignment stages read no traffic."""
     of_stage = {"sft": {"weights"}, "grpo": {"weights", "reward normalizer"}}
-    whats = {"t_max of the frames"} if config.frames.enabled else set()
+    whats = {T_MAX} if config.frames.enabled else set()
     whats = whats.union(*(of_stage.get(name, set()) for name in config.stages))
     data = data_digest(dataset.store, config.data.channel)
     return tuple(Fitted.on(what, dataset.statistics.span, data) for what in sorted(whats))

@@ -54,6 +54,7 @@ def entrypoint(stdist, world, monkeypatch):
         ["--region", "0:2", "--split", "validation", "--no-quantiles"],
         ["--split", "2019-01-20:2019-01-21", "--horizon", "1", "--quantiles", "--cost-ratio", "0.1"],
         ["--next", "--places", "all"],
+        ["--channel", "calls"],
         ["--origin", "2019-01-20 05:00", "--places", "it's, 4", "--horizon", "2", "--cost-ratio", "3"],
     ],
 )

@@ -11,7 +11,7 @@ import xarray
 import yaml
 
 from data_prep import READERS
-from stdist.data import GridStore
+from stdist.data import GridStore, open_store
 from stdist.errors import InputError
 from stdist.evaluation import evaluate
 from stdist.runs import recipes
@@ -260,25 +260,56 @@ def test_forecast_another_citys_grid(run: Path, other_city: Path, tmp_path: Path
 
 
 def test_a_policy_on_another_store_is_told_its_city_cadence_and_grid(
-    run: Path, config: VisionLLMConfig, other_city: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, config: VisionLLMConfig, store: GridStore, other_city: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """t_max, in the data's units, stays the training city's."""
+    """t_max, in the data's units, is that of the other store's training days; on its own data the policy's."""
     half_hourly = tmp_path / "half.zarr"
     READERS["synthetic"].prepare([], half_hourly, city="half", height=4, width=4, days=6, cadence=30, seed=8)
     seen = []
 
-    def spy(predictor: PolicyPredictor, windows: Any) -> None:
-        seen.append(predictor.policy.spec)
+    def spy(windows: Any, vocabulary: Any, clamp: bool) -> None:
         raise InputError("enough")
 
-    monkeypatch.setattr(PolicyPredictor, "check", spy)
-    for path in (other_city, half_hourly):
+    check = PolicyPredictor.check
+
+    def noting(predictor: PolicyPredictor, windows: Any) -> list[str]:
+        try:
+            return check(predictor, windows)
+        finally:
+            seen.append((predictor.policy.spec, {item.what: item.span for item in predictor.fitted}))
+
+    monkeypatch.setattr("stdist.vision_llm.predictor.find_unwritable", spy)
+    monkeypatch.setattr(PolicyPredictor, "check", noting)
+    for path in (other_city, half_hourly, store.path):
         with pytest.raises(InputError, match="enough"):
             forecast_to(run, path, "0:1,0:1", "test", tmp_path / "x.zarr", quiet)
     trained = load_policy(next((run / "checkpoints" / "sft").glob("step-*"))).spec
-    assert [(s.setting.city, s.setting.cadence) for s in seen] == [("elsewhere", 60), ("half", 30)]
-    assert [(s.frames.height, s.frames.width) for s in seen] == [(7, 6), (4, 4)]
-    assert {s.frames.t_max for s in seen} == {trained.frames.t_max}
+    specs = [spec for spec, _ in seen]
+    assert [(s.setting.city, s.setting.cadence) for s in specs[:2]] == [("elsewhere", 60), ("half", 30)]
+    assert [(s.frames.height, s.frames.width) for s in specs[:2]] == [(7, 6), (4, 4)]
+    for path, (spec, fitted) in zip((other_city, half_hourly), seen, strict=False):
+        other = open_store(path)
+        span = other.default_split.named("train")
+        steps = other.step_range(span)
+        largest = other.values("internet", *steps)[other.observed("internet", *steps)].max()
+        assert spec.frames.t_max == pytest.approx(float(largest)) and spec.frames.t_max != trained.frames.t_max
+        assert str(fitted["t_max of the frames"]) == str(span) and "weights" in fitted
+    assert specs[2].frames.t_max == trained.frames.t_max
+
+
+def test_training_days_of_another_city_are_forecast_with_the_policys_t_max(run: Path, other_city: Path) -> None:
+    """Else what was fitted on them would be scored on them."""
+    store, checkpoint = open_store(other_city), next((run / "checkpoints" / "sft").glob("step-*"))
+    span = store.default_split.named("train")
+    predictor = PolicyPredictor(load_policy(checkpoint), recipes.read_run_config(run))
+    own = predictor.policy.spec.frames.t_max
+    request = ForecastRequest(run, other_city, "0:1,0:1", "test", Path("x.zarr"))
+    region, grid = predictor.regions(store, request, quiet)
+    for name, kept in (("train", True), ("test", False)):
+        predictor.regions(store, request, quiet)
+        notes = predictor.check(store.windows(name, 4, 3, channel="internet", region=region, history_region=grid))
+        assert (predictor.policy.spec.frames.t_max == own) is kept
+        assert notes == [] if kept else "t_max of the frames" in notes[0] and str(span) in notes[0]
 
 
 def test_forecast_quantiles_where_candidates_are_sampled(
