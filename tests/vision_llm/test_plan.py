@@ -406,7 +406,7 @@ def test_a_published_base_asks_no_hub(monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*PROJECT.glob("configs/milan*.yaml"), *PROJECT.glob("configs/single_gpu*.yaml")]),
+    sorted(path for each in ("milan*", "single_gpu*", "cpu*") for path in PROJECT.glob(f"configs/{each}.yaml")),
     ids=lambda path: path.stem,
 )
 def test_a_shipped_configuration_fits_the_device_that_its_header_names(path, monkeypatch, tmp_path):
