@@ -41,7 +41,7 @@ bench: .venv/.installed
 		$(BIN)/python $$benchmark --json || [ $$? -eq 2 ]; done # 2: a peer is not installed, and the line says which
 
 gpu:
-	@$(BIN)/python -c 'import bitsandbytes, hypothesis, pytest, stdist' 2>/dev/null || $(MAKE) --no-print-directory install-gpu
+	@$(BIN)/python -c 'import bitsandbytes, hypothesis, pytest, stdist, trl' 2>/dev/null || $(MAKE) --no-print-directory install-gpu
 	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)
 
 # The torch that is there fits the card's driver; the one that constraints.txt names may not.
@@ -52,7 +52,7 @@ install-gpu:
 	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")'; } \
 		> .venv/constraints-gpu.txt
 	@echo "Installing stdist over the torch that is there"
-	@$(subst -c constraints.txt,-c .venv/constraints-gpu.txt,$(PIP)) --editable '.[quantised]' hypothesis pytest
+	@$(subst -c constraints.txt,-c .venv/constraints-gpu.txt,$(PIP)) --editable '.[quantised,trl]' hypothesis pytest
 	@touch .venv/.torch
 
 clean:

@@ -48,19 +48,26 @@ RUNS = 3
 DAYS = 6
 SIDE = {"7b": 100, "tiny": 16}
 GIB = 2**30
-SMALL = [
-    "data.region=4:7,4:7",
-    "data.horizon=6",
-    "numerals.mantissa_digits=2",
-    "alignment.train_batch_size=8",
-    "arithmetic.train_batch_size=8",
-    "sft.windows_per_step=1",
-    "sft.cells_per_window=4",
-    "grpo.windows_per_step=1",
-    "grpo.cells_per_window=4",
-    "grpo.num_generations=2",
-]
+SMALL = {
+    "data.region": "4:7,4:7",
+    "data.horizon": "6",
+    "numerals.mantissa_digits": "2",
+    "alignment.train_batch_size": "8",
+    "arithmetic.train_batch_size": "8",
+    "sft.windows_per_step": "1",
+    "sft.cells_per_window": "4",
+    "grpo.windows_per_step": "1",
+    "grpo.cells_per_window": "4",
+    "grpo.num_generations": "2",
+}
 """Changes of the configuration for the base ``tiny``."""
+WITH_BACKEND = {
+    "sft.optim": "adamw_torch",
+    "grpo.optim": "adamw_torch",
+    "grpo.windows_per_step": "1",
+    "grpo.cells_per_window": "4",
+}
+"""And where two backends make the same steps: TRL has no four bits, and computes every candidate's frames anew."""
 # Cards whose names contain another's.
 VARIANTS = {"ti", "super", "laptop", "d", "nvl", "ada", "max-q"}
 
@@ -69,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", choices=ITEMS)
     parser.add_argument("--stage")
+    parser.add_argument("--backend", choices=("stdist", "trl"), help="in small steps of a base in bfloat16, no cap")
     parser.add_argument("--bfloat16", action="store_true", help="not in four bits")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--base", required=True)
@@ -130,11 +138,13 @@ def base(given: argparse.Namespace) -> dict[str, Any]:
 
 def run_config(given: argparse.Namespace, name: str) -> VisionLLMConfig:
     """The card's own configuration, but for the data, the base, and how long it trains and validates."""
-    tree = read_tree(CONFIG, SMALL if given.base == "tiny" else [])
+    changes = (SMALL if given.base == "tiny" else {}) | (WITH_BACKEND if given.backend else {})
+    tree = read_tree(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     del tree["data"]["split"]
     tree["name"], tree["output_dir"] = name, str(given.work / "runs")
     tree["data"]["store"], tree["policy"]["base"] = str(given.work / "city.zarr"), str(given.work / "base")
-    tree["policy"]["load_in_4bit"] = not given.bfloat16
+    tree["policy"]["load_in_4bit"] = not (given.bfloat16 or given.backend)
+    tree["backend"] = given.backend or "stdist"
     tree["reuse_alignment"] = False
     for stage in ("alignment", "arithmetic", "sft", "grpo"):
         tree[stage] |= {"max_steps": STEPS, "eval_steps": STEPS, "save_steps": STEPS, "logging_steps": 1}
@@ -164,7 +174,7 @@ class Clock:
     def __call__(self, scalars: dict[str, float]) -> None:
         self._synchronize()
         self.seconds.append(time.perf_counter() - self.began - sum(self.seconds))
-        self.tokens.append(scalars["tokens"])
+        self.tokens.append(scalars.get("tokens", 0))  # TRL logs none
         self.losses.append(scalars["loss"])
         if len(self.seconds) > 1 and sum(self.seconds[1:]) > SECONDS:
             raise Enough
@@ -174,7 +184,7 @@ def stage(given: argparse.Namespace) -> dict[str, Any]:
     """Steps of one stage as ``stdist train`` makes them, its validation and checkpoints included, on a policy that has
     begun the stages before; what they took beside what ``stdist plan`` says."""
     is_gpu = given.device.type == "cuda"
-    if is_gpu:
+    if is_gpu and not given.backend:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap * GIB / total))
     config = run_config(given, f"stage-{given.stage}")
@@ -202,21 +212,24 @@ def stage(given: argparse.Namespace) -> dict[str, Any]:
         memory |= {
             "peak_allocated_gib": gib(torch.cuda.max_memory_allocated()),
             "peak_reserved_gib": gib(torch.cuda.max_memory_reserved()),
-            "cap_gib": given.cap,
+            "cap_gib": None if given.backend else given.cap,
         }
     # The first step comes behind a validation and a checkpoint, and sets libraries up.
     steps = clock.seconds[1:]
     seconds, tokens = statistics.median(steps), statistics.median(clock.tokens[1:])
     peak = peak_flops(torch.cuda.get_device_name()) if is_gpu else None
+    planned = {
+        "planned_gib": gib(plan.device_bytes),
+        "planned_tflop_a_step": figure(plan.flops / 1e12),
+        "mfu": None if peak is None else figure(plan.flops / seconds / peak),
+        "tokens_a_step": tokens,
+        "tokens_a_second": figure(tokens / seconds),
+    }
     return {
         "steps": len(clock.seconds),
         "seconds_a_step": figure(seconds),
         "spread": [figure(min(steps)), figure(max(steps))],
-        "tokens_a_step": tokens,
-        "tokens_a_second": figure(tokens / seconds),
-        "planned_tflop_a_step": figure(plan.flops / 1e12),
-        "mfu": None if peak is None else figure(plan.flops / seconds / peak),
-        "planned_gib": gib(plan.device_bytes),
+        **({} if given.backend == "trl" else planned),  # the plan counts stdist's steps
         **memory,
         "seconds_before_the_first_step_ended": figure(clock.seconds[0]),
         "seconds_of_loading": figure(loading),

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -222,6 +223,7 @@ def all_items(device: str, base: str, cap: float, work: Path) -> list[Item]:
         return Item(name, (sys.executable, str(here / "_gpu_measure.py"), *arguments, *where), limit, needs, makes)
 
     prepared = "base", "city"
+    backends = ("stdist", "trl") if find_spec("trl") else ()
     return [
         measured("machine", "machine", limit=120),
         *(
@@ -231,6 +233,10 @@ def all_items(device: str, base: str, cap: float, work: Path) -> list[Item]:
         measured("city", "city", limit=240, makes=work / "city.zarr"),
         measured("base", "base", makes=work / "base"),
         *(measured(f"stage: {name}", "stage", "--stage", name, limit=s, needs=prepared) for name, s in STAGES.items()),
+        *(
+            measured(f"grpo by {name}", "stage", "--stage", "grpo", "--backend", name, needs=prepared)
+            for name in backends
+        ),
         measured("rollouts", "rollouts", needs=prepared),
         measured("rollouts in bfloat16", "rollouts", "--bfloat16", needs=prepared),
         measured("sweep", "sweep", needs=prepared),
