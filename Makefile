@@ -1,5 +1,7 @@
 # make demo    the whole pipeline on an embedded synthetic city, with its own environment; a few minutes on two cores
 # make test    what CI runs: style, types, the floor rule, the tests
+# make gpu     what only a GPU can show, ten minutes at a time, until nothing is left; over the torch of PYTHON, a build
+#              for CUDA, where there is no .venv yet
 #
 # Needs Python 3.11 or newer and make, nothing else. Everything goes into .venv; a change of pyproject.toml or
 # constraints.txt installs again. TORCH_INDEX picks another build of torch, for instance on a Linux machine without
@@ -12,12 +14,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile -c constraints.txt
 TORCH_INDEX ?=
 WORKERS ?= 2
+MINUTES ?= 10
 
 # An environment may forbid Python to write bytecode: then every process compiles torch and transformers again, and
 # takes three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu install-gpu clean
 
 demo: .venv/.installed
 	$(BIN)/stdist demo --out runs/demo
@@ -34,8 +37,23 @@ check: .venv/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 bench: .venv/.installed
-	@set -e; for benchmark in benchmarks/[!_]*.py; do \
+	@set -e; for benchmark in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do \
 		$(BIN)/python $$benchmark --json || [ $$? -eq 2 ]; done # 2: a peer is not installed, and the line says which
+
+gpu:
+	@$(BIN)/python -c 'import bitsandbytes, hypothesis, pytest, stdist, trl' 2>/dev/null || $(MAKE) --no-print-directory install-gpu
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)
+
+# The torch that is there fits the card's driver; the one that constraints.txt names may not.
+install-gpu:
+	@test -x $(BIN)/python || $(PYTHON) -c 'import torch' 2>/dev/null || { \
+		echo "install a CUDA build of torch for $(PYTHON) first (https://pytorch.org), or name another PYTHON" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages .venv
+	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")'; } \
+		> .venv/constraints-gpu.txt
+	@echo "Installing stdist over the torch that is there"
+	@$(subst -c constraints.txt,-c .venv/constraints-gpu.txt,$(PIP)) --editable '.[quantised,trl]' hypothesis pytest
+	@touch .venv/.torch
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from stdist.config import RunConfig
@@ -19,6 +20,11 @@ from stdist.runs.recipes import parse_config
 
 # A shell that starts the tests in the background makes them, and all that they start, deaf to the Ctrl-C some send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

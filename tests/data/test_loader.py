@@ -145,7 +145,6 @@ def test_a_batch_moves_to_a_device(windows):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
 def test_batches_are_pinned_where_cuda_is(windows):
     batch = next(iter(WindowLoader(WindowSampler(windows, 8))))
     assert batch.history.is_pinned() and batch.target.is_pinned() and batch.target_observed.is_pinned()

@@ -1,6 +1,8 @@
 """TorchEngine: sums of gradients, clipping, the schedule, and an exact continuation."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -113,7 +115,7 @@ def _steps(engine: TorchEngine, model: torch.nn.Module, numbers: range) -> list[
     losses = []
     for number in numbers:
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
-        loss = model(x).pow(2).mean()
+        loss = model(x.to(next(model.parameters()).device)).pow(2).mean()
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -191,21 +193,29 @@ def test_closing_leaves_no_gradient():
 # --- moments of eight bits -----------------------------------------------------------------------------------------
 
 
-def _wide(engine_class: type[TorchEngine]) -> tuple[torch.nn.Module, TorchEngine]:
-    """A matrix of 128 x 64 that has moments in eight bits, and vectors too small for that."""
+def _wide(
+    engine_class: Callable[..., TorchEngine], device: str = "cpu", inside: int = 64
+) -> tuple[torch.nn.Module, TorchEngine]:
+    """A matrix of 128 x 64 (``inside``) that has moments in eight bits, and vectors too small for that."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Tanh(), torch.nn.Linear(64, 128))
+    model = torch.nn.Sequential(torch.nn.Linear(4, inside), torch.nn.Tanh(), torch.nn.Linear(inside, 128)).to(device)
     return model, engine_class([ParameterGroup(dict(model.named_parameters()), 0.05, 0.1)], cosine_schedule(3, 12), 0.5)
 
 
-def test_eight_bit_state_continues_the_optimisation_bit_for_bit():
-    model, engine = _wide(EightBitEngine)
+@pytest.mark.parametrize(
+    ("device", "paged"),
+    [("cpu", False), *(pytest.param("cuda", paged, marks=pytest.mark.gpu) for paged in (False, True))],
+)
+def test_eight_bit_state_continues_the_optimisation_bit_for_bit(device, paged):
+    """Paged moments are of 100,000 elements and more: bitsandbytes leaves smaller ones on the card."""
+    inside = 1000 if paged else 64
+    model, engine = _wide(partial(EightBitEngine, paged=paged), device, inside)
     _steps(engine, model, range(5))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    tensors, steps = {name: value.clone() for name, value in engine.state()}, engine.steps
+    tensors, steps = {name: value.to("cpu", copy=True) for name, value in engine.state()}, engine.steps
     expected = _steps(engine, model, range(5, 12))
 
-    other, resumed = _wide(EightBitEngine)
+    other, resumed = _wide(partial(EightBitEngine, paged=paged), device, inside)
     _steps(resumed, other, range(20, 22))
     other.load_state_dict(weights)
     resumed.load_state(tensors, steps)
@@ -253,3 +263,18 @@ def test_eight_bits_are_refused_with_deepspeed_and_without_bitsandbytes(monkeypa
     monkeypatch.setattr("stdist.training.eight_bit_engine.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"sft\.optim paged_adamw_8bit needs bitsandbytes: pip install"):
         check_optim(LearnersConfig(), "paged_adamw_8bit", "sft.optim")
+
+
+@pytest.mark.gpu
+def test_an_update_on_a_gpu_makes_no_temporary():
+    """From the second step on: the first one makes the moments."""
+    model, engine = _wide(TorchEngine, "cuda", 2**16)
+    largest = max(p.nbytes for p in model.parameters())
+    for _ in range(2):
+        engine.backward(model(torch.ones(8, 4, device="cuda")).pow(2).mean())
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        engine.step()
+        made = torch.cuda.max_memory_allocated() - before
+    assert made < largest / 100, f"{made} bytes beside a matrix of {largest}"

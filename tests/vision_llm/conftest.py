@@ -1,8 +1,11 @@
 """A tiny policy, a tiny city, and the plain transformers model that a policy must equal."""
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from stdist.vision_llm.policy.city_windows import CityWindows, PolicyBatch
 from stdist.vision_llm.policy.model import PolicyModel
 from stdist.vision_llm.policy.presets import build_image_processor, build_model, build_tokenizer
 from stdist.vision_llm.policy.spec import FrameSpec, PolicySpec, Setting
+from stdist.vision_llm.rollout.recorded_step import RECORDINGS
 
 HISTORY, HORIZON = 4, 3
 
@@ -113,6 +117,40 @@ class LargestMade(TorchDispatchMode):
 @pytest.fixture(scope="session")
 def largest_made() -> type[LargestMade]:
     return LargestMade
+
+
+@dataclass
+class Graphs:
+    """Stand-ins of CUDA graphs: how many sequences each was recorded with, and those that are alive."""
+
+    sizes: list[int] = field(default_factory=list)
+    alive: WeakSet = field(default_factory=WeakSet)
+
+    def record(self, run: Callable[[], Tensor]) -> "Graph":
+        graph = Graph(run)
+        self.sizes.append(len(graph.result))
+        self.alive.add(graph)
+        return graph
+
+
+class Graph:
+    """Computes into the same memory at every replay, as a CUDA graph does."""
+
+    def __init__(self, run: Callable[[], Tensor]):
+        self._run, self.result = run, run()
+
+    def replay(self) -> None:
+        self.result.copy_(self._run())
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """CPUs record too, and nothing is freed but what nobody holds."""
+    made = Graphs()
+    monkeypatch.setitem(RECORDINGS, "cpu", made.record)
+    gc.disable()
+    yield made
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """Continuous batching over cells: the same candidates as all at once, no work for finished ones, no copied keys."""
 
-import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -156,40 +154,6 @@ def test_cells_are_let_in_while_others_still_run(
 # --- recorded steps --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Graphs:
-    """Stand-ins of CUDA graphs: how many sequences each was recorded with, and those that are alive."""
-
-    sizes: list[int] = field(default_factory=list)
-    alive: WeakSet = field(default_factory=WeakSet)
-
-    def record(self, run: Callable[[], Tensor]) -> "Graph":
-        graph = Graph(run)
-        self.sizes.append(len(graph.result))
-        self.alive.add(graph)
-        return graph
-
-
-class Graph:
-    """Computes into the same memory at every replay, as a CUDA graph does."""
-
-    def __init__(self, run: Callable[[], Tensor]):
-        self._run, self.result = run, run()
-
-    def replay(self) -> None:
-        self.result.copy_(self._run())
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    """CPUs record too, and nothing is freed but what nobody holds."""
-    made = Graphs()
-    monkeypatch.setitem(RECORDINGS, "cpu", made.record)
-    gc.disable()
-    yield made
-    gc.enable()
-
-
 @pytest.mark.parametrize(
     ("windows", "g", "most", "sizes"),
     [
@@ -204,7 +168,7 @@ def test_a_step_of_fixed_size_writes_the_same(
     let_end: Callable[[str], None],
     make_cells: Callable[[int], PolicyBatch],
     monkeypatch: pytest.MonkeyPatch,
-    graphs: Graphs,
+    graphs: Any,
     windows: int,
     g: int,
     most: int,
@@ -223,7 +187,7 @@ def test_a_step_of_fixed_size_writes_the_same(
 
 
 def test_one_graph_serves_every_window_and_ends_with_its_sampler(
-    talkative: PolicyModel, make_batch: Callable[..., PolicyBatch], graphs: Graphs
+    talkative: PolicyModel, make_batch: Callable[..., PolicyBatch], graphs: Any
 ) -> None:
     sampler = Sampler(talkative, "greedy")
     for window in range(12):
@@ -236,7 +200,7 @@ def test_one_graph_serves_every_window_and_ends_with_its_sampler(
 
 
 def test_what_the_last_batch_left_behind_is_not_read(
-    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], graphs: Graphs
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], graphs: Any
 ) -> None:
     """A value that is masked counts zero times, and zero times infinity is no number."""
     sampler, cells = Sampler(talkative, "greedy"), make_cells(1)
@@ -249,7 +213,7 @@ def test_what_the_last_batch_left_behind_is_not_read(
 
 
 def test_weights_that_moved_are_recorded_anew(
-    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], graphs: Graphs
+    talkative: PolicyModel, make_cells: Callable[[int], PolicyBatch], graphs: Any
 ) -> None:
     """A graph reads weights where they lay; changed in place they are the weights that it reads."""
     sampler, cells = Sampler(talkative, "greedy"), make_cells(1)
@@ -263,7 +227,7 @@ def test_weights_that_moved_are_recorded_anew(
 
 
 def test_a_learner_samples_with_one_graph_and_trains_with_none(
-    talkative: PolicyModel, make_batch: Callable[..., PolicyBatch], graphs: Graphs
+    talkative: PolicyModel, make_batch: Callable[..., PolicyBatch], graphs: Any
 ) -> None:
     """A worker, which only samples, keeps it; what an evaluation recorded ends with the evaluation."""
     rollouts = LocalRollouts(talkative, GRPOConfig(num_generations=2), seed=0)
@@ -276,7 +240,7 @@ def test_a_learner_samples_with_one_graph_and_trains_with_none(
 
 
 def test_a_sweep_over_many_windows_has_one_graph(
-    talkative: PolicyModel, store: GridStore, monkeypatch: pytest.MonkeyPatch, graphs: Graphs
+    talkative: PolicyModel, store: GridStore, monkeypatch: pytest.MonkeyPatch, graphs: Any
 ) -> None:
     """Nine windows of 20 cells, four windows at a time, of which two decode at once."""
     monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 40)
@@ -296,8 +260,6 @@ def test_a_recorded_graph_writes_what_single_steps_write(
     gradient_checkpointing: bool,
 ) -> None:
     """In float32, where another batch size changes last digits only; the policy is in training mode, as in a run."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     policy = make_policy(gradient_checkpointing=gradient_checkpointing).cuda().train()
     cells = make_batch(policy, windows=(0, 9, 31)[:windows], cells=(1, 3, 7, 10, 18))
     monkeypatch.setattr(decode_batch, "MOST_SEQUENCES", 10)

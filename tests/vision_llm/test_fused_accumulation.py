@@ -17,22 +17,26 @@ ROWS, WIDTH, PASSES = 3000, 8, 3
 
 def looked_up(rows: Tensor, number: int) -> Tensor:
     """With repeated ids, each with a factor of its own."""
-    ids = torch.tensor([[5, 2, 5], [7, 2999, 5]]) - number
-    return (embedding(ids, rows) * torch.arange(1.0, 7).view(2, 3, 1)).pow(2).sum()
+    ids = torch.tensor([[5, 2, 5], [7, 2999, 5]], device=rows.device) - number
+    return (embedding(ids, rows) * torch.arange(1.0, 7, device=rows.device).view(2, 3, 1)).pow(2).sum()
 
 
 def scored(rows: Tensor, number: int) -> Tensor:
-    hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(number))
-    return token_log_probs(hidden, [torch.ones(5, WIDTH), rows], torch.tensor([0, 7, 2000, 5])).sum()
+    hidden, targets = drawn(number, 4, WIDTH).to(rows.device), torch.tensor([0, 7, 2000, 5], device=rows.device)
+    return token_log_probs(hidden, [torch.ones(5, WIDTH, device=rows.device), rows], targets).sum()
 
 
 def scored_together(rows: Tensor, number: int) -> Tensor:
-    hidden = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(number))
-    return shared_log_probs(hidden, rows, torch.tensor([[1, 2, 1], [2999, 0, 1]])).sum()
+    hidden, targets = drawn(number, 2, WIDTH), torch.tensor([[1, 2, 1], [2999, 0, 1]])
+    return shared_log_probs(hidden.to(rows.device), rows, targets.to(rows.device)).sum()
 
 
-def gradient(loss: Callable[[Tensor, int], Tensor], fused: bool, dtype: torch.dtype) -> Tensor:
-    rows = nn.Parameter(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype))
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(loss: Callable[[Tensor, int], Tensor], fused: bool, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    rows = nn.Parameter(drawn(0, ROWS, WIDTH).to(device, dtype))
     set_fused_accumulation([rows], fused)
     for number in range(PASSES):
         loss(rows, number).backward()
@@ -44,6 +48,17 @@ def gradient(loss: Callable[[Tensor, int], Tensor], fused: bool, dtype: torch.dt
 def test_gradients_are_autograds_to_the_bit(loss):
     fused = gradient(loss, True, torch.float32)
     assert torch.equal(fused, gradient(loss, False, torch.float32)) and fused.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [looked_up, scored, scored_together])
+def test_gradients_on_a_gpu_are_autograds_and_a_cpus(loss, dtype):
+    """Sums have no fixed order there."""
+    fused, plain = (gradient(loss, each, dtype, "cuda").float().cpu() for each in (True, False))
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(fused, gradient(loss, True, dtype).float(), rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def test_rows_that_a_pass_uses_twice_get_the_same_sums_in_another_order():
@@ -65,11 +80,14 @@ def test_an_embedding_is_torchs():
     assert torch.autograd.gradcheck(lambda few: embedding(ids, few), rows[:3].detach().requires_grad_())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("loss", [looked_up, scored, scored_together])
-def test_nothing_as_large_as_the_rows_is_made(loss, largest_made, monkeypatch):
+def test_nothing_as_large_as_the_rows_is_made(loss, device, largest_made, monkeypatch):
     """From the second pass on: the first one makes the gradient itself. With tiles of 64 rows."""
-    monkeypatch.setattr("stdist.vision_llm.kernels.token_losses.TILE_BYTES", {"cpu": 64 * 4 * WIDTH})
-    rows = nn.Parameter(torch.ones(ROWS, WIDTH))
+    monkeypatch.setattr(
+        "stdist.vision_llm.kernels.token_losses.TILE_BYTES", dict.fromkeys(["cpu", device], 64 * 4 * WIDTH)
+    )
+    rows = nn.Parameter(torch.ones(ROWS, WIDTH, device=device))
     made = {}
     for fused in (True, False):
         set_fused_accumulation([rows], fused)

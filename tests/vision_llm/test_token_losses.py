@@ -102,10 +102,7 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda x, *head: token_log_probs(x, head, targets, 0.7), (hidden, *rows))
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bfloat16_sums_in_float32(device: str) -> None:
     """A bfloat16 base with float32 numeral rows beside it: rows round to bfloat16, nothing else rounds before the end.
 
