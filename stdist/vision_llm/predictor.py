@@ -114,6 +114,7 @@ def fit_frames(policy: PolicyModel, windows: Windows) -> Fitted | None:
     the store's own split, and returns on what that was fitted. None where the frames keep the policy's: on the data it
     was trained on, where ``windows`` are of these days, and where they have no value above zero."""
     spec, store, channel = policy.spec, windows.store, windows.channel
+    assert isinstance(store, GridStore)
     data, span = data_digest(store, channel), store.default_split.named("train")
     fitted = Fitted.on(T_MAX, span, data)
     own = [item.data for item in spec.fitted if item.what == T_MAX]
