@@ -20,7 +20,7 @@ from typing import Any
 from stdist import errors
 from stdist.errors import InputError, ResourceError, of_the_system
 from stdist.orchestration.cluster import connected, first_sentence, ray, workers_that_fit
-from stdist.runs.forecasting import NEXT, ForecastRequest
+from stdist.runs.forecast_request import NEXT, ForecastRequest
 from stdist.serving.service import (
     LAST_ANSWERS,
     MOST_CONNECTIONS,
