@@ -30,7 +30,7 @@ from stdist.errors import InputError, ResourceError  # noqa: E402
 from stdist.orchestration import serving  # noqa: E402
 from stdist.orchestration.serving import deployed  # noqa: E402
 from stdist.runs import recipes  # noqa: E402
-from stdist.runs.forecasting import NEXT, ForecastRequest  # noqa: E402
+from stdist.runs.forecast_request import NEXT, ForecastRequest  # noqa: E402
 from stdist.serving.service import begin, bound  # noqa: E402
 
 from .conftest import PATIENCE  # noqa: E402
