@@ -14,7 +14,7 @@ import numpy as np
 from stdist.config import RunConfig
 from stdist.data import DaySpan, GridStore, open_store
 from stdist.data.audit import data_digest, refuse_leaks
-from stdist.data.spans import AnyRegion, NodeRange, Region
+from stdist.data.spans import AnyRegion, NodeRange, Region, parse_region
 from stdist.errors import InputError
 from stdist.evaluation.unusual import Reference, pooled
 from stdist.memory import require_room
@@ -226,6 +226,9 @@ def _commands(config: RunConfig, request: WatchRequest, sweep: Sweep, train: boo
     days = newest_whole_days(store, windows.channel, windows.region, NEWEST)
     newest = sum(all(day > other for other in unfit) for day in days)
     calibrate = ["stdist", "calibrate", str(request.run_dir), str(request.store), "--newest", str(newest)]
+    own = store.region() if config.data.region is None else parse_region(config.data.region).within(store.shape)
+    if windows.region != own:
+        calibrate += ["--region", str(windows.region)]
     commands = {"calibrate": shlex.join(calibrate)}
     if train and config.last_split == config.data.split:
         began = split_of(config.data.split, store).named("train").first_day

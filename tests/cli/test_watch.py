@@ -203,6 +203,13 @@ def test_a_table_of_scores_is_whole_and_replaces_nothing_else(append, stdist, re
     assert Path("day.csv").read_bytes() != before
 
 
+def test_the_advice_names_the_places_that_were_calibrated_on(append, stdist):
+    assert stdist("calibrate", "runs/n", "city.zarr", "--newest", "7", "--region", "2:8").code == 0
+    append(KNOWN, 1, lambda values: values.__imul__(3))
+    commands = stdist("watch", "runs/n", "city.zarr", "--json").json["commands"]
+    assert commands["calibrate"] == "stdist calibrate runs/n city.zarr --newest 7 --region 2:8"
+
+
 def test_a_drift_is_said_once_with_commands_that_run(append, stdist):
     append(KNOWN, 1, lambda values: values.__imul__(3))
     result = stdist("watch", "runs/n", "city.zarr", "--json")
