@@ -50,7 +50,7 @@ def request_of(
 
 
 ABSENT: dict[str, Any] = {**(request_of.__kwdefaults__ or {})}
-"""What a command's ``asked`` is where none of the options was given."""
+"""The options' defaults: what a command is given as ``asked`` where its line has none of them."""
 
 
 def takes_forecast_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -97,13 +97,15 @@ def serve(
         log("; ".join([f"{said['places']} places", *said_of_next(said), "Ctrl-C ends it"]))
         finish(said, as_json, said["url"])
 
-    if ray is not None:
-        from stdist.orchestration.serving import serve as answer_on_ray
-
-        answer_on_ray(run, store, places, host, port, token_file, rate, ray, replicas or 1, ready)
-        return
-    if replicas is not None:
+    if ray is None and replicas is not None:
         raise InputError(f"--replicas {replicas} are processes of a Ray cluster; give --ray ADDRESS, or leave it out")
-    from stdist.serving.service import serve as answer
+    from stdist.serving import service
 
-    answer(run, store, places, host, port, token_file, rate, ready, log)
+    if ray is None:
+        request = service.ServeRequest(run, store, places, host, port, token_file, rate)
+        return service.serve(request, ready, log)
+    from stdist.orchestration.serving import serve as serve_on_ray
+
+    # Replicas stand in folders of their own.
+    request = service.ServeRequest(run.absolute(), store.absolute(), places, host, port, token_file, rate)
+    serve_on_ray(request, ray, replicas or 1, ready)

@@ -14,22 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 from stdist import errors
 from stdist.errors import InputError, ResourceError, of_the_system
 from stdist.orchestration.cluster import connected, first_sentence, ray, workers_that_fit
-from stdist.runs.forecast_request import NEXT, ForecastRequest
+from stdist.runs.forecast_request import ForecastRequest
 from stdist.serving.service import (
     LAST_ANSWERS,
     MOST_CONNECTIONS,
+    ServeRequest,
     begin,
     bound,
     ended_by_signals,
     listen,
     read_token,
-    require_rate,
     said_of,
     url_of,
 )
@@ -44,40 +43,27 @@ except ImportError as error:  # also where Ray is there without what its Serve n
     raise InputError("Ray Serve is not installed; pip install 'stdist[cluster]', or leave out --ray") from error
 
 NAME = "stdist"
-"""Of the application, which has all routes."""
+"""Name of the one application that Serve runs."""
 LOOK_EVERY, PATIENCE = 2.0, 60.0
 """Seconds between two looks at the cluster, and until one that does not answer is given up."""
 _OURS = re.compile(r"^stdist\.errors\.(\w+): (.+)$", re.MULTILINE)
 """The error of a replica, in the traceback that Serve makes of it."""
 
 
-def serve(
-    run: Path,
-    store: Path,
-    places: str | None,
-    host: str,
-    port: int,
-    token_file: Path | None,
-    rate: float,
-    address: str,
-    replicas: int,
-    ready: Callable[[dict[str, Any]], None],
-) -> None:
-    """:func:`stdist.serving.service.serve` on the cluster at ``address``; ``host`` and ``port`` are of its head, and
-    ``rate`` is each replica's. Ends as that does, and leaves nothing on the cluster.
+def serve(request: ServeRequest, address: str, replicas: int, ready: Callable[[dict[str, Any]], None]) -> None:
+    """:func:`stdist.serving.service.serve` on the cluster at ``address``: host and port are of its head, the rate is
+    each replica's, and paths are absolute. Ends as that does, and leaves nothing on the cluster.
 
     Raises what that raises; InputError where the cluster cannot be joined, cannot hold the replicas, or does not see
     the run; ResourceError where Serve runs there already, or is no longer there.
     """
-    require_rate(rate)
-    token = read_token(token_file)
-    request = ForecastRequest(run.absolute(), store.absolute(), None, NEXT, Path(), places=places)
+    token = read_token(request.token_file)
     out = sys.stdout
     with (
         redirect_stdout(StringIO()),  # on which Ray says that Serve, which was told to end, has ended
         connected(address, log_to_driver=False),
         ended_by_signals(),
-        deployed(request, host, port, token, rate, replicas) as said,
+        deployed(request, token, replicas) as said,
     ):
         with redirect_stdout(out):
             ready(said)
@@ -85,13 +71,11 @@ def serve(
 
 
 @contextmanager
-def deployed(
-    request: ForecastRequest, host: str, port: int, token: str | None, rate: float, replicas: int
-) -> Iterator[dict[str, Any]]:
+def deployed(request: ServeRequest, token: str | None, replicas: int) -> Iterator[dict[str, Any]]:
     """Replicas on the cluster that this process is connected to, all of which answer; gives what is served and where.
     See :func:`serve`."""
     _, resources = workers_that_fit(replicas, "--replicas")
-    address, number = _result(_free.remote(host, port, token))
+    address, number = _result(_free.remote(request.host, request.port, token))
     _require_no_serve()
     logging.getLogger(SERVE_LOGGER_NAME).setLevel(logging.CRITICAL)  # of this process; errors are raised
     deployment = Replica.options(  # type: ignore[attr-defined]
@@ -99,7 +83,7 @@ def deployed(
         ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)},
     )
     try:
-        said = _run(deployment.bind(request, rate, token), HTTPOptions(host=address, port=number))
+        said = _run(deployment.bind(request.forecast, request.rate, token), HTTPOptions(host=address, port=number))
         yield {"url": url_of(address, number), "replicas": replicas, **said}
     finally:
         _shutdown()

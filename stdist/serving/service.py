@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +37,41 @@ LAST_ANSWERS = 5
 MOST_CONNECTIONS = 2000
 
 
-def serve(
-    run: Path,
-    store: Path,
-    places: str | None,
-    host: str,
-    port: int,
-    token_file: Path | None,
-    rate: float,
-    ready: Callable[[dict[str, Any]], None],
-    log: Callable[[str], None],
-) -> None:
+@dataclass(frozen=True)
+class ServeRequest:
+    """The arguments of ``stdist serve``: a finished run, a store, ids of places (the run's own where None), address and
+    port, the file of the token, and requests a second of one client, any number where 0. Raises InputError for a rate
+    that is none."""
+
+    run_dir: Path
+    store: Path
+    places: str | None
+    host: str
+    port: int
+    token_file: Path | None
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= MOST_RATE:
+            raise InputError(f"--rate is {self.rate}; give requests a second up to {MOST_RATE:g}, or 0 for any")
+
+    @property
+    def forecast(self) -> ForecastRequest:
+        """The request for what is served."""
+        return ForecastRequest(self.run_dir, self.store, None, NEXT, Path(), places=self.places)
+
+
+def serve(request: ServeRequest, ready: Callable[[dict[str, Any]], None], log: Callable[[str], None]) -> None:
     """Answers until SIGTERM, or until Ctrl-C, which raises Interrupted. ``ready`` is told what is served and where once
     the first forecast is made and the port answers.
 
     Raises InputError as ``stdist forecast --next``, for a token that is none and for a host that other machines reach
     without a token; ResourceError where the port is in use.
     """
-    require_rate(rate)
-    token = read_token(token_file)
-    request = ForecastRequest(run, store, None, NEXT, Path(), places=places)
+    host, port, token = request.host, request.port, read_token(request.token_file)
     # uvicorn hands a signal on when it has ended
     with ended_by_signals(), bound(host, port, token) as listener:
-        app, first = begin(request, rate, token, log)
+        app, first = begin(request.forecast, request.rate, token, log)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -92,7 +105,7 @@ def url_of(address: str, port: int) -> str:
 
 
 def said_of(first: CityForecast) -> dict[str, Any]:
-    """What is served, for the result of the command."""
+    """Returns how many places are served, what their forecast rests on, and the levels of its quantiles."""
     return {"places": len(first.ids), **first.of_next, "levels": list(first.header.levels)}
 
 
@@ -106,12 +119,6 @@ def ended_by_signals() -> Iterator[None]:
         raise Interrupted("no longer served") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def require_rate(rate: float) -> None:
-    """Raises InputError for a rate that is none."""
-    if not 0 <= rate <= MOST_RATE:
-        raise InputError(f"--rate is {rate}; give requests a second up to {MOST_RATE:g}, or 0 for any")
 
 
 def read_token(file: Path | None) -> str | None:

@@ -30,8 +30,7 @@ from stdist.errors import InputError, ResourceError  # noqa: E402
 from stdist.orchestration import serving  # noqa: E402
 from stdist.orchestration.serving import deployed  # noqa: E402
 from stdist.runs import recipes  # noqa: E402
-from stdist.runs.forecast_request import NEXT, ForecastRequest  # noqa: E402
-from stdist.serving.service import begin, bound  # noqa: E402
+from stdist.serving.service import ServeRequest, begin, bound  # noqa: E402
 
 from .conftest import PATIENCE  # noqa: E402
 
@@ -58,15 +57,15 @@ def trained(tmp_path_factory, make_city, make_config) -> Path:
     return folder
 
 
-def request_of(folder: Path) -> ForecastRequest:
-    return ForecastRequest(folder / "runs" / "tiny", folder / "city.zarr", None, NEXT, Path(), places="all")
+def request_of(folder: Path, host: str = "127.0.0.1", port: int = 0) -> ServeRequest:
+    return ServeRequest(folder / "runs" / "tiny", folder / "city.zarr", "all", host, port, None, rate=0)
 
 
 @pytest.fixture(scope="module")
 def served(local_ray: None, trained: Path, tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """A copy of the folder, and the address at which two replicas answer for it; others may append to the store."""
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("two") / "served"))
-    with deployed(request_of(folder), "127.0.0.1", 0, TOKEN, 0, 2) as said:
+    with deployed(request_of(folder), TOKEN, 2) as said:
         assert said["places"] == 5 and said["replicas"] == 2
         yield folder, said["url"]
 
@@ -104,7 +103,7 @@ def until(condition: Any) -> Any:
 
 def alone(folder: Path) -> TestClient:
     """The same service in this process."""
-    app, _ = begin(request_of(folder), 0, TOKEN, silent)
+    app, _ = begin(request_of(folder).forecast, 0, TOKEN, silent)
     return TestClient(app, headers={"authorization": f"Bearer {TOKEN}"})
 
 
@@ -127,7 +126,7 @@ def test_the_command_ends_as_it_does_alone_and_leaves_nothing_on_the_cluster(loc
 
 
 def test_a_run_that_the_cluster_does_not_see_is_one_line(local_ray, tmp_path):
-    with pytest.raises(InputError) as refused, deployed(request_of(tmp_path), "127.0.0.1", 0, None, 0, 1):
+    with pytest.raises(InputError) as refused, deployed(request_of(tmp_path), None, 1):
         pass
     assert str(refused.value).startswith(f"{tmp_path}/runs/tiny does not exist on ") and "\n" not in str(refused.value)
     assert not serve.status().applications
@@ -174,7 +173,7 @@ def test_the_token_and_the_limits_are_those_of_the_service_alone(served):
 def test_a_second_service_and_what_is_wrong_are_one_line(served, host, same_port, count, kind, expected):
     folder, url = served
     port = int(url.rpartition(":")[2])
-    with pytest.raises(kind) as refused, deployed(request_of(folder), host, port * same_port, None, 0, count):
+    with pytest.raises(kind) as refused, deployed(request_of(folder, host, port * same_port), None, count):
         pass
     assert str(refused.value).startswith(expected.format(port=port)) and "\n" not in str(refused.value)
     assert httpx.get(f"{url}/health").status_code == 200
